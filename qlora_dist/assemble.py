@@ -1,0 +1,100 @@
+"""From a model folder to a model that can run: described on meta, adapted, sharded, then filled with weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from peft import PeftModel
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+
+from qlora_dist.checkpoint import Recipe
+from qlora_dist.config import AdapterConfig, MemoryConfig, ModelConfig
+from qlora_dist.console import Reporter
+from qlora_dist.errors import ModelError
+from qlora_dist.model.adapters import add_adapters, cast_adapters_at_use, init_adapters
+from qlora_dist.model.files import looks_like_hub_name, resolve_model_folder
+from qlora_dist.model.loading import checkpoint_bytes, load_base_weights, materialize
+from qlora_dist.model.recompute import apply_recompute
+from qlora_dist.model.skeleton import build_skeleton, decoder_layers
+from qlora_dist.parallel import Backend, shard_skeleton
+from qlora_dist.runtime import Runtime
+
+
+def build_model(
+    folder: Path,
+    model_config: ModelConfig,
+    adapter_config: AdapterConfig,
+    memory_config: MemoryConfig,
+    *,
+    backend: Backend,
+    seed: int,
+    runtime: Runtime,
+    reporter: Reporter,
+) -> PeftModel:
+    """Build the adapted model of this rank; no rank holds more of the base than its shard and one layer.
+
+    Args:
+        folder: what `resolve_model_folder` returned for `model_config.path`.
+
+    Raises:
+        ModelError, ConfigError: the folder, its weights or the adapter's targets cannot be used.
+    """
+    is_hub_name = looks_like_hub_name(model_config.path)
+    model = add_adapters(
+        build_skeleton(folder, model_config),
+        adapter_config,
+        base_path=model_config.path if is_hub_name else str(folder.resolve()),
+    )
+    apply_recompute(decoder_layers(model), memory_config)
+    shard_skeleton(model, backend, runtime)
+    materialize(model, runtime.device)
+    with reporter.loading(checkpoint_bytes(folder)) as on_bytes:
+        load_base_weights(model, folder, on_bytes)
+    init_adapters(model, seed)
+    return model
+
+
+def load_trained(
+    adapter_folder: Path, recipe: Recipe, *, runtime: Runtime, reporter: Reporter
+) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+    """A trained adapter on its 4-bit base, whole on this process's device, in eval mode; and the tokenizer.
+
+    Raises:
+        ModelError: the base model is not where the adapter says, or cannot be loaded.
+    """
+    folder = resolve_model_folder(recipe.base.path)
+    base = build_skeleton(folder, recipe.base)
+    materialize(base, runtime.device)
+    with reporter.loading(checkpoint_bytes(folder)) as on_bytes:
+        load_base_weights(base, folder, on_bytes)
+    if (folder / "generation_config.json").is_file():
+        base.generation_config = GenerationConfig.from_pretrained(folder)
+    model = PeftModel.from_pretrained(base, str(adapter_folder))
+    cast_adapters_at_use(model)
+    return model.eval(), load_tokenizer(adapter_folder, recipe.base.trust_remote_code)
+
+
+def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The model's tokenizer.
+
+    Raises:
+        ModelError: the folder has none, or it reports no character offsets (a Python-only tokenizer).
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise ModelError(f"model folder {folder} has no tokenizer that can be loaded: {error}") from None
+    if not tokenizer.is_fast:
+        raise ModelError(
+            f"model folder {folder}: its tokenizer reports no character offsets, which the loss mask needs. "
+            "Convert it once: AutoTokenizer.from_pretrained(FOLDER, use_fast=True).save_pretrained(FOLDER)."
+        )
+    return tokenizer
+
+
+def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Id that fills the ends of rows. Padding is masked by position, so it may well be the end token's."""
+    for token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token_id is not None:
+            return int(token_id)
+    return 0

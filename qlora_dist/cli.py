@@ -1,0 +1,172 @@
+"""The commands. Heavy libraries are imported inside the command that needs them, after its settings were checked."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from qlora_dist import __version__
+from qlora_dist.errors import EXIT_USER_ERROR, ConfigError, QloraDistError
+
+USAGE = """\
+usage: qlora-dist COMMAND [ARGUMENTS]
+
+Fine-tunes LoRA adapters on a 4-bit base model that is sharded over all GPUs.
+
+commands:
+{commands}
+
+`qlora-dist COMMAND --help` explains one. With several processes, put a launcher in front:
+  accelerate launch --config_file launch/FILE.yaml -m qlora_dist train CONFIG.yaml
+  torchrun --nproc-per-node N -m qlora_dist train CONFIG.yaml
+"""
+
+
+@dataclass(frozen=True)
+class GenerateOptions:
+    """Answer a prompt, or chat, with the 4-bit base model and a trained adapter."""
+
+    adapter: str
+    """The adapter/ folder of a run, or any PEFT LoRA adapter."""
+    prompt: str | None = None
+    """Text to answer; without it, it is read from standard input."""
+    chat: bool = False
+    """Converse at the terminal; an empty line ends it."""
+    max_new_tokens: int = 256
+    """Longest answer in tokens."""
+    temperature: float = 0.0
+    """0 always takes the likeliest token; higher samples more freely."""
+
+
+@dataclass(frozen=True)
+class DemoOptions:
+    """Fine-tune a real 135M chat model on this machine and show what it learned, in a few minutes."""
+
+    output_dir: str = "runs/demo"
+    """Folder of the run."""
+    model: str | None = None
+    """Another chat model to use: a folder or hub name."""
+    max_steps: int = 40
+    """Optimizer steps."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command and exit: 0 done, 2 the input cannot be used (one message, no traceback)."""
+    argv = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        if not argv or argv[0] in ("-h", "--help", "help"):
+            sys.stdout.write(USAGE.format(commands=_command_list()))
+        elif argv[0] in ("-V", "--version"):
+            sys.stdout.write(f"qlora-dist {__version__}\n")
+        elif argv[0] in COMMANDS:
+            COMMANDS[argv[0]](argv[1:])
+        else:
+            near = difflib.get_close_matches(argv[0], COMMANDS, n=1)
+            hint = f"Did you mean {near[0]}?" if near else f"The commands are {', '.join(COMMANDS)}."
+            raise ConfigError(f"unknown command {argv[0]!r}. {hint}")
+    except QloraDistError as error:
+        # Every process of a node meets the same mistake; one of them reports it.
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            sys.stdout.flush()
+            sys.stderr.write(f"error: {error}\n")
+        sys.exit(EXIT_USER_ERROR)
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        sys.stderr.write("stopped\n")
+        sys.exit(130)
+
+
+def train_command(argv: list[str]) -> None:
+    """train a model as a YAML file says"""
+    from qlora_dist.config import load_config
+
+    if not argv or argv[0] in ("-h", "--help"):
+        _show_train_help()
+        return
+    config = load_config(argv[0], argv[1:])
+    from qlora_dist.data.sources import check_data_file
+    from qlora_dist.model.files import looks_like_hub_name, resolve_model_folder
+
+    check_data_file(config.data.train, "data.train")
+    if config.data.eval is not None:
+        check_data_file(config.data.eval, "data.eval")
+    if not looks_like_hub_name(config.model.path):
+        resolve_model_folder(config.model.path)
+    _quiet()
+    from qlora_dist.train import train
+
+    train(config)
+
+
+def generate_command(argv: list[str]) -> None:
+    """answer a prompt, or chat, with a trained adapter"""
+    options = _parse(GenerateOptions, argv, "qlora-dist generate")
+    if options.max_new_tokens < 1:
+        raise ConfigError(f"--max_new_tokens is {options.max_new_tokens}, but must be at least 1.")
+    if not 0 <= options.temperature < float("inf"):
+        raise ConfigError(f"--temperature is {options.temperature}, but must be a number from 0 up.")
+    if options.chat and options.prompt is not None:
+        raise ConfigError("--chat and --prompt exclude each other. Leave one out.")
+    _quiet()
+    from qlora_dist.generate import generate
+
+    generate(**vars(options))
+
+
+def demo_command(argv: list[str]) -> None:
+    """the whole story on a small real model, on this machine"""
+    options = _parse(DemoOptions, argv, "qlora-dist demo")
+    if options.max_steps < 1:
+        raise ConfigError(f"--max_steps is {options.max_steps}, but must be at least 1.")
+    _quiet()
+    from qlora_dist.demo import demo
+
+    demo(**vars(options))
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "train": train_command,
+    "generate": generate_command,
+    "demo": demo_command,
+}
+
+
+def _command_list() -> str:
+    return "\n".join(f"  {name:<10} {command.__doc__}" for name, command in COMMANDS.items())
+
+
+def _show_train_help() -> None:
+    """Every key with its type, default and meaning, from the dataclasses; tyro draws it."""
+    import tyro
+
+    from qlora_dist.config import TrainConfig
+
+    tyro.cli(
+        TrainConfig,
+        args=["--help"],
+        prog="qlora-dist train CONFIG.yaml",
+        description="Train as CONFIG.yaml says. Every key of the file can also be given here as --section.key VALUE "
+        "(VALUE in YAML: true, null, 2e-4, [a, b]); defaults < file < command line.",
+        config=(tyro.conf.FlagConversionOff,),
+        use_underscores=True,
+    )
+
+
+_Options = TypeVar("_Options")
+
+
+def _parse(options: type[_Options], argv: list[str], prog: str) -> _Options:
+    import tyro
+
+    return tyro.cli(options, args=argv, prog=prog, config=(tyro.conf.FlagCreatePairsOff,), use_underscores=True)
+
+
+def _quiet() -> None:
+    from qlora_dist.console import quiet_third_parties
+
+    quiet_third_parties()

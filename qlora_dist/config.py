@@ -1,0 +1,463 @@
+"""The training configuration: one frozen dataclass per section, the only owner of every default.
+
+``defaults < YAML file < command line``. YAML values and command-line values go through the same typed reader, so a
+mistake gets the same message wherever it was made. Nothing here imports torch: bad settings are refused in
+milliseconds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin
+
+import yaml
+
+from qlora_dist.errors import ConfigError
+
+IGNORE_INDEX = -100
+"""Label of a token that does not count in the loss; the default of PyTorch's cross-entropy."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    path: str = ""
+    """Folder with safetensors weights, or a hub name. Required."""
+    quantization: Literal["nf4", "fp4", "none"] = "nf4"
+    """4-bit data type of the frozen base; `none` keeps it in `dtype`."""
+    double_quant: bool = True
+    """Quantise the quantisation constants too (0.37 bits per parameter less)."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Compute type. Master adapters are always float32."""
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    """Attention implementation; `auto` takes the model's own choice."""
+    trust_remote_code: bool = False
+    """Allow Python code shipped with the model to run."""
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    rank: int = 16
+    """LoRA rank r."""
+    alpha: float = 32.0
+    """LoRA alpha: the update is scaled by alpha / rank."""
+    dropout: float = 0.0
+    """Dropout on the adapters' input, in [0, 1)."""
+    target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    """Linear layers that get an adapter: `all-linear`, or a list of module names such as [q_proj, v_proj]."""
+    use_rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead (rank-stabilised LoRA)."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    train: str = ""
+    """Training file: JSONL, JSON, Parquet or CSV. Required."""
+    eval: str | None = None
+    """Held-out file in the same form; without it `eval_fraction` may split one off."""
+    format: Literal["auto", "messages", "prompt_completion"] = "auto"
+    """Row layout: a `messages` column, or `prompt` and `completion` columns of plain text."""
+    max_seq_len: int = 1024
+    """Longest sequence in tokens; longer rows are cut at the end."""
+    train_on: Literal["completions", "all"] = "completions"
+    """Tokens that count in the loss: the assistant's (or the completion's) only, or all."""
+    eval_fraction: float = 0.0
+    """Share of the training rows held out for evaluation, in [0, 1)."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"] = "adamw"
+    """AdamW with float32 or block-wise 8-bit state; `paged_` state can be evicted to host memory (CUDA)."""
+    lr: float = 2e-4
+    """Peak learning rate."""
+    schedule: Literal["linear", "cosine", "constant"] = "cosine"
+    """Learning rate after warm-up: down to zero at the last step, or constant."""
+    warmup_steps: int | None = None
+    """Optimizer steps of linear warm-up; excludes `warmup_ratio`."""
+    warmup_ratio: float | None = None
+    """Warm-up as a share of all steps, in [0, 1)."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of the adapters."""
+    max_grad_norm: float | None = 1.0
+    """Clip the global gradient norm to this; null clips nothing."""
+    max_steps: int | None = None
+    """Optimizer steps of the run; excludes `epochs`."""
+    epochs: float | None = None
+    """Passes over the training data; 1 when `max_steps` is not given either."""
+    micro_batch_size: int = 1
+    """Sequences per rank in one forward pass."""
+    grad_accum_steps: int = 1
+    """Micro-batches per rank in one optimizer step."""
+    lora_plus_ratio: float | None = None
+    """LoRA+: learning rate of B matrices over that of A matrices; null means equal."""
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    backend: Literal["auto", "single", "ddp", "fsdp"] = "auto"
+    """How processes share the work: `single` process, `ddp` (a copy each), `fsdp` (the base sharded). `auto` follows
+    the launcher: one process runs `single`, several run `fsdp`."""
+
+
+@dataclass(frozen=True)
+class MemoryConfig:
+    recompute: Literal["auto", "full", "none"] | int = "auto"
+    """Decoder layers whose activations are recomputed in backward: all (`full`, also what `auto` means today), `none`,
+    or the first N."""
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    every: int | None = None
+    """Evaluate every N optimizer steps besides at the start and at the end."""
+    max_batches: int | None = None
+    """At most this many micro-batches per rank in one evaluation."""
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    every: int = 1
+    """Log every N optimizer steps."""
+    tensorboard: bool = True
+    """Write TensorBoard event files."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything a run depends on. Section by section in the order in which the program uses it."""
+
+    output_dir: str = ""
+    """Folder of the run. Required."""
+    seed: int = 0
+    """Seed of data order, adapter initialisation and dropout."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The frozen base model."""
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    """The LoRA adapters, the only part that is trained."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Training and evaluation data."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimizer, schedule and batch."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """Distribution over processes."""
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    """Memory against speed."""
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    """Evaluation during training."""
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    """What is recorded."""
+
+    @property
+    def has_eval(self) -> bool:
+        """Whether some data is held out."""
+        return self.data.eval is not None or self.data.eval_fraction > 0
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Reading: YAML text and command-line pairs become one tree of (value, where it was written) leaves.
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One value as the user wrote it, with the place to name in an error message."""
+
+    value: Any
+    where: str
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """Read a YAML file, apply ``--section.key VALUE`` overrides and check everything.
+
+    Raises:
+        ConfigError: the file is missing or not YAML, a key is unknown, or a value is of the wrong type, impossible,
+            or contradicts another one.
+    """
+    settings = dict(_read_yaml(Path(path)))
+    settings.update(_read_overrides(overrides))
+    config = _build(TrainConfig, settings)
+    validate(config)
+    return config
+
+
+def dump_config(config: TrainConfig) -> str:
+    """The configuration as YAML text that :func:`load_config` reads back to an equal object."""
+    return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False, allow_unicode=True)
+
+
+def flatten(config: TrainConfig) -> dict[str, Any]:
+    """All settings as one mapping from ``section.key`` to value."""
+    return {
+        key: getattr(owner, key.rpartition(".")[2])
+        for key, owner in (
+            (key, config if "." not in key else getattr(config, key.partition(".")[0])) for key in _known_keys()
+        )
+    }
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _read_yaml(path: Path) -> Iterator[tuple[str, Setting]]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"config file {path} does not exist. Give the path of a YAML file, see configs/.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config file {path} cannot be read: {error}.") from None
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"config file {path} is not valid YAML: {error}") from None
+    if root is None:
+        return
+    if not isinstance(root, yaml.MappingNode):
+        raise ConfigError(f"config file {path} must be a mapping of sections, such as `model:` and `data:`.")
+    yield from _walk_yaml(root, path, prefix="")
+
+
+def _walk_yaml(node: yaml.MappingNode, path: Path, prefix: str) -> Iterator[tuple[str, Setting]]:
+    """Yield (dotted key, setting) for each leaf; sections are the keys that hold a dataclass."""
+    loader = yaml.SafeLoader("")
+    seen: dict[str, str] = {}
+    for key_node, value_node in node.value:
+        key = prefix + str(loader.construct_object(key_node, deep=True))
+        where = f"{path}:{key_node.start_mark.line + 1}"
+        if key in seen:
+            raise ConfigError(f"{where}: {key} is set twice, first at {seen[key]}. Remove one.")
+        seen[key] = where
+        if isinstance(value_node, yaml.MappingNode) and key in _sections():
+            yield from _walk_yaml(value_node, path, prefix=key + ".")
+        elif key in _sections():
+            if loader.construct_object(value_node, deep=True) is None:
+                continue  # a section with nothing (or only comments) under it
+            raise ConfigError(f"{where}: {key} is a section: write its keys indented below it, such as `{key}.…`.")
+        else:
+            yield key, Setting(loader.construct_object(value_node, deep=True), where)
+
+
+def _read_overrides(arguments: Sequence[str]) -> Iterator[tuple[str, Setting]]:
+    """Yield settings from ``--section.key VALUE`` or ``--section.key=VALUE``; VALUE is read as YAML."""
+    pending = list(arguments)
+    while pending:
+        argument = pending.pop(0)
+        if not argument.startswith("--"):
+            raise ConfigError(f"unexpected argument {argument!r}. Settings are given as --section.key VALUE.")
+        key, has_value, text = argument[2:].partition("=")
+        if not has_value:
+            if not pending:
+                raise ConfigError(f"--{key} has no value. Settings are given as --section.key VALUE.")
+            text = pending.pop(0)
+        key = key.replace("-", "_")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            value = text
+        yield key, Setting(value, f"--{key}")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Building: from settings to typed dataclasses.
+
+
+def _sections() -> dict[str, type]:
+    hints = typing.get_type_hints(TrainConfig)
+    return {name: hint for name, hint in hints.items() if dataclasses.is_dataclass(hint) and isinstance(hint, type)}
+
+
+def _known_keys() -> list[str]:
+    sections = _sections()
+    keys = [item.name for item in dataclasses.fields(TrainConfig) if item.name not in sections]
+    for name, section in sections.items():
+        keys += [f"{name}.{item.name}" for item in dataclasses.fields(section)]
+    return keys
+
+
+def _build(cls: type[TrainConfig], settings: Mapping[str, Setting]) -> TrainConfig:
+    known = _known_keys()
+    for key, setting in settings.items():
+        if key not in known:
+            raise ConfigError(_unknown_key(key, setting, known))
+    values: dict[str, Any] = {}
+    for name, section in _sections().items():
+        hints = typing.get_type_hints(section)
+        keys = [item.name for item in dataclasses.fields(section) if f"{name}.{item.name}" in settings]
+        values[name] = section(
+            **{key: _typed(f"{name}.{key}", settings[f"{name}.{key}"], hints[key]) for key in keys}
+        )
+    hints = typing.get_type_hints(cls)
+    for key, setting in settings.items():
+        if "." not in key:
+            values[key] = _typed(key, setting, hints[key])
+    return cls(**values)
+
+
+def _unknown_key(key: str, setting: Setting, known: list[str]) -> str:
+    where = "" if setting.where.startswith("--") else f"{setting.where}: "
+    # A user who writes `learning_rate` or forgets the section still means one of the keys that exist.
+    synonyms = {"learning_rate": "lr", "lora_r": "rank", "r": "rank", "batch_size": "micro_batch_size"}
+    leaf = key.rpartition(".")[2]
+    leaf = synonyms.get(leaf, leaf)
+    candidates = [k for k in known if k.rpartition(".")[2] == leaf] or difflib.get_close_matches(key, known, n=1)
+    if not candidates:
+        leaves = {k.rpartition(".")[2]: k for k in known}
+        candidates = [leaves[match] for match in difflib.get_close_matches(leaf, leaves, n=1)]
+    hint = f" Did you mean {candidates[0]}?" if candidates else " `qlora-dist train --help` lists all keys."
+    return f"{where}unknown key {key}.{hint}"
+
+
+def _typed(key: str, setting: Setting, hint: Any) -> Any:
+    try:
+        return _convert(setting.value, hint)
+    except TypeError:
+        prefix = "" if setting.where.startswith("--") else f"{setting.where}: "
+        raise ConfigError(f"{prefix}{key} is {_show(setting.value)}, but must be {_describe(hint)}.") from None
+
+
+def _convert(value: Any, hint: Any) -> Any:
+    """`value` as type `hint`; raises TypeError when it is not one. YAML 1.1 reads 2e-4 as text: accept it as float."""
+    origin = get_origin(hint)
+    if origin in (Union, types.UnionType):
+        for option in get_args(hint):
+            try:
+                return _convert(value, option)
+            except TypeError:
+                continue
+    elif origin is Literal:
+        if value is None and "none" in get_args(hint):  # an unquoted `none` is text in YAML, but people write null
+            return "none"
+        if isinstance(value, str) and value in get_args(hint):
+            return value
+    elif origin is tuple:
+        if isinstance(value, str):
+            value = [value]
+        if isinstance(value, (list, tuple)) and value:
+            return tuple(_convert(item, get_args(hint)[0]) for item in value)
+    elif hint is type(None):
+        if value is None:
+            return None
+    elif hint is bool:
+        if isinstance(value, bool):
+            return value
+    elif hint is int:
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+    elif hint is float:
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return float(value)
+        if isinstance(value, str):
+            try:
+                return float(value)
+            except ValueError:
+                raise TypeError from None
+    elif hint is str and isinstance(value, (str, int, float)) and not isinstance(value, bool):
+        return str(value)
+    raise TypeError
+
+
+def _describe(hint: Any) -> str:
+    origin = get_origin(hint)
+    if origin in (Union, types.UnionType):
+        return " or ".join(_describe(option) for option in get_args(hint))
+    if origin is Literal:
+        return ", ".join(get_args(hint)[:-1]) + (" or " if len(get_args(hint)) > 1 else "") + get_args(hint)[-1]
+    if origin is tuple:
+        return "a list of names"
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+    return names[hint]
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return "empty (null)" if value is None else repr(value)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Checking: values that have the right type and still cannot work.
+
+
+def validate(config: TrainConfig) -> None:
+    """Refuse impossible values and contradicting keys.
+
+    Raises:
+        ConfigError: with the key as it is spelled in YAML, its value, the rule and the remedy.
+    """
+    for key, what in (("model.path", "a model folder or hub name"), ("data.train", "a data file"),
+                      ("output_dir", "a folder for the run")):  # fmt: skip
+        if not flatten(config)[key]:
+            raise ConfigError(f"{key} is missing. Set it to {what}, in the file or with --{key}.")
+    for key, value in flatten(config).items():
+        _check_range(key, value)
+    _check_contradictions(config)
+
+
+_AT_LEAST_ONE = {
+    "adapter.rank", "data.max_seq_len", "optim.max_steps", "optim.micro_batch_size", "optim.grad_accum_steps",
+    "eval.every", "eval.max_batches", "logging.every",
+}  # fmt: skip
+_POSITIVE = {"adapter.alpha", "optim.lr", "optim.max_grad_norm", "optim.epochs", "optim.lora_plus_ratio"}
+_NOT_NEGATIVE = {"optim.warmup_steps", "optim.weight_decay", "seed", "memory.recompute"}
+_FRACTION = {"adapter.dropout", "data.eval_fraction", "optim.warmup_ratio"}
+
+
+def _check_range(key: str, value: Any) -> None:
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return
+    rule = None
+    if value != value or value in (float("inf"), float("-inf")):
+        rule = "must be a finite number"
+    elif key in _AT_LEAST_ONE and value < 1:
+        rule = "must be at least 1"
+    elif key in _POSITIVE and value <= 0:
+        rule = "must be greater than 0"
+    elif key in _NOT_NEGATIVE and value < 0:
+        rule = "must not be negative"
+    elif key in _FRACTION and not 0 <= value < 1:
+        rule = "must be at least 0 and less than 1"
+    if rule is None:
+        return
+    nullable = type(None) in get_args(_hint(key))
+    raise ConfigError(f"{key} is {value}, but {rule}{' (or null, to leave it out)' if nullable else ''}.")
+
+
+def _hint(key: str) -> Any:
+    section, _, leaf = key.rpartition(".")
+    return typing.get_type_hints(_sections()[section] if section else TrainConfig)[leaf]
+
+
+def _check_contradictions(config: TrainConfig) -> None:
+    optim, data = config.optim, config.data
+    if optim.max_steps is not None and optim.epochs is not None:
+        raise ConfigError(
+            f"optim.max_steps ({optim.max_steps}) and optim.epochs ({optim.epochs:g}) both say how long to train. "
+            "Keep one and set the other to null."
+        )
+    if optim.warmup_steps is not None and optim.warmup_ratio is not None:
+        raise ConfigError(
+            f"optim.warmup_steps ({optim.warmup_steps}) and optim.warmup_ratio ({optim.warmup_ratio:g}) both set the "
+            "warm-up. Keep one and set the other to null."
+        )
+    if optim.max_steps is not None and optim.warmup_steps is not None and optim.warmup_steps > optim.max_steps:
+        raise ConfigError(
+            f"optim.warmup_steps ({optim.warmup_steps}) is longer than optim.max_steps ({optim.max_steps}): the "
+            "learning rate would never reach optim.lr. Shorten the warm-up."
+        )
+    if data.eval is not None and data.eval_fraction > 0:
+        raise ConfigError(
+            f"data.eval ({data.eval}) and data.eval_fraction ({data.eval_fraction:g}) both choose the evaluation data. "
+            "Keep one; data.eval_fraction: 0 splits nothing off."
+        )
+    if not config.has_eval and (config.eval.every is not None or config.eval.max_batches is not None):
+        raise ConfigError(
+            "eval.every or eval.max_batches is set, but there is nothing to evaluate on. "
+            "Set data.eval to a file, or data.eval_fraction to the share to hold out."
+        )

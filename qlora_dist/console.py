@@ -1,0 +1,110 @@
+"""What a person sees: a live bar on a terminal, plain lines in a log file, and nothing from third parties."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
+
+from qlora_dist.metrics import EvalMetrics, StepMetrics
+
+
+def quiet_third_parties() -> None:
+    """Silence banners, progress bars and deprecation warnings of the libraries; call before importing them."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    warnings.filterwarnings("ignore")
+    for name in ("bitsandbytes", "accelerate", "peft", "torch.distributed", "datasets", "root"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+class Reporter:
+    """Speaks for the run on rank 0; on other ranks it is silent."""
+
+    def __init__(self, is_main: bool, file: TextIO | None = None) -> None:
+        self.console = Console(file=file or sys.stdout, quiet=not is_main, highlight=False, soft_wrap=True)
+        self._num_steps = 0
+        self._progress: Progress | None = None
+
+    def say(self, text: str) -> None:
+        """One plain line."""
+        self.console.print(text, markup=False)
+
+    @contextmanager
+    def training(self, num_steps: int) -> Iterator[None]:
+        """Show a live bar while the body runs, when there is a terminal to show it on."""
+        self._num_steps = num_steps
+        if not self.console.is_terminal or self.console.quiet:
+            yield
+            return
+        columns = (TextColumn("step {task.completed}/{task.total}"), BarColumn(bar_width=None),
+                   TextColumn("{task.fields[status]}"), TimeElapsedColumn())  # fmt: skip
+        with Progress(*columns, console=self.console, transient=True) as progress:
+            self._progress = progress
+            progress.add_task("train", total=num_steps, status="")
+            try:
+                yield
+            finally:
+                self._progress = None
+
+    @contextmanager
+    def loading(self, total_bytes: int) -> Iterator[Callable[[int], None]]:
+        """Progress of reading weights; the body calls what it gets with the bytes read so far."""
+        started = time.perf_counter()
+        columns = (TextColumn("loading"), BarColumn(bar_width=None), DownloadColumn(binary_units=True))
+        hidden = not self.console.is_terminal or self.console.quiet
+        last = 0
+        with Progress(*columns, console=self.console, transient=True, disable=hidden) as progress:
+            task = progress.add_task("load", total=total_bytes)
+
+            def on_bytes(num_bytes: int) -> None:
+                nonlocal last
+                last = num_bytes
+                progress.update(task, completed=num_bytes)
+
+            yield on_bytes
+        seconds = time.perf_counter() - started
+        self.say(f"base model: this rank read {last / 2**20:,.0f} of {total_bytes / 2**20:,.0f} MiB in {seconds:.1f} s")
+
+    def step(self, row: StepMetrics, seconds_left: float | None) -> None:
+        """One logged optimizer step."""
+        status = step_line(row, self._num_steps, seconds_left)
+        if self._progress is not None:
+            task = self._progress.task_ids[0]
+            self._progress.update(task, completed=row.step, status=status.partition(" | ")[2])
+        else:
+            self.say(status)
+
+    def evaluation(self, row: EvalMetrics) -> None:
+        """One evaluation."""
+        self.say(
+            f"eval at step {row.step} | loss {row.eval_loss:.4f} | perplexity {row.eval_perplexity:.2f} | "
+            f"{row.num_target_tokens:,} target tokens | {row.seconds:.1f} s"
+        )
+
+
+def step_line(row: StepMetrics, num_steps: int, seconds_left: float | None) -> str:
+    """A logged step as one line of text."""
+    left = "" if seconds_left is None else f" | {duration(seconds_left)} left"
+    return (
+        f"step {row.step}/{num_steps} | loss {row.loss:.4f} | grad {row.grad_norm:.3f} | lr {row.lr:.2e} | "
+        f"{row.tokens_per_second:,.0f} tok/s | mem {row.peak_memory_gib:.2f} GiB | {row.step_seconds:.2f} s{left}"
+    )
+
+
+def duration(seconds: float) -> str:
+    """`75` as `1m15s`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"

@@ -1,0 +1,56 @@
+"""Token-weighted loss on held-out data, over all ranks, uneven splits included."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from qlora_dist.config import EvalConfig
+from qlora_dist.data.chat import Sample
+from qlora_dist.data.sampler import collate, eval_batches
+from qlora_dist.metrics import EvalMetrics
+from qlora_dist.model.loss import target_loss_sum
+from qlora_dist.runtime import Runtime
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    samples: Sequence[Sample],
+    config: EvalConfig,
+    runtime: Runtime,
+    *,
+    micro_batch_size: int,
+    pad_token_id: int,
+    step: int = 0,
+    epoch: float = 0.0,
+) -> EvalMetrics:
+    """Mean cross-entropy per target token of `samples`; a collective, the same result on every rank."""
+    started = time.perf_counter()
+    was_training = model.training
+    model.eval()
+    sums = torch.zeros(2, dtype=torch.float64, device=runtime.device)  # loss, target tokens
+    for number, indices in enumerate(
+        eval_batches(len(samples), micro_batch_size, runtime.rank, runtime.world_size), start=1
+    ):
+        if config.max_batches is not None and number > config.max_batches:
+            break
+        batch = collate([samples[i] for i in indices], pad_token_id).to(runtime.device)
+        with runtime.autocast():
+            sums[0] += target_loss_sum(model, batch.input_ids, batch.attention_mask, batch.labels)
+        sums[1] += batch.num_targets
+    model.train(was_training)
+    loss_sum, num_targets = runtime.sum_over_ranks(sums).tolist()
+    loss = loss_sum / num_targets
+    return EvalMetrics(
+        step=step,
+        eval_loss=loss,
+        eval_perplexity=math.exp(min(loss, 700.0)),  # exp overflows beyond 709
+        num_target_tokens=int(num_targets),
+        seconds=time.perf_counter() - started,
+        epoch=epoch,
+    )

@@ -1,0 +1,185 @@
+"""What is measured: one row per logged step, to metrics.jsonl and TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+import torch
+
+from qlora_dist.config import LoggingConfig
+
+if TYPE_CHECKING:
+    from qlora_dist.console import Reporter
+    from qlora_dist.runtime import Runtime
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class StepSums:
+    """What one optimizer step leaves on the device; all 0-dim float32. Reading it waits for the device."""
+
+    loss: torch.Tensor
+    """This rank's share of the global mean loss: the sum over ranks is the loss."""
+    grad_norm: torch.Tensor
+    num_targets: torch.Tensor
+    num_tokens: torch.Tensor
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """One optimizer step, over all ranks."""
+
+    step: int
+    loss: float
+    """Mean cross-entropy per target token of the global batch, in nats."""
+    grad_norm: float
+    """Global gradient norm before clipping."""
+    lr: float
+    num_tokens: int
+    """Tokens of the global batch, padding excluded."""
+    num_target_tokens: int
+    tokens_per_second: float
+    """`num_tokens` over `step_seconds`."""
+    step_seconds: float
+    peak_memory_gib: float
+    """Largest over ranks: allocated on the GPU, or resident in host memory on CPU, since the start."""
+    mfu: float | None
+    """Model FLOPs utilisation; null until the peak of the device is measured."""
+    epoch: float
+
+
+@dataclass(frozen=True)
+class EvalMetrics:
+    """One evaluation, over all ranks."""
+
+    step: int
+    eval_loss: float
+    """Mean cross-entropy per target token of the evaluation set, in nats."""
+    eval_perplexity: float
+    num_target_tokens: int
+    seconds: float
+    epoch: float
+
+
+class MetricsWriter:
+    """Appends rows to metrics.jsonl, each flushed, and mirrors the numbers to TensorBoard; rank 0 only."""
+
+    def __init__(self, folder: Path, config: LoggingConfig) -> None:
+        self._file: TextIO = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+        self._board: Any = None
+        if config.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(folder / "tensorboard"))
+
+    def write(self, row: StepMetrics | EvalMetrics) -> None:
+        """Add one row."""
+        values = vars(row)
+        self._file.write(json.dumps(values) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            prefix = "eval" if isinstance(row, EvalMetrics) else "train"
+            for name, value in values.items():
+                if name != "step" and value is not None:
+                    self._board.add_scalar(f"{prefix}/{name.removeprefix('eval_')}", value, row.step)
+
+    def close(self) -> None:
+        """Flush everything."""
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+class Recorder:
+    """Turns steps into rows on rank 0; all ranks call it alike, since the loss is summed over them.
+
+    Between two logged steps nothing is read from the device. Times are means over the steps since the last row,
+    evaluation excluded.
+    """
+
+    def __init__(
+        self, folder: Path, config: LoggingConfig, runtime: Runtime, reporter: Reporter, num_steps: int
+    ) -> None:
+        self._config = config
+        self._runtime = runtime
+        self._reporter = reporter
+        self._num_steps = num_steps
+        self._writer = MetricsWriter(folder, config) if runtime.is_main else None
+        self._stack = ExitStack()
+        self._window_steps = 0
+        self._window_tokens = torch.zeros((), device=runtime.device)
+        self._window_started = time.perf_counter()
+        self._seconds_per_step: list[float] = []
+
+    def __enter__(self) -> Recorder:
+        self._stack.enter_context(self._reporter.training(self._num_steps))
+        self._window_started = time.perf_counter()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stack.close()
+        if self._writer is not None:
+            self._writer.close()
+
+    def step(self, step: int, lr: float, sums: StepSums, epoch: float) -> None:
+        """One optimizer step is done; writes a row when `logging.every` says so."""
+        self._window_steps += 1
+        self._window_tokens += sums.num_tokens
+        if step % self._config.every and step != self._num_steps:
+            return
+        loss = self._runtime.sum_over_ranks(sums.loss)
+        peak = self._runtime.max_over_ranks(peak_memory_gib(self._runtime.device))
+        values = torch.stack([loss, sums.grad_norm, sums.num_tokens, sums.num_targets, self._window_tokens]).tolist()
+        seconds = time.perf_counter() - self._window_started
+        row = StepMetrics(
+            step=step,
+            loss=values[0],
+            grad_norm=values[1],
+            lr=lr,
+            num_tokens=int(values[2]),
+            num_target_tokens=int(values[3]),
+            tokens_per_second=values[4] / seconds,
+            step_seconds=seconds / self._window_steps,
+            peak_memory_gib=peak,
+            mfu=None,
+            epoch=epoch,
+        )
+        self._seconds_per_step.append(row.step_seconds)
+        if self._writer is not None:
+            self._writer.write(row)
+        self._reporter.step(row, self._seconds_left(step))
+        self._restart_window()
+
+    def evaluation(self, row: EvalMetrics) -> None:
+        """An evaluation is done."""
+        if self._writer is not None:
+            self._writer.write(row)
+        self._reporter.evaluation(row)
+        self._window_started += row.seconds
+
+    def _seconds_left(self, step: int) -> float | None:
+        if len(self._seconds_per_step) < 2 or step == self._num_steps:
+            return None
+        recent = self._seconds_per_step[1:][-20:]  # the first one includes warm-up
+        return (self._num_steps - step) * sum(recent) / len(recent)
+
+    def _restart_window(self) -> None:
+        self._window_steps = 0
+        self._window_tokens.zero_()
+        self._window_started = time.perf_counter()
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Peak memory of this process in GiB: allocated on its GPU, or resident on the host when it has none."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / GIB
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux, bytes on macOS
+    return peak / GIB if sys.platform == "darwin" else peak * 1024 / GIB

@@ -1,0 +1,107 @@
+"""Where a model's files are: folder or hub name to a local folder with safetensors weights. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from qlora_dist.errors import ModelError
+
+_HUB_NAME = re.compile(r"^[\w.-]+/[\w.-]+$")
+_WANTED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt"]
+
+
+def looks_like_hub_name(path: str) -> bool:
+    """Whether `path` could be `owner/name` on a model hub rather than a local folder."""
+    return not Path(path).exists() and _HUB_NAME.match(path) is not None
+
+
+def resolve_model_folder(path: str) -> Path:
+    """The local folder of a model; a hub name is downloaded (or found in the hub's cache) first.
+
+    Raises:
+        ModelError: no such folder, or the hub name cannot be fetched, or what is there is not a safetensors model.
+    """
+    if looks_like_hub_name(path):
+        folder = _download(path)
+    else:
+        folder = Path(path)
+        if not folder.exists():
+            raise ModelError(
+                f"model.path {path} does not exist. Give a folder with config.json and *.safetensors, "
+                "or a hub name such as owner/model."
+            )
+        if not folder.is_dir():
+            raise ModelError(f"model.path {path} is a file. Give the folder that holds config.json and *.safetensors.")
+    check_model_folder(folder)
+    return folder
+
+
+def check_model_folder(folder: Path) -> None:
+    """Refuse a folder that holds no transformers model in safetensors format.
+
+    Raises:
+        ModelError: naming the file that is missing.
+    """
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"model folder {folder} has no config.json, so it is not a transformers model.")
+    read_json(folder / "config.json")
+    if not any(folder.glob("*.safetensors")):
+        others = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".gguf"))
+        found = f" It has {others[0]}, which is not read: pickle files can run code." if others else ""
+        raise ModelError(
+            f"model folder {folder} has no *.safetensors files.{found} Convert the model once with transformers: "
+            f"AutoModelForCausalLM.from_pretrained(SOURCE).save_pretrained(FOLDER)."
+        )
+
+
+def weight_files(folder: Path) -> dict[str, Path]:
+    """Map each tensor name in the folder's safetensors files to the file that holds it."""
+    from safetensors import SafetensorError, safe_open
+
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names: dict[str, str] = read_json(index)["weight_map"]
+        for file in sorted(set(names.values())):
+            if not (folder / file).is_file():
+                raise ModelError(f"{folder / file} is missing, though {index.name} names it. Copy the model again.")
+        return {name: folder / file for name, file in names.items()}
+    files: dict[str, Path] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(str(file), framework="pt") as reader:
+                files.update(dict.fromkeys(reader.keys(), file))
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{file} is not a readable safetensors file ({error}). Copy the model again.") from None
+    return files
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object that belongs to a model or adapter.
+
+    Raises:
+        ModelError: the file is not a JSON object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} is not readable JSON: {error}.") from None
+    if not isinstance(value, dict):
+        raise ModelError(f"{path} must hold a JSON object.")
+    return value
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=_WANTED))
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"model.path {name} is not a local folder and could not be fetched from the hub: {reason} "
+            "Check the name and the network, or give a local folder."
+        ) from None

@@ -1,0 +1,160 @@
+"""4-bit linear layers whose quantisation constants are parameters, so that they shard with the weight.
+
+bitsandbytes keeps the constants of a 4-bit weight in a ``QuantState``, a plain Python attribute that every sharding
+engine leaves behind: each GPU then holds all of them, 1.0 GiB for a 70B model with double quantisation and 4.0 GiB
+without. Here they are frozen parameters, next to the packed weight, and the ``QuantState`` is put together from
+whatever the parameters hold when the layer runs (gathered by then, under sharding).
+
+The numbers are bitsandbytes' own: NF4 and FP4 of QLoRA (https://arxiv.org/abs/2305.14314, section 3), in blocks of 64,
+with the block maxima quantised again to 8 bits in blocks of 256 after their mean is subtracted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal
+
+import bitsandbytes as bnb
+import torch
+from bitsandbytes import functional as bnb_functional
+from torch import nn
+
+BLOCK_SIZE = 64
+"""Elements that share one quantisation constant."""
+NESTED_BLOCK_SIZE = 256
+"""Quantisation constants that share one second-level constant; the only size bitsandbytes' kernels support."""
+
+
+@dataclass(frozen=True)
+class QuantFormat:
+    """How a matrix is stored in 4 bits."""
+
+    quant_type: Literal["nf4", "fp4"] = "nf4"
+    double_quant: bool = True
+    block_size: int = BLOCK_SIZE
+
+    def num_blocks(self, numel: int) -> int:
+        """Number of quantisation constants of a matrix with `numel` elements."""
+        return -(-numel // self.block_size)
+
+
+@dataclass
+class QuantizedTensors:
+    """The tensors that make up one 4-bit matrix (or a contiguous part of one)."""
+
+    weight: torch.Tensor  # (ceil(numel / 2), 1) uint8, two elements a byte
+    absmax: torch.Tensor  # (num_blocks,) float32, or uint8 with double quantisation
+    absmax_scale: torch.Tensor | None = None  # (ceil(num_blocks / 256),) float32, double quantisation only
+    absmax_offset: torch.Tensor | None = None  # (1,) float32, double quantisation only
+
+
+class QuantizedLinear(bnb.nn.Linear4bit):
+    """bitsandbytes' 4-bit linear with its constants as parameters; created empty on the meta device.
+
+    Shapes:
+        input (..., in_features) to output (..., out_features), in the dtype of the input.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool, fmt: QuantFormat, dtype: torch.dtype) -> None:
+        super().__init__(in_features, out_features, bias, dtype, fmt.double_quant, fmt.quant_type, device="meta")
+        self.format = fmt
+        numel = in_features * out_features
+        num_blocks = fmt.num_blocks(numel)
+        self.weight = _frozen(-(-numel // 2), 1, dtype=torch.uint8)
+        # peft reads these two from the weight when it wraps the layer.
+        self.weight.quant_type = fmt.quant_type
+        self.weight.compress_statistics = fmt.double_quant
+        self.absmax = _frozen(num_blocks, dtype=torch.uint8 if fmt.double_quant else torch.float32)
+        if fmt.double_quant:
+            self.absmax_scale = _frozen(-(-num_blocks // NESTED_BLOCK_SIZE), dtype=torch.float32)
+            self.absmax_offset = _frozen(1, dtype=torch.float32)
+        if self.bias is not None:
+            self.bias = _frozen(out_features, dtype=dtype)
+
+    def quant_state_now(self) -> bnb_functional.QuantState:
+        """The bitsandbytes state of the weight, over the parameters as they are now (no copies)."""
+        nested = None
+        offset = None
+        if self.format.double_quant:
+            offset = self.absmax_offset[0]
+            nested = bnb_functional.QuantState(
+                absmax=self.absmax_scale,
+                code=_dynamic_code(self.weight.device),
+                blocksize=NESTED_BLOCK_SIZE,
+                dtype=torch.float32,
+            )
+        return bnb_functional.QuantState(
+            absmax=self.absmax,
+            shape=torch.Size((self.out_features, self.in_features)),
+            code=_four_bit_code(self.format.quant_type, self.weight.device),
+            blocksize=self.format.block_size,
+            quant_type=self.format.quant_type,
+            # Backward dequantises in this dtype and forward in the input's: they must be the same one, or the
+            # gradient is not that of the function that was evaluated.
+            dtype=self.compute_dtype,
+            offset=offset,
+            state2=nested,
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (..., in_features) -> (..., out_features)
+        # Not Linear4bit.forward: on CPUs with AVX512-BF16 it repacks the weight in place in eval mode, after which
+        # training yields no gradient; and it looks for the state in attributes that sharding does not carry along.
+        return bnb.matmul_4bit(
+            x.to(self.compute_dtype), self.weight, quant_state=self.quant_state_now(), bias=self.bias
+        ).to(x.dtype)
+
+    def dequantized(self) -> torch.Tensor:
+        """The weight as (out_features, in_features) in the compute dtype; needs all parameters whole."""
+        return bnb_functional.dequantize_4bit(self.weight, self.quant_state_now())
+
+
+def quantize_blocks(elements: torch.Tensor, fmt: QuantFormat) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantise a flat run of elements that starts on a block border.
+
+    Args:
+        elements: (n,) bfloat16. Weights are cast to bfloat16 first, whatever the checkpoint holds.
+
+    Returns:
+        packed (ceil(n / 2), 1) uint8, and absmax (ceil(n / block_size),) float32.
+    """
+    packed, state = bnb_functional.quantize_4bit(
+        elements, blocksize=fmt.block_size, compress_statistics=False, quant_type=fmt.quant_type
+    )
+    return packed, state.absmax
+
+
+def quantize_absmax(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Second quantisation, of all block maxima of one matrix (QLoRA section 3, "double quantization").
+
+    Args:
+        absmax: (num_blocks,) float32, the whole matrix's: the mean over all of them is part of the result.
+
+    Returns:
+        absmax (num_blocks,) uint8, scale (ceil(num_blocks / 256),) float32, offset (1,) float32.
+    """
+    offset = absmax.mean()
+    quantized, nested = bnb_functional.quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCK_SIZE)
+    return quantized, nested.absmax, offset.reshape(1)
+
+
+def quantize_matrix(matrix: torch.Tensor, fmt: QuantFormat) -> QuantizedTensors:
+    """Quantise a whole (out_features, in_features) matrix, byte for byte as ``bnb.functional.quantize_4bit`` does."""
+    packed, absmax = quantize_blocks(matrix.to(torch.bfloat16).reshape(-1), fmt)
+    if not fmt.double_quant:
+        return QuantizedTensors(packed, absmax)
+    return QuantizedTensors(packed, *quantize_absmax(absmax))
+
+
+def _frozen(*shape: int, dtype: torch.dtype) -> nn.Parameter:
+    return nn.Parameter(torch.empty(*shape, dtype=dtype, device="meta"), requires_grad=False)
+
+
+@cache
+def _four_bit_code(quant_type: str, device: torch.device) -> torch.Tensor:
+    return bnb_functional.get_4bit_type(quant_type, device=device)  # (16,) float32
+
+
+@cache
+def _dynamic_code(device: torch.device) -> torch.Tensor:
+    return bnb_functional.create_dynamic_map().to(device)  # (256,) float32

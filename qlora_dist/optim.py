@@ -1,0 +1,141 @@
+"""AdamW over flat buffers, and the learning rate as a pure function of the step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from qlora_dist.config import OptimConfig
+from qlora_dist.model.shards import local_part
+
+ADAM_BETAS = (0.9, 0.999)
+ADAM_EPS = 1e-8
+
+
+def lr_at(step: int, num_steps: int, config: OptimConfig) -> float:
+    """Learning rate of optimizer step `step`, the first being 1.
+
+    Linear warm-up over w steps reaches `optim.lr` at step w + 1; after that constant, or linearly or along a half
+    cosine (SGDR, https://arxiv.org/abs/1608.03983, eq. 5) to zero just after the last step.
+    """
+    warmup = warmup_steps(num_steps, config)
+    if step <= warmup:
+        return config.lr * step / (warmup + 1)
+    progress = (step - 1 - warmup) / max(1, num_steps - warmup)  # 0 at the first full-rate step, below 1 at the last
+    if config.schedule == "linear":
+        return config.lr * (1 - progress)
+    if config.schedule == "cosine":
+        return config.lr * (1 + math.cos(math.pi * progress)) / 2
+    return config.lr
+
+
+def warmup_steps(num_steps: int, config: OptimConfig) -> int:
+    """Number of warm-up steps of a run of `num_steps`."""
+    if config.warmup_steps is not None:
+        return config.warmup_steps
+    return int(num_steps * (config.warmup_ratio or 0.0))
+
+
+class FlatAdamW:
+    """AdamW whose every parameter group is one contiguous float32 buffer of this rank's parts.
+
+    One buffer because optimizers in bitsandbytes refuse sharded tensors, keep state of small tensors in 32 bits, and
+    page only tensors of 100,000 elements or more, which single shards of adapters seldom are. It also makes the norm,
+    the update and (for unsharded parameters) the reduction over ranks one operation each.
+
+    Unsharded parameters become views of the buffer and their gradients views of its gradient, so nothing is copied.
+    Sharded ones keep the memory that the sharding engine gathers from, and are copied in and out at each step.
+    """
+
+    def __init__(self, params: Mapping[str, nn.Parameter], config: OptimConfig) -> None:
+        groups = _groups(params, config)
+        self._config = config
+        self._groups = [_FlatGroup(list(members), multiplier) for multiplier, members in groups.items()]
+        self._optimizer = _build_optimizer([group.flat for group in self._groups], config)
+
+    @property
+    def gradients(self) -> list[torch.Tensor]:
+        """The flat float32 gradient of each group, this rank's part."""
+        return [group.flat_grad for group in self._groups]
+
+    def collect_gradients(self) -> None:
+        """Bring the gradients of sharded parameters into the flat buffers."""
+        for group in self._groups:
+            group.collect_gradients()
+
+    def step(self, lr: float) -> None:
+        """Update the parameters from the flat gradients and clear them."""
+        for group, settings in zip(self._groups, self._optimizer.param_groups, strict=True):
+            settings["lr"] = lr * group.lr_multiplier
+        self._optimizer.step()
+        for group in self._groups:
+            group.publish()
+            group.flat_grad.zero_()
+
+
+class _FlatGroup:
+    """Parameters that share a learning rate, laid end to end."""
+
+    @torch.no_grad()
+    def __init__(self, params: list[nn.Parameter], lr_multiplier: float) -> None:
+        self.lr_multiplier = lr_multiplier
+        self._params = params
+        locals_ = [local_part(param) for param in params]
+        self.flat = nn.Parameter(torch.cat([local.reshape(-1) for local in locals_]))
+        self.flat_grad = torch.zeros_like(self.flat)
+        self.flat.grad = self.flat_grad
+        sizes = [local.numel() for local in locals_]
+        self._values = [v.view_as(p) for v, p in zip(self.flat.data.split(sizes), locals_, strict=True)]
+        self._grads = [v.view_as(p) for v, p in zip(self.flat_grad.split(sizes), locals_, strict=True)]
+        self._sharded = any(local is not param for local, param in zip(locals_, params, strict=True))
+        if not self._sharded:
+            for param, value, grad in zip(params, self._values, self._grads, strict=True):
+                param.data = value
+                param.grad = grad  # backward accumulates into it in place
+
+    @torch.no_grad()
+    def collect_gradients(self) -> None:
+        if not self._sharded:
+            return
+        for param, grad in zip(self._params, self._grads, strict=True):
+            if param.grad is not None:
+                grad.copy_(local_part(param.grad))
+                param.grad = None
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        if self._sharded:
+            torch._foreach_copy_([local_part(param) for param in self._params], self._values)
+
+
+def _groups(params: Mapping[str, nn.Parameter], config: OptimConfig) -> dict[float, list[nn.Parameter]]:
+    """Parameters by learning-rate multiplier. LoRA+ (https://arxiv.org/abs/2402.12354) trains B faster than A."""
+    groups: dict[float, list[nn.Parameter]] = {}
+    for name, param in params.items():
+        multiplier = config.lora_plus_ratio or 1.0 if ".lora_B." in name else 1.0
+        groups.setdefault(multiplier, []).append(param)
+    return groups
+
+
+def _build_optimizer(flats: list[nn.Parameter], config: OptimConfig) -> Any:
+    settings: dict[str, Any] = {
+        "lr": config.lr,
+        "betas": ADAM_BETAS,
+        "eps": ADAM_EPS,
+        "weight_decay": config.weight_decay,
+    }
+    groups = [{"params": [flat]} for flat in flats]
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, fused=True, **settings)
+    from bitsandbytes import optim as bnb_optim
+
+    classes = {
+        "adamw_8bit": bnb_optim.AdamW8bit,
+        "paged_adamw_8bit": bnb_optim.PagedAdamW8bit,
+        "paged_adamw_32bit": bnb_optim.PagedAdamW32bit,
+    }
+    return classes[config.optimizer](groups, **settings)

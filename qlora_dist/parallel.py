@@ -1,0 +1,164 @@
+"""How processes share the model and the work: the only module that knows a backend by name."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal, Protocol
+
+import torch
+from torch import distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+
+from qlora_dist.config import OptimConfig, TrainConfig
+from qlora_dist.errors import LaunchError
+from qlora_dist.model.adapters import adapter_parameters
+from qlora_dist.model.shards import shard_group, whole_tensor
+from qlora_dist.model.skeleton import decoder_layers
+from qlora_dist.optim import FlatAdamW
+from qlora_dist.runtime import Runtime, launched_world_size
+
+Backend = Literal["single", "ddp", "fsdp"]
+
+
+def choose_backend(config: TrainConfig) -> Backend:
+    """The backend of this run, from the config and from what the launcher started; needs no process group.
+
+    Raises:
+        LaunchError: the launcher and `parallel.backend` contradict each other.
+    """
+    asked, world_size = config.parallel.backend, launched_world_size()
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        raise LaunchError(
+            "the launcher was told to use DeepSpeed, which this version does not run. "
+            "Remove --use_deepspeed (or distributed_type: DEEPSPEED) and set parallel.backend: fsdp."
+        )
+    launcher_fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if launcher_fsdp and asked not in ("auto", "fsdp"):
+        raise LaunchError(
+            f"parallel.backend is {asked}, but the launcher was told to use FSDP. "
+            "Remove --use_fsdp from the launcher, or set parallel.backend: auto."
+        )
+    if asked == "single" and world_size > 1:
+        raise LaunchError(
+            f"parallel.backend is single, but the launcher started {world_size} processes. "
+            "Start one process, or set parallel.backend: auto, ddp or fsdp."
+        )
+    if asked != "auto":
+        return asked
+    return "fsdp" if launcher_fsdp or world_size > 1 else "single"
+
+
+class Engine(Protocol):
+    """What the loop needs from a backend: one micro-batch's backward, and one update."""
+
+    def backward(self, loss: torch.Tensor, is_last_micro_batch: bool) -> None:
+        """Add the gradient of `loss` (already divided by the global token count); ranks are summed at the last."""
+
+    def update(self, lr: float, max_grad_norm: float | None) -> torch.Tensor:
+        """Clip, step, clear gradients; returns the global gradient norm before clipping (0-dim, on the device)."""
+
+    def whole_adapter(self) -> dict[str, torch.Tensor]:
+        """All adapter tensors, whole, on the CPU, by parameter name; a collective."""
+
+
+class ReplicatedEngine:
+    """Every rank holds the whole model; adapter gradients are summed in one flat all-reduce per optimizer step."""
+
+    def __init__(self, model: nn.Module, config: OptimConfig, runtime: Runtime) -> None:
+        self._model = model
+        self._runtime = runtime
+        self._optimizer = FlatAdamW(adapter_parameters(model), config)
+
+    def backward(self, loss: torch.Tensor, is_last_micro_batch: bool) -> None:
+        loss.backward()
+
+    def update(self, lr: float, max_grad_norm: float | None) -> torch.Tensor:
+        gradients = self._optimizer.gradients
+        for gradient in gradients:
+            self._runtime.sum_over_ranks(gradient)
+        norm = _squared_norm(gradients).sqrt()
+        _clip(gradients, norm, max_grad_norm)
+        self._optimizer.step(lr)
+        return norm
+
+    def whole_adapter(self) -> dict[str, torch.Tensor]:
+        return _whole_adapter(self._model)
+
+
+class ShardedEngine:
+    """Base and adapters are sharded layer by layer (FSDP2); gradients are reduced to their shards at the last
+    micro-batch of a step."""
+
+    def __init__(self, model: FSDPModule, config: OptimConfig) -> None:
+        self._model = model
+        self._optimizer = FlatAdamW(adapter_parameters(model), config)
+        self._group = shard_group(next(iter(adapter_parameters(model).values())))
+
+    def backward(self, loss: torch.Tensor, is_last_micro_batch: bool) -> None:
+        self._model.set_requires_gradient_sync(is_last_micro_batch)
+        self._model.set_is_last_backward(is_last_micro_batch)
+        loss.backward()
+
+    def update(self, lr: float, max_grad_norm: float | None) -> torch.Tensor:
+        self._optimizer.collect_gradients()
+        gradients = self._optimizer.gradients
+        squared = _squared_norm(gradients)
+        dist.all_reduce(squared, group=self._group)
+        norm = squared.sqrt()
+        _clip(gradients, norm, max_grad_norm)
+        self._optimizer.step(lr)
+        return norm
+
+    def whole_adapter(self) -> dict[str, torch.Tensor]:
+        return _whole_adapter(self._model)
+
+
+def shard_skeleton(model: nn.Module, backend: Backend, runtime: Runtime) -> None:
+    """Cut a meta-device model into this rank's shards, decoder layer by decoder layer; a no-op unless `fsdp`."""
+    if backend != "fsdp":
+        return
+    if not dist.is_initialized():  # one process: sharding still needs a group, of itself
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    mesh = init_device_mesh(runtime.device.type, (runtime.world_size,))
+    # No mixed-precision policy: it would cast the float32 quantisation constants to bfloat16 on the way.
+    # The base is frozen in its storage type already, and autocast casts the adapters.
+    with _integer_parameters_allowed():
+        for layer in decoder_layers(model):
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            # Losses are divided by the global token count before backward, so gradients are summed, not averaged.
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+
+
+def build_engine(model: nn.Module, config: OptimConfig, runtime: Runtime) -> Engine:
+    """The engine for a loaded model; builds the optimizer, so the adapters must have their initial values."""
+    if isinstance(model, FSDPModule):
+        return ShardedEngine(model, config)
+    return ReplicatedEngine(model, config, runtime)
+
+
+def _whole_adapter(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: whole_tensor(param).cpu() for name, param in adapter_parameters(model).items()}
+
+
+def _squared_norm(gradients: list[torch.Tensor]) -> torch.Tensor:
+    return torch.stack([torch.linalg.vector_norm(gradient) ** 2 for gradient in gradients]).sum()
+
+
+def _clip(gradients: list[torch.Tensor], norm: torch.Tensor, max_norm: float | None) -> None:
+    if max_norm is not None:
+        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        for gradient in gradients:
+            gradient.mul_(factor)
+
+
+@contextmanager
+def _integer_parameters_allowed() -> Iterator[None]:
+    yield

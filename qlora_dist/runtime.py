@@ -1,0 +1,99 @@
+"""The processes of a run: which device this one has, who the others are, and what they agree on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import distributed as dist
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """This process among `world_size`; one object, made once by :func:`start_runtime`."""
+
+    accelerator: Accelerator
+    device: torch.device
+    rank: int
+    local_rank: int
+    world_size: int
+    compute_dtype: torch.dtype
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and speaks to the user."""
+        return self.rank == 0
+
+    @contextmanager
+    def main_first(self) -> Iterator[None]:
+        """Run the body on each node's first process before the others, so that they find its caches."""
+        with self.accelerator.local_main_process_first():
+            yield
+
+    def sum_over_ranks(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum in place over all ranks and return the tensor; a collective."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def max_over_ranks(self, value: float) -> float:
+        """Largest of a number over all ranks; a collective that waits for the device."""
+        if self.world_size == 1:
+            return value
+        tensor = torch.tensor(value, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return tensor.item()
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """Compute in the run's dtype: float32 master adapters are cast where they are used."""
+        if self.compute_dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.compute_dtype)
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        self.accelerator.wait_for_everyone()
+
+    def close(self) -> None:
+        """Leave the process group in order: a gloo process that exits while another still talks to it aborts."""
+        self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()
+
+
+def launched_world_size() -> int:
+    """Number of processes that the launcher started, known before torch is imported."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def start_runtime(seed: int, dtype: Literal["bfloat16", "float32"]) -> Runtime:
+    """Join the process group that the launcher set up (if any), pick the device, set seeds and thread counts."""
+    use_cpu = not torch.cuda.is_available()
+    if use_cpu:
+        _limit_threads()
+    accelerator = Accelerator(cpu=use_cpu, mixed_precision="no")
+    runtime = Runtime(
+        accelerator=accelerator,
+        device=accelerator.device,
+        rank=accelerator.process_index,
+        local_rank=accelerator.local_process_index,
+        world_size=accelerator.num_processes,
+        compute_dtype=getattr(torch, dtype),
+    )
+    set_seed(seed + runtime.rank)  # dropout differs between ranks, the order of data has generators of its own
+    return runtime
+
+
+def _limit_threads() -> None:
+    """Share the cores among the processes of this node; oversubscription costs a factor of ten.
+
+    Launchers set OMP_NUM_THREADS when they start several processes; a value that is there is kept.
+    """
+    if "OMP_NUM_THREADS" not in os.environ:
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes))
