@@ -11,7 +11,7 @@ from qlora_dist.checkpoint import Recipe
 from qlora_dist.config import AdapterConfig, MemoryConfig, ModelConfig
 from qlora_dist.console import Reporter
 from qlora_dist.errors import ModelError
-from qlora_dist.model.adapters import add_adapters, cast_adapters_at_use, init_adapters
+from qlora_dist.model.adapters import add_adapters, init_adapters, load_adapter_weights, wrap_with_saved_adapter
 from qlora_dist.model.files import looks_like_hub_name, resolve_model_folder
 from qlora_dist.model.loading import checkpoint_bytes, load_base_weights, materialize
 from qlora_dist.model.recompute import apply_recompute
@@ -61,16 +61,17 @@ def load_trained(
 
     Raises:
         ModelError: the base model is not where the adapter says, or cannot be loaded.
+        CheckpointError: the adapter does not fit that base model.
     """
     folder = resolve_model_folder(recipe.base.path)
-    base = build_skeleton(folder, recipe.base)
-    materialize(base, runtime.device)
-    with reporter.loading(checkpoint_bytes(folder)) as on_bytes:
-        load_base_weights(base, folder, on_bytes)
+    skeleton = build_skeleton(folder, recipe.base)
     if (folder / "generation_config.json").is_file():
-        base.generation_config = GenerationConfig.from_pretrained(folder)
-    model = PeftModel.from_pretrained(base, str(adapter_folder))
-    cast_adapters_at_use(model)
+        skeleton.generation_config = GenerationConfig.from_pretrained(folder)
+    model = wrap_with_saved_adapter(skeleton, adapter_folder)
+    materialize(model, runtime.device)
+    with reporter.loading(checkpoint_bytes(folder)) as on_bytes:
+        load_base_weights(model, folder, on_bytes)
+    load_adapter_weights(model, adapter_folder)
     return model.eval(), load_tokenizer(adapter_folder, recipe.base.trust_remote_code)
 
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Literal, Protocol
 
 import torch
+from packaging.version import Version
 from torch import distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -161,4 +162,18 @@ def _clip(gradients: list[torch.Tensor], norm: torch.Tensor, max_norm: float | N
 
 @contextmanager
 def _integer_parameters_allowed() -> Iterator[None]:
-    yield
+    """Compatibility with torch before 2.13, whose `fully_shard` first makes each sharded parameter trainable and then
+    restores what it was: impossible for the integers of a 4-bit weight. Here such parameters start out frozen."""
+    if Version(torch.__version__) >= Version("2.13"):
+        yield
+        return
+    original = nn.Parameter.__new__
+
+    def new(cls: type, data: torch.Tensor | None = None, requires_grad: bool = True) -> torch.Tensor:
+        return original(cls, data, requires_grad and (data is None or data.is_floating_point()))
+
+    nn.Parameter.__new__ = new  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Parameter.__new__ = original  # type: ignore[method-assign]

@@ -61,9 +61,15 @@ class Runtime:
         self.accelerator.wait_for_everyone()
 
     def close(self) -> None:
-        """Leave the process group in order: a gloo process that exits while another still talks to it aborts."""
+        """The last collective of a run: wait for all ranks, then leave the process group.
+
+        A gloo group is left to the operating system. Destroying it and then exiting makes some processes abort
+        ("terminate called without an active exception": 1 run in 8 of three processes, none of 36 without), as does
+        exiting while another process still talks to this one, hence the wait.
+        """
         self.accelerator.wait_for_everyone()
-        self.accelerator.end_training()
+        if self.device.type != "cpu":
+            self.accelerator.end_training()
 
 
 def launched_world_size() -> int:

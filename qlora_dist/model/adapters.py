@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 
 from qlora_dist.config import AdapterConfig
-from qlora_dist.errors import ConfigError
+from qlora_dist.errors import CheckpointError, ConfigError
 from qlora_dist.model.shards import local_part, local_rows
 
 
@@ -41,11 +43,44 @@ def add_adapters(model: PreTrainedModel, config: AdapterConfig, base_path: str) 
             f"It has {', '.join(sorted(linear))}. ({error})"
         ) from None
     peft_model.peft_config["default"].base_model_name_or_path = base_path
-    cast_adapters_at_use(peft_model)
+    _cast_adapters_at_use(peft_model)
     return peft_model
 
 
-def cast_adapters_at_use(model: PeftModel) -> None:
+def wrap_with_saved_adapter(model: PreTrainedModel, adapter_folder: Path) -> PeftModel:
+    """Wrap a meta-device skeleton with adapters of the shapes that `adapter_folder` holds; values come later."""
+    peft_config = PeftConfig.from_pretrained(str(adapter_folder))
+    if not isinstance(peft_config, LoraConfig):
+        raise CheckpointError(
+            f"adapter folder {adapter_folder} holds an adapter of type {peft_config.peft_type}. Only LoRA is supported."
+        )
+    try:
+        peft_model = get_peft_model(model, peft_config)
+    except ValueError as error:
+        raise CheckpointError(f"adapter folder {adapter_folder} does not fit {type(model).__name__}: {error}") from None
+    _cast_adapters_at_use(peft_model)
+    return peft_model
+
+
+def load_adapter_weights(model: PeftModel, adapter_folder: Path) -> None:
+    """Copy saved adapter tensors into a materialised, unsharded model.
+
+    Raises:
+        CheckpointError: the folder lacks a tensor of the model, or holds one the model has no place for.
+    """
+    try:
+        result = set_peft_model_state_dict(model, load_peft_weights(str(adapter_folder), device="cpu"))
+    except (RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"adapter folder {adapter_folder} does not fit its base model: {error}") from None
+    missing = [key for key in result.missing_keys if ".lora_" in key]
+    if missing or result.unexpected_keys:
+        raise CheckpointError(
+            f"adapter folder {adapter_folder} does not fit its base model: {len(missing)} tensors missing "
+            f"({', '.join(missing[:2])}), {len(result.unexpected_keys)} unknown ({', '.join(result.unexpected_keys[:2])})."
+        )
+
+
+def _cast_adapters_at_use(model: PeftModel) -> None:
     """Let autocast cast the small adapter matrices, instead of peft the large inputs.
 
     peft casts every input to float32, the adapters' type, before the low-rank product: a quarter of the throughput.

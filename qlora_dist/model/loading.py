@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from torch import distributed as dist
 from torch import nn
+from transformers import PreTrainedModel
 
 from qlora_dist.errors import ModelError
 from qlora_dist.model.files import weight_files
@@ -70,7 +72,7 @@ class SafetensorsReader:
         return self._readers[file].get_slice(name)
 
 
-def materialize(model: nn.Module, device: torch.device) -> None:
+def materialize(model: PeftModel | PreTrainedModel, device: torch.device) -> None:
     """Allocate this rank's part of every meta parameter on `device`; contents are undefined, buffers are kept."""
     buffers = {
         (module, name): buffer
@@ -80,8 +82,8 @@ def materialize(model: nn.Module, device: torch.device) -> None:
     model.to_empty(device=device)
     for (module, name), buffer in buffers.items():
         module._buffers[name] = buffer.to(device)
-    if hasattr(model, "get_base_model"):
-        model.get_base_model().tie_weights()  # to_empty gave each use of a shared parameter memory of its own
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base.tie_weights()  # to_empty gave each use of a shared parameter memory of its own
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
+from peft import PeftModel
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -70,7 +71,7 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     Raises:
         ModelError: the model has no list of blocks.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
     block_names = set(getattr(base, "_no_split_modules", None) or ())
     blocks = [module for module in base.modules() if type(module).__name__.removeprefix("FSDP") in block_names]
     if not blocks:

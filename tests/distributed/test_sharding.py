@@ -1,0 +1,66 @@
+"""What a rank holds of a sharded model: its share and no more, in exactly the bytes of the whole."""
+
+from pathlib import Path
+
+import bitsandbytes.functional as bnb_functional
+import pytest
+import torch
+from safetensors import safe_open
+
+from qlora_dist.assemble import build_model
+from qlora_dist.config import AdapterConfig, MemoryConfig, ModelConfig
+from qlora_dist.console import Reporter
+from qlora_dist.model.nf4 import QuantizedLinear
+from qlora_dist.model.shards import local_bytes, whole_bytes, whole_tensor
+from qlora_dist.runtime import start_runtime
+from tests.support.processes import run_on_processes
+
+
+def build_sharded(folder: Path, config: ModelConfig):
+    """The model of `folder`, sharded over the processes of this run."""
+    runtime = start_runtime(seed=0, dtype=config.dtype)
+    return build_model(
+        folder, config, AdapterConfig(rank=4), MemoryConfig(),
+        backend="fsdp", seed=0, runtime=runtime, reporter=Reporter(is_main=False),
+    )  # fmt: skip
+
+
+def check_share(folder: Path) -> None:
+    model = build_sharded(folder, ModelConfig(path=str(folder)))
+    assert local_bytes(model) <= 0.55 * whole_bytes(model)
+
+
+def test_each_of_two_ranks_holds_at_most_its_share(tiny_llama: Path) -> None:
+    """With two ranks, each holds at most 0.55 of the parameters' bytes; constants and embeddings included."""
+    run_on_processes(check_share, 2, tiny_llama)
+
+
+def check_bytes(folder: Path, quantization: str, double_quant: bool) -> None:
+    model = build_sharded(folder, ModelConfig(str(folder), quantization, double_quant))
+    with safe_open(folder / "model.safetensors", framework="pt") as file:
+        num_layers = 0
+        for name, module in model.named_modules():
+            if not isinstance(module, QuantizedLinear):
+                continue
+            num_layers += 1
+            source = name.removeprefix("base_model.model.").replace(".base_layer", "") + ".weight"
+            packed, state = bnb_functional.quantize_4bit(
+                file.get_tensor(source).to(torch.bfloat16), blocksize=64,
+                compress_statistics=double_quant, quant_type=quantization,
+            )  # fmt: skip
+            assert torch.equal(whole_tensor(module.weight), packed), name
+            assert torch.equal(whole_tensor(module.absmax), state.absmax), name
+            if double_quant:
+                assert torch.equal(whole_tensor(module.absmax_scale), state.state2.absmax), name
+                assert torch.equal(whole_tensor(module.absmax_offset), state.offset.reshape(1)), name
+        assert num_layers == 3 * 7
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize(("quantization", "double_quant"), [("nf4", True), ("fp4", False)])
+def test_gathered_bytes_are_those_of_the_whole_matrix(
+    tiny_llama: Path, world_size: int, quantization: str, double_quant: bool
+) -> None:
+    """Packed weights and constants, gathered, equal what bitsandbytes makes of the whole matrix, also where slices
+    fall between block borders."""
+    run_on_processes(check_bytes, world_size, tiny_llama, quantization, double_quant)

@@ -1,0 +1,69 @@
+"""The saved adapter is an ordinary PEFT adapter: a stock transformers model gives this program's logits with it."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from qlora_dist.assemble import load_trained
+from qlora_dist.checkpoint import read_recipe
+from qlora_dist.console import Reporter
+from qlora_dist.runtime import start_runtime
+from tests.support.command import run_command, run_rows, write_config
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, tiny_llama: Path, chat_file: Path) -> Path:
+    """A float32 run over two processes, with an evaluation file."""
+    root = tmp_path_factory.mktemp("run")
+    config = write_config(
+        root / "config.yaml",
+        output_dir=str(root / "out"),
+        model={"path": str(tiny_llama), "dtype": "float32"},
+        adapter={"rank": 4, "alpha": 8},
+        data={"train": str(chat_file), "eval_fraction": 0.2, "max_seq_len": 96},
+        optim={"max_steps": 6, "lr": 1e-2, "micro_batch_size": 2},
+    )
+    done = run_command("train", config, processes=2)
+    assert done.returncode == 0, done.stderr
+    return root / "out"
+
+
+def test_stock_peft_gives_the_same_logits(run: Path, tiny_llama: Path, tokenizer) -> None:
+    """`PeftModel.from_pretrained` on a stock 4-bit transformers model gives our logits to 1e-3 in float32, and they
+    are not the base model's."""
+    ids = tokenizer("the quick brown fox jumps over the lazy dog", return_tensors="pt").input_ids
+    runtime = start_runtime(seed=0, dtype="float32")
+    reporter = Reporter(is_main=False)
+    ours, _ = load_trained(run / "adapter", read_recipe(run / "adapter"), runtime=runtime, reporter=reporter)
+    stock_base = AutoModelForCausalLM.from_pretrained(
+        tiny_llama,
+        dtype=torch.float32,
+        quantization_config=BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.float32,
+        ),
+    )  # fmt: skip
+    with torch.no_grad():
+        base_logits = stock_base.train()(ids).logits  # train: in eval mode bitsandbytes uses a lossier CPU kernel
+        stock_logits = PeftModel.from_pretrained(stock_base, run / "adapter").train()(ids).logits
+        our_logits = ours(input_ids=ids).logits
+    assert (our_logits - stock_logits).abs().max() <= 1e-3
+    assert (base_logits - stock_logits).abs().max() > 1e-2
+
+
+def test_evaluation_improved_and_is_reproduced(run: Path) -> None:
+    """The run's evaluation rows are at its first and last step, and training lowered the loss."""
+    rows = [row for row in run_rows(run) if "eval_loss" in row]
+    assert [row["step"] for row in rows] == [0, 6]
+    assert rows[1]["eval_loss"] < rows[0]["eval_loss"] - 0.1
+
+
+def test_generate_answers(run: Path) -> None:
+    """`generate` loads base and adapter and prints an answer to standard output alone."""
+    done = run_command("generate", "--adapter", run / "adapter", "--prompt", "the quick", "--max_new_tokens", "4")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+    assert "base model" in done.stderr
