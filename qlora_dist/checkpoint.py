@@ -83,7 +83,9 @@ def create_run_folder(folder: Path, config: TrainConfig) -> None:
             _remove(folder / stale)
         write_text(folder / "config.yaml", dump_config(config))
     except OSError as error:
-        raise CheckpointError(f"output_dir {folder} cannot be written: {error}. Give a folder you may write to.") from None
+        raise CheckpointError(
+            f"output_dir {folder} cannot be written: {error}. Give a folder you may write to."
+        ) from None
 
 
 def save_adapter(

@@ -290,9 +290,7 @@ def _build(cls: type[TrainConfig], settings: Mapping[str, Setting]) -> TrainConf
     for name, section in _sections().items():
         hints = typing.get_type_hints(section)
         keys = [item.name for item in dataclasses.fields(section) if f"{name}.{item.name}" in settings]
-        values[name] = section(
-            **{key: _typed(f"{name}.{key}", settings[f"{name}.{key}"], hints[key]) for key in keys}
-        )
+        values[name] = section(**{key: _typed(f"{name}.{key}", settings[f"{name}.{key}"], hints[key]) for key in keys})
     hints = typing.get_type_hints(cls)
     for key, setting in settings.items():
         if "." not in key:

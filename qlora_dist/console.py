@@ -20,6 +20,7 @@ from qlora_dist.metrics import EvalMetrics, StepMetrics
 def quiet_third_parties() -> None:
     """Silence banners, progress bars and deprecation warnings of the libraries; call before importing them."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DATASETS_VERBOSITY", "critical")  # it logs, at length, the errors that it then raises
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

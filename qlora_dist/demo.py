@@ -47,7 +47,7 @@ optim:
   schedule: cosine
   warmup_steps: 3
   max_steps: {max_steps}
-  micro_batch_size: 2
+  micro_batch_size: 4
   grad_accum_steps: {grad_accum_steps}
 parallel:
   backend: {backend}
@@ -94,13 +94,14 @@ def demo(output_dir: str, model: str | None, max_steps: int) -> None:
     config_file.write_text(
         CONFIG.format(
             output_dir=output_dir, model=model_path, train=train_file, eval=eval_file, max_steps=max_steps,
-            grad_accum_steps=max(1, 4 // world_size), backend=backend,
+            grad_accum_steps=max(1, 2 // world_size), backend=backend,
         ),
         encoding="utf-8",
     )  # fmt: skip
     load_config(config_file)
-    command = launch_command(world_size, num_gpus) + ["train", str(config_file)]
-    reporter.say(f"3/4  training: {world_size} {'GPU' if num_gpus else 'CPU'} process(es), {backend}\n     {' '.join(command)}")
+    command = [*launch_command(world_size), "train", str(config_file)]
+    devices = f"{world_size} {'GPU' if num_gpus else 'CPU'} process{'es' if world_size > 1 else ''}"
+    reporter.say(f"3/4  training: {devices}, {backend}\n     {' '.join(command)}")
     train_seconds = _run(command)
 
     result = summarise(Path(output_dir), prepare_seconds, train_seconds, world_size, backend, model or MODEL_NAME)
@@ -166,7 +167,7 @@ def _convert_gguf(file: Path, out: Path) -> None:
     AutoTokenizer.from_pretrained(**source).save_pretrained(out)
 
 
-def launch_command(world_size: int, num_gpus: int) -> list[str]:
+def launch_command(world_size: int) -> list[str]:
     """The shell words that start `qlora_dist` on `world_size` processes of this machine."""
     if world_size == 1:
         return [sys.executable, "-m", "qlora_dist"]

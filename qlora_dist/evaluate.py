@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from peft import PeftModel
 
 from qlora_dist.config import EvalConfig
 from qlora_dist.data.chat import Sample
@@ -19,7 +19,7 @@ from qlora_dist.runtime import Runtime
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module,
+    model: PeftModel,
     samples: Sequence[Sample],
     config: EvalConfig,
     runtime: Runtime,

@@ -78,7 +78,9 @@ def answer(
 ) -> str:
     """Continue `input_ids` (1, seq_len) until the end token; with `stream`, print tokens as they come."""
     input_ids = input_ids.to(runtime.device)
-    choice = {"do_sample": True, "temperature": sampling.temperature} if sampling.temperature > 0 else {"do_sample": False}
+    choice = (
+        {"do_sample": True, "temperature": sampling.temperature} if sampling.temperature > 0 else {"do_sample": False}
+    )
     with runtime.autocast():
         output = model.generate(
             input_ids=input_ids,

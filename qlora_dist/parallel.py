@@ -172,8 +172,8 @@ def _integer_parameters_allowed() -> Iterator[None]:
     def new(cls: type, data: torch.Tensor | None = None, requires_grad: bool = True) -> torch.Tensor:
         return original(cls, data, requires_grad and (data is None or data.is_floating_point()))
 
-    nn.Parameter.__new__ = new  # type: ignore[method-assign]
+    nn.Parameter.__new__ = new
     try:
         yield
     finally:
-        nn.Parameter.__new__ = original  # type: ignore[method-assign]
+        nn.Parameter.__new__ = original

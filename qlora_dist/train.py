@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from peft import PeftModel
 
 from qlora_dist.assemble import build_model, load_tokenizer, pad_token_id
 from qlora_dist.checkpoint import Recipe, check_run_folder, create_run_folder, save_adapter
@@ -91,7 +91,7 @@ def train(config: TrainConfig) -> None:
 
 
 def train_step(
-    model: nn.Module,
+    model: PeftModel,
     engine: Engine,
     batches: Sequence[MicroBatch],
     lr: float,
@@ -119,7 +119,7 @@ def train_step(
     return StepSums(loss=loss, grad_norm=grad_norm, num_targets=counts[0], num_tokens=counts[1])
 
 
-def micro_step(model: nn.Module, batch: MicroBatch, num_targets: torch.Tensor, runtime: Runtime) -> torch.Tensor:
+def micro_step(model: PeftModel, batch: MicroBatch, num_targets: torch.Tensor, runtime: Runtime) -> torch.Tensor:
     """This micro-batch's share of the global mean loss, 0-dim float32."""
     with runtime.autocast():
         loss_sum = target_loss_sum(model, batch.input_ids, batch.attention_mask, batch.labels)

@@ -82,7 +82,7 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory, tokenizer) -> Path:
 @pytest.fixture(scope="session")
 def chat_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """48 conversations whose answers are from one to sixty words long."""
-    words = "the quick brown fox jumps over a lazy dog and then some".split()
+    words = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "and", "then", "some"]
     rng = random.Random(0)
     file = tmp_path_factory.mktemp("data") / "chat.jsonl"
     with file.open("w") as out:

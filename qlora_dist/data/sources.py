@@ -85,15 +85,15 @@ def _diagnosis(file: Path, key: str) -> str | None:
     try:
         text = file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        line = file.read_bytes()[: error.start].count(b"\n") + 1
-        return f"{key} {file}, line {line}: not UTF-8 text ({error.reason}). Save the file as UTF-8."
+        broken_line = file.read_bytes()[: error.start].count(b"\n") + 1
+        return f"{key} {file}, line {broken_line}: not UTF-8 text ({error.reason}). Save the file as UTF-8."
     if text.lstrip().startswith("["):
         try:
             json.loads(text)
         except json.JSONDecodeError as error:
             return (
                 f"{key} {file}, line {error.lineno}: the JSON array that starts the file is broken here "
-                f"({error.msg}). The file may have been cut off; write it again, or use one JSON object a line (.jsonl)."
+                f"({error.msg}). The file may have been cut off. Write it again, or one object a line (.jsonl)."
             )
         return None
     columns: set[str] = set()

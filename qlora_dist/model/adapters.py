@@ -75,8 +75,9 @@ def load_adapter_weights(model: PeftModel, adapter_folder: Path) -> None:
     missing = [key for key in result.missing_keys if ".lora_" in key]
     if missing or result.unexpected_keys:
         raise CheckpointError(
-            f"adapter folder {adapter_folder} does not fit its base model: {len(missing)} tensors missing "
-            f"({', '.join(missing[:2])}), {len(result.unexpected_keys)} unknown ({', '.join(result.unexpected_keys[:2])})."
+            f"adapter folder {adapter_folder} does not fit its base model: "
+            f"{len(missing)} tensors missing {missing[:2]}, {len(result.unexpected_keys)} unknown "
+            f"{result.unexpected_keys[:2]}."
         )
 
 

@@ -64,10 +64,10 @@ def weight_files(folder: Path) -> dict[str, Path]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         names: dict[str, str] = read_json(index)["weight_map"]
-        for file in sorted(set(names.values())):
-            if not (folder / file).is_file():
-                raise ModelError(f"{folder / file} is missing, though {index.name} names it. Copy the model again.")
-        return {name: folder / file for name, file in names.items()}
+        for name in sorted(set(names.values())):
+            if not (folder / name).is_file():
+                raise ModelError(f"{folder / name} is missing, though {index.name} names it. Copy the model again.")
+        return {tensor: folder / name for tensor, name in names.items()}
     files: dict[str, Path] = {}
     for file in sorted(folder.glob("*.safetensors")):
         try:

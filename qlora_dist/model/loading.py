@@ -75,9 +75,7 @@ class SafetensorsReader:
 def materialize(model: PeftModel | PreTrainedModel, device: torch.device) -> None:
     """Allocate this rank's part of every meta parameter on `device`; contents are undefined, buffers are kept."""
     buffers = {
-        (module, name): buffer
-        for module in model.modules()
-        for name, buffer in module.named_buffers(recurse=False)
+        (module, name): buffer for module in model.modules() for name, buffer in module.named_buffers(recurse=False)
     }  # to_empty would also throw away what no checkpoint holds
     model.to_empty(device=device)
     for (module, name), buffer in buffers.items():
@@ -155,9 +153,7 @@ def _load_quantized(name: str, layer: QuantizedLinear, reader: SafetensorsReader
         _load_plain(f"{name}.bias", layer.bias, reader)
 
 
-def _read_elements(
-    name: str, layer: QuantizedLinear, first: int, end: int, reader: SafetensorsReader
-) -> torch.Tensor:
+def _read_elements(name: str, layer: QuantizedLinear, first: int, end: int, reader: SafetensorsReader) -> torch.Tensor:
     """Elements [first, end) of the row-major flattened matrix, through whole rows."""
     columns = layer.in_features
     first_row, end_row = first // columns, -(-end // columns)

@@ -69,7 +69,7 @@ class QuantizedLinear(bnb.nn.Linear4bit):
         if fmt.double_quant:
             self.absmax_scale = _frozen(-(-num_blocks // NESTED_BLOCK_SIZE), dtype=torch.float32)
             self.absmax_offset = _frozen(1, dtype=torch.float32)
-        if self.bias is not None:
+        if bias:
             self.bias = _frozen(out_features, dtype=dtype)
 
     def quant_state_now(self) -> bnb_functional.QuantState:

@@ -38,4 +38,4 @@ def _recompute(layer: nn.Module) -> None:
         # Non-reentrant: needs no input gradient, and hides nothing from autograd or the compiler.
         return checkpoint(plain, *args, use_reentrant=False, **kwargs)
 
-    layer.forward = forward  # type: ignore[method-assign]
+    layer.forward = forward

@@ -76,7 +76,7 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     blocks = [module for module in base.modules() if type(module).__name__.removeprefix("FSDP") in block_names]
     if not blocks:
         lists = [module for module in base.modules() if isinstance(module, nn.ModuleList)]
-        blocks = list(max(lists, key=len, default=nn.ModuleList()))
+        blocks = max((list(modules) for modules in lists), key=len, default=[])
     if not blocks:
         raise ModelError(f"{type(base).__name__} has no list of decoder layers, so it cannot be trained here.")
     return blocks

@@ -1,0 +1,44 @@
+# Every target works as the first command on a fresh clone: .venv is made and filled when it is missing or outdated.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+
+.PHONY: help setup demo test test-slow check format bench clean
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: $(INSTALLED)  ## make .venv with the tested versions
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	# torch first and alone: the tested version, before anything else can ask for another build of it
+	$(BIN)/python -m pip install -q $(shell grep '^torch==' constraints.txt)
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[demo,dev]'
+	touch $@
+
+demo: setup  ## fine-tune a real small model on this machine
+	$(BIN)/qlora-dist demo
+
+test: setup  ## unit, distributed and end-to-end tests
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m 'not slow'
+
+test-slow: setup  ## what needs the demo's model or many minutes
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow
+
+check: setup  ## lint, formatting, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup  ## rewrite formatting and what can be mended automatically
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup  ## throughput beside a plain HF Trainer (after `make demo`)
+	$(BIN)/python benchmarks/step.py
+
+clean:  ## remove what was installed and what runs left
+	rm -rf $(VENV) runs *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,277 @@
+"""Conversations to tokens and labels: the loss is on what the assistant says, and on nothing else."""
+
+import copy
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
+
+from qlora_dist.config import IGNORE_INDEX, DataConfig
+from qlora_dist.data.chat import EncodedRows, Sample, encode_rows
+from qlora_dist.errors import DataError
+
+END = "<|im_end|>"
+
+ALTERNATING = """\
+{%- for message in messages -%}
+  {%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) -%}
+    {{- raise_exception('Conversation roles must alternate user/assistant') -}}
+  {%- endif -%}
+  {{- '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}
+"""
+
+# As reasoning models do: what came before the answer is kept in the last turn only.
+FORGETFUL = """\
+{%- for message in messages -%}
+  {%- set text = message['content'] if loop.last else message['content'].split('|')[-1] -%}
+  {{- '<|im_start|>' + message['role'] + '\n' + text + '<|im_end|>\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}
+"""
+
+# As in Mistral's templates: no generation prompt, and nothing after the end token.
+BARE = """\
+{%- for message in messages -%}
+  {%- if message['role'] == 'user' -%}{{- '[INST] ' + message['content'] + ' [/INST]' -}}
+  {%- else -%}{{- ' ' + message['content'] + '<|im_end|>' -}}{%- endif -%}
+{%- endfor -%}
+"""
+
+NAMED = """\
+{%- for message in messages -%}
+  {{- message['role'] -}}{%- if 'name' in message -%}{{- '(' ~ message['name'] ~ ')' -}}{%- endif -%}
+  {{- ': ' + message['content'] + '<|im_end|>' -}}
+{%- endfor -%}
+"""
+
+
+def chat(*contents: str, system: str | None = None) -> dict:
+    """A row of user and assistant turns in alternation."""
+    messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)]
+    return {"messages": ([{"role": "system", "content": system}] if system else []) + messages}
+
+
+def encode(rows: list[dict], tokenizer, layout: str = "messages", **config) -> EncodedRows:
+    """The rows as the trainer sees them."""
+    return encode_rows(rows, layout, tokenizer, DataConfig(train="rows.jsonl", **config), "rows.jsonl")
+
+
+def targets(sample: Sample, tokenizer) -> str:
+    """The text on which the loss is."""
+    return tokenizer.decode([label for label in sample.labels if label != IGNORE_INDEX])
+
+
+def with_template(tokenizer, template: str | None):
+    """The same tokenizer with another chat template."""
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = template
+    return other
+
+
+def refusal(rows: list[dict], tokenizer, layout: str = "messages") -> str:
+    """The message with which rows are refused."""
+    with pytest.raises(DataError) as caught:
+        encode(rows, tokenizer, layout)
+    return str(caught.value)
+
+
+# -- the mask
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        (chat("who jumps?", "the quick brown fox"), "the quick brown fox" + END),
+        (chat("a", "b", "c", "d e"), "b" + END + "d e" + END),
+        (chat("a", "b", "c", "d e", system="be brief"), "b" + END + "d e" + END),
+        (chat("the fox", "the fox"), "the fox" + END),  # the same words in the prompt are no target
+        (chat("over\n", "  over\n\n the dog \n"), "  over\n\n the dog \n" + END),
+        (chat("naïve 狐 🦊", "naïve 狐 🦊"), "naïve 狐 🦊" + END),  # characters of several tokens
+        (chat("a", ""), END),
+        (chat("a", "b", "and then?"), "b" + END),  # a last turn that nobody answered
+    ],
+)
+def test_the_targets_are_the_assistants_turns(tokenizer, row: dict, expected: str) -> None:
+    """Decoded, the target tokens are each assistant turn with its end token: no prompt, no header, no line break."""
+    [sample] = encode([row], tokenizer).samples
+    assert targets(sample, tokenizer) == expected
+
+
+@given(st.lists(st.text(st.characters(codec="utf-8"), max_size=12), min_size=2, max_size=6))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+def test_the_targets_are_the_assistants_turns_whatever_they_say(tokenizer, contents: list[str]) -> None:
+    """Any text at all: the target tokens decode to the assistant's words, and the input to the rendered template."""
+    row = chat(*contents)
+    [sample] = encode([row], tokenizer, max_seq_len=10_000).samples
+    assert targets(sample, tokenizer) == "".join(text + END for text in contents[1::2])
+    assert tokenizer.decode(sample.input_ids) == tokenizer.apply_chat_template(row["messages"], tokenize=False)
+
+
+def test_labels_stand_where_their_tokens_stand(tokenizer) -> None:
+    """A label is its own input token or IGNORE_INDEX; the targets are one run at the end, before the line break."""
+    [sample] = encode([chat("quick fox", "lazy dog")], tokenizer).samples
+    mask = [label != IGNORE_INDEX for label in sample.labels]
+    assert all(label == token for token, label, on in zip(sample.input_ids, sample.labels, mask, strict=True) if on)
+    first = mask.index(True)
+    assert mask == [False] * first + [True] * (len(mask) - first - 1) + [False]
+    assert sample.input_ids[-2] == tokenizer.eos_token_id
+    assert sample.num_targets == sum(mask)
+
+
+def test_train_on_all_takes_every_token(tokenizer) -> None:
+    """With `train_on: all` labels are the input, prompt and template included."""
+    row = chat("quick fox", "lazy dog")
+    [sample] = encode([row], tokenizer, train_on="all").samples
+    assert sample.labels == sample.input_ids
+    assert sample.input_ids == encode([row], tokenizer).samples[0].input_ids
+    assert sample.num_targets == len(sample.input_ids) - 1
+
+
+def test_a_template_without_generation_prompt_or_separator(tokenizer) -> None:
+    """The turn is all that the text gains: here with the space before it, and up to the end token."""
+    [sample] = encode([chat("a", "b", "c", "d")], with_template(tokenizer, BARE)).samples
+    assert tokenizer.decode(sample.input_ids) == f"[INST] a [/INST] b{END}[INST] c [/INST] d{END}"
+    assert targets(sample, tokenizer) == f" b{END} d{END}"
+
+
+def test_no_special_token_is_added_to_what_the_template_writes(tokenizer) -> None:
+    """The template already writes the start token where it wants one; tokenising must not add a second."""
+    bos_first = copy.deepcopy(tokenizer)
+    bos_first._tokenizer.post_processor = TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", tokenizer.bos_token_id)]
+    )
+    assert bos_first("a").input_ids[0] == tokenizer.bos_token_id  # the tokenizer would add it
+    row = chat("quick fox", "lazy dog")
+    assert encode([row], bos_first).samples == encode([row], tokenizer).samples
+
+
+def test_keys_that_only_other_rows_have_are_not_shown_to_the_template(tokenizer) -> None:
+    """Tables fill missing keys with None; a template that tests for `name` must not find one."""
+    turns = chat("a", "b")["messages"]
+    with_none = {"messages": [{**turn, "name": None} for turn in turns]}
+    [sample] = encode([with_none], with_template(tokenizer, NAMED)).samples
+    assert tokenizer.decode(sample.input_ids) == f"user: a{END}assistant: b{END}"
+
+
+# -- truncation
+
+
+def test_long_rows_are_cut_at_the_end_and_counted(tokenizer) -> None:
+    """A row is cut to max_seq_len tokens; one whose answer is cut off entirely is dropped; both are counted."""
+    short, long, all_prompt = chat("a", "b"), chat("a", "fox " * 50), chat("fox " * 50, "b")
+    whole = encode([short, long, all_prompt], tokenizer)
+    assert (len(whole.samples), whole.num_truncated, whole.num_without_targets) == (3, 0, 0)
+    cut = encode([short, long, all_prompt], tokenizer, max_seq_len=40)
+    assert cut.samples[0] == whole.samples[0]
+    assert cut.samples[1].input_ids == whole.samples[1].input_ids[:40]
+    assert cut.samples[1].labels == whole.samples[1].labels[:40]
+    assert (len(cut.samples), cut.num_truncated, cut.num_without_targets) == (2, 2, 1)
+
+
+def test_a_row_of_exactly_the_longest_length_is_not_cut(tokenizer) -> None:
+    """`max_seq_len` is the longest length allowed."""
+    length = len(encode([chat("a", "b")], tokenizer).samples[0].input_ids)
+    assert encode([chat("a", "b")], tokenizer, max_seq_len=length).num_truncated == 0
+    assert encode([chat("a", "b")], tokenizer, max_seq_len=length - 1).num_truncated == 1
+
+
+def test_rows_that_all_lose_their_targets_are_refused(tokenizer) -> None:
+    """There is nothing to train on when no answer lies within data.max_seq_len."""
+    with pytest.raises(DataError, match=r"none of its 2 rows .* data\.max_seq_len \(5\)"):
+        encode([chat("fox " * 50, "b")] * 2, tokenizer, max_seq_len=5)
+
+
+# -- rows that cannot be used
+
+
+@pytest.mark.parametrize(
+    ("messages", "named"),
+    [
+        ([], "must be a list"),
+        (None, "must be a list"),
+        ("user: hi", "must be a list"),
+        ([{"role": "user", "content": "hi"}], "no assistant turn (its roles: user)"),
+        ([{"role": "system", "content": "s"}, {"role": "user", "content": "u"}], "(its roles: system, user)"),
+        ([{"role": "bot", "content": "hi"}], "message 1 has the role 'bot'"),
+        ([{"role": "user", "content": "hi"}, {"content": "ho"}], "message 2 has the role None"),
+        ([{"role": "user", "content": "hi"}, {"role": "assistant", "content": None}], "message 2 is"),
+        ([{"role": "user", "content": 3}, {"role": "assistant", "content": "x"}], "message 1 is"),
+        ([{"role": "user"}, {"role": "assistant", "content": "x"}], "message 1 is"),
+        (["hi", {"role": "assistant", "content": "x"}], "message 1 is 'hi'"),
+    ],
+)
+def test_a_malformed_conversation_is_refused_with_its_row(tokenizer, messages: object, named: str) -> None:
+    """The message names file, row and what is wrong; good rows before it do not hide it."""
+    message = refusal([chat("a", "b"), chat("a", "b"), {"messages": messages}], tokenizer)
+    assert message.startswith("rows.jsonl, row 3: ")
+    assert named in message
+
+
+def test_a_conversation_that_the_template_refuses_is_refused_with_its_words(tokenizer) -> None:
+    """What the template says through raise_exception reaches the user, with the row and its roles."""
+    picky = with_template(tokenizer, ALTERNATING)
+    assert targets(encode([chat("a", "b", "c", "d")], picky).samples[0], tokenizer) == f"b{END}d{END}"
+    message = refusal([chat("a", "b"), chat("a", "b", system="s")], picky)
+    assert message.startswith("rows.jsonl, row 2: ")
+    assert "(system, user, assistant)" in message
+    assert "Conversation roles must alternate user/assistant" in message
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused_where_it_matters(tokenizer) -> None:
+    """What was trained on must be what will be seen; a single assistant turn is unharmed and accepted."""
+    forgetful = with_template(tokenizer, FORGETFUL)
+    assert targets(encode([chat("a", "thought|b")], forgetful).samples[0], tokenizer) == f"thought|b{END}"
+    message = refusal([chat("a", "thought|b"), chat("a", "thought|b", "c", "d")], forgetful)
+    assert message.startswith("rows.jsonl, row 2: ")
+    assert "assistant turn 2 differently" in message
+
+
+def test_chat_rows_need_a_chat_template(tokenizer) -> None:
+    """A base model's tokenizer has none: refused for conversations, fine for plain text."""
+    plain = with_template(tokenizer, None)
+    assert "no chat template" in refusal([chat("a", "b")], plain)
+    assert encode([{"prompt": "a", "completion": "b"}], plain, "prompt_completion").samples
+
+
+# -- prompt and completion
+
+
+def test_plain_text_ends_with_one_end_token(tokenizer) -> None:
+    """Prompt, completion, end token, tokenised apart; the loss is on completion and end token."""
+    [sample] = encode([{"prompt": "the quick", "completion": " brown fox"}], tokenizer, "prompt_completion").samples
+    prompt, completion = tokenizer("the quick").input_ids, tokenizer(" brown fox").input_ids
+    assert sample.input_ids == [*prompt, *completion, tokenizer.eos_token_id]
+    assert sample.labels == [*[IGNORE_INDEX] * len(prompt), *completion, tokenizer.eos_token_id]
+
+
+def test_plain_text_with_train_on_all(tokenizer) -> None:
+    """With `train_on: all` the prompt counts too."""
+    row = {"prompt": "the quick", "completion": " brown fox"}
+    [sample] = encode([row], tokenizer, "prompt_completion", train_on="all").samples
+    assert sample.labels == sample.input_ids
+
+
+def test_a_tokenizer_that_frames_every_text_frames_the_row_once(tokenizer) -> None:
+    """One start token at the start and one end token at the end, though each part alone would get both."""
+    start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    framing = copy.deepcopy(tokenizer)
+    framing._tokenizer.post_processor = TemplateProcessing(
+        single=f"<|im_start|> $A {END}", special_tokens=[("<|im_start|>", start), (END, end)]
+    )
+    assert framing("a").input_ids[-1] == end
+    [sample] = encode([{"prompt": "the quick", "completion": " fox"}], framing, "prompt_completion").samples
+    assert (sample.input_ids.count(start), sample.input_ids.count(end)) == (1, 1)
+    assert (sample.input_ids[0], sample.input_ids[-1]) == (start, end)
+    assert targets(sample, tokenizer) == f" fox{END}"
+
+
+@pytest.mark.parametrize("column", ["prompt", "completion"])
+@pytest.mark.parametrize("value", [None, "", 3, ["text"]])
+def test_plain_text_that_is_no_text_is_refused_with_its_row(tokenizer, column: str, value: object) -> None:
+    """The message names file, row, column and value."""
+    good = {"prompt": "a", "completion": "b"}
+    message = refusal([good, {**good, column: value}], tokenizer, "prompt_completion")
+    assert message.startswith(f"rows.jsonl, row 2: `{column}` is {value!r}")
