@@ -8,7 +8,7 @@ from peft import PeftModel
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from qlora_dist.checkpoint import Recipe
-from qlora_dist.config import AdapterConfig, MemoryConfig, ModelConfig
+from qlora_dist.config import TrainConfig
 from qlora_dist.console import Reporter
 from qlora_dist.errors import ModelError
 from qlora_dist.model.adapters import add_adapters, init_adapters, load_adapter_weights, wrap_with_saved_adapter
@@ -16,41 +16,33 @@ from qlora_dist.model.files import looks_like_hub_name, resolve_model_folder
 from qlora_dist.model.loading import checkpoint_bytes, load_base_weights, materialize
 from qlora_dist.model.recompute import apply_recompute
 from qlora_dist.model.skeleton import build_skeleton, decoder_layers
-from qlora_dist.parallel import Backend, shard_skeleton
+from qlora_dist.parallel import Backend, check_fits, shard_skeleton, verify_base
 from qlora_dist.runtime import Runtime
 
 
-def build_model(
-    folder: Path,
-    model_config: ModelConfig,
-    adapter_config: AdapterConfig,
-    memory_config: MemoryConfig,
-    *,
-    backend: Backend,
-    seed: int,
-    runtime: Runtime,
-    reporter: Reporter,
-) -> PeftModel:
+def build_model(config: TrainConfig, folder: Path, backend: Backend, runtime: Runtime, reporter: Reporter) -> PeftModel:
     """Build the adapted model of this rank; no rank holds more of the base than its shard and one layer.
 
     Args:
-        folder: what `resolve_model_folder` returned for `model_config.path`.
+        folder: what `resolve_model_folder` returned for `model.path`.
 
     Raises:
         ModelError, ConfigError: the folder, its weights or the adapter's targets cannot be used.
     """
-    is_hub_name = looks_like_hub_name(model_config.path)
+    is_hub_name = looks_like_hub_name(config.model.path)
     model = add_adapters(
-        build_skeleton(folder, model_config),
-        adapter_config,
-        base_path=model_config.path if is_hub_name else str(folder.resolve()),
+        build_skeleton(folder, config.model),
+        config.adapter,
+        base_path=config.model.path if is_hub_name else str(folder.resolve()),
     )
-    apply_recompute(decoder_layers(model), memory_config)
-    shard_skeleton(model, backend, runtime)
-    materialize(model, runtime.device)
-    with reporter.loading(checkpoint_bytes(folder)) as on_bytes:
-        load_base_weights(model, folder, on_bytes)
-    init_adapters(model, seed)
+    apply_recompute(decoder_layers(model), config.memory)
+    check_fits(model, backend, config.parallel, runtime)
+    home = shard_skeleton(model, backend, config.parallel, runtime)
+    materialize(model, home, runtime.device)
+    with reporter.loading(checkpoint_bytes(folder), len(decoder_layers(model))) as on_progress:
+        load_base_weights(model, folder, runtime.device, on_progress)
+    verify_base(model, backend, config.parallel, runtime)
+    init_adapters(model, config.seed)
     return model
 
 
@@ -68,9 +60,9 @@ def load_trained(
     if (folder / "generation_config.json").is_file():
         skeleton.generation_config = GenerationConfig.from_pretrained(folder)
     model = wrap_with_saved_adapter(skeleton, adapter_folder)
-    materialize(model, runtime.device)
-    with reporter.loading(checkpoint_bytes(folder)) as on_bytes:
-        load_base_weights(model, folder, on_bytes)
+    materialize(model, runtime.device, runtime.device)
+    with reporter.loading(checkpoint_bytes(folder), len(decoder_layers(model))) as on_progress:
+        load_base_weights(model, folder, runtime.device, on_progress)
     load_adapter_weights(model, adapter_folder)
     return model.eval(), load_tokenizer(adapter_folder, recipe.base.trust_remote_code)
 

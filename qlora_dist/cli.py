@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from qlora_dist import __version__
-from qlora_dist.errors import EXIT_USER_ERROR, ConfigError, QloraDistError
+from qlora_dist.errors import ConfigError
+from qlora_dist.failure import exit_code_after
 
 USAGE = """\
 usage: qlora-dist COMMAND [ARGUMENTS]
@@ -68,17 +69,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
             near = difflib.get_close_matches(argv[0], COMMANDS, n=1)
             hint = f"Did you mean {near[0]}?" if near else f"The commands are {', '.join(COMMANDS)}."
             raise ConfigError(f"unknown command {argv[0]!r}. {hint}")
-    except QloraDistError as error:
-        # Every process of a node meets the same mistake; one of them reports it.
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            sys.stdout.flush()
-            sys.stderr.write(f"error: {error}\n")
-        sys.exit(EXIT_USER_ERROR)
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         sys.stderr.write("stopped\n")
         sys.exit(130)
+    except Exception as error:  # noqa: BLE001 - reported, with its traceback unless it is a user's mistake
+        _leave(exit_code_after(error))
+
+
+def _leave(exit_code: int) -> None:
+    """Exit at once when other processes may still wait in a collective: tearing that down could hang or abort."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        sys.stdout.flush()
+        os._exit(exit_code)
+    sys.exit(exit_code)
 
 
 def train_command(argv: list[str]) -> None:

@@ -103,6 +103,11 @@ class ParallelConfig:
     backend: Literal["auto", "single", "ddp", "fsdp"] = "auto"
     """How processes share the work: `single` process, `ddp` (a copy each), `fsdp` (the base sharded). `auto` follows
     the launcher: one process runs `single`, several run `fsdp`."""
+    replicas: int = 1
+    """Copies of the sharded base (`fsdp` only): the processes form that many groups of neighbours, each of which
+    shards within itself. With one per machine, only adapter gradients cross between machines (HSDP)."""
+    cpu_offload: bool = False
+    """Keep shards in host memory and copy each layer to the GPU when it runs (`fsdp` only)."""
 
 
 @dataclass(frozen=True)
@@ -178,7 +183,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
         ConfigError: the file is missing or not YAML, a key is unknown, or a value is of the wrong type, impossible,
             or contradicts another one.
     """
-    settings = dict(_read_yaml(Path(path)))
+    settings: dict[str, Setting] = {}
+    for key, setting in _read_yaml(Path(path)):
+        if key in settings:
+            raise ConfigError(f"{setting.where}: {key} is set twice, first at {settings[key].where}. Remove one.")
+        settings[key] = setting
     settings.update(_read_overrides(overrides))
     config = _build(TrainConfig, settings)
     validate(config)
@@ -187,7 +196,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
 
 def dump_config(config: TrainConfig) -> str:
     """The configuration as YAML text that :func:`load_config` reads back to an equal object."""
-    return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
 
 
 def flatten(config: TrainConfig) -> dict[str, Any]:
@@ -198,12 +207,6 @@ def flatten(config: TrainConfig) -> dict[str, Any]:
             (key, config if "." not in key else getattr(config, key.partition(".")[0])) for key in _known_keys()
         )
     }
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return list(value) if isinstance(value, tuple) else value
 
 
 def _read_yaml(path: Path) -> Iterator[tuple[str, Setting]]:
@@ -226,22 +229,29 @@ def _read_yaml(path: Path) -> Iterator[tuple[str, Setting]]:
 
 def _walk_yaml(node: yaml.MappingNode, path: Path, prefix: str) -> Iterator[tuple[str, Setting]]:
     """Yield (dotted key, setting) for each leaf; sections are the keys that hold a dataclass."""
-    loader = yaml.SafeLoader("")
     seen: dict[str, str] = {}
     for key_node, value_node in node.value:
-        key = prefix + str(loader.construct_object(key_node, deep=True))
         where = f"{path}:{key_node.start_mark.line + 1}"
+        key = prefix + str(_construct(key_node, where))
         if key in seen:
             raise ConfigError(f"{where}: {key} is set twice, first at {seen[key]}. Remove one.")
         seen[key] = where
         if isinstance(value_node, yaml.MappingNode) and key in _sections():
             yield from _walk_yaml(value_node, path, prefix=key + ".")
         elif key in _sections():
-            if loader.construct_object(value_node, deep=True) is None:
+            if _construct(value_node, where) is None:
                 continue  # a section with nothing (or only comments) under it
             raise ConfigError(f"{where}: {key} is a section: write its keys indented below it, such as `{key}.…`.")
         else:
-            yield key, Setting(loader.construct_object(value_node, deep=True), where)
+            yield key, Setting(_construct(value_node, where), where)
+
+
+def _construct(node: yaml.Node, where: str) -> Any:
+    """A YAML node as plain Python data; tags, merge keys and impossible dates are no settings."""
+    try:
+        return yaml.SafeLoader("").construct_object(node, deep=True)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{where}: this value is not plain YAML ({str(error).splitlines()[0]}).") from None
 
 
 def _read_overrides(arguments: Sequence[str]) -> Iterator[tuple[str, Setting]]:
@@ -259,8 +269,8 @@ def _read_overrides(arguments: Sequence[str]) -> Iterator[tuple[str, Setting]]:
         key = key.replace("-", "_")
         try:
             value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            value = text
+        except (yaml.YAMLError, ValueError):
+            value = text  # not YAML, so it is meant as it stands
         yield key, Setting(value, f"--{key}")
 
 
@@ -302,6 +312,8 @@ def _unknown_key(key: str, setting: Setting, known: list[str]) -> str:
     where = "" if setting.where.startswith("--") else f"{setting.where}: "
     # A user who writes `learning_rate` or forgets the section still means one of the keys that exist.
     synonyms = {"learning_rate": "lr", "lora_r": "rank", "r": "rank", "batch_size": "micro_batch_size"}
+    if key in _sections():
+        return f"{where}{key} is a section, not a key. `qlora-dist train --help` lists its keys."
     leaf = key.rpartition(".")[2]
     leaf = synonyms.get(leaf, leaf)
     candidates = [k for k in known if k.rpartition(".")[2] == leaf] or difflib.get_close_matches(key, known, n=1)
@@ -349,12 +361,10 @@ def _convert(value: Any, hint: Any) -> Any:
         if isinstance(value, int) and not isinstance(value, bool):
             return value
     elif hint is float:
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            return float(value)
-        if isinstance(value, str):
+        if isinstance(value, (int, float, str)) and not isinstance(value, bool):
             try:
                 return float(value)
-            except ValueError:
+            except (ValueError, OverflowError):
                 raise TypeError from None
     elif hint is str and isinstance(value, (str, int, float)) and not isinstance(value, bool):
         return str(value)
@@ -400,7 +410,7 @@ def validate(config: TrainConfig) -> None:
 
 _AT_LEAST_ONE = {
     "adapter.rank", "data.max_seq_len", "optim.max_steps", "optim.micro_batch_size", "optim.grad_accum_steps",
-    "eval.every", "eval.max_batches", "logging.every",
+    "eval.every", "eval.max_batches", "logging.every", "parallel.replicas",
 }  # fmt: skip
 _POSITIVE = {"adapter.alpha", "optim.lr", "optim.max_grad_norm", "optim.epochs", "optim.lora_plus_ratio"}
 _NOT_NEGATIVE = {"optim.warmup_steps", "optim.weight_decay", "seed", "memory.recompute"}
@@ -419,6 +429,8 @@ def _check_range(key: str, value: Any) -> None:
         rule = "must be greater than 0"
     elif key in _NOT_NEGATIVE and value < 0:
         rule = "must not be negative"
+    elif key == "seed" and value >= 2**31:
+        rule = "must be below 2147483648"
     elif key in _FRACTION and not 0 <= value < 1:
         rule = "must be at least 0 and less than 1"
     if rule is None:
@@ -444,9 +456,9 @@ def _check_contradictions(config: TrainConfig) -> None:
             f"optim.warmup_steps ({optim.warmup_steps}) and optim.warmup_ratio ({optim.warmup_ratio:g}) both set the "
             "warm-up. Keep one and set the other to null."
         )
-    if optim.max_steps is not None and optim.warmup_steps is not None and optim.warmup_steps > optim.max_steps:
+    if optim.max_steps is not None and optim.warmup_steps is not None and optim.warmup_steps >= optim.max_steps:
         raise ConfigError(
-            f"optim.warmup_steps ({optim.warmup_steps}) is longer than optim.max_steps ({optim.max_steps}): the "
+            f"optim.warmup_steps ({optim.warmup_steps}) is not shorter than optim.max_steps ({optim.max_steps}): the "
             "learning rate would never reach optim.lr. Shorten the warm-up."
         )
     if data.eval is not None and data.eval_fraction > 0:
@@ -454,6 +466,15 @@ def _check_contradictions(config: TrainConfig) -> None:
             f"data.eval ({data.eval}) and data.eval_fraction ({data.eval_fraction:g}) both choose the evaluation data. "
             "Keep one; data.eval_fraction: 0 splits nothing off."
         )
+    for key, is_set in (
+        ("parallel.replicas", config.parallel.replicas > 1),
+        ("parallel.cpu_offload", config.parallel.cpu_offload),
+    ):
+        if is_set and config.parallel.backend in ("single", "ddp"):
+            raise ConfigError(
+                f"{key} is set, but parallel.backend is {config.parallel.backend}, which shards nothing. "
+                f"Remove {key}, or set parallel.backend: fsdp."
+            )
     if not config.has_eval and (config.eval.every is not None or config.eval.max_batches is not None):
         raise ConfigError(
             "eval.every or eval.max_batches is set, but there is nothing to evaluate on. "

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from qlora_dist.metrics import EvalMetrics, StepMetrics
 
@@ -35,7 +35,7 @@ class Reporter:
     """Speaks for the run on rank 0; on other ranks it is silent."""
 
     def __init__(self, is_main: bool, file: TextIO | None = None) -> None:
-        self.console = Console(file=file or sys.stdout, quiet=not is_main, highlight=False, soft_wrap=True)
+        self.console = Console(file=file or sys.stdout, quiet=not is_main, highlight=False, emoji=False, soft_wrap=True)
         self._num_steps = 0
         self._progress: Progress | None = None
 
@@ -61,21 +61,22 @@ class Reporter:
                 self._progress = None
 
     @contextmanager
-    def loading(self, total_bytes: int) -> Iterator[Callable[[int], None]]:
-        """Progress of reading weights; the body calls what it gets with the bytes read so far."""
+    def loading(self, total_bytes: int, total_layers: int) -> Iterator[Callable[[int, int], None]]:
+        """Progress of reading weights; the body calls what it gets with the bytes read and layers filled so far."""
         started = time.perf_counter()
-        columns = (TextColumn("loading"), BarColumn(bar_width=None), DownloadColumn(binary_units=True))
+        columns = (TextColumn("loading layer {task.completed}/{task.total}"), BarColumn(bar_width=None),
+                   TextColumn("{task.fields[mebibytes]:,} MiB read by this rank"))  # fmt: skip
         hidden = not self.console.is_terminal or self.console.quiet
         last = 0
         with Progress(*columns, console=self.console, transient=True, disable=hidden) as progress:
-            task = progress.add_task("load", total=total_bytes)
+            task = progress.add_task("load", total=total_layers, mebibytes=0)
 
-            def on_bytes(num_bytes: int) -> None:
+            def on_progress(num_bytes: int, num_layers: int) -> None:
                 nonlocal last
                 last = num_bytes
-                progress.update(task, completed=num_bytes)
+                progress.update(task, completed=num_layers, mebibytes=num_bytes // 2**20)
 
-            yield on_bytes
+            yield on_progress
         seconds = time.perf_counter() - started
         self.say(f"base model: this rank read {last / 2**20:,.0f} of {total_bytes / 2**20:,.0f} MiB in {seconds:.1f} s")
 

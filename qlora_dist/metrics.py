@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import resource
 import sys
 import time
@@ -83,7 +84,8 @@ class MetricsWriter:
     def write(self, row: StepMetrics | EvalMetrics) -> None:
         """Add one row."""
         values = vars(row)
-        self._file.write(json.dumps(values) + "\n")
+        finite = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in values.items()}
+        self._file.write(json.dumps(finite) + "\n")  # JSON knows no NaN
         self._file.flush()
         if self._board is not None:
             prefix = "eval" if isinstance(row, EvalMetrics) else "train"

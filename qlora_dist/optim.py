@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from qlora_dist.config import OptimConfig
+from qlora_dist.errors import ConfigError
 from qlora_dist.model.shards import local_part
 
 ADAM_BETAS = (0.9, 0.999)
@@ -37,7 +38,20 @@ def warmup_steps(num_steps: int, config: OptimConfig) -> int:
     """Number of warm-up steps of a run of `num_steps`."""
     if config.warmup_steps is not None:
         return config.warmup_steps
-    return int(num_steps * (config.warmup_ratio or 0.0))
+    return int(num_steps * (config.warmup_ratio or 0.0) + 1e-9)  # 100 * 0.29 is 28.999999999999996
+
+
+def check_warmup(num_steps: int, config: OptimConfig) -> None:
+    """Refuse a warm-up that ends after the run does, once the number of steps is known.
+
+    Raises:
+        ConfigError: `optim.lr` would never be reached.
+    """
+    if warmup_steps(num_steps, config) >= num_steps:
+        raise ConfigError(
+            f"optim.warmup_steps is {config.warmup_steps}, but the run has {num_steps} steps: the learning rate would "
+            "never reach optim.lr. Shorten the warm-up."
+        )
 
 
 class FlatAdamW:

@@ -5,18 +5,22 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Literal, Protocol
 
 import torch
 from packaging.version import Version
+from peft import PeftModel
 from torch import distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 
-from qlora_dist.config import OptimConfig, TrainConfig
+from qlora_dist.config import OptimConfig, ParallelConfig, TrainConfig
 from qlora_dist.errors import LaunchError
 from qlora_dist.model.adapters import adapter_parameters
+from qlora_dist.model.footprint import check_memory, plan_footprint
+from qlora_dist.model.integrity import check_gathered, check_shards, loaded_checksums
 from qlora_dist.model.shards import shard_group, whole_tensor
 from qlora_dist.model.skeleton import decoder_layers
 from qlora_dist.optim import FlatAdamW
@@ -81,7 +85,7 @@ class ReplicatedEngine:
         gradients = self._optimizer.gradients
         for gradient in gradients:
             self._runtime.sum_over_ranks(gradient)
-        norm = _squared_norm(gradients).sqrt()
+        norm = _squared_norm(gradients).sqrt().float()
         _clip(gradients, norm, max_grad_norm)
         self._optimizer.step(lr)
         return norm
@@ -94,8 +98,9 @@ class ShardedEngine:
     """Base and adapters are sharded layer by layer (FSDP2); gradients are reduced to their shards at the last
     micro-batch of a step."""
 
-    def __init__(self, model: FSDPModule, config: OptimConfig) -> None:
+    def __init__(self, model: FSDPModule, config: OptimConfig, runtime: Runtime) -> None:
         self._model = model
+        self._device = runtime.device
         self._optimizer = FlatAdamW(adapter_parameters(model), config)
         self._group = shard_group(next(iter(adapter_parameters(model).values())))
 
@@ -107,9 +112,9 @@ class ShardedEngine:
     def update(self, lr: float, max_grad_norm: float | None) -> torch.Tensor:
         self._optimizer.collect_gradients()
         gradients = self._optimizer.gradients
-        squared = _squared_norm(gradients)
+        squared = _squared_norm(gradients).to(self._device)  # offloaded gradients are on the host, the group is not
         dist.all_reduce(squared, group=self._group)
-        norm = squared.sqrt()
+        norm = squared.sqrt().float()
         _clip(gradients, norm, max_grad_norm)
         self._optimizer.step(lr)
         return norm
@@ -118,30 +123,102 @@ class ShardedEngine:
         return _whole_adapter(self._model)
 
 
-def shard_skeleton(model: nn.Module, backend: Backend, runtime: Runtime) -> None:
-    """Cut a meta-device model into this rank's shards, decoder layer by decoder layer; a no-op unless `fsdp`."""
+def shard_skeleton(model: PeftModel, backend: Backend, config: ParallelConfig, runtime: Runtime) -> torch.device:
+    """Cut a meta-device model into this rank's shards, a no-op unless `fsdp`; returns where its parameters will live.
+
+    Units that are gathered at once: each decoder layer, the embedding, the head, and the final norm (with a tied
+    embedding, which both ends of the model need).
+
+    Raises:
+        LaunchError: the number of processes is no multiple of `parallel.replicas`.
+    """
     if backend != "fsdp":
-        return
+        return runtime.device
     if not dist.is_initialized():  # one process: sharding still needs a group, of itself
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    mesh = init_device_mesh(runtime.device.type, (runtime.world_size,))
+    offload = CPUOffloadPolicy(pin_memory=runtime.device.type == "cuda") if config.cpu_offload else OffloadPolicy()
     # No mixed-precision policy: it would cast the float32 quantisation constants to bfloat16 on the way.
     # The base is frozen in its storage type already, and autocast casts the adapters.
+    shard = partial(fully_shard, mesh=_device_mesh(config, runtime), offload_policy=offload)
+    head = model.get_base_model().get_output_embeddings()
     with _integer_parameters_allowed():
-        for layer in decoder_layers(model):
-            fully_shard(layer, mesh=mesh)
-        fully_shard(model, mesh=mesh)
+        for unit in gathered_units(model):
+            # The head's backward follows its forward at once: gathering it twice would be for nothing.
+            shard(unit, reshard_after_forward=unit is not head)
+        shard(model)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # Losses are divided by the global token count before backward, so gradients are summed, not averaged.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+    return torch.device("cpu") if config.cpu_offload else runtime.device
+
+
+def check_fits(model: PeftModel, backend: Backend, config: ParallelConfig, runtime: Runtime) -> None:
+    """Refuse a meta-device model whose share, as this backend cuts it, exceeds the free memory.
+
+    Raises:
+        ModelError: with the numbers.
+    """
+    num_shards = runtime.world_size // config.replicas if backend == "fsdp" else 1
+    footprint = plan_footprint(model, gathered_units(model), num_shards, runtime.rank % num_shards)
+    device = torch.device("cpu") if config.cpu_offload else runtime.device
+    check_memory(footprint, device, runtime.local_world_size if device.type == "cpu" else 1)
+    runtime.barrier()  # no rank may allocate while another still looks at what is free
+
+
+def gathered_units(model: PeftModel) -> list[nn.Module]:
+    """The modules that a sharded model gathers one at a time; what is in none of them forms the last unit."""
+    base = model.get_base_model()
+    embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
+    ends = [] if embedding.weight is head.weight else [embedding, head]
+    return [*decoder_layers(model), *ends]
+
+
+def verify_base(model: PeftModel, backend: Backend, config: ParallelConfig, runtime: Runtime) -> None:
+    """After loading: each rank holds its share, and gathered layers have the bytes that were loaded; a collective.
+
+    Raises:
+        ModelError: naming the parameter, on every rank.
+    """
+    check_shards(model, runtime.world_size // config.replicas if backend == "fsdp" else 1)
+    params = {name: param for name, param in model.named_parameters() if not param.requires_grad}
+    expected = loaded_checksums(params, runtime.device)
+    if runtime.world_size > 1:
+        check_gathered(params, expected, _gathered(model), runtime.max_of_each)
+
+
+def _gathered(model: PeftModel) -> Iterator[tuple[str, torch.Tensor]]:
+    """The frozen parameters, gathered unit by unit the way forward does it."""
+    units = [(prefix, module) for prefix, module in model.named_modules() if isinstance(module, FSDPModule)]
+    for prefix, unit in units or [("", model)]:
+        others = tuple(f"{other}." for other, _ in units if other != prefix and other.startswith(prefix))
+        if isinstance(unit, FSDPModule):
+            unit.unshard()
+        for name, param in unit.named_parameters(prefix=prefix):
+            if not param.requires_grad and not name.startswith(others):
+                yield name, param
+        if isinstance(unit, FSDPModule):
+            unit.reshard()
+
+
+def _device_mesh(config: ParallelConfig, runtime: Runtime) -> DeviceMesh:
+    """One dimension to shard over; before it one of copies, when there are several."""
+    if runtime.world_size % config.replicas:
+        raise LaunchError(
+            f"parallel.replicas is {config.replicas}, but {runtime.world_size} processes cannot be divided into that "
+            "many groups of equal size. Use a divisor of the number of processes."
+        )
+    if config.replicas == 1:
+        return init_device_mesh(runtime.device.type, (runtime.world_size,))
+    shape = (config.replicas, runtime.world_size // config.replicas)
+    return init_device_mesh(runtime.device.type, shape, mesh_dim_names=("replicate", "shard"))
 
 
 def build_engine(model: nn.Module, config: OptimConfig, runtime: Runtime) -> Engine:
     """The engine for a loaded model; builds the optimizer, so the adapters must have their initial values."""
     if isinstance(model, FSDPModule):
-        return ShardedEngine(model, config)
+        return ShardedEngine(model, config, runtime)
     return ReplicatedEngine(model, config, runtime)
 
 
@@ -150,14 +227,17 @@ def _whole_adapter(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _squared_norm(gradients: list[torch.Tensor]) -> torch.Tensor:
-    return torch.stack([torch.linalg.vector_norm(gradient) ** 2 for gradient in gradients]).sum()
+    """Sum of squares, in float64: rounded back to float32, the norm then has the same bits however the gradient is cut.
+    In float32 it would not, and clipping would carry the difference into every weight."""
+    norms = [torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in gradients]
+    return (torch.stack(norms) ** 2).sum()
 
 
 def _clip(gradients: list[torch.Tensor], norm: torch.Tensor, max_norm: float | None) -> None:
     if max_norm is not None:
         factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         for gradient in gradients:
-            gradient.mul_(factor)
+            gradient.mul_(factor.to(gradient.device))
 
 
 @contextmanager

@@ -23,6 +23,8 @@ class Runtime:
     rank: int
     local_rank: int
     world_size: int
+    local_world_size: int
+    """Processes on this node."""
     compute_dtype: torch.dtype
 
     @property
@@ -49,6 +51,13 @@ class Runtime:
         tensor = torch.tensor(value, dtype=torch.float64, device=self.device)
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return tensor.item()
+
+    def max_of_each(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Largest of each element over all ranks, in a new tensor; a collective."""
+        tensor = tensor.clone()
+        if self.world_size > 1:
+            dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return tensor
 
     def autocast(self) -> AbstractContextManager[None]:
         """Compute in the run's dtype: float32 master adapters are cast where they are used."""
@@ -89,6 +98,7 @@ def start_runtime(seed: int, dtype: Literal["bfloat16", "float32"]) -> Runtime:
         rank=accelerator.process_index,
         local_rank=accelerator.local_process_index,
         world_size=accelerator.num_processes,
+        local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
         compute_dtype=getattr(torch, dtype),
     )
     set_seed(seed + runtime.rank)  # dropout differs between ranks, the order of data has generators of its own
@@ -101,5 +111,5 @@ def _limit_threads() -> None:
     Launchers set OMP_NUM_THREADS when they start several processes; a value that is there is kept.
     """
     if "OMP_NUM_THREADS" not in os.environ:
-        processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes))
+        num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // num_processes))

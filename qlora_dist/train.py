@@ -23,7 +23,7 @@ from qlora_dist.metrics import EvalMetrics, Recorder, StepSums
 from qlora_dist.model.files import resolve_model_folder
 from qlora_dist.model.loss import target_loss_sum
 from qlora_dist.model.shards import local_bytes, whole_bytes
-from qlora_dist.optim import lr_at
+from qlora_dist.optim import check_warmup, lr_at
 from qlora_dist.parallel import Engine, build_engine, choose_backend
 from qlora_dist.runtime import Runtime, start_runtime
 
@@ -45,10 +45,7 @@ def train(config: TrainConfig) -> None:
         data = load_dataset(config.data, tokenizer, config.seed)
     reporter.say("\n".join(data.notes))
 
-    model = build_model(
-        model_folder, config.model, config.adapter, config.memory,
-        backend=backend, seed=config.seed, runtime=runtime, reporter=reporter,
-    )  # fmt: skip
+    model = build_model(config, model_folder, backend, runtime, reporter)
     engine = build_engine(model, config.optim, runtime)
     plan = BatchPlan(
         num_samples=len(data.train),
@@ -58,6 +55,7 @@ def train(config: TrainConfig) -> None:
         world_size=runtime.world_size,
     )
     num_steps = plan.num_steps(config.optim)
+    check_warmup(num_steps, config.optim)
     reporter.say(
         f"{backend}, {runtime.world_size} x {runtime.device.type}: this rank holds {local_bytes(model) / 2**20:,.0f} "
         f"of {whole_bytes(model) / 2**20:,.0f} MiB | {num_steps:,} steps of {plan.global_batch_size:,} rows"

@@ -60,13 +60,12 @@ def encode_rows(
     num_truncated = num_without_targets = 0
     for number, row in enumerate(rows, start=1):
         sample = encode(row, tokenizer, config.train_on, f"{path}, row {number}")
-        if len(sample.input_ids) > config.max_seq_len:
-            num_truncated += 1
-            sample = Sample(sample.input_ids[: config.max_seq_len], sample.labels[: config.max_seq_len])
-        if sample.num_targets:
-            samples.append(sample)
-        else:
+        kept = Sample(sample.input_ids[: config.max_seq_len], sample.labels[: config.max_seq_len])
+        if kept.num_targets == 0:
             num_without_targets += 1
+            continue
+        samples.append(kept)
+        num_truncated += len(kept.input_ids) < len(sample.input_ids)
     if not samples:
         raise DataError(
             f"{path}: none of its {num_without_targets} rows has a target token within data.max_seq_len "
@@ -103,7 +102,7 @@ def _encode_messages(
     if train_on == "all":
         return Sample(input_ids, list(input_ids))
     labels = [
-        token if any(start < end and first <= start and end <= last for first, last in spans) else IGNORE_INDEX
+        token if any(first <= start and first < end <= last for first, last in spans) else IGNORE_INDEX
         for token, (start, end) in zip(input_ids, encoded["offset_mapping"], strict=True)
     ]
     return Sample(input_ids, labels)
@@ -120,6 +119,11 @@ def _checked_messages(messages: Any, where: str) -> list[dict[str, str]]:
                 f"{where}: message {number} has the role {message.get('role')!r}, but a role is one of "
                 f"{', '.join(ROLES)}."
             )
+    if messages[0]["role"] == "assistant":
+        raise DataError(
+            f"{where}: the conversation starts with an assistant turn, which nothing asked for. Put a user turn before "
+            "it, or remove it."
+        )
     if not any(message["role"] == "assistant" for message in messages):
         roles = ", ".join(message["role"] for message in messages)
         raise DataError(
@@ -171,7 +175,7 @@ def _render(
 
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-    except TemplateError as error:
+    except (TemplateError, ValueError) as error:
         roles = ", ".join(message["role"] for message in messages)
         raise DataError(f"{where}: the model's chat template refuses this conversation ({roles}): {error}") from None
     assert isinstance(text, str)

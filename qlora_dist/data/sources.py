@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
+import csv
+import glob
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -45,11 +48,17 @@ def load_rows(path: str, key: str) -> Dataset:
     from datasets.exceptions import DatasetGenerationError
 
     file = check_data_file(path, key)
+    kind = _BUILDERS[file.suffix.lower()]
+    if kind != "parquet":
+        _check_utf8(file, key)
+    options = _text_columns(file) if kind == "csv" else {}
     try:
-        rows = load_dataset(_BUILDERS[file.suffix.lower()], data_files=str(file), split="train")
+        rows = load_dataset(kind, data_files=glob.escape(str(file)), split="train", **options)
     except (DatasetGenerationError, ValueError, OSError, TypeError, KeyError) as error:
         # `datasets` says only that generation failed; find out where.
         cause = error.__cause__ or error
+        if "corresponds to no data" in str(cause) or kind == "csv" and "No columns to parse" in str(cause):
+            raise DataError(f"{key} {path} holds no rows.") from None
         raise DataError(_diagnosis(file, key) or f"{key} {path} cannot be read: {cause}") from None
     assert isinstance(rows, Dataset)
     if len(rows) == 0:
@@ -74,19 +83,40 @@ def detect_layout(columns: list[str], asked: Literal["auto", "messages", "prompt
     )
 
 
+def _text_columns(file: Path) -> dict[str, object]:
+    """Options that make each cell of a CSV file text, also where it looks like a number or says NA."""
+    from datasets import Features, Value
+
+    with file.open(encoding="utf-8", newline="") as stream:
+        header = next(csv.reader(stream), [])
+    return {"features": Features({name: Value("string") for name in header}), "keep_default_na": False}
+
+
 def _kinds() -> str:
     return ", ".join(list(_BUILDERS)[:-1]) + f" or {list(_BUILDERS)[-1]}"
+
+
+def _check_utf8(file: Path, key: str) -> None:
+    """Refuse text in another encoding; the parsers would pass it on and fail rows later."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    num_lines = 0
+    with file.open("rb") as stream:
+        while block := stream.read(2**20):
+            try:
+                decoder.decode(block)
+            except UnicodeDecodeError as error:
+                line = num_lines + block[: error.start].count(b"\n") + 1
+                raise DataError(
+                    f"{key} {file}, line {line}: not UTF-8 text ({error.reason}). Save the file as UTF-8."
+                ) from None
+            num_lines += block.count(b"\n")
 
 
 def _diagnosis(file: Path, key: str) -> str | None:
     """The first fault of a JSON file, with its line; None when the file is not JSON or is valid."""
     if _BUILDERS[file.suffix.lower()] != "json":
         return None
-    try:
-        text = file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        broken_line = file.read_bytes()[: error.start].count(b"\n") + 1
-        return f"{key} {file}, line {broken_line}: not UTF-8 text ({error.reason}). Save the file as UTF-8."
+    text = file.read_text(encoding="utf-8")
     if text.lstrip().startswith("["):
         try:
             json.loads(text)
@@ -97,7 +127,7 @@ def _diagnosis(file: Path, key: str) -> str | None:
             )
         return None
     columns: set[str] = set()
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:

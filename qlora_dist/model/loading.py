@@ -24,6 +24,7 @@ from qlora_dist.errors import ModelError
 from qlora_dist.model.files import weight_files
 from qlora_dist.model.nf4 import QuantizedLinear, quantize_absmax, quantize_blocks
 from qlora_dist.model.shards import local_part, local_rows, shard_group
+from qlora_dist.model.skeleton import decoder_layers
 
 
 class SafetensorsReader:
@@ -72,40 +73,51 @@ class SafetensorsReader:
         return self._readers[file].get_slice(name)
 
 
-def materialize(model: PeftModel | PreTrainedModel, device: torch.device) -> None:
-    """Allocate this rank's part of every meta parameter on `device`; contents are undefined, buffers are kept."""
+def materialize(model: PeftModel | PreTrainedModel, device: torch.device, compute_device: torch.device) -> None:
+    """Allocate this rank's part of every meta parameter on `device`, with undefined contents.
+
+    Buffers keep their values and go to `compute_device`, which differs when the shards are offloaded to the host.
+    """
     buffers = {
         (module, name): buffer for module in model.modules() for name, buffer in module.named_buffers(recurse=False)
     }  # to_empty would also throw away what no checkpoint holds
     model.to_empty(device=device)
     for (module, name), buffer in buffers.items():
-        module._buffers[name] = buffer.to(device)
+        module._buffers[name] = buffer.to(compute_device)
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     base.tie_weights()  # to_empty gave each use of a shared parameter memory of its own
 
 
+OnProgress = Callable[[int, int], None]
+"""Called with the checkpoint bytes read and the decoder layers filled so far."""
+
+
 @torch.no_grad()
-def load_base_weights(model: nn.Module, folder: Path, on_bytes: Callable[[int], None] = lambda _: None) -> None:
+def load_base_weights(model: nn.Module, folder: Path, device: torch.device, on_progress: OnProgress) -> None:
     """Fill the frozen base of a materialised model from `folder`, quantising on the way; adapters are left alone.
 
     Args:
         model: skeleton with adapters, possibly sharded, after :func:`materialize`.
-        on_bytes: called with the number of checkpoint bytes read so far, for progress.
+        device: where to quantise; the parameters themselves may be on the host.
 
     Raises:
         ModelError: a tensor is missing or has another shape than the model expects.
     """
     with SafetensorsReader(folder) as reader:
         done: set[int] = set()
+        layers = {id(layer): number for number, layer in enumerate(decoder_layers(model))}
+        num_layers = 0
         for name, module in model.named_modules():
+            num_layers = layers.get(id(module), num_layers)
             if isinstance(module, QuantizedLinear):
-                _load_quantized(_checkpoint_name(name), module, reader)
+                _load_quantized(_checkpoint_name(name), module, reader, device)
             else:
                 for leaf, param in _own_base_parameters(name, module):
                     if id(param) not in done:  # tied embeddings are one parameter under two names
                         _load_plain(_checkpoint_name(f"{name}.{leaf}"), param, reader)
                         done.add(id(param))
-            on_bytes(reader.bytes_read)
+            on_progress(reader.bytes_read, num_layers)
+        on_progress(reader.bytes_read, len(layers))
 
 
 def _own_base_parameters(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -124,15 +136,15 @@ def _load_plain(name: str, param: nn.Parameter, reader: SafetensorsReader) -> No
     local_part(param).copy_(reader.rows(name, start, stop))
 
 
-def _load_quantized(name: str, layer: QuantizedLinear, reader: SafetensorsReader) -> None:
+def _load_quantized(name: str, layer: QuantizedLinear, reader: SafetensorsReader, device: torch.device) -> None:
     _check_shape(f"{name}.weight", (layer.out_features, layer.in_features), reader)
     numel, block = layer.out_features * layer.in_features, layer.format.block_size
     first_byte, end_byte = local_rows(layer.weight)
     # Elements of the blocks that this rank's bytes touch; the blocks at the borders are quantised by both neighbours.
     first = 2 * first_byte // block * block
     end = min(numel, -(-2 * end_byte // block) * block)
-    elements = _read_elements(f"{name}.weight", layer, first, end, reader).to(layer.weight.device, torch.bfloat16)
-    absmax = torch.zeros(layer.format.num_blocks(numel), dtype=torch.float32, device=layer.weight.device)
+    elements = _read_elements(f"{name}.weight", layer, first, end, reader).to(device, torch.bfloat16)
+    absmax = torch.zeros(layer.format.num_blocks(numel), dtype=torch.float32, device=device)
     if end > first:
         packed, local_absmax = quantize_blocks(elements, layer.format)
         local_part(layer.weight).copy_(packed[first_byte - first // 2 : end_byte - first // 2])

@@ -32,6 +32,25 @@ def shard_group(param: torch.Tensor) -> dist.ProcessGroup | None:
     return param.device_mesh.get_group(dims[0]) if dims else None
 
 
+def shard_world(param: torch.Tensor) -> int:
+    """Number of parts that the parameter is cut into."""
+    group = shard_group(param)
+    return 1 if group is None else dist.get_world_size(group)
+
+
+def shard_rank(param: torch.Tensor) -> int:
+    """Which of those parts this rank holds."""
+    group = shard_group(param)
+    return 0 if group is None else dist.get_rank(group)
+
+
+def planned_rows(num_rows: int, num_shards: int, rank: int) -> tuple[int, int]:
+    """First and one-past-last row of part `rank` when `num_rows` are cut into `num_shards` as `torch.chunk` does:
+    all parts of ceil(num_rows / num_shards) rows, the last ones shorter or empty."""
+    size = -(-num_rows // num_shards)
+    return min(num_rows, size * rank), min(num_rows, size * (rank + 1))
+
+
 def whole_tensor(param: nn.Parameter) -> torch.Tensor:
     """The whole parameter on every rank (a collective when it is sharded)."""
     return param.full_tensor() if isinstance(param, DTensor) else param.detach()

@@ -38,6 +38,7 @@ def build_skeleton(folder: Path, config: ModelConfig) -> PreTrainedModel:
             )
     except (ValueError, ImportError, KeyError) as error:
         raise ModelError(f"model.path {folder} cannot be built by transformers: {error}") from None
+    model.tie_weights()  # on meta each use of a shared parameter was given one of its own
     model.requires_grad_(False)
     layers = decoder_layers(model)
     if not any(isinstance(module, nn.Linear) for layer in layers for module in layer.modules()):

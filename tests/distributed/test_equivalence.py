@@ -10,23 +10,28 @@ from tests.support.command import losses, run_command, write_config
 
 NUM_STEPS = 20
 
-# name: (processes, backend, micro_batch_size, grad_accum_steps); the global batch is 4 rows throughout
+# name: (processes, parallel section, micro_batch_size, grad_accum_steps); the global batch is 4 rows throughout
 RUNS = {
-    "one process": (1, "single", 2, 2),
-    "ddp": (2, "ddp", 2, 1),
-    "fsdp": (2, "fsdp", 2, 1),
-    "fsdp, accumulating": (2, "fsdp", 1, 2),
+    "one process": (1, {"backend": "single"}, 2, 2),
+    "ddp": (2, {"backend": "ddp"}, 2, 1),
+    "fsdp": (2, {"backend": "fsdp"}, 2, 1),
+    "fsdp, accumulating": (2, {"backend": "fsdp"}, 1, 2),
+}
+RUNS_IN_FLOAT32 = {
+    "fsdp, offloaded": (2, {"backend": "fsdp", "cpu_offload": True}, 2, 1),
+    "hsdp, 2 copies of 2 shards": (4, {"backend": "fsdp", "replicas": 2}, 1, 1),
 }
 
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
 def runs(request, tmp_path_factory, tiny_llama: Path, chat_file: Path) -> tuple[str, dict[str, Path]]:
-    """The same training, run in each way of RUNS through the command line; returns dtype and run folders."""
+    """The same training, run in each of these ways through the command line; returns dtype and run folders."""
     dtype = request.param
     root = tmp_path_factory.mktemp(dtype)
     folders = {}
-    for name, (processes, backend, micro_batch_size, grad_accum_steps) in RUNS.items():
-        folders[name] = root / name.replace(" ", "-").replace(",", "")
+    ways = {**RUNS, **RUNS_IN_FLOAT32} if dtype == "float32" else RUNS
+    for name, (processes, parallel, micro_batch_size, grad_accum_steps) in ways.items():
+        folders[name] = root / name.replace(" ", "-")
         config = write_config(
             root / "config.yaml",
             output_dir=str(folders[name]),
@@ -37,7 +42,7 @@ def runs(request, tmp_path_factory, tiny_llama: Path, chat_file: Path) -> tuple[
                 "max_steps": NUM_STEPS, "lr": 2e-3, "schedule": "cosine", "warmup_steps": 2,
                 "micro_batch_size": micro_batch_size, "grad_accum_steps": grad_accum_steps,
             },
-            parallel={"backend": backend},
+            parallel=parallel,
             logging={"tensorboard": False},
         )  # fmt: skip
         done = run_command("train", config, processes=processes)
@@ -74,7 +79,7 @@ def test_training_reached_every_layer(runs, tiny_llama: Path) -> None:
     from qlora_dist.model.skeleton import build_skeleton
 
     model = add_adapters(build_skeleton(tiny_llama, ModelConfig()), AdapterConfig(rank=4), "base")
-    materialize(model, torch.device("cpu"))
+    materialize(model, torch.device("cpu"), torch.device("cpu"))
     init_adapters(model, seed=0)
     initial = {name.replace(".default.", "."): param.detach() for name, param in adapter_parameters(model).items()}
     for folder in runs[1].values():

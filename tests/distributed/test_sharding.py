@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 
 from qlora_dist.assemble import build_model
-from qlora_dist.config import AdapterConfig, MemoryConfig, ModelConfig
+from qlora_dist.config import AdapterConfig, ModelConfig, TrainConfig
 from qlora_dist.console import Reporter
 from qlora_dist.model.nf4 import QuantizedLinear
 from qlora_dist.model.shards import local_bytes, whole_bytes, whole_tensor
@@ -19,10 +19,8 @@ from tests.support.processes import run_on_processes
 def build_sharded(folder: Path, config: ModelConfig):
     """The model of `folder`, sharded over the processes of this run."""
     runtime = start_runtime(seed=0, dtype=config.dtype)
-    return build_model(
-        folder, config, AdapterConfig(rank=4), MemoryConfig(),
-        backend="fsdp", seed=0, runtime=runtime, reporter=Reporter(is_main=False),
-    )  # fmt: skip
+    train_config = TrainConfig(model=config, adapter=AdapterConfig(rank=4))
+    return build_model(train_config, folder, "fsdp", runtime, Reporter(is_main=False))
 
 
 def check_share(folder: Path) -> None:

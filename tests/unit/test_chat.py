@@ -3,9 +3,9 @@
 import copy
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers.processors import TemplateProcessing
+from tokenizers.processors import ByteLevel, TemplateProcessing
 
 from qlora_dist.config import IGNORE_INDEX, DataConfig
 from qlora_dist.data.chat import EncodedRows, Sample, encode_rows
@@ -40,12 +40,8 @@ BARE = """\
 {%- endfor -%}
 """
 
-NAMED = """\
-{%- for message in messages -%}
-  {{- message['role'] -}}{%- if 'name' in message -%}{{- '(' ~ message['name'] ~ ')' -}}{%- endif -%}
-  {{- ': ' + message['content'] + '<|im_end|>' -}}
-{%- endfor -%}
-"""
+# As base models' examples do: no end token at all, a line per turn.
+LINES = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
 
 
 def chat(*contents: str, system: str | None = None) -> dict:
@@ -100,8 +96,8 @@ def test_the_targets_are_the_assistants_turns(tokenizer, row: dict, expected: st
     assert targets(sample, tokenizer) == expected
 
 
+@settings(deadline=None)
 @given(st.lists(st.text(st.characters(codec="utf-8"), max_size=12), min_size=2, max_size=6))
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 def test_the_targets_are_the_assistants_turns_whatever_they_say(tokenizer, contents: list[str]) -> None:
     """Any text at all: the target tokens decode to the assistant's words, and the input to the rendered template."""
     row = chat(*contents)
@@ -148,12 +144,10 @@ def test_no_special_token_is_added_to_what_the_template_writes(tokenizer) -> Non
     assert encode([row], bos_first).samples == encode([row], tokenizer).samples
 
 
-def test_keys_that_only_other_rows_have_are_not_shown_to_the_template(tokenizer) -> None:
-    """Tables fill missing keys with None; a template that tests for `name` must not find one."""
-    turns = chat("a", "b")["messages"]
-    with_none = {"messages": [{**turn, "name": None} for turn in turns]}
-    [sample] = encode([with_none], with_template(tokenizer, NAMED)).samples
-    assert tokenizer.decode(sample.input_ids) == f"user: a{END}assistant: b{END}"
+def test_without_an_end_token_the_line_break_ends_the_turn(tokenizer) -> None:
+    """Where the template closes a turn with a line break only, that is what the model must learn to stop with."""
+    [sample] = encode([chat("a", "b", "c", "d")], with_template(tokenizer, LINES)).samples
+    assert targets(sample, tokenizer) == "assistant: b\nassistant: d\n"
 
 
 # -- truncation
@@ -168,7 +162,7 @@ def test_long_rows_are_cut_at_the_end_and_counted(tokenizer) -> None:
     assert cut.samples[0] == whole.samples[0]
     assert cut.samples[1].input_ids == whole.samples[1].input_ids[:40]
     assert cut.samples[1].labels == whole.samples[1].labels[:40]
-    assert (len(cut.samples), cut.num_truncated, cut.num_without_targets) == (2, 2, 1)
+    assert (len(cut.samples), cut.num_truncated, cut.num_without_targets) == (2, 1, 1)
 
 
 def test_a_row_of_exactly_the_longest_length_is_not_cut(tokenizer) -> None:
@@ -275,3 +269,19 @@ def test_plain_text_that_is_no_text_is_refused_with_its_row(tokenizer, column: s
     good = {"prompt": "a", "completion": "b"}
     message = refusal([good, {**good, column: value}], tokenizer, "prompt_completion")
     assert message.startswith(f"rows.jsonl, row 2: `{column}` is {value!r}")
+
+
+def test_whitespace_is_a_target_when_the_tokenizer_trims_offsets(tokenizer) -> None:
+    """Tokens of nothing but white space, which some tokenizers give no width, count like the others of a turn."""
+    trimming = copy.deepcopy(tokenizer)
+    trimming._tokenizer.post_processor = ByteLevel(trim_offsets=True)
+    answer = "def f():\n    return  x"
+    [sample] = encode([chat("hi", answer)], trimming).samples
+    assert trimming.decode([label for label in sample.labels if label != IGNORE_INDEX]) == answer + END
+
+
+def test_a_conversation_that_the_assistant_starts_is_refused(tokenizer) -> None:
+    """There is no prompt that such a turn could answer."""
+    row = {"messages": [{"role": "assistant", "content": "hello"}, *chat("hi", "there")["messages"]]}
+    with pytest.raises(DataError, match="row 1: the conversation starts with an assistant turn"):
+        encode([row], tokenizer)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora_dist import config as config_module
@@ -20,6 +20,7 @@ from qlora_dist.config import (
     MemoryConfig,
     ModelConfig,
     OptimConfig,
+    ParallelConfig,
     TrainConfig,
     dump_config,
     flatten,
@@ -53,6 +54,7 @@ IMPOSSIBLE = {
     "eval.every": (0,),
     "eval.max_batches": (0,),
     "logging.every": (0,),
+    "parallel.replicas": (0, -1),
 }
 
 
@@ -127,6 +129,7 @@ def test_an_empty_section_means_its_defaults(tmp_path: Path) -> None:
 _text = st.text(st.characters(exclude_categories=["C"]), min_size=1)
 
 
+@settings(deadline=None)
 @given(
     output_dir=_text,
     seed=st.integers(0, 2**31),
@@ -376,6 +379,9 @@ def test_the_edge_of_a_rule_is_allowed(file: Path, key: str, value: float) -> No
         ({"data.eval": "e.jsonl", "data.eval_fraction": 0.1}, ("data.eval", "data.eval_fraction")),
         ({"eval.every": 5}, ("eval.every", "data.eval", "data.eval_fraction")),
         ({"eval.max_batches": 5}, ("eval.max_batches", "data.eval", "data.eval_fraction")),
+        ({"parallel.replicas": 2, "parallel.backend": "ddp"}, ("parallel.replicas", "parallel.backend")),
+        ({"parallel.replicas": 2, "parallel.backend": "single"}, ("parallel.replicas", "parallel.backend")),
+        ({"parallel.cpu_offload": True, "parallel.backend": "ddp"}, ("parallel.cpu_offload", "parallel.backend")),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(
@@ -394,6 +400,13 @@ def test_evaluation_settings_are_allowed_with_something_to_evaluate_on(file: Pat
         assert config.has_eval
         assert config.eval == EvalConfig(every=5)
     assert not MINIMAL.has_eval
+
+
+@pytest.mark.parametrize("backend", ["auto", "fsdp"])
+def test_settings_of_sharding_are_allowed_where_the_base_is_sharded(file: Path, backend: str) -> None:
+    """Copies and offloading belong to `fsdp`, which `auto` may become."""
+    arguments = ["--parallel.replicas", "2", "--parallel.cpu_offload", "true", "--parallel.backend", backend]
+    assert load_config(file, arguments).parallel == ParallelConfig(backend=backend, replicas=2, cpu_offload=True)
 
 
 @pytest.mark.parametrize("key", ["model.path", "data.train", "output_dir"])
@@ -431,3 +444,32 @@ def test_bad_settings_are_refused_without_loading_a_library() -> None:
     code = f"import sys, {config_module.__name__}, qlora_dist.cli; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "optim: {lr: !foo 3}",
+        "seed: 2024-13-45",
+        "adapter: {target_modules: &a [*a]}",
+        "optim:\n  <<: {lr: 3}",
+        "optim: {lr: 1" + "0" * 400 + "}",
+        "optim.lr: 3.0\noptim: {lr: 4.0}",
+        "seed: 2147483648",
+        "optim: {max_steps: 10, warmup_steps: 10}",
+    ],
+    ids=lambda line: line[:30],
+)
+def test_odd_yaml_is_refused_without_a_traceback(tmp_path: Path, line: str) -> None:
+    """Tags, cycles, merge keys, impossible dates, numbers beyond range, one key spelled in two ways."""
+    file = tmp_path / "config.yaml"
+    file.write_text(f"output_dir: o\nmodel: {{path: m}}\ndata: {{train: t}}\n{line}\n")
+    with pytest.raises(ConfigError):
+        load_config(file)
+
+
+def test_an_override_that_is_no_yaml_is_text(tmp_path: Path) -> None:
+    """A folder may be called like an impossible date."""
+    file = tmp_path / "config.yaml"
+    file.write_text("model: {path: m}\ndata: {train: t}\n")
+    assert load_config(file, ["--output_dir", "2024-13-45"]).output_dir == "2024-13-45"

@@ -38,8 +38,9 @@ def test_a_logged_step_is_one_line() -> None:
 def report(reporter: Reporter) -> None:
     """Say one thing of each kind."""
     reporter.say("hello")
-    with reporter.loading(2**21) as on_bytes:
-        on_bytes(2**20)
+    with reporter.loading(total_bytes=2**21, total_layers=4) as on_progress:
+        on_progress(2**19, 1)
+        on_progress(2**20, 4)
     with reporter.training(1000):
         reporter.step(STEP, None)
         reporter.evaluation(EVAL)
@@ -81,19 +82,25 @@ class Terminal(StringIO):
 
 
 def test_a_live_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a terminal a step moves a bar instead of adding a line; an evaluation is a line of its own."""
+    """On a terminal layers and steps move a bar instead of adding lines; an evaluation is a line of its own."""
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "200")
     out = Terminal()
     reporter = Reporter(True, file=out)
-    with reporter.training(1000):
-        reporter.step(STEP, None)
-        reporter.evaluation(EVAL)
+    report(reporter)
     assert "\x1b[" in out.getvalue()
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out.getvalue())
+    assert "loading layer 4/4 ━" in plain
     assert "step 120/1000 ━" in plain
     assert "loss 1.2345 | grad 0.432" in plain
     assert STEP_TEXT not in plain
     assert EVAL_TEXT in plain
     reporter.step(STEP, None)  # the bar has gone with the training
     assert out.getvalue().endswith(STEP_TEXT + "\n")
+
+
+def test_brackets_and_colons_are_printed_as_they_are() -> None:
+    """Code such as `x[:100:]` is neither markup nor emoji."""
+    out = StringIO()
+    Reporter(is_main=True, file=out).say("x[:100:]")
+    assert out.getvalue() == "x[:100:]\n"

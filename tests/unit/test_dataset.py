@@ -106,5 +106,5 @@ def test_notes_say_what_became_of_the_rows(tmp_path: Path, tokenizer) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     [note] = load_dataset(DataConfig(train=str(path), max_seq_len=8), tokenizer, seed=0).notes
     assert note == (
-        f"{path}: 2 rows, 11 tokens, 82% of them targets, 2 rows cut to 8, 1 rows dropped (no target left)"
+        f"{path}: 2 rows, 11 tokens, 82% of them targets, 1 rows cut to 8, 1 rows dropped (no target left)"
     )  # 9 / 11

@@ -2,18 +2,18 @@
 
 import json
 import math
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 
 import pytest
 import torch
-from accelerate import Accelerator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from qlora_dist.config import LoggingConfig
 from qlora_dist.console import Reporter
 from qlora_dist.metrics import EvalMetrics, MetricsWriter, Recorder, StepMetrics, StepSums, peak_memory_gib
-from qlora_dist.runtime import Runtime
+from qlora_dist.runtime import Runtime, start_runtime
 
 DOCUMENTED = {
     "step", "loss", "grad_norm", "lr", "num_tokens", "num_target_tokens", "tokens_per_second", "step_seconds",
@@ -41,11 +41,8 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def runtime(rank: int = 0) -> Runtime:
-    """One CPU process, which may claim another rank."""
-    return Runtime(
-        accelerator=Accelerator(cpu=True), device=torch.device("cpu"), rank=rank, local_rank=rank, world_size=1,
-        compute_dtype=torch.float32,
-    )  # fmt: skip
+    """The one process of this test, on CPU, which may claim another rank."""
+    return replace(start_runtime(seed=0, dtype="float32"), device=torch.device("cpu"), rank=rank)
 
 
 def sums(loss: float, num_tokens: int, num_targets: int = 1, grad_norm: float = 1.0) -> StepSums:
@@ -186,3 +183,13 @@ def test_peak_memory_of_the_host_is_what_the_kernel_says() -> None:
         pytest.skip("the independent figure comes from Linux's /proc")
     [line] = [line for line in status.read_text().splitlines() if line.startswith("VmHWM:")]
     assert peak_memory_gib(torch.device("cpu")) == pytest.approx(int(line.split()[1]) / 2**20, rel=0.05)
+
+
+def test_a_loss_that_is_not_finite_is_null(tmp_path: Path) -> None:
+    """JSON has no NaN: strict readers must be able to read the rows of a run that went wrong."""
+    writer = MetricsWriter(tmp_path, LoggingConfig(tensorboard=False))
+    writer.write(StepMetrics(1, float("nan"), float("inf"), 1.0, 1, 1, 1.0, 1.0, 1.0, None, 0.0))
+    writer.close()
+    row = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=lambda name: pytest.fail(name))
+    assert row["loss"] is None
+    assert row["grad_norm"] is None

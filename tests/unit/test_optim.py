@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from qlora_dist.config import OptimConfig
-from qlora_dist.optim import FlatAdamW, lr_at, warmup_steps
+from qlora_dist.errors import ConfigError
+from qlora_dist.optim import FlatAdamW, check_warmup, lr_at, warmup_steps
 
 HALF = math.sqrt(0.5)
 
@@ -215,3 +216,15 @@ def test_small_tensors_get_8_bit_state_because_they_are_flat(optimizer: str, dty
     [state] = flat._optimizer.state.values()
     moments = [v for v in state.values() if isinstance(v, torch.Tensor) and v.numel() == 64 * 8 * 16]
     assert [moment.dtype for moment in moments] == [dtype, dtype]
+
+
+def test_warmup_ratio_is_not_one_less_by_rounding() -> None:
+    """29 % of 100 steps are 29, though 100 * 0.29 is a little less in floating point."""
+    assert warmup_steps(100, OptimConfig(warmup_ratio=0.29)) == 29
+
+
+def test_a_warmup_as_long_as_the_run_is_refused() -> None:
+    """The peak comes one step after the warm-up, so the run must be longer."""
+    check_warmup(11, OptimConfig(warmup_steps=10))
+    with pytest.raises(ConfigError, match="never reach optim.lr"):
+        check_warmup(10, OptimConfig(warmup_steps=10))

@@ -182,11 +182,11 @@ def test_rows_with_differing_columns_are_named(tmp_path: Path) -> None:
     ("name", "content", "what"),
     [
         ("rows.csv", b"prompt,completion\na,b\nc,d,e\n", "line 3"),
-        ("rows.csv", "prompt,completion\na,é\n".encode("latin-1"), "utf-8"),
+        ("rows.csv", "prompt,completion\na,é\n".encode("latin-1"), "line 2: not UTF-8"),
         ("rows.parquet", b"this is no parquet file", "Parquet"),
-        ("rows.jsonl", b"\n\n", ""),
-        ("rows.json", b"[]", ""),
-        ("rows.csv", b"prompt,completion\n", ""),
+        ("rows.jsonl", b"\n\n", "holds no rows"),
+        ("rows.json", b"[]", "holds no rows"),
+        ("rows.csv", b"prompt,completion\n", "holds no rows"),
     ],
 )
 def test_a_file_that_holds_no_rows_or_cannot_be_parsed_is_refused(
@@ -235,3 +235,33 @@ def test_missing_columns_are_refused(columns: list[str], asked: str, needed: tup
     assert f"data.format: {asked}" in message
     for text in (*(f"`{column}`" for column in columns), *needed):
         assert text in message
+
+
+@pytest.mark.parametrize("path", ["data[1].jsonl", "[x]/data.jsonl"])
+def test_brackets_in_a_path_are_no_pattern(tmp_path: Path, path: str) -> None:
+    """A path is taken literally, even if read as a pattern it would match another file."""
+    (tmp_path / "[x]").mkdir()
+    (tmp_path / "data1.jsonl").write_text(lines({"prompt": "another", "completion": "file"}))
+    (tmp_path / path).write_text(lines(*ROWS))
+    assert list(load_rows(str(tmp_path / path), "data.train")) == ROWS
+
+
+def test_text_in_another_encoding_is_named_by_line(tmp_path: Path) -> None:
+    """Latin-1 is refused before any row is used, although the JSON parser would let it pass."""
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes((lines(ROWS[0]) + '{"prompt": "é", "completion": "b"}\n').encode("latin-1"))
+    assert "line 2: not UTF-8" in refusal(file)
+
+
+def test_unicode_line_separators_end_no_line(tmp_path: Path) -> None:
+    """Only a line feed ends a line of JSONL."""
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"prompt": "a\u2028b", "completion": "c"}\n{"prompt": "x", "comp\n', encoding="utf-8")
+    assert "line 2: not valid JSON" in refusal(file)
+
+
+def test_csv_cells_are_text(tmp_path: Path) -> None:
+    """Numbers and words like None or NA in a CSV file come back as they were written."""
+    file = tmp_path / "rows.csv"
+    file.write_text("prompt,completion\nIs it there?,None\nHow many?,42\nWhich?,NA\n")
+    assert [row["completion"] for row in load_rows(str(file), "data.train")] == ["None", "42", "NA"]

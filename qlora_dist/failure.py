@@ -1,0 +1,66 @@
+"""How a failing run ends: one process says why, the others leave quietly, and the launcher learns the reason."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import traceback
+from pathlib import Path
+
+from qlora_dist.errors import EXIT_USER_ERROR, QloraDistError
+
+EXIT_CRASH = 1
+
+
+def exit_code_after(error: Exception) -> int:
+    """Report `error` unless another process of the run already reported one; returns this process's exit code.
+
+    When one process fails, the others soon fail too, in the collective where they waited for it. Only the first has
+    something to say.
+    """
+    is_user_error = isinstance(error, QloraDistError)
+    if _is_first_to_fail():
+        sys.stdout.flush()
+        sys.stderr.write(f"error: {_rank_prefix()}{error}\n" if is_user_error else _crash_report(error))
+        sys.stderr.flush()
+        _tell_launcher(str(error) if is_user_error else f"{type(error).__name__}: {error}")
+    return EXIT_USER_ERROR if is_user_error else EXIT_CRASH
+
+
+def _is_first_to_fail() -> bool:
+    """Ask the store that all processes share; before there is one, every process of a node meets the same mistake and
+    its first one speaks."""
+    if "torch.distributed" in sys.modules:
+        from torch import distributed as dist
+
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            try:
+                return dist.distributed_c10d._get_default_store().add("qlora_dist/failures", 1) == 1
+            except RuntimeError:  # the store went with the process that held it
+                return True
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def _crash_report(error: Exception) -> str:
+    prefix = _rank_prefix()
+    if "Connection closed by peer" in str(error) or "Connection reset by peer" in str(error):
+        return (
+            f"error: {prefix}another process of this run ended without a word while this one waited for it. "
+            "The launcher's report below names it and its signal (SIGKILL: often the system was out of memory).\n"
+        )
+    lines = "".join(traceback.format_exception(error))
+    return "".join(f"{prefix}{line}\n" for line in lines.rstrip().splitlines())
+
+
+def _rank_prefix() -> str:
+    return f"[rank {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+
+
+def _tell_launcher(message: str) -> None:
+    """Leave the message where torchrun and accelerate look for it: they print it as the root cause."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file:
+        details = {"py_callstack": message, "timestamp": str(int(time.time()))}
+        Path(file).write_text(json.dumps({"message": {"message": message, "extraInfo": details}}), encoding="utf-8")

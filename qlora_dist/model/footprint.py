@@ -1,0 +1,100 @@
+"""What a rank will hold of a model, exact to the byte, from its description alone."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from qlora_dist.errors import ModelError
+from qlora_dist.model.shards import planned_rows
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes of parameters on one rank."""
+
+    base: int
+    """Frozen weights and quantisation constants of this rank's shard."""
+    adapters: int
+    """Trainable parameters of this rank's shard, gradients and optimizer state not included."""
+    largest_unit: int
+    """The largest unit that is gathered at once, whole; zero when nothing is sharded."""
+
+
+def plan_footprint(model: nn.Module, units: list[nn.Module], num_shards: int, rank: int) -> Footprint:
+    """The footprint of rank `rank` when each parameter of a meta-device model is cut into `num_shards` by rows.
+
+    Args:
+        units: modules that are gathered as a whole; what is in none of them forms one more unit.
+    """
+    base = adapters = 0
+    for param in model.parameters():
+        start, stop = planned_rows(param.shape[0], num_shards, rank)
+        size = (stop - start) * math.prod(param.shape[1:]) * param.element_size()
+        if param.requires_grad:
+            adapters += size
+        else:
+            base += size
+    return Footprint(base, adapters, _largest_unit(model, units) if num_shards > 1 else 0)
+
+
+def check_memory(footprint: Footprint, device: torch.device, num_ranks_here: int) -> None:
+    """Refuse a model that cannot fit, before anything is read.
+
+    Args:
+        device: where the shards will live.
+        num_ranks_here: processes that share that memory: those of this node on the CPU, one on a GPU.
+
+    Raises:
+        ModelError: with what is needed and what is free.
+    """
+    need = footprint.base + footprint.adapters + footprint.largest_unit
+    free = free_bytes(device)
+    if need * num_ranks_here <= free:
+        return
+    each = f" for each of the {num_ranks_here} processes here" if num_ranks_here > 1 else ""
+    raise ModelError(
+        f"the model needs {need / GIB:,.1f} GiB{each} ({footprint.base / GIB:,.1f} of base, "
+        f"{footprint.adapters / GIB:,.1f} of adapters, {footprint.largest_unit / GIB:,.1f} for one gathered layer) "
+        f"before any activation, but {device.type} memory has {free / GIB:,.1f} GiB free. Use more GPUs with "
+        "parallel.backend: fsdp, a smaller model, or on GPUs parallel.cpu_offload: true."
+    )
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that can still be allocated on `device`; on the host, within this container's limit."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for line in _lines(Path("/proc/meminfo")):  # counts reclaimable cache as free, which sysconf does not
+        if line.startswith("MemAvailable:"):
+            free = int(line.split()[1]) * 1024
+    limit, used = _lines(Path("/sys/fs/cgroup/memory.max")), _lines(Path("/sys/fs/cgroup/memory.current"))
+    if limit and used and limit[0].isdigit():
+        free = min(free, int(limit[0]) - int(used[0]))
+    return free
+
+
+def _largest_unit(model: nn.Module, units: list[nn.Module]) -> int:
+    in_units: set[int] = set()
+    sizes = []
+    for unit in units:
+        members = {id(p): p.numel() * p.element_size() for p in unit.parameters()}
+        sizes.append(sum(members.values()))
+        in_units |= members.keys()
+    rest = sum(p.numel() * p.element_size() for p in model.parameters() if id(p) not in in_units)
+    return max([*sizes, rest])
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
