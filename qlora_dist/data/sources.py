@@ -57,7 +57,7 @@ def load_rows(path: str, key: str) -> Dataset:
     except (DatasetGenerationError, ValueError, OSError, TypeError, KeyError) as error:
         # `datasets` says only that generation failed; find out where.
         cause = error.__cause__ or error
-        if "corresponds to no data" in str(cause) or kind == "csv" and "No columns to parse" in str(cause):
+        if "corresponds to no data" in str(cause) or (kind == "csv" and "No columns to parse" in str(cause)):
             raise DataError(f"{key} {path} holds no rows.") from None
         raise DataError(_diagnosis(file, key) or f"{key} {path} cannot be read: {cause}") from None
     assert isinstance(rows, Dataset)

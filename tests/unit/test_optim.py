@@ -226,5 +226,5 @@ def test_warmup_ratio_is_not_one_less_by_rounding() -> None:
 def test_a_warmup_as_long_as_the_run_is_refused() -> None:
     """The peak comes one step after the warm-up, so the run must be longer."""
     check_warmup(11, OptimConfig(warmup_steps=10))
-    with pytest.raises(ConfigError, match="never reach optim.lr"):
+    with pytest.raises(ConfigError, match=r"never reach optim\.lr"):
         check_warmup(10, OptimConfig(warmup_steps=10))
