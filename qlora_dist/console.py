@@ -52,7 +52,7 @@ class Reporter:
             return
         columns = (TextColumn("step {task.completed}/{task.total}"), BarColumn(bar_width=None),
                    TextColumn("{task.fields[status]}"), TimeElapsedColumn())  # fmt: skip
-        with Progress(*columns, console=self.console, transient=True) as progress:
+        with Progress(*columns, console=self.console) as progress:
             self._progress = progress
             progress.add_task("train", total=num_steps, status="")
             try:

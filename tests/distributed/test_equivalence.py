@@ -71,6 +71,15 @@ def test_final_adapters_are_equal(runs) -> None:
         assert distance <= 1e-3, name
 
 
+def test_two_ranks_give_the_same_bits_sharded_or_not(runs) -> None:
+    """Sharding changes no rounding: two ranks train the same adapter under `ddp` and `fsdp`, also in bfloat16."""
+    _, folders = runs
+    saved = {name: load_file(folders[name] / "adapter" / "adapter_model.safetensors") for name in ("ddp", "fsdp")}
+    assert saved["ddp"].keys() == saved["fsdp"].keys()
+    for name, tensor in saved["ddp"].items():
+        assert torch.equal(tensor, saved["fsdp"][name]), name
+
+
 def test_training_reached_every_layer(runs, tiny_llama: Path) -> None:
     """After training, every A differs from its initial value and every B from zero, on all layers and projections."""
     from qlora_dist.config import AdapterConfig, ModelConfig
