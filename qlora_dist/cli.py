@@ -7,7 +7,8 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from pathlib import Path
+from typing import Literal, TypeVar
 
 from qlora_dist import __version__
 from qlora_dist.errors import EXIT_USER_ERROR, ConfigError, QloraDistError
@@ -40,6 +41,22 @@ class GenerateOptions:
     """Longest answer in tokens."""
     temperature: float = 0.0
     """0 always takes the likeliest token; higher samples more freely."""
+
+
+@dataclass(frozen=True)
+class QuantizeOptions:
+    """Write a model in 4 bits, so that it loads at once, here and in transformers: MODEL, then the new folder OUT."""
+
+    model: str
+    """MODEL: folder or hub name of a 16-bit model with safetensors weights."""
+    out: str
+    """OUT: folder to write, new or empty."""
+    quantization: Literal["nf4", "fp4"] = "nf4"
+    """4-bit data type."""
+    double_quant: Literal["true", "false"] = "true"
+    """Quantise the quantisation constants too (0.37 bits per parameter less)."""
+    block_size: Literal[64, 128] = 64
+    """Weights that share one quantisation constant."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +135,22 @@ def generate_command(argv: list[str]) -> None:
     generate(**vars(options))
 
 
+def quantize_command(argv: list[str]) -> None:
+    """write a model in 4 bits, to load it without quantising"""
+    options = _parse(QuantizeOptions, argv, "qlora-dist quantize", positional=True)
+    from qlora_dist.model.files import check_new_folder, looks_like_hub_name, resolve_model_folder
+
+    check_new_folder(Path(options.out))
+    if not looks_like_hub_name(options.model):
+        resolve_model_folder(options.model)
+    _quiet()
+    from qlora_dist.model.nf4 import QuantFormat
+    from qlora_dist.quantize import quantize
+
+    fmt = QuantFormat(options.quantization, options.double_quant == "true", options.block_size)
+    quantize(options.model, options.out, fmt)
+
+
 def demo_command(argv: list[str]) -> None:
     """the whole story on a small real model, on this machine"""
     options = _parse(DemoOptions, argv, "qlora-dist demo")
@@ -132,6 +165,7 @@ def demo_command(argv: list[str]) -> None:
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": train_command,
     "generate": generate_command,
+    "quantize": quantize_command,
     "demo": demo_command,
 }
 
@@ -160,10 +194,12 @@ def _show_train_help() -> None:
 _Options = TypeVar("_Options")
 
 
-def _parse(options: type[_Options], argv: list[str], prog: str) -> _Options:
+def _parse(options: type[_Options], argv: list[str], prog: str, positional: bool = False) -> _Options:
+    """Read a command's options; with `positional`, those without a default are given by their place."""
     import tyro
 
-    return tyro.cli(options, args=argv, prog=prog, config=(tyro.conf.FlagCreatePairsOff,), use_underscores=True)
+    config = (tyro.conf.FlagCreatePairsOff, *((tyro.conf.PositionalRequiredArgs,) if positional else ()))
+    return tyro.cli(options, args=argv, prog=prog, config=config, use_underscores=True)
 
 
 def _quiet() -> None:

@@ -71,9 +71,9 @@ class SafetensorsReader:
 
     def whole(self, name: str) -> torch.Tensor:
         """A whole tensor, on the CPU in the file's dtype."""
-        return self._read(name, slice(None))
+        return self._read(name, slice(None) if self.shape(name) else ...)
 
-    def _read(self, name: str, index: slice | tuple[slice, ...]) -> torch.Tensor:
+    def _read(self, name: str, index: Any) -> torch.Tensor:
         try:
             values = self._slice(name)[index]
         except (SafetensorError, OSError) as error:

@@ -58,9 +58,17 @@ def build_skeleton(folder: Path, config: ModelConfig) -> PreTrainedModel:
 
 
 def linear_layers(model: PreTrainedModel) -> list[str]:
-    """Names of the linear layers that are kept in 4 bits: all but the output head, as transformers does by default."""
+    """Names of the linear layers that are kept in 4 bits, as transformers chooses them by default.
+
+    All but the output head, and what the architecture wants in float32 (some routers and gates).
+    """
     head = model.get_output_embeddings()
-    return [name for name, module in model.named_modules() if type(module) is nn.Linear and module is not head]
+    kept = set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    return [
+        name
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear and module is not head and not kept & set(name.split("."))
+    ]
 
 
 def quantize_skeleton(model: PreTrainedModel, formats: Mapping[str, QuantFormat], dtype: torch.dtype) -> None:
