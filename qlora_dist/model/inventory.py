@@ -6,6 +6,7 @@ collective and before a byte of weights is read.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 
 from qlora_dist.errors import ModelError
@@ -29,11 +30,11 @@ def check_inventory(
     Raises:
         ModelError: a tensor is missing, or has another shape or type.
     """
-    _check_names([*plain, *(f"{name}.weight" for name in layers)], reader)
+    _check_names([*(f"{name}.weight" for name in layers), *plain], reader)
     for name, shape in plain.items():
         _check_plain(name, shape, reader)
     for name, layer in layers.items():
-        if has_state(name, reader):
+        if has_state(name, reader) and "quantization_config" in reader.config:
             check_stored_matrix(name, layer, reader)
         else:
             _check_plain(f"{name}.weight", (layer.out_features, layer.in_features), reader)
@@ -44,12 +45,13 @@ def _check_names(needed: list[str], reader: SafetensorsReader) -> None:
     if not missing:
         return
     if 2 * len(missing) >= len(needed):
-        unused = sorted(set(reader.names()) - set(needed))
-        found = f"the files hold {unused[0]}" if unused else "the files hold nothing else"
+        unused = sorted(set(reader.names()) - set(needed))[:1000]
+        near = difflib.get_close_matches(missing[0], unused, n=1, cutoff=0) or ["nothing else"]
         raise ModelError(
             f"model folder {reader.folder}: its config.json describes {_architecture(reader)}, but {len(missing)} of "
-            f"the {len(needed)} tensors of that architecture are not in the files: {missing[0]} is asked for, {found}, "
-            "for example. config.json and weights belong to different models: copy both from the same place."
+            f"the {len(needed)} tensors of that architecture are not in the files: {missing[0]}, for example, where "
+            f"the files hold {near[0]}. config.json and weights belong to different models: copy both from the same "
+            "place."
         )
     raise ModelError(
         f"model folder {reader.folder} has no tensor {missing[0]}, which its config.json asks for. "

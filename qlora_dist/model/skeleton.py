@@ -40,6 +40,7 @@ def build_skeleton(folder: Path, config: ModelConfig) -> PreTrainedModel:
             )
     except (ValueError, ImportError, KeyError) as error:
         raise ModelError(f"model.path {folder} cannot be built by transformers: {error}") from None
+    model.tie_weights()  # each parameter was put on meta by itself
     model.requires_grad_(False)
     layers = decoder_layers(model)
     if not any(isinstance(module, nn.Linear) for layer in layers for module in layer.modules()):
