@@ -7,7 +7,8 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from pathlib import Path
+from typing import Literal, TypeVar
 
 from qlora_dist import __version__
 from qlora_dist.errors import ConfigError
@@ -44,6 +45,22 @@ class GenerateOptions:
 
 
 @dataclass(frozen=True)
+class QuantizeOptions:
+    """Write a model in 4 bits, so that it loads at once, here and in transformers: MODEL, then the new folder OUT."""
+
+    model: str
+    """MODEL: folder or hub name of a 16-bit model with safetensors weights."""
+    out: str
+    """OUT: folder to write, new or empty."""
+    quantization: Literal["nf4", "fp4"] = "nf4"
+    """4-bit data type."""
+    double_quant: Literal["true", "false"] = "true"
+    """Quantise the quantisation constants too (0.37 bits per parameter less)."""
+    block_size: Literal[64, 128] = 64
+    """Weights that share one quantisation constant."""
+
+
+@dataclass(frozen=True)
 class DemoOptions:
     """Fine-tune a real 135M chat model on this machine and show what it learned, in a few minutes."""
 
@@ -65,6 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             sys.stdout.write(f"qlora-dist {__version__}\n")
         elif argv[0] in COMMANDS:
             COMMANDS[argv[0]](argv[1:])
+            _leave(0)
         else:
             near = difflib.get_close_matches(argv[0], COMMANDS, n=1)
             hint = f"Did you mean {near[0]}?" if near else f"The commands are {', '.join(COMMANDS)}."
@@ -79,9 +97,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _leave(exit_code: int) -> None:
-    """Exit at once when other processes may still wait in a collective: tearing that down could hang or abort."""
+    """End this process; one of several ends at once, without tearing anything down.
+
+    Other processes may still wait in a collective with this one. And a gloo process that goes through the
+    interpreter's ordinary exit sometimes aborts ("terminate called without an active exception"), which would turn a
+    finished run into a failed one.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(exit_code)
     sys.exit(exit_code)
 
@@ -123,6 +147,22 @@ def generate_command(argv: list[str]) -> None:
     generate(**vars(options))
 
 
+def quantize_command(argv: list[str]) -> None:
+    """write a model in 4 bits, to load it without quantising"""
+    options = _parse(QuantizeOptions, argv, "qlora-dist quantize", positional=True)
+    from qlora_dist.model.files import check_new_folder, looks_like_hub_name, resolve_model_folder
+
+    check_new_folder(Path(options.out))
+    if not looks_like_hub_name(options.model):
+        resolve_model_folder(options.model)
+    _quiet()
+    from qlora_dist.model.nf4 import QuantFormat
+    from qlora_dist.quantize import quantize
+
+    fmt = QuantFormat(options.quantization, options.double_quant == "true", options.block_size)
+    quantize(options.model, options.out, fmt)
+
+
 def demo_command(argv: list[str]) -> None:
     """the whole story on a small real model, on this machine"""
     options = _parse(DemoOptions, argv, "qlora-dist demo")
@@ -137,6 +177,7 @@ def demo_command(argv: list[str]) -> None:
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": train_command,
     "generate": generate_command,
+    "quantize": quantize_command,
     "demo": demo_command,
 }
 
@@ -165,10 +206,12 @@ def _show_train_help() -> None:
 _Options = TypeVar("_Options")
 
 
-def _parse(options: type[_Options], argv: list[str], prog: str) -> _Options:
+def _parse(options: type[_Options], argv: list[str], prog: str, positional: bool = False) -> _Options:
+    """Read a command's options; with `positional`, those without a default are given by their place."""
     import tyro
 
-    return tyro.cli(options, args=argv, prog=prog, config=(tyro.conf.FlagCreatePairsOff,), use_underscores=True)
+    config = (tyro.conf.FlagCreatePairsOff, *((tyro.conf.PositionalRequiredArgs,) if positional else ()))
+    return tyro.cli(options, args=argv, prog=prog, config=config, use_underscores=True)
 
 
 def _quiet() -> None:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from qlora_dist.metrics import EvalMetrics, StepMetrics
 
@@ -79,6 +79,30 @@ class Reporter:
             yield on_progress
         seconds = time.perf_counter() - started
         self.say(f"base model: this rank read {last / 2**20:,.0f} of {total_bytes / 2**20:,.0f} MiB in {seconds:.1f} s")
+
+    @contextmanager
+    def quantizing(self, total_bytes: int) -> Iterator[Callable[[int], None]]:
+        """Progress of `quantize`: a bar on a terminal, else a line every ten seconds."""
+        started = said = time.perf_counter()
+        columns = (TextColumn("quantising"), BarColumn(bar_width=None), DownloadColumn(binary_units=True),
+                   TimeRemainingColumn())  # fmt: skip
+        has_bar = self.console.is_terminal and not self.console.quiet
+        with Progress(*columns, console=self.console, transient=True, disable=not has_bar) as progress:
+            task = progress.add_task("quantise", total=total_bytes)
+
+            def on_bytes(num_bytes: int) -> None:
+                nonlocal said
+                progress.update(task, completed=num_bytes)
+                now = time.perf_counter()
+                if not has_bar and now - said > 10:
+                    said = now
+                    left = (now - started) * (total_bytes / num_bytes - 1)
+                    done, whole = num_bytes / 2**20, total_bytes / 2**20
+                    self.say(f"quantised {done:,.0f} of {whole:,.0f} MiB | {duration(left)} left")
+
+            yield on_bytes
+        seconds = time.perf_counter() - started
+        self.say(f"quantised {total_bytes / 2**20:,.0f} MiB in {seconds:.1f} s")
 
     def step(self, row: StepMetrics, seconds_left: float | None) -> None:
         """One logged optimizer step."""

@@ -22,7 +22,7 @@ from qlora_dist.model.adapters import adapter_parameters
 from qlora_dist.model.footprint import check_memory, plan_footprint
 from qlora_dist.model.integrity import check_gathered, check_shards, loaded_checksums
 from qlora_dist.model.shards import shard_group, whole_tensor
-from qlora_dist.model.skeleton import decoder_layers
+from qlora_dist.model.skeleton import base_model, decoder_layers
 from qlora_dist.optim import FlatAdamW
 from qlora_dist.runtime import Runtime, launched_world_size
 
@@ -140,7 +140,7 @@ def shard_skeleton(model: PeftModel, backend: Backend, config: ParallelConfig, r
     # No mixed-precision policy: it would cast the float32 quantisation constants to bfloat16 on the way.
     # The base is frozen in its storage type already, and autocast casts the adapters.
     shard = partial(fully_shard, mesh=_device_mesh(config, runtime), offload_policy=offload)
-    head = model.get_base_model().get_output_embeddings()
+    head = base_model(model).get_output_embeddings()
     with _integer_parameters_allowed():
         for unit in gathered_units(model):
             # The head's backward follows its forward at once: gathering it twice would be for nothing.
@@ -169,7 +169,7 @@ def check_fits(model: PeftModel, backend: Backend, config: ParallelConfig, runti
 
 def gathered_units(model: PeftModel) -> list[nn.Module]:
     """The modules that a sharded model gathers one at a time; what is in none of them forms the last unit."""
-    base = model.get_base_model()
+    base = base_model(model)
     embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
     ends = [] if embedding.weight is head.weight else [embedding, head]
     return [*decoder_layers(model), *ends]

@@ -57,13 +57,26 @@ def check_model_folder(folder: Path) -> None:
         )
 
 
+def check_new_folder(folder: Path) -> None:
+    """Refuse to write a model over anything.
+
+    Raises:
+        ModelError: `folder` exists and is not an empty folder.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        what = "not empty" if folder.is_dir() else "a file"
+        raise ModelError(f"OUT {folder} is {what}. Give a new or empty folder for the model.")
+
+
 def weight_files(folder: Path) -> dict[str, Path]:
     """Map each tensor name in the folder's safetensors files to the file that holds it."""
     from safetensors import SafetensorError, safe_open
 
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        names: dict[str, str] = read_json(index)["weight_map"]
+        names = read_json(index).get("weight_map")
+        if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+            raise ModelError(f"{index} has no weight_map from tensor to file names. Copy the model again.")
         for name in sorted(set(names.values())):
             if not (folder / name).is_file():
                 raise ModelError(f"{folder / name} is missing, though {index.name} names it. Copy the model again.")

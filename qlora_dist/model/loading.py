@@ -9,68 +9,26 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import PeftModel
-from safetensors import SafetensorError, safe_open
 from torch import distributed as dist
 from torch import nn
 from transformers import PreTrainedModel
 
 from qlora_dist.errors import ModelError
 from qlora_dist.model.files import weight_files
+from qlora_dist.model.inventory import check_inventory
 from qlora_dist.model.nf4 import QuantizedLinear, quantize_absmax, quantize_blocks
+from qlora_dist.model.prequantized import has_state, load_prequantized
+from qlora_dist.model.reader import SafetensorsReader
 from qlora_dist.model.shards import local_part, local_rows, shard_group
-from qlora_dist.model.skeleton import decoder_layers
+from qlora_dist.model.skeleton import base_model, decoder_layers
 
-
-class SafetensorsReader:
-    """Row-wise access to the tensors of a model folder; files are memory-mapped and opened once."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.bytes_read = 0
-        self._files = weight_files(folder)
-        self._open = ExitStack()
-        self._readers: dict[Path, Any] = {}
-
-    def __enter__(self) -> SafetensorsReader:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._open.close()
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._files
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a stored tensor."""
-        return tuple(self._slice(name).get_shape())
-
-    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Rows [start, stop) of a tensor along dimension 0, on the CPU in the file's dtype.
-
-        Raises:
-            ModelError: the file cannot be read.
-        """
-        try:
-            rows = self._slice(name)[start:stop]
-        except (SafetensorError, OSError) as error:
-            raise ModelError(f"{self._files[name]}: tensor {name} cannot be read ({error}).") from None
-        self.bytes_read += rows.numel() * rows.element_size()
-        return rows
-
-    def _slice(self, name: str) -> Any:
-        file = self._files[name]
-        if file not in self._readers:
-            try:
-                self._readers[file] = self._open.enter_context(safe_open(str(file), framework="pt"))
-            except (SafetensorError, OSError) as error:
-                raise ModelError(f"{file} is not a readable safetensors file ({error}). Copy it again.") from None
-        return self._readers[file].get_slice(name)
+OnProgress = Callable[[int, int], None]
+"""Called with the checkpoint bytes read and the decoder layers filled so far."""
 
 
 def materialize(model: PeftModel | PreTrainedModel, device: torch.device, compute_device: torch.device) -> None:
@@ -84,16 +42,21 @@ def materialize(model: PeftModel | PreTrainedModel, device: torch.device, comput
     model.to_empty(device=device)
     for (module, name), buffer in buffers.items():
         module._buffers[name] = buffer.to(compute_device)
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    base.tie_weights()  # to_empty gave each use of a shared parameter memory of its own
+    base_model(model).tie_weights()  # to_empty gave each use of a shared parameter memory of its own
 
 
-OnProgress = Callable[[int, int], None]
-"""Called with the checkpoint bytes read and the decoder layers filled so far."""
+@dataclass(frozen=True)
+class LoadStats:
+    """What loading cost this rank."""
+
+    bytes_read: int
+    elements_quantized: int
 
 
 @torch.no_grad()
-def load_base_weights(model: nn.Module, folder: Path, device: torch.device, on_progress: OnProgress) -> None:
+def load_base_weights(
+    model: nn.Module, folder: Path, device: torch.device, on_progress: OnProgress = lambda *_: None
+) -> LoadStats:
     """Fill the frozen base of a materialised model from `folder`, quantising on the way; adapters are left alone.
 
     Args:
@@ -101,16 +64,26 @@ def load_base_weights(model: nn.Module, folder: Path, device: torch.device, on_p
         device: where to quantise; the parameters themselves may be on the host.
 
     Raises:
-        ModelError: a tensor is missing or has another shape than the model expects.
+        ModelError: a tensor is missing, of another shape or type than the model expects, or not finite.
     """
     with SafetensorsReader(folder) as reader:
+        _check_inventory(model, reader)
         done: set[int] = set()
         layers = {id(layer): number for number, layer in enumerate(decoder_layers(model))}
         num_layers = 0
+        finite: dict[str, torch.Tensor] = {}
+        group = None
         for name, module in model.named_modules():
-            num_layers = layers.get(id(module), num_layers)
+            if id(module) in layers:
+                num_layers = layers[id(module)]
+                reader.release()
             if isinstance(module, QuantizedLinear):
-                _load_quantized(_checkpoint_name(name), module, reader, device)
+                stored = _checkpoint_name(name)
+                load = load_prequantized if has_state(stored, reader) else _load_quantized
+                finite[f"{stored}.weight"] = load(stored, module, reader, device)
+                group = shard_group(module.weight)
+                if module.bias is not None:
+                    _load_plain(f"{stored}.bias", module.bias, reader)
             else:
                 for leaf, param in _own_base_parameters(name, module):
                     if id(param) not in done:  # tied embeddings are one parameter under two names
@@ -118,6 +91,39 @@ def load_base_weights(model: nn.Module, folder: Path, device: torch.device, on_p
                         done.add(id(param))
             on_progress(reader.bytes_read, num_layers)
         on_progress(reader.bytes_read, len(layers))
+    if finite:
+        _refuse_not_finite(finite, folder, group)
+    return LoadStats(reader.bytes_read, reader.elements_quantized)
+
+
+def _check_inventory(model: nn.Module, reader: SafetensorsReader) -> None:
+    plain: dict[str, tuple[int, ...]] = {}
+    layers: dict[str, QuantizedLinear] = {}
+    done: set[int] = set()
+    for name, module in model.named_modules():
+        own = dict(_own_base_parameters(name, module))
+        if isinstance(module, QuantizedLinear):
+            layers[_checkpoint_name(name)] = module
+            own = {"bias": module.bias} if module.bias is not None else {}
+        for leaf, param in own.items():
+            if id(param) not in done:
+                plain[_checkpoint_name(f"{name}.{leaf}")] = tuple(param.shape)
+                done.add(id(param))
+    check_inventory(plain, layers, reader)
+
+
+def _refuse_not_finite(finite: dict[str, torch.Tensor], folder: Path, group: dist.ProcessGroup | None) -> None:
+    """Only the rank whose rows hold a NaN can see it, but all must stop: one sum over ranks for the whole model."""
+    bad = torch.stack(list(finite.values())).logical_not().float()
+    if group is not None:
+        dist.all_reduce(bad, group=group)
+    names = [name for name, is_bad in zip(finite, bad.tolist(), strict=True) if is_bad]
+    if names:
+        more = f" (and in {len(names) - 1} more)" if len(names) > 1 else ""
+        raise ModelError(
+            f"model folder {folder}: tensor {names[0]} holds values that are not finite (NaN or infinity){more}. "
+            "Every output of the model would be NaN. Copy the model again, or use another version of it."
+        )
 
 
 def _own_base_parameters(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -131,13 +137,12 @@ def _checkpoint_name(name: str) -> str:
 
 
 def _load_plain(name: str, param: nn.Parameter, reader: SafetensorsReader) -> None:
-    _check_shape(name, tuple(param.shape), reader)
     start, stop = local_rows(param)
     local_part(param).copy_(reader.rows(name, start, stop))
 
 
-def _load_quantized(name: str, layer: QuantizedLinear, reader: SafetensorsReader, device: torch.device) -> None:
-    _check_shape(f"{name}.weight", (layer.out_features, layer.in_features), reader)
+def _load_quantized(name: str, layer: QuantizedLinear, reader: SafetensorsReader, device: torch.device) -> torch.Tensor:
+    """Fill a layer from a 16-bit matrix; returns whether all values that this rank read are finite (0-dim bool)."""
     numel, block = layer.out_features * layer.in_features, layer.format.block_size
     first_byte, end_byte = local_rows(layer.weight)
     # Elements of the blocks that this rank's bytes touch; the blocks at the borders are quantised by both neighbours.
@@ -146,6 +151,7 @@ def _load_quantized(name: str, layer: QuantizedLinear, reader: SafetensorsReader
     elements = _read_elements(f"{name}.weight", layer, first, end, reader).to(device, torch.bfloat16)
     absmax = torch.zeros(layer.format.num_blocks(numel), dtype=torch.float32, device=device)
     if end > first:
+        reader.elements_quantized += end - first
         packed, local_absmax = quantize_blocks(elements, layer.format)
         local_part(layer.weight).copy_(packed[first_byte - first // 2 : end_byte - first // 2])
         # Each block is contributed by the one rank that holds its first byte, so that the sum below is exact.
@@ -161,8 +167,7 @@ def _load_quantized(name: str, layer: QuantizedLinear, reader: SafetensorsReader
         _keep_local(layer.absmax_offset, offset)
     else:
         _keep_local(layer.absmax, absmax)
-    if layer.bias is not None:
-        _load_plain(f"{name}.bias", layer.bias, reader)
+    return torch.isfinite(elements).all()
 
 
 def _read_elements(name: str, layer: QuantizedLinear, first: int, end: int, reader: SafetensorsReader) -> torch.Tensor:
@@ -176,20 +181,6 @@ def _read_elements(name: str, layer: QuantizedLinear, first: int, end: int, read
 def _keep_local(param: torch.Tensor, whole: torch.Tensor) -> None:
     start, stop = local_rows(param)
     local_part(param).copy_(whole[start:stop])
-
-
-def _check_shape(name: str, expected: tuple[int, ...], reader: SafetensorsReader) -> None:
-    if name not in reader:
-        raise ModelError(
-            f"model folder {reader.folder} has no tensor {name}, which its config.json asks for. "
-            "The files and the config do not belong together, or the copy is incomplete."
-        )
-    found = reader.shape(name)
-    if found != expected:
-        raise ModelError(
-            f"model folder {reader.folder}: tensor {name} has shape {list(found)}, "
-            f"but its config.json asks for {list(expected)}."
-        )
 
 
 def checkpoint_bytes(folder: Path) -> int:

@@ -10,6 +10,7 @@ from peft import PeftModel
 from torch import nn
 
 from qlora_dist.config import IGNORE_INDEX
+from qlora_dist.model.skeleton import base_model
 
 
 def target_loss_sum(
@@ -25,7 +26,7 @@ def target_loss_sum(
     """
     targets = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)  # (batch, seq_len), aligned with logits
     is_target = targets != IGNORE_INDEX
-    with _head_sees_only(model.get_base_model().get_output_embeddings(), is_target):
+    with _head_sees_only(base_model(model).get_output_embeddings(), is_target):
         output = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
     logits = output.logits.squeeze(0).float()  # (num_targets, vocab)
     return nn.functional.cross_entropy(logits, targets[is_target], reduction="sum")

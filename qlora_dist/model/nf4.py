@@ -80,14 +80,14 @@ class QuantizedLinear(bnb.nn.Linear4bit):
             offset = self.absmax_offset[0]
             nested = bnb_functional.QuantState(
                 absmax=self.absmax_scale,
-                code=_dynamic_code(self.weight.device),
+                code=dynamic_code(self.weight.device),
                 blocksize=NESTED_BLOCK_SIZE,
                 dtype=torch.float32,
             )
         return bnb_functional.QuantState(
             absmax=self.absmax,
             shape=torch.Size((self.out_features, self.in_features)),
-            code=_four_bit_code(self.format.quant_type, self.weight.device),
+            code=four_bit_code(self.format.quant_type, self.weight.device),
             blocksize=self.format.block_size,
             quant_type=self.format.quant_type,
             # Backward dequantises in this dtype and forward in the input's: they must be the same one, or the
@@ -151,10 +151,12 @@ def _frozen(*shape: int, dtype: torch.dtype) -> nn.Parameter:
 
 
 @cache
-def _four_bit_code(quant_type: str, device: torch.device) -> torch.Tensor:
-    return bnb_functional.get_4bit_type(quant_type, device=device)  # (16,) float32
+def four_bit_code(quant_type: str, device: torch.device) -> torch.Tensor:
+    """The 16 values of a 4-bit type, (16,) float32."""
+    return bnb_functional.get_4bit_type(quant_type, device=device)
 
 
 @cache
-def _dynamic_code(device: torch.device) -> torch.Tensor:
-    return bnb_functional.create_dynamic_map().to(device)  # (256,) float32
+def dynamic_code(device: torch.device) -> torch.Tensor:
+    """The 256 values of a quantised quantisation constant, (256,) float32."""
+    return bnb_functional.create_dynamic_map().to(device)

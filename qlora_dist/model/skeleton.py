@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
 from peft import PeftModel
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from qlora_dist.config import ModelConfig
 from qlora_dist.errors import ModelError
 from qlora_dist.model.nf4 import QuantFormat, QuantizedLinear
+from qlora_dist.model.prequantized import is_prequantized, stored_formats
+from qlora_dist.model.reader import SafetensorsReader
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -23,14 +26,13 @@ def build_skeleton(folder: Path, config: ModelConfig) -> PreTrainedModel:
     Buffers (rotary frequencies and the like) are computed for real, since no checkpoint holds them.
 
     Raises:
-        ModelError: the architecture is unknown, or has no linear layers in its decoder layers.
+        ModelError: the architecture is unknown, has no linear layers in its decoder layers, or is stored in a
+            quantised form that cannot be trained.
+        ConfigError: the folder holds 4-bit weights of another kind than `config` asks for.
     """
     try:
         model_config = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
-        if getattr(model_config, "quantization_config", None) is not None:
-            raise ModelError(
-                f"model.path {folder} is already quantised. Give the 16-bit model: it is quantised while it is read."
-            )
+        formats = _stored_formats(folder, model_config, config)
         attention = {} if config.attention == "auto" else {"attn_implementation": config.attention}
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(
@@ -38,7 +40,7 @@ def build_skeleton(folder: Path, config: ModelConfig) -> PreTrainedModel:
             )
     except (ValueError, ImportError, KeyError) as error:
         raise ModelError(f"model.path {folder} cannot be built by transformers: {error}") from None
-    model.tie_weights()  # on meta each use of a shared parameter was given one of its own
+    model.tie_weights()  # each parameter was put on meta by itself
     model.requires_grad_(False)
     layers = decoder_layers(model)
     if not any(isinstance(module, nn.Linear) for layer in layers for module in layer.modules()):
@@ -48,22 +50,53 @@ def build_skeleton(folder: Path, config: ModelConfig) -> PreTrainedModel:
             f"(it uses {', '.join(kinds[:6])}), so there is nothing to quantise and nowhere to put adapters. "
             "Use a model with nn.Linear projections, such as Llama, Mistral, Qwen, Gemma or Phi."
         )
-    if config.quantization != "none":
+    if formats is None and config.quantization != "none":
         fmt = QuantFormat(config.quantization, config.double_quant)
-        quantize_skeleton(model, fmt, DTYPES[config.dtype])
+        formats = dict.fromkeys(linear_layers(model), fmt)
+    if formats:
+        quantize_skeleton(model, formats, DTYPES[config.dtype])
     return model
 
 
-def quantize_skeleton(model: PreTrainedModel, fmt: QuantFormat, dtype: torch.dtype) -> None:
-    """Replace every linear layer but the output head by an empty 4-bit one, as transformers does by default."""
+def linear_layers(model: PreTrainedModel) -> list[str]:
+    """Names of the linear layers that are kept in 4 bits, as transformers chooses them by default.
+
+    All but the output head, and what the architecture wants in float32 (some routers and gates).
+    """
     head = model.get_output_embeddings()
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear and child is not head:
-                quantized = QuantizedLinear(child.in_features, child.out_features, child.bias is not None, fmt, dtype)
-                setattr(parent, name, quantized)
+    kept = set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    return [
+        name
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear and module is not head and not kept & set(name.split("."))
+    ]
+
+
+def quantize_skeleton(model: PreTrainedModel, formats: Mapping[str, QuantFormat], dtype: torch.dtype) -> None:
+    """Replace linear layers by empty 4-bit ones; names in `formats` that are no linear layers are left alone."""
+    for name, module in list(model.named_modules()):
+        if name in formats and type(module) is nn.Linear:
+            quantized = QuantizedLinear(
+                module.in_features, module.out_features, module.bias is not None, formats[name], dtype
+            )
+            model.set_submodule(name, quantized)
     # peft asks the model, not the layer, whether it may find 4-bit layers.
     model.is_loaded_in_4bit = True
+
+
+def _stored_formats(folder: Path, model_config: PreTrainedConfig, config: ModelConfig) -> dict[str, QuantFormat] | None:
+    """Formats of the layers that the folder holds in 4 bits; None for an ordinary model."""
+    if not is_prequantized(folder, getattr(model_config, "quantization_config", None)):
+        return None
+    # The model is built like any other: from here on the layers know what they are, and nothing asks the config.
+    del model_config.quantization_config
+    with SafetensorsReader(folder) as reader:
+        return stored_formats(reader, config)
+
+
+def base_model(model: nn.Module) -> PreTrainedModel:
+    """The transformers model, without what peft wrapped around it."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
@@ -72,7 +105,7 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     Raises:
         ModelError: the model has no list of blocks.
     """
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = base_model(model)
     block_names = set(getattr(base, "_no_split_modules", None) or ())
     blocks = [module for module in base.modules() if type(module).__name__.removeprefix("FSDP") in block_names]
     if not blocks:

@@ -30,7 +30,7 @@ def test_help_and_config_errors_import_no_torch() -> None:
         "except SystemExit: pass\n"
         "assert not {'torch', 'transformers', 'datasets', 'peft'} & sys.modules.keys()"
     )
-    for arguments in (["train", "--help"], ["train", "no-such.yaml"], ["generate", "--help"]):
+    for arguments in (["train", "--help"], ["train", "no-such.yaml"], ["generate", "--help"], ["quantize", "--help"]):
         done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
 

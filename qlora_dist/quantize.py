@@ -1,0 +1,261 @@
+"""A 16-bit model folder to a 4-bit one, in the files that bitsandbytes and transformers write and read.
+
+One matrix is in memory at a time, beside the output file that is being filled. Everything goes into a partial folder
+next to the final one, is read back and compared, and then renamed into place.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from bitsandbytes.functional import QuantState
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+from transformers import BitsAndBytesConfig, PreTrainedModel
+
+from qlora_dist.config import ModelConfig
+from qlora_dist.console import Reporter
+from qlora_dist.errors import LaunchError, ModelError
+from qlora_dist.model.files import check_new_folder, read_json, resolve_model_folder
+from qlora_dist.model.inventory import check_inventory
+from qlora_dist.model.nf4 import (
+    NESTED_BLOCK_SIZE,
+    QuantFormat,
+    QuantizedLinear,
+    dynamic_code,
+    four_bit_code,
+    quantize_matrix,
+)  # fmt: skip
+from qlora_dist.model.prequantized import is_prequantized
+from qlora_dist.model.reader import SafetensorsReader
+from qlora_dist.model.skeleton import build_skeleton, linear_layers
+from qlora_dist.runtime import launched_world_size, start_runtime
+
+MAX_FILE_BYTES = 2 * 2**30
+"""Size of an output file, which is also what is held in host memory; a tensor that is larger gets a file of its own."""
+_COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "LICENSE*", "NOTICE*")
+
+
+def quantize(model: str, out: str, fmt: QuantFormat) -> None:
+    """Write `model` in 4 bits to the new folder `out`.
+
+    Raises:
+        QloraDistError: the model cannot be quantised, or `out` cannot be written; nothing has been left there then.
+    """
+    if launched_world_size() > 1:
+        raise LaunchError("quantize runs as one process. Start it without a launcher.")
+    target = Path(out)
+    check_new_folder(target)
+    folder = resolve_model_folder(model)
+    if is_prequantized(folder, read_json(folder / "config.json").get("quantization_config")):
+        raise ModelError(f"model folder {folder} is stored in 4 bits already. Use it as it is: it loads directly.")
+    skeleton = build_skeleton(folder, ModelConfig(path=model, quantization="none"))
+    device = start_runtime(seed=0, dtype="bfloat16").device
+    reporter = Reporter(is_main=True)
+    partial = target.absolute().with_name(f".{target.name}.partial")
+    try:
+        _remove(partial)
+        partial.mkdir(parents=True)
+        with SafetensorsReader(folder) as reader:
+            _check_source(skeleton, reader)
+            _check_space(partial, skeleton, fmt)
+            total = sum(param.numel() * 2 for param in skeleton.parameters())
+            with reporter.quantizing(total) as on_bytes:
+                written = FileWriter(partial)
+                done = 0
+                for tensors, num_elements in _quantized_tensors(skeleton, reader, fmt, device):
+                    written.add(tensors)
+                    done += 2 * num_elements
+                    on_bytes(done)
+                written.close()
+        _write_config(folder, partial, skeleton, fmt)
+        _copy_rest(folder, partial)
+        _check_result(partial, fmt)
+        os.replace(partial, target)  # onto nothing, or onto an empty folder
+    except (OSError, SafetensorError) as error:
+        raise ModelError(
+            f"the 4-bit model cannot be written to {target}: {error}. Free some space or fix the folder's permissions."
+        ) from None
+    finally:
+        _remove(partial)
+    reporter.say(
+        f"{target}: {written.num_bytes / 2**20:,.0f} MiB in {written.num_files} files, from {total / 2**20:,.0f}"
+    )
+
+
+class FileWriter:
+    """Collects tensors into safetensors files of at most MAX_FILE_BYTES, each compared with what is read back."""
+
+    def __init__(self, folder: Path) -> None:
+        self.num_bytes = 0
+        self.num_files = 0
+        self._folder = folder
+        self._pending: dict[str, torch.Tensor] = {}
+        self._pending_bytes = 0
+        self._files: dict[str, int] = {}
+
+    def add(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Take the tensors of one parameter; they stay in one file."""
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        if self._pending and self._pending_bytes + size > MAX_FILE_BYTES:
+            self._flush()
+        self._pending.update(tensors)
+        self._pending_bytes += size
+        self.num_bytes += size
+
+    def close(self) -> None:
+        """Write what is left, give the files their names, and write the index if there are several."""
+        self._flush()
+        if self.num_files == 1:
+            (self._folder / self._partial_name(1)).rename(self._folder / "model.safetensors")
+            return
+        names = {i: f"model-{i:05d}-of-{self.num_files:05d}.safetensors" for i in range(1, self.num_files + 1)}
+        for number, name in names.items():
+            (self._folder / self._partial_name(number)).rename(self._folder / name)
+        index = {
+            "metadata": {"total_size": self.num_bytes},
+            "weight_map": {tensor: names[number] for tensor, number in sorted(self._files.items())},
+        }
+        (self._folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+    def _flush(self) -> None:
+        self.num_files += 1
+        path = self._folder / self._partial_name(self.num_files)
+        save_file(self._pending, path, metadata={"format": "pt"})
+        with safe_open(str(path), framework="pt") as reader:
+            for name, tensor in self._pending.items():
+                if not torch.equal(_bytes(reader.get_tensor(name)), _bytes(tensor)):
+                    raise ModelError(f"{path}: {name} was read back differently from what was written. Check the disk.")
+        self._files.update(dict.fromkeys(self._pending, self.num_files))
+        self._pending, self._pending_bytes = {}, 0
+
+    @staticmethod
+    def _partial_name(number: int) -> str:
+        return f"{number}.safetensors"
+
+
+def stored_tensors(name: str, matrix: torch.Tensor, fmt: QuantFormat) -> dict[str, torch.Tensor]:
+    """A matrix as the tensors that bitsandbytes saves for it, on the CPU.
+
+    Args:
+        name: of the weight, with `.weight`.
+        matrix: (out_features, in_features) bfloat16.
+    """
+    made = quantize_matrix(matrix, fmt)
+    nested = None
+    if made.absmax_offset is not None:
+        nested = QuantState(
+            absmax=made.absmax_scale,
+            code=dynamic_code(matrix.device),
+            blocksize=NESTED_BLOCK_SIZE,
+            dtype=torch.float32,
+        )
+    state = QuantState(
+        absmax=made.absmax,
+        shape=matrix.shape,
+        code=four_bit_code(fmt.quant_type, matrix.device).clone(),  # safetensors saves no two tensors of one memory
+        blocksize=fmt.block_size,
+        quant_type=fmt.quant_type,
+        dtype=matrix.dtype,
+        offset=None if made.absmax_offset is None else made.absmax_offset[0],
+        state2=nested,
+    )
+    tensors = {name: made.weight, **{f"{name}.{key}": value for key, value in state.as_dict(packed=True).items()}}
+    return {key: tensor.cpu() for key, tensor in tensors.items()}
+
+
+def _quantized_tensors(
+    skeleton: PreTrainedModel, reader: SafetensorsReader, fmt: QuantFormat, device: torch.device
+) -> Iterator[tuple[dict[str, torch.Tensor], int]]:
+    """The output tensors and the element count of each parameter, in the order of the source files."""
+    quantized = {f"{name}.weight" for name in linear_layers(skeleton)}
+    names = [name for name, _ in skeleton.named_parameters()]
+    names += [name for name, _ in skeleton.named_buffers() if name in reader]
+    for name in sorted(names, key=reader.file):
+        tensor = reader.whole(name)
+        if name not in quantized:
+            # Copied also where nothing is cast: what was read is a window into the file, not memory.
+            yield {name: tensor.to(torch.bfloat16, copy=True) if tensor.is_floating_point() else tensor}, tensor.numel()
+            continue
+        matrix = tensor.to(device, torch.bfloat16)
+        if not bool(torch.isfinite(matrix).all()):
+            raise ModelError(
+                f"model folder {reader.folder}: tensor {name} holds values that are not finite in bfloat16 (NaN or "
+                "infinity). Every output of the model would be NaN. Copy the model again, or use another version of it."
+            )
+        yield stored_tensors(name, matrix, fmt), tensor.numel()
+
+
+def _check_source(skeleton: PreTrainedModel, reader: SafetensorsReader) -> None:
+    check_inventory({name: tuple(param.shape) for name, param in skeleton.named_parameters()}, {}, reader)
+
+
+def _check_space(folder: Path, skeleton: PreTrainedModel, fmt: QuantFormat) -> None:
+    quantized = {f"{name}.weight" for name in linear_layers(skeleton)}
+    bits = 4 + (8 if fmt.double_quant else 32) / fmt.block_size
+    needed = sum(
+        math.ceil(param.numel() * (bits / 8 if name in quantized else 2)) for name, param in skeleton.named_parameters()
+    )
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise ModelError(
+            f"the 4-bit model needs {needed / 2**30:.1f} GiB, but {folder.parent} has {free / 2**30:.1f} GiB free. "
+            "Free some space, or give another OUT."
+        )
+
+
+def _write_config(folder: Path, partial: Path, skeleton: PreTrainedModel, fmt: QuantFormat) -> None:
+    config = read_json(folder / "config.json")
+    config.pop("torch_dtype", None)  # the older name of the next key
+    config["dtype"] = "bfloat16"
+    quantized = set(linear_layers(skeleton))
+    config["quantization_config"] = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=fmt.quant_type,
+        bnb_4bit_use_double_quant=fmt.double_quant,
+        bnb_4bit_compute_dtype="bfloat16",
+        bnb_4bit_quant_storage="uint8",
+        # Named, although it is transformers' default: other readers have other defaults.
+        llm_int8_skip_modules=[
+            name for name, module in skeleton.named_modules() if type(module) is nn.Linear and name not in quantized
+        ],
+    ).to_dict()
+    (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    for file in partial.glob("*.safetensors"):
+        shutil.copymode(partial / "config.json", file)  # safetensors makes files that only their owner can read
+
+
+def _copy_rest(folder: Path, partial: Path) -> None:
+    """Tokenizer, generation config, licence: everything small that is not about the weights."""
+    for pattern in _COPIED:
+        for file in folder.glob(pattern):
+            if file.is_file() and not file.name.endswith(".index.json") and not (partial / file.name).exists():
+                shutil.copyfile(file, partial / file.name)
+
+
+def _check_result(partial: Path, fmt: QuantFormat) -> None:
+    """Open the finished folder as a training run would."""
+    skeleton = build_skeleton(partial, ModelConfig(str(partial), fmt.quant_type, fmt.double_quant))
+    layers = {name: module for name, module in skeleton.named_modules() if isinstance(module, QuantizedLinear)}
+    plain = {
+        name: tuple(param.shape) for name, param in skeleton.named_parameters() if name.rpartition(".")[0] not in layers
+    }
+    plain |= {f"{name}.bias": (layer.out_features,) for name, layer in layers.items() if layer.bias is not None}
+    with SafetensorsReader(partial) as reader:
+        check_inventory(plain, layers, reader)
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.reshape(-1).view(torch.uint8)
+
+
+def _remove(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)

@@ -1,0 +1,69 @@
+"""Models loaded by this program and by transformers, on the CPU in one process, and folders to load."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from qlora_dist.config import ModelConfig
+from qlora_dist.model.loading import load_base_weights, materialize
+from qlora_dist.model.skeleton import build_skeleton
+
+
+def load_here(folder: Path, **config: object):
+    """The base model of `folder` as this program loads it, without adapters."""
+    model = build_skeleton(folder, ModelConfig(path=str(folder), **config))
+    materialize(model, torch.device("cpu"), torch.device("cpu"))
+    load_base_weights(model, folder, torch.device("cpu"))
+    return model.eval()
+
+
+def load_there(folder: Path, **arguments: object):
+    """The model of `folder` as transformers loads it."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **arguments)
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # another kernel, which rounds differently
+    return model.eval()
+
+
+def save_with_transformers(source: Path, folder: Path, *, max_shard_size: str = "1GB", **bnb: object) -> Path:
+    """Let transformers quantise `source` while it loads it, and save the result."""
+    from transformers import BitsAndBytesConfig
+
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16, **bnb)
+    load_there(source, quantization_config=quantization).save_pretrained(folder, max_shard_size=max_shard_size)
+    return folder
+
+
+def logits(model) -> torch.Tensor:
+    """Logits of fixed tokens, (2, 9, vocab)."""
+    ids = torch.randint(0, 300, (2, 9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return model(input_ids=ids).logits
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a folder's safetensors files."""
+    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+def spoiled(folder: Path, to: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> Path:
+    """A copy of a model folder with one weight file, after `change` was made to its tensors."""
+    shutil.copytree(folder, to)
+    tensors = load_file(to / "model.safetensors")
+    change(tensors)
+    save_file(tensors, to / "model.safetensors", metadata={"format": "pt"})
+    return to
+
+
+def edit_json(file: Path, change: Callable[[dict], None]) -> None:
+    """Change a JSON file in place."""
+    value = json.loads(file.read_text())
+    change(value)
+    file.write_text(json.dumps(value))
