@@ -51,7 +51,7 @@ def quantize(model: str, out: str, fmt: QuantFormat) -> None:
     """
     if launched_world_size() > 1:
         raise LaunchError("quantize runs as one process. Start it without a launcher.")
-    target = Path(out)
+    target = Path(out).resolve()  # a rename replaces a link, not what it points to
     check_new_folder(target)
     folder = resolve_model_folder(model)
     if is_prequantized(folder, read_json(folder / "config.json").get("quantization_config")):
@@ -59,7 +59,7 @@ def quantize(model: str, out: str, fmt: QuantFormat) -> None:
     skeleton = build_skeleton(folder, ModelConfig(path=model, quantization="none"))
     device = start_runtime(seed=0, dtype="bfloat16").device
     reporter = Reporter(is_main=True)
-    partial = target.absolute().with_name(f".{target.name}.partial")
+    partial = target.with_name(f".{target.name}.partial")
     try:
         _remove(partial)
         partial.mkdir(parents=True)

@@ -59,7 +59,7 @@ def is_prequantized(folder: Path, quantization_config: Mapping[str, Any] | None)
         method = "bitsandbytes"  # as transformers wrote it before there were other methods
     if method == "bitsandbytes" and quantization_config.get("load_in_4bit"):
         return True
-    what = f"{str(method).upper()}" if method != "bitsandbytes" else "bitsandbytes' 8 bits (LLM.int8)"
+    what = "bitsandbytes' 8 bits (LLM.int8)" if method == "bitsandbytes" else str(method or "an unknown method").upper()
     raise ModelError(
         f"model.path {folder} is quantised with {what}, as its config.json says (quantization_config). Trainable are "
         f"16-bit models and bitsandbytes' 4 bits (nf4, fp4). {_REMEDY}"

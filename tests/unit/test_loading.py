@@ -12,9 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from qlora_dist.config import ModelConfig
 from qlora_dist.errors import ConfigError, ModelError
+from qlora_dist.model.loading import load_base_weights, materialize
 from qlora_dist.model.nf4 import QuantFormat, QuantizedLinear
 from qlora_dist.model.reader import SafetensorsReader
+from qlora_dist.model.skeleton import build_skeleton
 from qlora_dist.quantize import quantize
 from tests.support.models import (
     edit_json,
@@ -304,6 +307,19 @@ def test_settings_that_contradict_the_files_are_refused(
         load_here(tmp_path / "out", **settings)
     for word in words:
         assert word in str(caught.value)
+
+
+def test_all_files_are_looked_at_before_any_is_read(tiny_llama: Path, tmp_path: Path) -> None:
+    """A truncated last file is met before a byte of the first one is read, not after an hour of loading."""
+    folder = save_with_transformers(tiny_llama, tmp_path / "saved", max_shard_size="40KB", bnb_4bit_quant_type="nf4")
+    last = sorted(folder.glob("*.safetensors"))[-1]
+    last.write_bytes(last.read_bytes()[:-10])
+    model = build_skeleton(tiny_llama, ModelConfig(str(tiny_llama), "nf4", double_quant=False))
+    materialize(model, torch.device("cpu"))
+    progress: list[int] = []
+    with pytest.raises(ModelError, match=rf"{last.name} is not a readable safetensors file"):
+        load_base_weights(model, folder, progress.append)
+    assert progress == []
 
 
 def test_header_lies_are_refused(tiny_llama: Path, tmp_path: Path) -> None:

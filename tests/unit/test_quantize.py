@@ -139,6 +139,15 @@ def test_nothing_is_left_when_it_fails(tiny_llama: Path, tmp_path: Path, monkeyp
     assert list(work.iterdir()) == []
 
 
+def test_out_may_be_an_empty_folder_behind_a_link(tiny_llama: Path, tmp_path: Path) -> None:
+    """OUT is often a link to a larger disk: the link stays, the model appears behind it."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "disk")
+    quantize(str(tiny_llama), str(tmp_path / "out"), QuantFormat())
+    assert (tmp_path / "out").is_symlink()
+    assert (tmp_path / "disk" / "model.safetensors").is_file()
+
+
 def test_full_disk_is_said(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A write that fails, or that could not fit, is a message; nothing remains."""
 
