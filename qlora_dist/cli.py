@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from qlora_dist import __version__
 from qlora_dist.errors import ConfigError
@@ -26,6 +26,13 @@ commands:
   accelerate launch --config_file launch/FILE.yaml -m qlora_dist train CONFIG.yaml
   torchrun --nproc-per-node N -m qlora_dist train CONFIG.yaml
 """
+
+
+def _shown_as(name: str) -> Any:
+    """What help calls an option; annotations are evaluated when tyro reads them, so nothing is imported before."""
+    import tyro
+
+    return tyro.conf.arg(metavar=name)
 
 
 @dataclass(frozen=True)
@@ -46,12 +53,12 @@ class GenerateOptions:
 
 @dataclass(frozen=True)
 class QuantizeOptions:
-    """Write a model in 4 bits, so that it loads at once, here and in transformers: MODEL, then the new folder OUT."""
+    """Write a model in 4 bits, so that it loads without quantising, here and in transformers."""
 
-    model: str
-    """MODEL: folder or hub name of a 16-bit model with safetensors weights."""
-    out: str
-    """OUT: folder to write, new or empty."""
+    model: Annotated[str, _shown_as("MODEL")]
+    """Folder or hub name of a 16-bit model with safetensors weights."""
+    out: Annotated[str, _shown_as("OUT")]
+    """Folder to write, new or empty."""
     quantization: Literal["nf4", "fp4"] = "nf4"
     """4-bit data type."""
     double_quant: Literal["true", "false"] = "true"
