@@ -17,6 +17,8 @@ from peft import PeftModel
 from torch import distributed as dist
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from qlora_dist.errors import ModelError
 from qlora_dist.model.files import weight_files
@@ -67,6 +69,7 @@ def load_base_weights(
         ModelError: a tensor is missing, of another shape or type than the model expects, or not finite.
     """
     with SafetensorsReader(folder) as reader:
+        reader.rename(_renaming(base_model(model)))
         _check_inventory(model, reader)
         done: set[int] = set()
         layers = {id(layer): number for number, layer in enumerate(decoder_layers(model))}
@@ -94,6 +97,13 @@ def load_base_weights(
     if finite:
         _refuse_not_finite(finite, folder, group)
     return LoadStats(reader.bytes_read, reader.elements_quantized)
+
+
+def _renaming(model: PreTrainedModel) -> Callable[[str], str]:
+    """The name in the model of a tensor in its files; transformers has renamed parts of some families over time."""
+    renamings = [step for step in get_model_conversion_mapping(model) if isinstance(step, WeightRenaming)]
+    own_names = {_checkpoint_name(name): param for name, param in model.named_parameters(remove_duplicate=False)}
+    return lambda stored: rename_source_key(stored, renamings, [], model.base_model_prefix, own_names)[0]
 
 
 def _check_inventory(model: nn.Module, reader: SafetensorsReader) -> None:

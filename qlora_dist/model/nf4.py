@@ -25,6 +25,10 @@ BLOCK_SIZE = 64
 NESTED_BLOCK_SIZE = 256
 """Quantisation constants that share one second-level constant; the only size bitsandbytes' kernels support."""
 
+_CPU_PIECE = 2**18
+"""Elements that the CPU quantises at a time, a multiple of every block size. The kernel makes temporaries of some 24
+bytes an element, several times the matrix; in pieces they stay in the cache, and it takes half the time."""
+
 
 @dataclass(frozen=True)
 class QuantFormat:
@@ -118,10 +122,15 @@ def quantize_blocks(elements: torch.Tensor, fmt: QuantFormat) -> tuple[torch.Ten
     Returns:
         packed (ceil(n / 2), 1) uint8, and absmax (ceil(n / block_size),) float32.
     """
-    packed, state = bnb_functional.quantize_4bit(
-        elements, blocksize=fmt.block_size, compress_statistics=False, quant_type=fmt.quant_type
-    )
-    return packed, state.absmax
+    pieces = []
+    for piece in elements.split(_CPU_PIECE if elements.device.type == "cpu" else max(1, elements.numel())):
+        packed, state = bnb_functional.quantize_4bit(
+            piece, blocksize=fmt.block_size, compress_statistics=False, quant_type=fmt.quant_type
+        )
+        pieces.append((packed, state.absmax))
+    if len(pieces) == 1:
+        return pieces[0]
+    return torch.cat([packed for packed, _ in pieces]), torch.cat([absmax for _, absmax in pieces])
 
 
 def quantize_absmax(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

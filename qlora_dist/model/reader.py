@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import KeysView
+from collections.abc import Callable, KeysView
 from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +23,7 @@ class SafetensorsReader:
         self.bytes_read = 0
         self.elements_quantized = 0
         self._files = weight_files(folder)
+        self._stored = {name: name for name in self._files}
         self._open = ExitStack()
         self._readers: dict[Path, Any] = {}
 
@@ -32,13 +33,17 @@ class SafetensorsReader:
     def __exit__(self, *exception: object) -> None:
         self._open.close()
 
+    def rename(self, model_name: Callable[[str], str]) -> None:
+        """Let tensors be known by the names that `model_name` gives for those in the files."""
+        self._stored = {model_name(stored): stored for stored in sorted(self._files)}
+
     def release(self) -> None:
         """Unmap all files: pages that were read count as this process's memory until then. Reading maps them again."""
         self._open.close()
         self._readers.clear()
 
     def __contains__(self, name: str) -> bool:
-        return name in self._files
+        return name in self._stored
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -47,11 +52,11 @@ class SafetensorsReader:
 
     def names(self) -> KeysView[str]:
         """All tensor names, file by file."""
-        return self._files.keys()
+        return self._stored.keys()
 
     def file(self, name: str) -> Path:
         """The file that holds a tensor, to name it in messages and to read in the order of the disk."""
-        return self._files[name]
+        return self._files[self._stored[name]]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a stored tensor."""
@@ -83,19 +88,19 @@ class SafetensorsReader:
         try:
             values = self._slice(name)[index]
         except (SafetensorError, OSError) as error:
-            raise ModelError(f"{self._files[name]}: tensor {name} cannot be read ({error}).") from None
+            raise ModelError(f"{self.file(name)}: tensor {name} cannot be read ({error}).") from None
         self.bytes_read += values.numel() * values.element_size()
         return values
 
     def _slice(self, name: str) -> Any:
-        file = self._files[name]
+        file = self.file(name)
         if file not in self._readers:
             try:
                 self._readers[file] = self._open.enter_context(safe_open(str(file), framework="pt"))
             except (SafetensorError, OSError) as error:
                 raise ModelError(f"{file} is not a readable safetensors file ({error}). Copy it again.") from None
         try:
-            return self._readers[file].get_slice(name)
+            return self._readers[file].get_slice(self._stored[name])
         except SafetensorError:
             raise ModelError(
                 f"{file} has no tensor {name}, though the index of the folder says that it is there. "

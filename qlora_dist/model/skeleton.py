@@ -43,6 +43,13 @@ def build_skeleton(folder: Path, config: ModelConfig) -> PreTrainedModel:
     model.tie_weights()  # each parameter was put on meta by itself
     model.requires_grad_(False)
     layers = decoder_layers(model)
+    fused = [name for layer in layers for name, param in layer.named_parameters() if param.ndim > 2]
+    if fused:
+        raise ModelError(
+            f"model.path {folder}: {type(model).__name__} keeps fused experts ({fused[0]} and {len(fused) - 1} more) "
+            "instead of nn.Linear layers. They would stay in 16 bits and get no adapters, so it is refused. Use a "
+            "dense model, such as Llama, Mistral, Qwen, Gemma or Phi."
+        )
     if not any(isinstance(module, nn.Linear) for layer in layers for module in layer.modules()):
         kinds = sorted({type(module).__name__ for layer in layers for module in layer.modules()})
         raise ModelError(

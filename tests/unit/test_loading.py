@@ -315,10 +315,10 @@ def test_all_files_are_looked_at_before_any_is_read(tiny_llama: Path, tmp_path: 
     last = sorted(folder.glob("*.safetensors"))[-1]
     last.write_bytes(last.read_bytes()[:-10])
     model = build_skeleton(tiny_llama, ModelConfig(str(tiny_llama), "nf4", double_quant=False))
-    materialize(model, torch.device("cpu"))
+    materialize(model, torch.device("cpu"), torch.device("cpu"))
     progress: list[int] = []
     with pytest.raises(ModelError, match=rf"{last.name} is not a readable safetensors file"):
-        load_base_weights(model, folder, progress.append)
+        load_base_weights(model, folder, torch.device("cpu"), lambda num_bytes, _: progress.append(num_bytes))
     assert progress == []
 
 

@@ -1,0 +1,111 @@
+"""Families of models: each is loaded as transformers loads it, and trains the same sharded and whole."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from qlora_dist.assemble import build_model
+from qlora_dist.config import AdapterConfig, MemoryConfig, ModelConfig, OptimConfig, TrainConfig
+from qlora_dist.console import Reporter
+from qlora_dist.data.chat import Sample
+from qlora_dist.data.sampler import collate
+from qlora_dist.model.nf4 import QuantizedLinear
+from qlora_dist.parallel import build_engine
+from qlora_dist.runtime import Runtime, start_runtime
+from qlora_dist.train import train_step
+from tests.support.models import load_here, load_there, logits
+from tests.support.processes import run_on_processes
+
+COMMON = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": 2,
+          "num_attention_heads": 4, "max_position_embeddings": 256, "pad_token_id": 0}  # fmt: skip
+GROUPED = {**COMMON, "num_key_value_heads": 2}
+
+# name: (config class, its arguments); tied and untied embeddings, with and without biases
+FAMILIES = {
+    "llama": ("LlamaConfig", {**GROUPED, "attention_bias": True, "mlp_bias": True}),
+    "llama-tied": ("LlamaConfig", {**GROUPED, "tie_word_embeddings": True}),
+    "mistral": ("MistralConfig", {**GROUPED, "sliding_window": 8}),
+    "qwen2": ("Qwen2Config", GROUPED),
+    "qwen3": ("Qwen3Config", {**GROUPED, "head_dim": 16, "tie_word_embeddings": True}),
+    "gemma2": ("Gemma2Config", {**GROUPED, "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8}),
+    "phi3": ("Phi3Config", {**GROUPED, "eos_token_id": 1, "bos_token_id": 2}),
+    "gpt_neox": ("GPTNeoXConfig", {**COMMON, "rotary_pct": 0.5}),
+}
+
+
+@pytest.fixture(scope="module")
+def families(tmp_path_factory) -> dict[str, Path]:
+    """A tiny random bfloat16 model of each family, saved."""
+    import transformers
+
+    root = tmp_path_factory.mktemp("families")
+    for name, (config_class, arguments) in FAMILIES.items():
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, config_class)(**arguments))
+        for param in model.parameters():
+            torch.nn.init.normal_(param, std=0.1)  # norms and biases too, so that none can be left out unnoticed
+        model.to(torch.bfloat16).save_pretrained(root / name)
+    return {name: root / name for name in FAMILIES}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_are_those_of_transformers(families: dict[str, Path], family: str) -> None:
+    """The 4-bit base gives the logits of the same folder quantised by transformers, in bfloat16, exactly."""
+    from transformers import BitsAndBytesConfig
+
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )  # fmt: skip
+    ours = load_here(families[family])
+    assert any(isinstance(module, QuantizedLinear) for module in ours.modules())
+    assert not isinstance(ours.get_output_embeddings(), QuantizedLinear)
+    assert torch.equal(logits(ours), logits(load_there(families[family], quantization_config=quantization)))
+
+
+def train_two_steps(folder: Path, backend: str, runtime: Runtime) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Losses and final adapter of two optimizer steps, recomputing activations."""
+    config = TrainConfig(
+        model=ModelConfig(path=str(folder), dtype="float32"), adapter=AdapterConfig(rank=4),
+        memory=MemoryConfig(recompute="full"), optim=OptimConfig(lr=1e-2),
+    )  # fmt: skip
+    model = build_model(config, folder, backend, runtime, Reporter(is_main=False)).train()
+    engine = build_engine(model, config.optim, runtime)
+    generator = torch.Generator().manual_seed(runtime.rank)
+    rows = [torch.randint(3, 320, (length,), generator=generator).tolist() for length in (12, 20)]
+    batches = [collate([Sample(ids, ids)], pad_token_id=0) for ids in rows]
+    losses = []
+    for _ in range(2):
+        sums = train_step(model, engine, batches, 1e-2, 1.0, runtime)
+        losses.append(runtime.sum_over_ranks(sums.loss).item())
+    return losses, engine.whole_adapter()
+
+
+def check_families(folders: dict[str, Path]) -> None:
+    runtime = start_runtime(seed=0, dtype="float32")
+    for name, folder in folders.items():
+        whole_losses, whole = train_two_steps(folder, "ddp", runtime)
+        losses, sharded = train_two_steps(folder, "fsdp", runtime)
+        assert losses == whole_losses, name
+        assert losses[1] < losses[0], name
+        for key, tensor in whole.items():
+            assert torch.equal(tensor, sharded[key]), (name, key)
+
+
+def test_sharded_training_equals_whole_training(families: dict[str, Path]) -> None:
+    """On two ranks each family trains to the same bits, sharded and whole, with recomputation and accumulation."""
+    run_on_processes(check_families, 2, families)
+
+
+def test_a_family_that_cannot_be_done_is_named(tmp_path: Path) -> None:
+    """Fused experts are no linear layers, so quantising would leave most of such a model in 16 bits: it is refused."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    from qlora_dist.errors import ModelError
+    from qlora_dist.model.skeleton import build_skeleton
+
+    config = MixtralConfig(**GROUPED, num_local_experts=4, num_experts_per_tok=2)
+    MixtralForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"MixtralForCausalLM.*fused experts"):
+        build_skeleton(tmp_path, ModelConfig(path=str(tmp_path)))
