@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from qlora_dist.errors import ModelError
 from qlora_dist.model.files import weight_files
 from qlora_dist.model.nf4 import QuantizedLinear, quantize_absmax, quantize_blocks
-from qlora_dist.model.shards import local_part, local_rows, shard_group
+from qlora_dist.model.shards import local_part, local_range, shard_group, whole_shape
 
 
 class SafetensorsReader:
@@ -73,15 +73,21 @@ class SafetensorsReader:
 
 
 def materialize(model: PeftModel | PreTrainedModel, device: torch.device) -> None:
-    """Allocate this rank's part of every meta parameter on `device`; contents are undefined, buffers are kept."""
+    """Allocate this rank's part of every meta parameter on `device`; contents are undefined, buffers are kept.
+
+    A model whose parameters were allocated while they were cut up only has its buffers moved.
+    """
     buffers = {
         (module, name): buffer for module in model.modules() for name, buffer in module.named_buffers(recurse=False)
     }  # to_empty would also throw away what no checkpoint holds
-    model.to_empty(device=device)
+    is_described_only = any(param.is_meta for param in model.parameters())
+    if is_described_only:
+        model.to_empty(device=device)
     for (module, name), buffer in buffers.items():
         module._buffers[name] = buffer.to(device)
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    base.tie_weights()  # to_empty gave each use of a shared parameter memory of its own
+    if is_described_only:
+        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        base.tie_weights()  # to_empty gave each use of a shared parameter memory of its own
 
 
 @torch.no_grad()
@@ -119,23 +125,24 @@ def _checkpoint_name(name: str) -> str:
 
 
 def _load_plain(name: str, param: nn.Parameter, reader: SafetensorsReader) -> None:
-    _check_shape(name, tuple(param.shape), reader)
-    start, stop = local_rows(param)
-    local_part(param).copy_(reader.rows(name, start, stop))
+    shape = whole_shape(param)
+    _check_shape(name, tuple(shape), reader)
+    start, stop = local_range(param)
+    local_part(param).view(-1).copy_(_read_elements(name, shape[1:].numel(), start, stop, reader))
 
 
 def _load_quantized(name: str, layer: QuantizedLinear, reader: SafetensorsReader) -> None:
     _check_shape(f"{name}.weight", (layer.out_features, layer.in_features), reader)
     numel, block = layer.out_features * layer.in_features, layer.format.block_size
-    first_byte, end_byte = local_rows(layer.weight)
+    first_byte, end_byte = local_range(layer.weight)
     # Elements of the blocks that this rank's bytes touch; the blocks at the borders are quantised by both neighbours.
     first = 2 * first_byte // block * block
     end = min(numel, -(-2 * end_byte // block) * block)
-    elements = _read_elements(f"{name}.weight", layer, first, end, reader).to(layer.weight.device, torch.bfloat16)
+    elements = _read_elements(f"{name}.weight", layer.in_features, first, end, reader).to(layer.weight.device, torch.bfloat16)
     absmax = torch.zeros(layer.format.num_blocks(numel), dtype=torch.float32, device=layer.weight.device)
     if end > first:
         packed, local_absmax = quantize_blocks(elements, layer.format)
-        local_part(layer.weight).copy_(packed[first_byte - first // 2 : end_byte - first // 2])
+        local_part(layer.weight).view(-1).copy_(packed.view(-1)[first_byte - first // 2 : end_byte - first // 2])
         # Each block is contributed by the one rank that holds its first byte, so that the sum below is exact.
         owned = slice(-(-2 * first_byte // block), -(-2 * end_byte // block))
         absmax[owned] = local_absmax[owned.start - first // block : owned.stop - first // block]
@@ -153,17 +160,16 @@ def _load_quantized(name: str, layer: QuantizedLinear, reader: SafetensorsReader
         _load_plain(f"{name}.bias", layer.bias, reader)
 
 
-def _read_elements(name: str, layer: QuantizedLinear, first: int, end: int, reader: SafetensorsReader) -> torch.Tensor:
-    """Elements [first, end) of the row-major flattened matrix, through whole rows."""
-    columns = layer.in_features
+def _read_elements(name: str, columns: int, first: int, end: int, reader: SafetensorsReader) -> torch.Tensor:
+    """Elements [first, end) of the row-major flattened tensor, through whole rows of `columns` elements."""
     first_row, end_row = first // columns, -(-end // columns)
     rows = reader.rows(name, first_row, end_row).reshape(-1)
     return rows[first - first_row * columns : end - first_row * columns]
 
 
 def _keep_local(param: torch.Tensor, whole: torch.Tensor) -> None:
-    start, stop = local_rows(param)
-    local_part(param).copy_(whole[start:stop])
+    start, stop = local_range(param)
+    local_part(param).view(-1).copy_(whole.view(-1)[start:stop])
 
 
 def _check_shape(name: str, expected: tuple[int, ...], reader: SafetensorsReader) -> None:
