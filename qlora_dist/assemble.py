@@ -16,7 +16,7 @@ from qlora_dist.model.files import looks_like_hub_name, resolve_model_folder
 from qlora_dist.model.loading import checkpoint_bytes, load_base_weights, materialize
 from qlora_dist.model.recompute import apply_recompute
 from qlora_dist.model.skeleton import build_skeleton, decoder_layers
-from qlora_dist.parallel import Backend, shard_skeleton
+from qlora_dist.parallel import Backend, Settings, shard_skeleton
 from qlora_dist.runtime import Runtime
 
 
@@ -30,11 +30,13 @@ def build_model(
     seed: int,
     runtime: Runtime,
     reporter: Reporter,
+    settings: Settings | None = None,
 ) -> PeftModel:
     """Build the adapted model of this rank; no rank holds more of the base than its shard and one layer.
 
     Args:
         folder: what `resolve_model_folder` returned for `model_config.path`.
+        settings: what `engine_settings` returned for `backend`.
 
     Raises:
         ModelError, ConfigError: the folder, its weights or the adapter's targets cannot be used.
@@ -46,7 +48,7 @@ def build_model(
         base_path=model_config.path if is_hub_name else str(folder.resolve()),
     )
     apply_recompute(decoder_layers(model), memory_config)
-    shard_skeleton(model, backend, runtime)
+    shard_skeleton(model, backend, runtime, settings)
     materialize(model, runtime.device)
     with reporter.loading(checkpoint_bytes(folder)) as on_bytes:
         load_base_weights(model, folder, on_bytes)

@@ -100,9 +100,13 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    backend: Literal["auto", "single", "ddp", "fsdp"] = "auto"
-    """How processes share the work: `single` process, `ddp` (a copy each), `fsdp` (the base sharded). `auto` follows
-    the launcher: one process runs `single`, several run `fsdp`."""
+    backend: Literal["auto", "single", "ddp", "fsdp", "zero2", "zero3"] = "auto"
+    """How processes share the work: `single` process, `ddp` (a copy each), `fsdp` (the base sharded), `zero2` and
+    `zero3` (DeepSpeed: a copy each with optimizer state sharded, or everything sharded). `auto` follows the launcher:
+    one process runs `single`, several run `fsdp`."""
+    deepspeed_config: str | None = None
+    """DeepSpeed JSON file with tuning options for `zero2` and `zero3`; it may repeat this file's settings, not
+    contradict them."""
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Literal, Protocol
 
 import torch
@@ -21,27 +22,41 @@ from qlora_dist.model.shards import shard_group, whole_tensor
 from qlora_dist.model.skeleton import decoder_layers
 from qlora_dist.optim import FlatAdamW
 from qlora_dist.runtime import Runtime, launched_world_size
+from qlora_dist.zero import Settings, ZeroEngine, launcher_file, launcher_stage, partition_skeleton, zero_settings
 
-Backend = Literal["single", "ddp", "fsdp"]
+Backend = Literal["single", "ddp", "fsdp", "zero2", "zero3"]
 
 
 def choose_backend(config: TrainConfig) -> Backend:
     """The backend of this run, from the config and from what the launcher started; needs no process group.
 
     Raises:
-        LaunchError: the launcher and `parallel.backend` contradict each other.
+        LaunchError: the launcher and `parallel.backend` contradict each other, or the backend is not installed.
+        ConfigError: the launcher's DeepSpeed file cannot be read.
     """
-    asked, world_size = config.parallel.backend, launched_world_size()
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+    backend = _asked_backend(config)
+    if backend in ("zero2", "zero3") and find_spec("deepspeed") is None:
         raise LaunchError(
-            "the launcher was told to use DeepSpeed, which this version does not run. "
-            "Remove --use_deepspeed (or distributed_type: DEEPSPEED) and set parallel.backend: fsdp."
+            f"the backend is {backend}, which needs DeepSpeed, and that is not installed. "
+            "Run: pip install 'qlora-dist[deepspeed]', or set parallel.backend: fsdp."
         )
-    launcher_fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    if launcher_fsdp and asked not in ("auto", "fsdp"):
+    if config.parallel.deepspeed_config is not None and backend not in ("zero2", "zero3"):
         raise LaunchError(
-            f"parallel.backend is {asked}, but the launcher was told to use FSDP. "
-            "Remove --use_fsdp from the launcher, or set parallel.backend: auto."
+            f"parallel.deepspeed_config is {config.parallel.deepspeed_config}, but the backend is {backend}, which "
+            "does not read it. Remove it, or set parallel.backend: zero2 or zero3."
+        )
+    return backend
+
+
+def _asked_backend(config: TrainConfig) -> Backend:
+    asked, world_size = config.parallel.backend, launched_world_size()
+    launcher = _launcher_backend()
+    if launcher is not None and asked not in ("auto", launcher):
+        name = "FSDP" if launcher == "fsdp" else f"DeepSpeed with ZeRO stage {launcher[-1]}"
+        option = "--use_fsdp" if launcher == "fsdp" else "--use_deepspeed"
+        raise LaunchError(
+            f"parallel.backend is {asked}, but the launcher was told to use {name}. "
+            f"Remove {option} from the launcher, or set parallel.backend: auto."
         )
     if asked == "single" and world_size > 1:
         raise LaunchError(
@@ -50,7 +65,37 @@ def choose_backend(config: TrainConfig) -> Backend:
         )
     if asked != "auto":
         return asked
-    return "fsdp" if launcher_fsdp or world_size > 1 else "single"
+    return launcher or ("fsdp" if world_size > 1 else "single")
+
+
+def _launcher_backend() -> Backend | None:
+    """What the launcher was told to use, if anything: Accelerate hands its choice over in the environment."""
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        stage = launcher_stage()
+        if stage not in ("2", "3"):
+            raise LaunchError(
+                f"the launcher was told to use DeepSpeed with ZeRO stage {stage}. Stages 2 and 3 are supported: "
+                "give the launcher --zero_stage 2 or 3, or remove --use_deepspeed and set parallel.backend: ddp."
+            )
+        return "zero2" if stage == "2" else "zero3"
+    return "fsdp" if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" else None
+
+
+def engine_settings(config: TrainConfig, backend: Backend) -> Settings | None:
+    """What the backend's library is configured with; None for backends that are written here.
+
+    Raises:
+        ConfigError: `parallel.deepspeed_config` cannot be read, or contradicts the run's settings.
+        LaunchError: the launcher was given another such file.
+    """
+    if backend not in ("zero2", "zero3"):
+        return None
+    mine, launchers = config.parallel.deepspeed_config, launcher_file()
+    if None not in (mine, launchers) and mine != launchers:
+        raise LaunchError(
+            f"parallel.deepspeed_config is {mine}, but the launcher was given {launchers}. Keep one of them."
+        )
+    return zero_settings(config, 2 if backend == "zero2" else 3, launched_world_size(), mine or launchers)
 
 
 class Engine(Protocol):
@@ -118,12 +163,21 @@ class ShardedEngine:
         return _whole_adapter(self._model)
 
 
-def shard_skeleton(model: nn.Module, backend: Backend, runtime: Runtime) -> None:
-    """Cut a meta-device model into this rank's shards, decoder layer by decoder layer; a no-op unless `fsdp`."""
-    if backend != "fsdp":
+def shard_skeleton(model: nn.Module, backend: Backend, runtime: Runtime, settings: Settings | None = None) -> None:
+    """Cut a meta-device model into this rank's shards, decoder layer by decoder layer; a no-op for `single` and `ddp`.
+
+    Args:
+        settings: what :func:`engine_settings` returned for this backend.
+    """
+    if backend in ("single", "ddp"):
         return
     if not dist.is_initialized():  # one process: sharding still needs a group, of itself
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    if backend == "zero3":
+        assert settings is not None
+        partition_skeleton(model, settings, runtime)
+    if backend != "fsdp":
+        return
     mesh = init_device_mesh(runtime.device.type, (runtime.world_size,))
     # No mixed-precision policy: it would cast the float32 quantisation constants to bfloat16 on the way.
     # The base is frozen in its storage type already, and autocast casts the adapters.
@@ -138,8 +192,10 @@ def shard_skeleton(model: nn.Module, backend: Backend, runtime: Runtime) -> None
             module.set_force_sum_reduction_for_comms(True)
 
 
-def build_engine(model: nn.Module, config: OptimConfig, runtime: Runtime) -> Engine:
+def build_engine(model: nn.Module, config: OptimConfig, runtime: Runtime, settings: Settings | None = None) -> Engine:
     """The engine for a loaded model; builds the optimizer, so the adapters must have their initial values."""
+    if settings is not None:
+        return ZeroEngine(model, config, settings, runtime)
     if isinstance(model, FSDPModule):
         return ShardedEngine(model, config)
     return ReplicatedEngine(model, config, runtime)

@@ -138,7 +138,9 @@ def _load_quantized(name: str, layer: QuantizedLinear, reader: SafetensorsReader
     # Elements of the blocks that this rank's bytes touch; the blocks at the borders are quantised by both neighbours.
     first = 2 * first_byte // block * block
     end = min(numel, -(-2 * end_byte // block) * block)
-    elements = _read_elements(f"{name}.weight", layer.in_features, first, end, reader).to(layer.weight.device, torch.bfloat16)
+    elements = _read_elements(f"{name}.weight", layer.in_features, first, end, reader).to(
+        layer.weight.device, torch.bfloat16
+    )
     absmax = torch.zeros(layer.format.num_blocks(numel), dtype=torch.float32, device=layer.weight.device)
     if end > first:
         packed, local_absmax = quantize_blocks(elements, layer.format)
