@@ -10,6 +10,7 @@ from typing import Literal, Protocol
 
 import torch
 from packaging.version import Version
+from peft import PeftModel
 from torch import distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -163,7 +164,7 @@ class ShardedEngine:
         return _whole_adapter(self._model)
 
 
-def shard_skeleton(model: nn.Module, backend: Backend, runtime: Runtime, settings: Settings | None = None) -> None:
+def shard_skeleton(model: PeftModel, backend: Backend, runtime: Runtime, settings: Settings | None = None) -> None:
     """Cut a meta-device model into this rank's shards, decoder layer by decoder layer; a no-op for `single` and `ddp`.
 
     Args:

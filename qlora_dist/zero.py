@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import nn
 
 from qlora_dist.config import OptimConfig, TrainConfig
@@ -36,7 +37,7 @@ _MAX_BUCKET = 50_000_000
 """Elements of DeepSpeed's gradient bucket, which it allocates in full; its own default takes 2 GB."""
 
 
-def partition_skeleton(model: nn.Module, settings: Settings, runtime: Runtime) -> None:
+def partition_skeleton(model: PeftModel, settings: Settings, runtime: Runtime) -> None:
     """Allocate a meta-device model on this rank's device, keeping 1/N of every parameter (ZeRO-3).
 
     One decoder layer, or one module outside of them, is allocated whole at a time and cut up before the next.
@@ -44,19 +45,21 @@ def partition_skeleton(model: nn.Module, settings: Settings, runtime: Runtime) -
     undefined contents of rank 0 on the way, a 4-bit model's size in all.)
     """
     deepspeed = _import_deepspeed(runtime)
-    allocated: dict[int, nn.Parameter] = {}  # by the identity of what it replaces: tied parameters stay tied
-    units = decoder_layers(model)
-    inside = {id(module) for unit in units for module in unit.modules()}
-    for unit in [*units, *(module for module in model.modules() if id(module) not in inside)]:
+    model.get_base_model().tie_weights()  # on meta, each use of a shared parameter may be one of its own
+    allocated: dict[nn.Parameter, nn.Parameter] = {}  # by what it replaces: tied parameters stay tied
+    units = [list(layer.modules()) for layer in decoder_layers(model)]
+    inside = {module for unit in units for module in unit}
+    for unit in [*units, *([module] for module in model.modules() if module not in inside)]:
         fresh = nn.ParameterList()
-        for module in unit.modules() if unit in units else [unit]:
+        for module in unit:
             for name, param in module.named_parameters(recurse=False):
-                if id(param) not in allocated:
+                if param not in allocated:
                     empty = torch.empty_like(param, device=runtime.device)
-                    allocated[id(param)] = nn.Parameter(empty, requires_grad=param.requires_grad)
-                    fresh.append(allocated[id(param)])
-                module._parameters[name] = allocated[id(param)]
-        deepspeed.zero.Init(module=fresh, config_dict_or_path=settings)
+                    allocated[param] = nn.Parameter(empty, requires_grad=param.requires_grad)
+                    fresh.append(allocated[param])
+                module._parameters[name] = allocated[param]
+        if len(fresh) > 0:
+            deepspeed.zero.Init(module=fresh, config_dict_or_path=settings)
 
 
 class ZeroEngine:
