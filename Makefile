@@ -16,7 +16,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	# torch first and alone: the tested version, before anything else can ask for another build of it
 	$(BIN)/python -m pip install -q $(shell grep '^torch==' constraints.txt)
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[demo,dev]'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[demo,deepspeed,dev]'
 	touch $@
 
 demo: setup  ## fine-tune a real small model on this machine

@@ -16,15 +16,23 @@ from qlora_dist.model.files import looks_like_hub_name, resolve_model_folder
 from qlora_dist.model.loading import checkpoint_bytes, load_base_weights, materialize
 from qlora_dist.model.recompute import apply_recompute
 from qlora_dist.model.skeleton import build_skeleton, decoder_layers
-from qlora_dist.parallel import Backend, check_fits, shard_skeleton, verify_base
+from qlora_dist.parallel import Backend, Settings, check_fits, shard_skeleton, verify_base
 from qlora_dist.runtime import Runtime
 
 
-def build_model(config: TrainConfig, folder: Path, backend: Backend, runtime: Runtime, reporter: Reporter) -> PeftModel:
+def build_model(
+    config: TrainConfig,
+    folder: Path,
+    backend: Backend,
+    runtime: Runtime,
+    reporter: Reporter,
+    settings: Settings | None = None,
+) -> PeftModel:
     """Build the adapted model of this rank; no rank holds more of the base than its shard and one layer.
 
     Args:
         folder: what `resolve_model_folder` returned for `model.path`.
+        settings: what `engine_settings` returned for `backend`.
 
     Raises:
         ModelError, ConfigError: the folder, its weights or the adapter's targets cannot be used.
@@ -37,7 +45,7 @@ def build_model(config: TrainConfig, folder: Path, backend: Backend, runtime: Ru
     )
     apply_recompute(decoder_layers(model), config.memory)
     check_fits(model, backend, config.parallel, runtime)
-    home = shard_skeleton(model, backend, config.parallel, runtime)
+    home = shard_skeleton(model, backend, config.parallel, runtime, settings)
     materialize(model, home, runtime.device)
     with reporter.loading(checkpoint_bytes(folder), len(decoder_layers(model))) as on_progress:
         load_base_weights(model, folder, runtime.device, on_progress)

@@ -100,14 +100,18 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    backend: Literal["auto", "single", "ddp", "fsdp"] = "auto"
-    """How processes share the work: `single` process, `ddp` (a copy each), `fsdp` (the base sharded). `auto` follows
-    the launcher: one process runs `single`, several run `fsdp`."""
+    backend: Literal["auto", "single", "ddp", "fsdp", "zero2", "zero3"] = "auto"
+    """How processes share the work: `single` process, `ddp` (a copy each), `fsdp` (the base sharded), `zero2` and
+    `zero3` (DeepSpeed: a copy each with optimizer state sharded, or everything sharded). `auto` follows the launcher:
+    one process runs `single`, several run `fsdp`."""
     replicas: int = 1
     """Copies of the sharded base (`fsdp` only): the processes form that many groups of neighbours, each of which
     shards within itself. With one per machine, only adapter gradients cross between machines (HSDP)."""
     cpu_offload: bool = False
     """Keep shards in host memory and copy each layer to the GPU when it runs (`fsdp` only)."""
+    deepspeed_config: str | None = None
+    """DeepSpeed JSON file with tuning options for `zero2` and `zero3`; it may repeat this file's settings, not
+    contradict them."""
 
 
 @dataclass(frozen=True)
@@ -470,9 +474,9 @@ def _check_contradictions(config: TrainConfig) -> None:
         ("parallel.replicas", config.parallel.replicas > 1),
         ("parallel.cpu_offload", config.parallel.cpu_offload),
     ):
-        if is_set and config.parallel.backend in ("single", "ddp"):
+        if is_set and config.parallel.backend not in ("auto", "fsdp"):
             raise ConfigError(
-                f"{key} is set, but parallel.backend is {config.parallel.backend}, which shards nothing. "
+                f"{key} is set, but parallel.backend is {config.parallel.backend}, which does not read it. "
                 f"Remove {key}, or set parallel.backend: fsdp."
             )
     if not config.has_eval and (config.eval.every is not None or config.eval.max_batches is not None):

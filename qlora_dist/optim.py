@@ -66,10 +66,10 @@ class FlatAdamW:
     """
 
     def __init__(self, params: Mapping[str, nn.Parameter], config: OptimConfig) -> None:
-        groups = _groups(params, config)
+        groups = parameter_groups(params, config)
         self._config = config
         self._groups = [_FlatGroup(list(members), multiplier) for multiplier, members in groups.items()]
-        self._optimizer = _build_optimizer([group.flat for group in self._groups], config)
+        self._optimizer = build_optimizer([[group.flat] for group in self._groups], config)
 
     @property
     def gradients(self) -> list[torch.Tensor]:
@@ -126,7 +126,7 @@ class _FlatGroup:
             torch._foreach_copy_([local_part(param) for param in self._params], self._values)
 
 
-def _groups(params: Mapping[str, nn.Parameter], config: OptimConfig) -> dict[float, list[nn.Parameter]]:
+def parameter_groups(params: Mapping[str, nn.Parameter], config: OptimConfig) -> dict[float, list[nn.Parameter]]:
     """Parameters by learning-rate multiplier. LoRA+ (https://arxiv.org/abs/2402.12354) trains B faster than A."""
     groups: dict[float, list[nn.Parameter]] = {}
     for name, param in params.items():
@@ -135,14 +135,15 @@ def _groups(params: Mapping[str, nn.Parameter], config: OptimConfig) -> dict[flo
     return groups
 
 
-def _build_optimizer(flats: list[nn.Parameter], config: OptimConfig) -> Any:
+def build_optimizer(groups_of_params: list[list[nn.Parameter]], config: OptimConfig) -> Any:
+    """The optimizer that `optim.optimizer` names, with one parameter group per list."""
     settings: dict[str, Any] = {
         "lr": config.lr,
         "betas": ADAM_BETAS,
         "eps": ADAM_EPS,
         "weight_decay": config.weight_decay,
     }
-    groups = [{"params": [flat]} for flat in flats]
+    groups = [{"params": params} for params in groups_of_params]
     if config.optimizer == "adamw":
         return torch.optim.AdamW(groups, fused=True, **settings)
     from bitsandbytes import optim as bnb_optim

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from importlib.util import find_spec
 from typing import Literal, Protocol
 
 import torch
@@ -25,27 +26,46 @@ from qlora_dist.model.shards import shard_group, whole_tensor
 from qlora_dist.model.skeleton import base_model, decoder_layers
 from qlora_dist.optim import FlatAdamW
 from qlora_dist.runtime import Runtime, launched_world_size
+from qlora_dist.zero import Settings, ZeroEngine, launcher_file, launcher_stage, partition_skeleton, zero_settings
 
-Backend = Literal["single", "ddp", "fsdp"]
+Backend = Literal["single", "ddp", "fsdp", "zero2", "zero3"]
 
 
 def choose_backend(config: TrainConfig) -> Backend:
     """The backend of this run, from the config and from what the launcher started; needs no process group.
 
     Raises:
-        LaunchError: the launcher and `parallel.backend` contradict each other.
+        LaunchError: the launcher and `parallel.backend` contradict each other, or the backend is not installed.
+        ConfigError: the launcher's DeepSpeed file cannot be read.
     """
-    asked, world_size = config.parallel.backend, launched_world_size()
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+    backend = _asked_backend(config)
+    if backend in ("zero2", "zero3") and find_spec("deepspeed") is None:
         raise LaunchError(
-            "the launcher was told to use DeepSpeed, which this version does not run. "
-            "Remove --use_deepspeed (or distributed_type: DEEPSPEED) and set parallel.backend: fsdp."
+            f"the backend is {backend}, which needs DeepSpeed, and that is not installed. "
+            "Run: pip install 'qlora-dist[deepspeed]', or set parallel.backend: fsdp."
         )
-    launcher_fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    if launcher_fsdp and asked not in ("auto", "fsdp"):
+    if config.parallel.deepspeed_config is not None and backend not in ("zero2", "zero3"):
         raise LaunchError(
-            f"parallel.backend is {asked}, but the launcher was told to use FSDP. "
-            "Remove --use_fsdp from the launcher, or set parallel.backend: auto."
+            f"parallel.deepspeed_config is {config.parallel.deepspeed_config}, but the backend is {backend}, which "
+            "does not read it. Remove it, or set parallel.backend: zero2 or zero3."
+        )
+    if backend != "fsdp" and (config.parallel.replicas > 1 or config.parallel.cpu_offload):
+        raise LaunchError(
+            f"parallel.replicas or parallel.cpu_offload is set, but the backend is {backend}, which does not read "
+            "them. Remove them, or set parallel.backend: fsdp."
+        )
+    return backend
+
+
+def _asked_backend(config: TrainConfig) -> Backend:
+    asked, world_size = config.parallel.backend, launched_world_size()
+    launcher = _launcher_backend()
+    if launcher is not None and asked not in ("auto", launcher):
+        name = "FSDP" if launcher == "fsdp" else f"DeepSpeed with ZeRO stage {launcher[-1]}"
+        option = "--use_fsdp" if launcher == "fsdp" else "--use_deepspeed"
+        raise LaunchError(
+            f"parallel.backend is {asked}, but the launcher was told to use {name}. "
+            f"Remove {option} from the launcher, or set parallel.backend: auto."
         )
     if asked == "single" and world_size > 1:
         raise LaunchError(
@@ -54,7 +74,37 @@ def choose_backend(config: TrainConfig) -> Backend:
         )
     if asked != "auto":
         return asked
-    return "fsdp" if launcher_fsdp or world_size > 1 else "single"
+    return launcher or ("fsdp" if world_size > 1 else "single")
+
+
+def _launcher_backend() -> Backend | None:
+    """What the launcher was told to use, if anything: Accelerate hands its choice over in the environment."""
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        stage = launcher_stage()
+        if stage not in ("2", "3"):
+            raise LaunchError(
+                f"the launcher was told to use DeepSpeed with ZeRO stage {stage}. Stages 2 and 3 are supported: "
+                "give the launcher --zero_stage 2 or 3, or remove --use_deepspeed and set parallel.backend: ddp."
+            )
+        return "zero2" if stage == "2" else "zero3"
+    return "fsdp" if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" else None
+
+
+def engine_settings(config: TrainConfig, backend: Backend) -> Settings | None:
+    """What the backend's library is configured with; None for backends that are written here.
+
+    Raises:
+        ConfigError: `parallel.deepspeed_config` cannot be read, or contradicts the run's settings.
+        LaunchError: the launcher was given another such file.
+    """
+    if backend not in ("zero2", "zero3"):
+        return None
+    mine, launchers = config.parallel.deepspeed_config, launcher_file()
+    if None not in (mine, launchers) and mine != launchers:
+        raise LaunchError(
+            f"parallel.deepspeed_config is {mine}, but the launcher was given {launchers}. Keep one of them."
+        )
+    return zero_settings(config, 2 if backend == "zero2" else 3, launched_world_size(), mine or launchers)
 
 
 class Engine(Protocol):
@@ -123,19 +173,29 @@ class ShardedEngine:
         return _whole_adapter(self._model)
 
 
-def shard_skeleton(model: PeftModel, backend: Backend, config: ParallelConfig, runtime: Runtime) -> torch.device:
-    """Cut a meta-device model into this rank's shards, a no-op unless `fsdp`; returns where its parameters will live.
+def shard_skeleton(
+    model: PeftModel, backend: Backend, config: ParallelConfig, runtime: Runtime, settings: Settings | None = None
+) -> torch.device:
+    """Cut a meta-device model into this rank's shards, if the backend does; returns where its parameters will live.
 
     Units that are gathered at once: each decoder layer, the embedding, the head, and the final norm (with a tied
     embedding, which both ends of the model need).
 
+    Args:
+        settings: what :func:`engine_settings` returned for this backend.
+
     Raises:
         LaunchError: the number of processes is no multiple of `parallel.replicas`.
     """
-    if backend != "fsdp":
+    if backend in ("single", "ddp"):
         return runtime.device
     if not dist.is_initialized():  # one process: sharding still needs a group, of itself
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    if backend == "zero3":
+        assert settings is not None
+        partition_skeleton(model, settings, runtime)
+    if backend != "fsdp":
+        return runtime.device
     offload = CPUOffloadPolicy(pin_memory=runtime.device.type == "cuda") if config.cpu_offload else OffloadPolicy()
     # No mixed-precision policy: it would cast the float32 quantisation constants to bfloat16 on the way.
     # The base is frozen in its storage type already, and autocast casts the adapters.
@@ -160,7 +220,7 @@ def check_fits(model: PeftModel, backend: Backend, config: ParallelConfig, runti
     Raises:
         ModelError: with the numbers.
     """
-    num_shards = runtime.world_size // config.replicas if backend == "fsdp" else 1
+    num_shards = _num_shards(backend, config, runtime)
     footprint = plan_footprint(model, gathered_units(model), num_shards, runtime.rank % num_shards)
     device = torch.device("cpu") if config.cpu_offload else runtime.device
     check_memory(footprint, device, runtime.local_world_size if device.type == "cpu" else 1)
@@ -181,25 +241,34 @@ def verify_base(model: PeftModel, backend: Backend, config: ParallelConfig, runt
     Raises:
         ModelError: naming the parameter, on every rank.
     """
-    check_shards(model, runtime.world_size // config.replicas if backend == "fsdp" else 1)
+    check_shards(model, _num_shards(backend, config, runtime))
     params = {name: param for name, param in model.named_parameters() if not param.requires_grad}
     expected = loaded_checksums(params, runtime.device)
     if runtime.world_size > 1:
         check_gathered(params, expected, _gathered(model), runtime.max_of_each)
 
 
+def _num_shards(backend: Backend, config: ParallelConfig, runtime: Runtime) -> int:
+    """Number of parts that the base is cut into."""
+    if backend == "fsdp":
+        return runtime.world_size // config.replicas
+    return runtime.world_size if backend == "zero3" else 1
+
+
 def _gathered(model: PeftModel) -> Iterator[tuple[str, torch.Tensor]]:
     """The frozen parameters, gathered unit by unit the way forward does it."""
     units = [(prefix, module) for prefix, module in model.named_modules() if isinstance(module, FSDPModule)]
-    for prefix, unit in units or [("", model)]:
+    for prefix, unit in units:
         others = tuple(f"{other}." for other, _ in units if other != prefix and other.startswith(prefix))
-        if isinstance(unit, FSDPModule):
-            unit.unshard()
+        unit.unshard()
         for name, param in unit.named_parameters(prefix=prefix):
             if not param.requires_grad and not name.startswith(others):
                 yield name, param
-        if isinstance(unit, FSDPModule):
-            unit.reshard()
+        unit.reshard()
+    if not units:  # whole parameters, or the parts that DeepSpeed makes
+        for name, param in model.named_parameters():
+            if not param.requires_grad:
+                yield name, whole_tensor(param)
 
 
 def _device_mesh(config: ParallelConfig, runtime: Runtime) -> DeviceMesh:
@@ -215,8 +284,10 @@ def _device_mesh(config: ParallelConfig, runtime: Runtime) -> DeviceMesh:
     return init_device_mesh(runtime.device.type, shape, mesh_dim_names=("replicate", "shard"))
 
 
-def build_engine(model: nn.Module, config: OptimConfig, runtime: Runtime) -> Engine:
+def build_engine(model: nn.Module, config: OptimConfig, runtime: Runtime, settings: Settings | None = None) -> Engine:
     """The engine for a loaded model; builds the optimizer, so the adapters must have their initial values."""
+    if settings is not None:
+        return ZeroEngine(model, config, settings, runtime)
     if isinstance(model, FSDPModule):
         return ShardedEngine(model, config, runtime)
     return ReplicatedEngine(model, config, runtime)

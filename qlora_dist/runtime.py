@@ -90,6 +90,9 @@ def start_runtime(seed: int, dtype: Literal["bfloat16", "float32"]) -> Runtime:
     use_cpu = not torch.cuda.is_available()
     if use_cpu:
         _limit_threads()
+    # The launcher's choice of engine has been read by now. Accelerate would act on it by itself: load the engine's
+    # plugin, believe in one process on CPU, and have transformers build every model in its ZeRO-3 mode.
+    os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
     accelerator = Accelerator(cpu=use_cpu, mixed_precision="no")
     runtime = Runtime(
         accelerator=accelerator,

@@ -24,7 +24,7 @@ from qlora_dist.model.files import resolve_model_folder
 from qlora_dist.model.loss import target_loss_sum
 from qlora_dist.model.shards import local_bytes, whole_bytes
 from qlora_dist.optim import check_warmup, lr_at
-from qlora_dist.parallel import Engine, build_engine, choose_backend
+from qlora_dist.parallel import Engine, build_engine, choose_backend, engine_settings
 from qlora_dist.runtime import Runtime, start_runtime
 
 
@@ -35,6 +35,7 @@ def train(config: TrainConfig) -> None:
         QloraDistError: the input cannot be used; nothing has been written then.
     """
     backend = choose_backend(config)
+    settings = engine_settings(config, backend)
     folder = check_run_folder(config)
     runtime = start_runtime(config.seed, config.model.dtype)
     reporter = Reporter(runtime.is_main)
@@ -45,8 +46,8 @@ def train(config: TrainConfig) -> None:
         data = load_dataset(config.data, tokenizer, config.seed)
     reporter.say("\n".join(data.notes))
 
-    model = build_model(config, model_folder, backend, runtime, reporter)
-    engine = build_engine(model, config.optim, runtime)
+    model = build_model(config, model_folder, backend, runtime, reporter, settings)
+    engine = build_engine(model, config.optim, runtime, settings)
     plan = BatchPlan(
         num_samples=len(data.train),
         seed=config.seed,

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from qlora_dist.config import AdapterConfig
 from qlora_dist.errors import CheckpointError, ConfigError
-from qlora_dist.model.shards import local_part, local_rows
+from qlora_dist.model.shards import local_part, local_range, whole_shape
 
 
 def add_adapters(model: PreTrainedModel, config: AdapterConfig, base_path: str) -> PeftModel:
@@ -108,9 +108,9 @@ def init_adapters(model: nn.Module, seed: int) -> None:
     ranks, nor on which part of the matrix this rank holds, nor on the order of modules.
     """
     for name, param in adapter_parameters(model).items():
-        whole = torch.zeros(param.shape, dtype=torch.float32)
+        whole = torch.zeros(whole_shape(param), dtype=torch.float32)
         if ".lora_A." in name:
             generator = torch.Generator().manual_seed(seed * 2**32 + zlib.crc32(name.encode()))
             nn.init.kaiming_uniform_(whole, a=math.sqrt(5), generator=generator)
-        start, stop = local_rows(param)
-        local_part(param).copy_(whole[start:stop])
+        start, stop = local_range(param)
+        local_part(param).view(-1).copy_(whole.view(-1)[start:stop])

@@ -15,27 +15,29 @@ from torch import distributed as dist
 from torch import nn
 
 from qlora_dist.errors import ModelError
-from qlora_dist.model.shards import local_part, local_rows, planned_rows, shard_group, shard_rank, shard_world
+from qlora_dist.model.shards import local_part, local_range, planned_range, shard_group, shard_world, whole_shape
 
 _CHUNK_WORDS = 2**20
 _MULTIPLIER = -7046029254386353131  # 2^64 / golden ratio as a signed odd number: Knuth's multiplicative hash
 
 
 def check_shards(model: nn.Module, num_shards: int) -> None:
-    """Compare the size of each parameter's local part with `ceil(rows / num_shards)` rows, the plan of sharding.
+    """Compare what this rank holds of each parameter with the plan of sharding: one of `num_shards` equal parts.
 
     Raises:
         ModelError: naming the parameter that is not cut, or cut differently.
     """
     for name, param in model.named_parameters():
-        held = local_part(param).shape[0]
+        held = local_part(param).numel()
         if shard_world(param) == num_shards:
-            start, stop = planned_rows(param.shape[0], num_shards, shard_rank(param))
+            group = shard_group(param)
+            start, stop = planned_range(param, 0 if group is None else dist.get_rank(group))
             if held == stop - start:
                 continue
         raise ModelError(
-            f"after sharding over {num_shards}, this rank holds {held} of the {param.shape[0]} rows of {name}, which "
-            "is not its share. The installed torch shards this model differently; use the one in constraints.txt."
+            f"after sharding over {num_shards}, this rank holds {held:,} of {whole_shape(param).numel():,} elements of "
+            f"{name}, which is not its share. The installed libraries shard this model differently; use the versions in "
+            "constraints.txt."
         )
 
 
@@ -47,9 +49,8 @@ def loaded_checksums(params: dict[str, nn.Parameter], device: torch.device) -> t
     sums = []
     group = None
     for param in params.values():
-        start, _ = local_rows(param)
-        row_bytes = param.element_size() * math.prod(param.shape[1:])
-        sums.append(checksum(local_part(param), start * row_bytes, _word_bytes(param)).to(device))
+        first_byte = local_range(param)[0] * param.element_size()
+        sums.append(checksum(local_part(param), first_byte, _word_bytes(param)).to(device))
         group = shard_group(param) or group
     total = torch.stack(sums)
     if group is not None:
@@ -111,5 +112,4 @@ def checksum(tensor: torch.Tensor, first_byte: int, word_bytes: int) -> torch.Te
 
 def _word_bytes(param: torch.Tensor) -> int:
     """Largest word that no border between shards cuts."""
-    rows = planned_rows(param.shape[0], shard_world(param), 0)[1]
-    return math.gcd(8, rows * param.element_size() * math.prod(param.shape[1:]))
+    return math.gcd(8, planned_range(param, 0)[1] * param.element_size())

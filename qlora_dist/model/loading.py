@@ -26,7 +26,7 @@ from qlora_dist.model.inventory import check_inventory
 from qlora_dist.model.nf4 import QuantizedLinear, quantize_absmax, quantize_blocks
 from qlora_dist.model.prequantized import has_state, load_prequantized
 from qlora_dist.model.reader import SafetensorsReader
-from qlora_dist.model.shards import local_part, local_rows, shard_group
+from qlora_dist.model.shards import local_part, local_range, shard_group, whole_shape
 from qlora_dist.model.skeleton import base_model, decoder_layers
 
 OnProgress = Callable[[int, int], None]
@@ -36,15 +36,20 @@ OnProgress = Callable[[int, int], None]
 def materialize(model: PeftModel | PreTrainedModel, device: torch.device, compute_device: torch.device) -> None:
     """Allocate this rank's part of every meta parameter on `device`, with undefined contents.
 
+    A model whose parameters were allocated while they were cut up only has its buffers moved.
+
     Buffers keep their values and go to `compute_device`, which differs when the shards are offloaded to the host.
     """
     buffers = {
         (module, name): buffer for module in model.modules() for name, buffer in module.named_buffers(recurse=False)
     }  # to_empty would also throw away what no checkpoint holds
-    model.to_empty(device=device)
+    is_described_only = any(param.is_meta for param in model.parameters())
+    if is_described_only:
+        model.to_empty(device=device)
     for (module, name), buffer in buffers.items():
         module._buffers[name] = buffer.to(compute_device)
-    base_model(model).tie_weights()  # to_empty gave each use of a shared parameter memory of its own
+    if is_described_only:
+        base_model(model).tie_weights()  # to_empty gave each use of a shared parameter memory of its own
 
 
 @dataclass(frozen=True)
@@ -117,7 +122,7 @@ def _check_inventory(model: nn.Module, reader: SafetensorsReader) -> None:
             own = {"bias": module.bias} if module.bias is not None else {}
         for leaf, param in own.items():
             if id(param) not in done:
-                plain[_checkpoint_name(f"{name}.{leaf}")] = tuple(param.shape)
+                plain[_checkpoint_name(f"{name}.{leaf}")] = tuple(whole_shape(param))
                 done.add(id(param))
     check_inventory(plain, layers, reader)
 
@@ -147,23 +152,24 @@ def _checkpoint_name(name: str) -> str:
 
 
 def _load_plain(name: str, param: nn.Parameter, reader: SafetensorsReader) -> None:
-    start, stop = local_rows(param)
-    local_part(param).copy_(reader.rows(name, start, stop))
+    start, stop = local_range(param)
+    columns = whole_shape(param)[1:].numel()
+    local_part(param).view(-1).copy_(_read_elements(name, columns, start, stop, reader))
 
 
 def _load_quantized(name: str, layer: QuantizedLinear, reader: SafetensorsReader, device: torch.device) -> torch.Tensor:
     """Fill a layer from a 16-bit matrix; returns whether all values that this rank read are finite (0-dim bool)."""
     numel, block = layer.out_features * layer.in_features, layer.format.block_size
-    first_byte, end_byte = local_rows(layer.weight)
+    first_byte, end_byte = local_range(layer.weight)
     # Elements of the blocks that this rank's bytes touch; the blocks at the borders are quantised by both neighbours.
     first = 2 * first_byte // block * block
     end = min(numel, -(-2 * end_byte // block) * block)
-    elements = _read_elements(f"{name}.weight", layer, first, end, reader).to(device, torch.bfloat16)
+    elements = _read_elements(f"{name}.weight", layer.in_features, first, end, reader).to(device, torch.bfloat16)
     absmax = torch.zeros(layer.format.num_blocks(numel), dtype=torch.float32, device=device)
     if end > first:
         reader.elements_quantized += end - first
         packed, local_absmax = quantize_blocks(elements, layer.format)
-        local_part(layer.weight).copy_(packed[first_byte - first // 2 : end_byte - first // 2])
+        local_part(layer.weight).view(-1).copy_(packed.view(-1)[first_byte - first // 2 : end_byte - first // 2])
         # Each block is contributed by the one rank that holds its first byte, so that the sum below is exact.
         owned = slice(-(-2 * first_byte // block), -(-2 * end_byte // block))
         absmax[owned] = local_absmax[owned.start - first // block : owned.stop - first // block]
@@ -180,17 +186,16 @@ def _load_quantized(name: str, layer: QuantizedLinear, reader: SafetensorsReader
     return torch.isfinite(elements).all()
 
 
-def _read_elements(name: str, layer: QuantizedLinear, first: int, end: int, reader: SafetensorsReader) -> torch.Tensor:
-    """Elements [first, end) of the row-major flattened matrix, through whole rows."""
-    columns = layer.in_features
+def _read_elements(name: str, columns: int, first: int, end: int, reader: SafetensorsReader) -> torch.Tensor:
+    """Elements [first, end) of the row-major flattened tensor, through whole rows of `columns` elements."""
     first_row, end_row = first // columns, -(-end // columns)
     rows = reader.rows(name, first_row, end_row).reshape(-1)
     return rows[first - first_row * columns : end - first_row * columns]
 
 
 def _keep_local(param: torch.Tensor, whole: torch.Tensor) -> None:
-    start, stop = local_rows(param)
-    local_part(param).copy_(whole[start:stop])
+    start, stop = local_range(param)
+    local_part(param).view(-1).copy_(whole.view(-1)[start:stop])
 
 
 def checkpoint_bytes(folder: Path) -> int:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal
+from typing import Any, Literal
 
 import bitsandbytes as bnb
 import torch
@@ -104,13 +104,29 @@ class QuantizedLinear(bnb.nn.Linear4bit):
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # (..., in_features) -> (..., out_features)
         # Not Linear4bit.forward: on CPUs with AVX512-BF16 it repacks the weight in place in eval mode, after which
         # training yields no gradient; and it looks for the state in attributes that sharding does not carry along.
-        return bnb.matmul_4bit(
-            x.to(self.compute_dtype), self.weight, quant_state=self.quant_state_now(), bias=self.bias
-        ).to(x.dtype)
+        return _FrozenMatmul.apply(x.to(self.compute_dtype), self).to(x.dtype)
 
     def dequantized(self) -> torch.Tensor:
         """The weight as (out_features, in_features) in the compute dtype; needs all parameters whole."""
         return bnb_functional.dequantize_4bit(self.weight, self.quant_state_now())
+
+
+class _FrozenMatmul(torch.autograd.Function):
+    """Product with a layer's 4-bit weight that keeps nothing for backward: the layer is asked again for what it holds.
+
+    bitsandbytes' own function keeps a view of the packed weight. Engines that free gathered parameters by letting go
+    of them (ZeRO-3) could then free nothing between forward and backward: every rank would come to hold the whole base.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, layer: QuantizedLinear) -> torch.Tensor:
+        ctx.layer = layer
+        return bnb.matmul_4bit(x, layer.weight, quant_state=layer.quant_state_now(), bias=layer.bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (grad,) = grads  # (..., out_features)
+        return grad @ ctx.layer.dequantized().to(grad.dtype), None
 
 
 def quantize_blocks(elements: torch.Tensor, fmt: QuantFormat) -> tuple[torch.Tensor, torch.Tensor]:

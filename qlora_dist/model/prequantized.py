@@ -21,7 +21,7 @@ from qlora_dist.config import ModelConfig
 from qlora_dist.errors import ConfigError, ModelError
 from qlora_dist.model.nf4 import NESTED_BLOCK_SIZE, QuantFormat, QuantizedLinear, dynamic_code, four_bit_code
 from qlora_dist.model.reader import SafetensorsReader
-from qlora_dist.model.shards import local_part, local_rows
+from qlora_dist.model.shards import local_part, local_range
 
 STORAGE = {  # quant_storage: its name in safetensors, bytes of one element
     "uint8": ("U8", 1), "int8": ("I8", 1), "bfloat16": ("BF16", 2), "float16": ("F16", 2),
@@ -188,23 +188,23 @@ def load_prequantized(
     """
     state = read_state(name, reader)
     _check_code(f"{name}.weight.quant_map", four_bit_code(state.format.quant_type, torch.device("cpu")), reader)
-    first, end = local_rows(layer.weight)
+    first, end = local_range(layer.weight)
     size = _storage(reader)[1]
     # view, never to(): under a float storage the bytes are no numbers, and a conversion would rewrite them.
     packed = reader.flat(f"{name}.weight", first // size, -(-end // size)).contiguous().view(torch.uint8)
     start = first - first // size * size
-    local_part(layer.weight).copy_(packed[start : start + end - first].unsqueeze(1))
+    local_part(layer.weight).view(-1).copy_(packed[start : start + end - first])
     constants = [_fill(layer.absmax, f"{name}.weight.absmax", reader)]
     if state.offset is not None:
         _check_code(f"{name}.weight.nested_quant_map", dynamic_code(torch.device("cpu")), reader)
         constants.append(_fill(layer.absmax_scale, f"{name}.weight.nested_absmax", reader))
-        begin, stop = local_rows(layer.absmax_offset)
+        begin, stop = local_range(layer.absmax_offset)
         local_part(layer.absmax_offset).copy_(torch.tensor([state.offset], dtype=torch.float32)[begin:stop])
     return torch.stack([torch.isfinite(values).all() for values in constants]).all().to(device)
 
 
 def _fill(param: torch.Tensor, key: str, reader: SafetensorsReader) -> torch.Tensor:
-    values = reader.flat(key, *local_rows(param))
+    values = reader.flat(key, *local_range(param))
     local_part(param).copy_(values)
     return values
 

@@ -1,4 +1,9 @@
-"""Which part of a parameter this rank holds. A whole (unsharded) parameter is one part of one."""
+"""Which part of a parameter this rank holds. A whole (unsharded) parameter is one part of one.
+
+Two engines cut parameters up: FSDP2 by rows, as DTensors, and ZeRO-3 by elements of the flattened tensor, as plain
+parameters that are empty between uses and keep this rank's part in an attribute. Either part is a contiguous run of
+elements in row-major order, and that is how it is described here.
+"""
 
 from __future__ import annotations
 
@@ -9,23 +14,32 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 
-def local_rows(param: torch.Tensor) -> tuple[int, int]:
-    """First and one-past-last index along dimension 0 that this rank holds; equal when it holds nothing."""
+def local_range(param: torch.Tensor) -> tuple[int, int]:
+    """First and one-past-last element (row-major) that this rank holds; equal when it holds nothing."""
+    if _is_partitioned(param):
+        first = min(param.ds_numel, param.ds_zero_partition_rank * param.ds_tensor.numel())
+        return first, min(param.ds_numel, first + param.ds_tensor.numel())
     if not isinstance(param, DTensor):
-        return 0, param.shape[0]
+        return 0, param.numel()
     shape, offset = compute_local_shape_and_global_offset(param.shape, param.device_mesh, param.placements)
     if shape[0] == 0:
         return 0, 0
-    return offset[0], offset[0] + shape[0]
+    row = param.shape[1:].numel()
+    return offset[0] * row, (offset[0] + shape[0]) * row
 
 
 def local_part(param: torch.Tensor) -> torch.Tensor:
-    """This rank's rows, sharing memory with the parameter."""
+    """This rank's elements, sharing memory with the parameter; flat or in rows, as the engine keeps them."""
+    if _is_partitioned(param):
+        first, end = local_range(param)
+        return param.ds_tensor[: end - first]  # the last ranks' parts are padded
     return param.to_local() if isinstance(param, DTensor) else param
 
 
 def shard_group(param: torch.Tensor) -> dist.ProcessGroup | None:
     """The ranks that together hold the whole parameter once; None when this rank holds all of it."""
+    if _is_partitioned(param):
+        return dist.group.WORLD
     if not isinstance(param, DTensor):
         return None
     dims = [dim for dim, placement in enumerate(param.placements) if isinstance(placement, Shard)]
@@ -38,10 +52,13 @@ def shard_world(param: torch.Tensor) -> int:
     return 1 if group is None else dist.get_world_size(group)
 
 
-def shard_rank(param: torch.Tensor) -> int:
-    """Which of those parts this rank holds."""
-    group = shard_group(param)
-    return 0 if group is None else dist.get_rank(group)
+def planned_range(param: torch.Tensor, rank: int) -> tuple[int, int]:
+    """First and one-past-last element of part `rank`: parts of ceil(n / parts) rows, or elements under ZeRO-3."""
+    shape, num_shards = whole_shape(param), shard_world(param)
+    if _is_partitioned(param):
+        return planned_rows(shape.numel(), num_shards, rank)
+    start, stop = planned_rows(shape[0], num_shards, rank)
+    return start * shape[1:].numel(), stop * shape[1:].numel()
 
 
 def planned_rows(num_rows: int, num_shards: int, rank: int) -> tuple[int, int]:
@@ -53,7 +70,17 @@ def planned_rows(num_rows: int, num_shards: int, rank: int) -> tuple[int, int]:
 
 def whole_tensor(param: nn.Parameter) -> torch.Tensor:
     """The whole parameter on every rank (a collective when it is sharded)."""
+    if _is_partitioned(param):
+        part = param.ds_tensor
+        flat = part.new_empty(part.numel() * dist.get_world_size())
+        dist.all_gather_into_tensor(flat, part)
+        return flat[: param.ds_numel].view(param.ds_shape)
     return param.full_tensor() if isinstance(param, DTensor) else param.detach()
+
+
+def whole_shape(param: torch.Tensor) -> torch.Size:
+    """Shape of the whole parameter; that of a partitioned one reads (0,) between uses."""
+    return param.ds_shape if _is_partitioned(param) else param.shape
 
 
 def local_bytes(module: nn.Module) -> int:
@@ -63,4 +90,8 @@ def local_bytes(module: nn.Module) -> int:
 
 def whole_bytes(module: nn.Module) -> int:
     """Bytes of all parameters of the whole model."""
-    return sum(p.numel() * p.element_size() for p in module.parameters())
+    return sum(whole_shape(p).numel() * p.element_size() for p in module.parameters())
+
+
+def _is_partitioned(param: torch.Tensor) -> bool:
+    return getattr(param, "ds_tensor", None) is not None

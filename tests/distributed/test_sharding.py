@@ -6,25 +6,28 @@ import bitsandbytes.functional as bnb_functional
 import pytest
 import torch
 from safetensors import safe_open
+from torch import nn
 
 from qlora_dist.assemble import build_model
-from qlora_dist.config import AdapterConfig, ModelConfig, TrainConfig
+from qlora_dist.config import AdapterConfig, MemoryConfig, ModelConfig, TrainConfig
 from qlora_dist.console import Reporter
 from qlora_dist.model.nf4 import QuantizedLinear
 from qlora_dist.model.shards import local_bytes, whole_bytes, whole_tensor
+from qlora_dist.parallel import Backend, engine_settings
 from qlora_dist.runtime import start_runtime
 from tests.support.processes import run_on_processes
 
 
-def build_sharded(folder: Path, config: ModelConfig):
+def build_sharded(folder: Path, config: ModelConfig, backend: Backend):
     """The model of `folder`, sharded over the processes of this run."""
     runtime = start_runtime(seed=0, dtype=config.dtype)
-    train_config = TrainConfig(model=config, adapter=AdapterConfig(rank=4))
-    return build_model(train_config, folder, "fsdp", runtime, Reporter(is_main=False))
+    train_config = TrainConfig(model=config, adapter=AdapterConfig(rank=4), memory=MemoryConfig(recompute="none"))
+    settings = engine_settings(train_config, backend)
+    return build_model(train_config, folder, backend, runtime, Reporter(is_main=False), settings)
 
 
 def check_share(folder: Path) -> None:
-    model = build_sharded(folder, ModelConfig(path=str(folder)))
+    model = build_sharded(folder, ModelConfig(path=str(folder)), "fsdp")
     assert local_bytes(model) <= 0.55 * whole_bytes(model)
 
 
@@ -34,8 +37,13 @@ def test_each_of_two_ranks_holds_at_most_its_share(tiny_llama: Path) -> None:
 
 
 def check_bytes(folder: Path, quantization: str, double_quant: bool) -> None:
-    model = build_sharded(folder, ModelConfig(str(folder), quantization, double_quant))
-    with safe_open(folder / "model.safetensors", framework="pt") as file:
+    config = ModelConfig(str(folder), quantization, double_quant)
+    assert_bytes_of_whole_matrices(build_sharded(folder, config, "fsdp"), config)
+
+
+def assert_bytes_of_whole_matrices(model: nn.Module, config: ModelConfig) -> None:
+    """Gathered packed weights and constants are what bitsandbytes makes of the matrices in the model's files."""
+    with safe_open(Path(config.path) / "model.safetensors", framework="pt") as file:
         num_layers = 0
         for name, module in model.named_modules():
             if not isinstance(module, QuantizedLinear):
@@ -44,11 +52,11 @@ def check_bytes(folder: Path, quantization: str, double_quant: bool) -> None:
             source = name.removeprefix("base_model.model.").replace(".base_layer", "") + ".weight"
             packed, state = bnb_functional.quantize_4bit(
                 file.get_tensor(source).to(torch.bfloat16), blocksize=64,
-                compress_statistics=double_quant, quant_type=quantization,
+                compress_statistics=config.double_quant, quant_type=config.quantization,
             )  # fmt: skip
             assert torch.equal(whole_tensor(module.weight), packed), name
             assert torch.equal(whole_tensor(module.absmax), state.absmax), name
-            if double_quant:
+            if config.double_quant:
                 assert torch.equal(whole_tensor(module.absmax_scale), state.state2.absmax), name
                 assert torch.equal(whole_tensor(module.absmax_offset), state.offset.reshape(1)), name
         assert num_layers == 3 * 7
