@@ -36,7 +36,7 @@ def check_shards(model: nn.Module, num_shards: int) -> None:
                 continue
         raise ModelError(
             f"after sharding over {num_shards}, this rank holds {held:,} of {whole_shape(param).numel():,} elements of "
-            f"{name}, which is not its share. The installed libraries shard this model differently; use the versions in "
+            f"{name}, which is not its share. The installed libraries shard it differently; use the versions in "
             "constraints.txt."
         )
 
