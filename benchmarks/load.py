@@ -133,7 +133,7 @@ def measure(load: Any, folder: Path, out: Path) -> None:
             peak[0] = max(peak[0], resident_bytes())
             time.sleep(0.005)
 
-    watcher = threading.Thread(target=watch)
+    watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     started = time.perf_counter()
     row = prepared()
@@ -190,7 +190,9 @@ def load_stock(folder: Path) -> Any:
     )  # fmt: skip
 
     def load() -> dict[str, float]:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, quantization_config=config)
+        # Given as None it would hide what the folder's own config.json says.
+        quantization = {} if config is None else {"quantization_config": config}
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **quantization)
         shard = sum(param.nbytes for param in model.parameters())
         linear = 0 if stored else sum(p.numel() * 2 for p in model.parameters() if p.dtype == torch.uint8)
         files = sum(file.stat().st_size for file in folder.glob("*.safetensors"))

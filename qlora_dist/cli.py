@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import faulthandler
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -134,6 +135,8 @@ def train_command(argv: list[str]) -> None:
     if not looks_like_hub_name(config.model.path):
         resolve_model_folder(config.model.path)
     _quiet()
+    # A signal such as SIGBUS (a weight file that shrinks while it is mapped) says where it struck.
+    faulthandler.enable()
     from qlora_dist.train import train
 
     train(config)

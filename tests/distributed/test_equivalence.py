@@ -20,6 +20,7 @@ RUNS = {
 RUNS_IN_FLOAT32 = {
     "fsdp, offloaded": (2, {"backend": "fsdp", "cpu_offload": True}, 2, 1),
     "hsdp, 2 copies of 2 shards": (4, {"backend": "fsdp", "replicas": 2}, 1, 1),
+    "hsdp, offloaded": (4, {"backend": "fsdp", "replicas": 2, "cpu_offload": True}, 1, 1),
 }
 
 

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.support.command import ROOT, run_command, write_config
 
@@ -107,4 +108,62 @@ def test_weights_that_only_one_rank_finds_broken(tmp_path: Path, tiny_llama: Pat
     assert done.returncode != 0
     assert done.stderr.count("error: ") == 1
     assert "model.safetensors" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def slow_to_load(tmp_path_factory, tokenizer) -> Path:
+    """A random Llama of 150M parameters: quantising it takes two processes some seconds."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=1024, intermediate_size=2816, num_hidden_layers=12,
+        num_attention_heads=16, max_position_embeddings=256,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("slow-to-load")
+    with torch.device("meta"):
+        skeleton = LlamaForCausalLM(config).to(torch.bfloat16)
+    skeleton.to_empty(device="cpu")
+    for param in skeleton.parameters():
+        torch.nn.init.normal_(param, std=0.02)
+    skeleton.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_dies_while_loading(tmp_path: Path, slow_to_load: Path, chat_file: Path, victim: int) -> None:
+    """SIGKILL of one process while the weights are read ends the others within a minute."""
+    process, log = start(
+        write_config(tmp_path / "config.yaml", **settings(tmp_path, slow_to_load, chat_file)), tmp_path
+    )
+    try:
+        wait_for(lambda: "% of them targets" in log.read_text(), process, log)  # the line before the weights
+        os.kill(rank_pid(process.pid, victim), signal.SIGKILL)
+        process.wait(timeout=60)
+    finally:
+        process.kill()
+    text = log.read_text()
+    assert "base model: this rank read" not in text
+    assert process.returncode != 0
+    assert "SIGKILL" in text
+    assert f"rank      : {victim}" in text
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_vanish_while_they_are_read(tmp_path: Path, slow_to_load: Path, chat_file: Path) -> None:
+    """A file that loses its contents under the readers ends all processes within a minute, with where it struck."""
+    model = Path(shutil.copytree(slow_to_load, tmp_path / "model"))
+    config = settings(tmp_path, model, chat_file)
+    process, log = start(write_config(tmp_path / "config.yaml", **config), tmp_path)
+    try:
+        wait_for(lambda: "% of them targets" in log.read_text(), process, log)
+        os.truncate(model / "model.safetensors", 4096)
+        process.wait(timeout=60)
+    finally:
+        process.kill()
+    text = log.read_text()
+    assert "base model: this rank read" not in text
+    assert process.returncode != 0
+    assert "Bus error" in text or "not a readable safetensors file" in text
     assert not (tmp_path / "out").exists()

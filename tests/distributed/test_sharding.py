@@ -1,19 +1,23 @@
 """What a rank holds of a sharded model: its share and no more, in exactly the bytes of the whole."""
 
+import itertools
 from pathlib import Path
 
 import bitsandbytes.functional as bnb_functional
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import nn
 
 from qlora_dist.assemble import build_model
-from qlora_dist.config import AdapterConfig, MemoryConfig, ModelConfig, TrainConfig
+from qlora_dist.config import AdapterConfig, MemoryConfig, ModelConfig, ParallelConfig, TrainConfig
 from qlora_dist.console import Reporter
-from qlora_dist.model.nf4 import QuantizedLinear
+from qlora_dist.model.loading import load_base_weights, materialize
+from qlora_dist.model.nf4 import QuantFormat, QuantizedLinear
 from qlora_dist.model.shards import local_bytes, whole_bytes, whole_tensor
-from qlora_dist.parallel import Backend, engine_settings
+from qlora_dist.model.skeleton import build_skeleton, decoder_layers, quantize_skeleton
+from qlora_dist.parallel import Backend, engine_settings, shard_skeleton
 from qlora_dist.runtime import start_runtime
 from tests.support.processes import run_on_processes
 
@@ -60,6 +64,39 @@ def assert_bytes_of_whole_matrices(model: nn.Module, config: ModelConfig) -> Non
                 assert torch.equal(whole_tensor(module.absmax_scale), state.state2.absmax), name
                 assert torch.equal(whole_tensor(module.absmax_offset), state.offset.reshape(1)), name
         assert num_layers == 3 * 7
+
+
+def check_byte_exactness(folder: Path) -> None:
+    runtime = start_runtime(seed=0, dtype="bfloat16")
+    originals = load_file(folder / "model.safetensors")
+    for quant_type, double_quant, block_size in itertools.product(("nf4", "fp4"), (True, False), (64, 128)):
+        fmt = QuantFormat(quant_type, double_quant, block_size)
+        model = build_skeleton(folder, ModelConfig(path=str(folder), quantization="none"))
+        layers = decoder_layers(model)
+        linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and "layers" in name]
+        quantize_skeleton(model, dict.fromkeys(linears, fmt), torch.bfloat16)
+        assert len(linears) == 7 * len(layers)
+        shard_skeleton(model, "fsdp", ParallelConfig(), runtime)
+        materialize(model, runtime.device, runtime.device)
+        load_base_weights(model, folder, runtime.device)
+        for name in linears:
+            module = model.get_submodule(name)
+            packed, state = bnb_functional.quantize_4bit(
+                originals[f"{name}.weight"], blocksize=block_size, compress_statistics=double_quant,
+                quant_type=quant_type,
+            )  # fmt: skip
+            assert torch.equal(whole_tensor(module.weight), packed), (name, fmt)
+            assert torch.equal(whole_tensor(module.absmax), state.absmax), (name, fmt)
+            if double_quant:
+                assert torch.equal(whole_tensor(module.absmax_scale), state.state2.absmax), (name, fmt)
+                assert torch.equal(whole_tensor(module.absmax_offset), state.offset.reshape(1)), (name, fmt)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 5])
+def test_every_format_is_exact_on_any_number_of_ranks(tiny_llama: Path, world_size: int) -> None:
+    """NF4 and FP4, double quantisation on and off, blocks of 64 and 128, on one to five ranks: the gathered bytes are
+    those of the whole matrix. Slices of these matrices fall inside rows and inside blocks."""
+    run_on_processes(check_byte_exactness, world_size, tiny_llama)
 
 
 @pytest.mark.parametrize("world_size", [2, 3])

@@ -1,5 +1,9 @@
 """What each rank will hold is known before anything is read, exact to the byte."""
 
+import dataclasses
+import multiprocessing
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import LlamaConfig
@@ -74,3 +78,39 @@ def test_a_model_that_cannot_fit_is_refused_with_the_numbers() -> None:
         check_memory(too_large, torch.device("cpu"), num_ranks_here=2)
     for words in ("for each of the 2 processes", "1.0 of adapters", "1.0 for one gathered layer", "GiB free"):
         assert words in str(error.value)
+
+
+def shares_under_fsdp(folder: str, world_size: int) -> None:
+    """In a process of its own: shard the 65B description over a pretended group and compare with an even share."""
+    import os
+
+    from torch import distributed as dist
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    from qlora_dist.config import ParallelConfig
+    from qlora_dist.model.shards import local_bytes, whole_bytes
+    from qlora_dist.parallel import gathered_units, shard_skeleton
+    from qlora_dist.runtime import start_runtime
+
+    runtime = dataclasses.replace(start_runtime(seed=0, dtype="bfloat16"), world_size=world_size)
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
+    model = add_adapters(build_skeleton(Path(folder), ModelConfig(path=folder)), AdapterConfig(rank=RANK), "base")
+    total = whole_bytes(model)
+    plan = plan_footprint(model, gathered_units(model), world_size, rank=0)
+    shard_skeleton(model, "fsdp", ParallelConfig(), runtime)
+    held = local_bytes(model)
+    assert held == plan.base + plan.adapters
+    assert held <= 1.02 * total / world_size
+    assert plan.largest_unit <= 0.02 * total
+    os._exit(0)
+
+
+@pytest.mark.parametrize("world_size", [2, 4, 8])
+def test_fsdp_holds_an_even_share_of_65b(llama_65b, tmp_path: Path, world_size: int) -> None:
+    """Sharded by FSDP2, the first of 2, 4 and 8 ranks holds what the plan says, at most 1.02 of an even share, and the
+    largest unit gathered at once is below 2 % of the model; constants, embedding and adapters included."""
+    llama_65b.get_base_model().config.save_pretrained(tmp_path)
+    process = multiprocessing.get_context("spawn").Process(target=shares_under_fsdp, args=(str(tmp_path), world_size))
+    process.start()
+    process.join()
+    assert process.exitcode == 0

@@ -19,7 +19,7 @@ DOCUMENTED = {
     "step", "loss", "grad_norm", "lr", "num_tokens", "num_target_tokens", "tokens_per_second", "step_seconds",
     "peak_memory_gib", "mfu", "epoch",
 }  # fmt: skip
-"""The fields that DESIGN.md promises to readers of metrics.jsonl."""
+"""The fields that docs/adapter.md promises to readers of metrics.jsonl."""
 
 STEP = StepMetrics(
     step=3, loss=1.5, grad_norm=0.25, lr=2e-4, num_tokens=100, num_target_tokens=40, tokens_per_second=50.0,
@@ -54,7 +54,7 @@ def sums(loss: float, num_tokens: int, num_targets: int = 1, grad_norm: float = 
 
 
 def test_a_step_is_one_json_object_with_the_documented_fields(tmp_path: Path) -> None:
-    """Exactly the fields of DESIGN.md, each with its value; what was not measured is null."""
+    """Exactly the fields of docs/adapter.md, each with its value; what was not measured is null."""
     writer = MetricsWriter(tmp_path, LoggingConfig(tensorboard=False))
     writer.write(STEP)
     writer.close()
