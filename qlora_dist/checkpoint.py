@@ -98,27 +98,36 @@ def save_adapter(
         tensors: the whole adapter by parameter name, on the CPU.
 
     Raises:
-        CheckpointError: the disk refused it, or what was read back is not what was written.
+        CheckpointError: a value is not finite, the disk refused it, or what was read back is not what was written.
     """
+    weights = {_saved_name(name): tensor.contiguous() for name, tensor in tensors.items()}
+    for name, tensor in weights.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(
+                f"the adapter holds values that are not finite in {name}, so it is not saved. Lower optim.lr or set "
+                "optim.max_grad_norm."
+            )
     partial = folder.with_name(f".{folder.name}.partial")
     try:
         _remove(partial)
         partial.mkdir(parents=True)
-        weights = {_saved_name(name): tensor.contiguous() for name, tensor in tensors.items()}
         save_file(weights, partial / ADAPTER_WEIGHTS, metadata={"format": "pt"})
         peft_config = copy.copy(model.peft_config["default"])
         peft_config.inference_mode = True  # as PEFT itself writes it
         peft_config.save_pretrained(str(partial))
+        # safetensors writes files that only their owner may read; an adapter is as public as the files beside it.
+        (partial / ADAPTER_WEIGHTS).chmod((partial / ADAPTER_CONFIG).stat().st_mode)
         tokenizer.save_pretrained(str(partial))
         write_text(partial / RECIPE, json.dumps(asdict(recipe), indent=2) + "\n")
         _verify(partial, weights)
         _remove(folder)
         os.replace(partial, folder)
     except OSError as error:
-        _remove(partial)
         raise CheckpointError(
             f"the adapter cannot be written to {folder}: {error}. Free some space or fix the folder's permissions."
         ) from None
+    finally:
+        _remove(partial)
 
 
 def read_recipe(folder: Path) -> Recipe:
@@ -163,8 +172,6 @@ def _verify(folder: Path, weights: dict[str, torch.Tensor]) -> None:
     for name, tensor in weights.items():
         if name not in reread or not torch.equal(reread[name], tensor):
             raise CheckpointError(f"{folder}: {name} was read back differently from what was written. Check the disk.")
-        if not bool(torch.isfinite(tensor).all()):
-            raise CheckpointError(f"the adapter holds values that are not finite in {name}; it is not saved.")
 
 
 def _check_writable(folder: Path) -> None:

@@ -1,0 +1,99 @@
+"""An adapter folder is whole and true, or it is not there; a run folder is never someone else's."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from qlora_dist import checkpoint
+from qlora_dist.checkpoint import Recipe, check_run_folder, create_run_folder, read_recipe, save_adapter
+from qlora_dist.config import AdapterConfig, DataConfig, ModelConfig, TrainConfig
+from qlora_dist.errors import CheckpointError
+from qlora_dist.model.adapters import add_adapters, load_adapter_weights
+from qlora_dist.model.loading import materialize
+from qlora_dist.model.skeleton import build_skeleton
+
+RECIPE = Recipe(ModelConfig(path="base", quantization="fp4", double_quant=False), "prompt_completion")
+
+
+@pytest.fixture(scope="module")
+def model(tiny_llama: Path):
+    """A described (meta) model with adapters of rank 2."""
+    skeleton = build_skeleton(tiny_llama, ModelConfig(path=str(tiny_llama)))
+    return add_adapters(skeleton, AdapterConfig(rank=2, target_modules=("q_proj",)), "base")
+
+
+@pytest.fixture
+def tensors(model) -> dict[str, torch.Tensor]:
+    """Random values for all adapter parameters."""
+    return {name: torch.randn(p.shape) for name, p in model.named_parameters() if p.requires_grad}
+
+
+def test_what_is_saved_comes_back(tmp_path: Path, model, tensors, tokenizer, tiny_llama: Path) -> None:
+    """Every value and the recipe are read back equal; names are PEFT's; the files are as readable as any others."""
+    save_adapter(tmp_path / "adapter", model, tensors, tokenizer, RECIPE)
+    saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert saved.keys() == {name.replace(".default", "") for name in tensors}
+    assert read_recipe(tmp_path / "adapter") == RECIPE
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+    modes = {path.stat().st_mode for path in (tmp_path / "adapter").iterdir() if path.suffix != ".jinja"}
+    assert len(modes) == 1
+
+    skeleton = build_skeleton(tiny_llama, ModelConfig(path=str(tiny_llama)))
+    again = add_adapters(skeleton, AdapterConfig(rank=2, target_modules=("q_proj",)), "base")
+    materialize(again, torch.device("cpu"), torch.device("cpu"))
+    load_adapter_weights(again, tmp_path / "adapter")
+    for name, param in again.named_parameters():
+        if param.requires_grad:
+            assert torch.equal(param, tensors[name]), name
+
+
+def test_a_write_that_went_wrong_does_not_count(tmp_path: Path, model, tensors, tokenizer, monkeypatch) -> None:
+    """If what is read back differs from what was written, the adapter that was there before stays as it was."""
+    save_adapter(tmp_path / "adapter", model, tensors, tokenizer, RECIPE)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "adapter").iterdir()}
+
+    def faulty_disk(weights: dict[str, torch.Tensor], path: Path, **options: object) -> None:
+        name = next(iter(weights))
+        save_file({**weights, name: weights[name] + 1}, path, **options)
+
+    monkeypatch.setattr(checkpoint, "save_file", faulty_disk)
+    with pytest.raises(CheckpointError, match="read back differently"):
+        save_adapter(tmp_path / "adapter", model, tensors, tokenizer, RECIPE)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "adapter").iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_values_that_are_not_finite_are_not_saved(tmp_path: Path, model, tensors, tokenizer) -> None:
+    """An adapter of NaNs would be a model that answers nothing."""
+    next(iter(tensors.values()))[0, 0] = float("nan")
+    with pytest.raises(CheckpointError, match=r"not finite in .*q_proj"):
+        save_adapter(tmp_path / "adapter", model, tensors, tokenizer, RECIPE)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_no_adapter_is_named(tmp_path: Path, model, tensors, tokenizer) -> None:
+    """Missing, without PEFT's files, or one level too high: then the right folder is suggested."""
+    with pytest.raises(CheckpointError, match="does not exist"):
+        read_recipe(tmp_path / "missing")
+    save_adapter(tmp_path / "adapter", model, tensors, tokenizer, RECIPE)
+    with pytest.raises(CheckpointError, match=rf"Did you mean {tmp_path}/adapter\?"):
+        read_recipe(tmp_path)
+
+
+def run_config(folder: Path, seed: int = 0) -> TrainConfig:
+    return TrainConfig(str(folder), seed, model=ModelConfig(path="m"), data=DataConfig(train="t.jsonl"))
+
+
+def test_a_run_folder_takes_its_own_run_again_and_no_other(tmp_path: Path) -> None:
+    """The same configuration may start over, also from a folder that was moved; another one is refused."""
+    create_run_folder(tmp_path / "run", run_config(tmp_path / "run"))
+    (tmp_path / "run" / "metrics.jsonl").write_text("{}\n")
+    assert check_run_folder(run_config(tmp_path / "run")) == tmp_path / "run"
+    (tmp_path / "run").rename(tmp_path / "moved")
+    check_run_folder(run_config(tmp_path / "moved"))
+    with pytest.raises(CheckpointError, match=r"different run \(seed: 0 there, 1 now\)"):
+        check_run_folder(run_config(tmp_path / "moved", seed=1))
+    create_run_folder(tmp_path / "moved", run_config(tmp_path / "moved"))
+    assert not (tmp_path / "moved" / "metrics.jsonl").exists()
