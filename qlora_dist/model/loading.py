@@ -29,6 +29,9 @@ from qlora_dist.model.reader import SafetensorsReader
 from qlora_dist.model.shards import local_part, local_range, shard_group, whole_shape
 from qlora_dist.model.skeleton import base_model, decoder_layers
 
+_MAX_MAPPED_BYTES = 2**24
+"""Pages of mapped files count as this process's memory until the files are unmapped, which happens after so much."""
+
 OnProgress = Callable[[int, int], None]
 """Called with the checkpoint bytes read and the decoder layers filled so far."""
 
@@ -78,13 +81,14 @@ def load_base_weights(
         _check_inventory(model, reader)
         done: set[int] = set()
         layers = {id(layer): number for number, layer in enumerate(decoder_layers(model))}
-        num_layers = 0
+        num_layers = released = 0
         finite: dict[str, torch.Tensor] = {}
         group = None
         for name, module in model.named_modules():
-            if id(module) in layers:
-                num_layers = layers[id(module)]
+            num_layers = layers.get(id(module), num_layers)
+            if reader.bytes_read - released > _MAX_MAPPED_BYTES:
                 reader.release()
+                released = reader.bytes_read
             if isinstance(module, QuantizedLinear):
                 stored = _checkpoint_name(name)
                 load = load_prequantized if has_state(stored, reader) else _load_quantized
