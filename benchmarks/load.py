@@ -149,7 +149,7 @@ def measure(load: Any, folder: Path, out: Path) -> None:
 
 def load_ours(folder: Path) -> Any:
     """Everything up to where reading starts; what is returned does the reading."""
-    from qlora_dist.console import quiet_third_parties
+    from qlora_dist.noise import quiet_third_parties
 
     quiet_third_parties()
     from qlora_dist.config import AdapterConfig, ModelConfig, ParallelConfig

@@ -225,6 +225,6 @@ def _parse(options: type[_Options], argv: list[str], prog: str, positional: bool
 
 
 def _quiet() -> None:
-    from qlora_dist.console import quiet_third_parties
+    from qlora_dist.noise import quiet_third_parties
 
     quiet_third_parties()

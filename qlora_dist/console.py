@@ -1,12 +1,9 @@
-"""What a person sees: a live bar on a terminal, plain lines in a log file, and nothing from third parties."""
+"""What a person sees: a live bar on a terminal, plain lines in a log file, and nothing else."""
 
 from __future__ import annotations
 
-import logging
-import os
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TextIO
@@ -15,20 +12,6 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from qlora_dist.metrics import EvalMetrics, StepMetrics
-
-
-def quiet_third_parties() -> None:
-    """Silence banners, progress bars and deprecation warnings of the libraries; call before importing them."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("DATASETS_VERBOSITY", "critical")  # it logs, at length, the errors that it then raises
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TQDM_DISABLE", "1")
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    warnings.filterwarnings("ignore")
-    for name in ("bitsandbytes", "accelerate", "peft", "torch.distributed", "datasets", "root"):
-        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 class Reporter:

@@ -26,7 +26,7 @@ def _enter(rank: int, world_size: int, port: int, function: Callable[..., None],
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="",
     )  # fmt: skip
     torch.set_num_threads(1)
-    from qlora_dist.console import quiet_third_parties
+    from qlora_dist.noise import quiet_third_parties
 
     quiet_third_parties()
     function(*arguments)
