@@ -67,7 +67,6 @@ class FlatAdamW:
 
     def __init__(self, params: Mapping[str, nn.Parameter], config: OptimConfig) -> None:
         groups = parameter_groups(params, config)
-        self._config = config
         self._groups = [_FlatGroup(list(members), multiplier) for multiplier, members in groups.items()]
         self._optimizer = build_optimizer([[group.flat] for group in self._groups], config)
 
