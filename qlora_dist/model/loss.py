@@ -36,8 +36,9 @@ def target_loss_sum(
 def _head_sees_only(head: nn.Module, rows: torch.Tensor) -> Iterator[None]:
     """Let the output head compute logits of some positions only: (batch, seq_len, d_model) becomes (1, n, d_model).
 
-    On chat data one token in ten is a target, and the head is a fifth of a small model's parameters. Whatever a family does to its logits afterwards (soft-capping, scaling) works on each row by itself, so the
-    model's own code still does it.
+    On chat data one token in ten is a target, and the head is a fifth of a small model's parameters. Whatever a family
+    does to its logits afterwards (soft-capping, scaling) works on each row by itself, so the model's own code still
+    does it.
 
     Args:
         rows: (batch, seq_len) bool, the n positions to keep.
