@@ -108,7 +108,7 @@ class ParallelConfig:
     """Copies of the sharded base (`fsdp` only): the processes form that many groups of neighbours, each of which
     shards within itself. With one per machine, only adapter gradients cross between machines (HSDP)."""
     cpu_offload: bool = False
-    """Keep shards in host memory and copy each layer to the GPU when it runs (`fsdp` only)."""
+    """Keep shards in host memory and copy each layer to the GPU when it runs (`fsdp` and `zero3`)."""
     deepspeed_config: str | None = None
     """DeepSpeed JSON file with tuning options for `zero2` and `zero3`; it may repeat this file's settings, not
     contradict them."""
@@ -448,6 +448,23 @@ def _hint(key: str) -> Any:
     return typing.get_type_hints(_sections()[section] if section else TrainConfig)[leaf]
 
 
+def check_backend_reads(parallel: ParallelConfig, backend: str) -> None:
+    """Refuse settings that the backend would ignore.
+
+    Raises:
+        ConfigError: naming the setting and the backends that read it.
+    """
+    for key, is_set, readers in (
+        ("parallel.replicas", parallel.replicas > 1, ("fsdp",)),
+        ("parallel.cpu_offload", parallel.cpu_offload, ("fsdp", "zero3")),
+    ):
+        if is_set and backend not in readers:
+            raise ConfigError(
+                f"{key} is set, but parallel.backend is {backend}, which does not read it. "
+                f"Remove {key}, or set parallel.backend: {' or '.join(readers)}."
+            )
+
+
 def _check_contradictions(config: TrainConfig) -> None:
     optim, data = config.optim, config.data
     if optim.max_steps is not None and optim.epochs is not None:
@@ -470,15 +487,8 @@ def _check_contradictions(config: TrainConfig) -> None:
             f"data.eval ({data.eval}) and data.eval_fraction ({data.eval_fraction:g}) both choose the evaluation data. "
             "Keep one; data.eval_fraction: 0 splits nothing off."
         )
-    for key, is_set in (
-        ("parallel.replicas", config.parallel.replicas > 1),
-        ("parallel.cpu_offload", config.parallel.cpu_offload),
-    ):
-        if is_set and config.parallel.backend not in ("auto", "fsdp"):
-            raise ConfigError(
-                f"{key} is set, but parallel.backend is {config.parallel.backend}, which does not read it. "
-                f"Remove {key}, or set parallel.backend: fsdp."
-            )
+    if config.parallel.backend != "auto":
+        check_backend_reads(config.parallel, config.parallel.backend)
     if not config.has_eval and (config.eval.every is not None or config.eval.max_batches is not None):
         raise ConfigError(
             "eval.every or eval.max_batches is set, but there is nothing to evaluate on. "

@@ -17,7 +17,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 
-from qlora_dist.config import OptimConfig, ParallelConfig, TrainConfig
+from qlora_dist.config import OptimConfig, ParallelConfig, TrainConfig, check_backend_reads
 from qlora_dist.errors import LaunchError
 from qlora_dist.model.adapters import adapter_parameters
 from qlora_dist.model.footprint import check_memory, plan_footprint
@@ -36,7 +36,7 @@ def choose_backend(config: TrainConfig) -> Backend:
 
     Raises:
         LaunchError: the launcher and `parallel.backend` contradict each other, or the backend is not installed.
-        ConfigError: the launcher's DeepSpeed file cannot be read.
+        ConfigError: the launcher's DeepSpeed file cannot be read, or a setting is none of the backend's.
     """
     backend = _asked_backend(config)
     if backend in ("zero2", "zero3") and find_spec("deepspeed") is None:
@@ -49,11 +49,7 @@ def choose_backend(config: TrainConfig) -> Backend:
             f"parallel.deepspeed_config is {config.parallel.deepspeed_config}, but the backend is {backend}, which "
             "does not read it. Remove it, or set parallel.backend: zero2 or zero3."
         )
-    if backend != "fsdp" and (config.parallel.replicas > 1 or config.parallel.cpu_offload):
-        raise LaunchError(
-            f"parallel.replicas or parallel.cpu_offload is set, but the backend is {backend}, which does not read "
-            "them. Remove them, or set parallel.backend: fsdp."
-        )
+    check_backend_reads(config.parallel, backend)
     return backend
 
 

@@ -133,13 +133,16 @@ def zero_settings(config: TrainConfig, stage: int, world_size: int, json_file: s
                     f"deepspeed config {json_file} sets {key} to {json.dumps(value)}, which is not an option for "
                     f'tuning. Remove it, or set it to "auto". The options are {", ".join(sorted(_TUNING))}.'
                 )
+    zero_section = {**tuning.get("zero_optimization", {}), "stage": stage}
+    if config.parallel.cpu_offload:
+        zero_section["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     return {
         **tuning,
         "train_micro_batch_size_per_gpu": optim.micro_batch_size,
         "gradient_accumulation_steps": optim.grad_accum_steps,
         "gradient_clipping": optim.max_grad_norm or 0.0,
         "zero_allow_untested_optimizer": True,  # bitsandbytes' are not on DeepSpeed's list
-        "zero_optimization": {**tuning.get("zero_optimization", {}), "stage": stage},
+        "zero_optimization": zero_section,
     }
 
 
@@ -198,10 +201,9 @@ _IDLE = (
 
 def _decided_here(config: TrainConfig, stage: int, world_size: int) -> dict[str, tuple[Any, str]]:
     """DeepSpeed's keys for what the run's own file decides: the value that agrees with it, and what it says."""
-    optim, dtype = config.optim, f"model.dtype is {config.model.dtype}"
+    optim, dtype, offload = config.optim, f"model.dtype is {config.model.dtype}", config.parallel.cpu_offload
     batch = optim.micro_batch_size * optim.grad_accum_steps * world_size
     clip = "null" if optim.max_grad_norm is None else f"{optim.max_grad_norm:g}"
-    on_device = f"parallel.backend zero{stage} keeps its shards on the device"
     schedules = {"constant": "WarmupLR", "linear": "WarmupDecayLR", "cosine": "WarmupCosineLR"}
     return {
         "train_batch_size": (
@@ -230,8 +232,11 @@ def _decided_here(config: TrainConfig, stage: int, world_size: int) -> dict[str,
         "fp16.enabled": (False, dtype),
         "bf16.enabled": (config.model.dtype == "bfloat16", dtype),
         "zero_optimization.stage": (stage, f"the backend is zero{stage}"),
-        "zero_optimization.offload_optimizer.device": ("none", on_device),
-        "zero_optimization.offload_param.device": ("none", on_device),
+        "zero_optimization.offload_optimizer.device": ("none", "the optimizer's state stays on the device"),
+        "zero_optimization.offload_param.device": (
+            "cpu" if offload else "none",
+            f"parallel.cpu_offload is {str(offload).lower()}",
+        ),
     }
 
 

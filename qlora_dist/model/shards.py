@@ -71,7 +71,7 @@ def planned_rows(num_rows: int, num_shards: int, rank: int) -> tuple[int, int]:
 def whole_tensor(param: nn.Parameter) -> torch.Tensor:
     """The whole parameter on every rank (a collective when it is sharded)."""
     if _is_partitioned(param):
-        part = param.ds_tensor
+        part = param.ds_tensor.to(param.device)  # an offloaded part is on the host, where not every group can gather
         flat = part.new_empty(part.numel() * dist.get_world_size())
         dist.all_gather_into_tensor(flat, part)
         return flat[: param.ds_numel].view(param.ds_shape)

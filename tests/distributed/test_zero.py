@@ -26,6 +26,7 @@ pytestmark = pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspee
 NUM_STEPS = 10
 
 # name: (processes, backend, micro_batch_size, grad_accum_steps, recompute); the global batch is 4 rows throughout
+OFFLOADED = "zero3, offloaded"
 RUNS = {
     "float32": {
         "one process": (1, "single", 2, 2, "none"),
@@ -33,6 +34,7 @@ RUNS = {
         "zero2, accumulating": (2, "zero2", 1, 2, "full"),
         "zero3": (2, "zero3", 2, 1, "none"),
         "zero3, accumulating": (2, "zero3", 1, 2, "full"),
+        OFFLOADED: (2, "zero3", 2, 1, "full"),
     },
     "bfloat16": {
         "one process": (1, "single", 2, 2, "full"),
@@ -60,7 +62,7 @@ def runs(request, tmp_path_factory, tiny_llama: Path, chat_file: Path) -> tuple[
                 "max_steps": NUM_STEPS, "lr": 2e-3, "schedule": "cosine", "warmup_steps": 2, "lora_plus_ratio": 2,
                 "micro_batch_size": micro_batch_size, "grad_accum_steps": grad_accum_steps,
             },
-            parallel={"backend": backend},
+            parallel={"backend": backend, "cpu_offload": name == OFFLOADED},
             memory={"recompute": recompute},
             eval={"every": 5},
             logging={"tensorboard": False},
@@ -82,7 +84,7 @@ def test_losses_and_gradient_norms_are_those_of_one_process(runs) -> None:
     dtype, folders = runs
     expected = run_rows(folders["one process"])
     assert len(losses(folders["one process"])) == NUM_STEPS
-    tolerance = {"float32": 1e-5, "bfloat16": 2e-3}[dtype]
+    tolerance = {"float32": 1e-6, "bfloat16": 2e-3}[dtype]
     for name, folder in folders.items():
         rows = run_rows(folder)
         assert len(rows) == len(expected)
@@ -95,13 +97,13 @@ def test_losses_and_gradient_norms_are_those_of_one_process(runs) -> None:
 
 
 def test_final_adapters_are_those_of_one_process(runs) -> None:
-    """In float32 the trained adapters agree to a relative L2 distance of 1e-3, under the same names."""
+    """In float32 the trained adapters agree to a relative L2 distance of 1e-5, under the same names."""
     dtype, folders = runs
     if dtype != "float32":
         pytest.skip("bfloat16 rounding makes Adam's sign-like first steps differ in a few elements")
     expected = adapter_vector(folders["one process"])
     for name, folder in folders.items():
-        assert (adapter_vector(folder) - expected).norm() <= 1e-3 * expected.norm(), name
+        assert (adapter_vector(folder) - expected).norm() <= 1e-5 * expected.norm(), name
 
 
 def check_stage_3(folder: Path) -> None:

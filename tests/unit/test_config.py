@@ -381,7 +381,9 @@ def test_the_edge_of_a_rule_is_allowed(file: Path, key: str, value: float) -> No
         ({"eval.max_batches": 5}, ("eval.max_batches", "data.eval", "data.eval_fraction")),
         ({"parallel.replicas": 2, "parallel.backend": "ddp"}, ("parallel.replicas", "parallel.backend")),
         ({"parallel.replicas": 2, "parallel.backend": "single"}, ("parallel.replicas", "parallel.backend")),
+        ({"parallel.replicas": 2, "parallel.backend": "zero3"}, ("parallel.replicas", "parallel.backend")),
         ({"parallel.cpu_offload": True, "parallel.backend": "ddp"}, ("parallel.cpu_offload", "parallel.backend")),
+        ({"parallel.cpu_offload": True, "parallel.backend": "zero2"}, ("parallel.cpu_offload", "parallel.backend")),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(

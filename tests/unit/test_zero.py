@@ -44,7 +44,7 @@ CONTRADICTIONS = [
     ({"fp16": {"enabled": True}}, "fp16.enabled to true", "model.dtype is bfloat16"),
     ({"bf16": {"enabled": False}}, "bf16.enabled to false", "model.dtype is bfloat16"),
     ({"zero_optimization": {"offload_param": {"device": "cpu"}}},
-     'zero_optimization.offload_param.device to "cpu"', "parallel.backend zero3 keeps its shards on the device"),
+     'zero_optimization.offload_param.device to "cpu"', "parallel.cpu_offload is false"),
 ]  # fmt: skip
 
 

@@ -1,0 +1,249 @@
+"""What a training step takes of each rank's memory, for 7B to 70B shapes on 1 to 16 ranks, without so many GPUs.
+
+    python benchmarks/memory.py                  # about five minutes on two cores
+
+One process plays rank 0 of N: a pretended process group answers its collectives, FSDP2 cuts the model for N ranks, and
+two whole training steps run on tensors that have a shape and no contents. Every storage is counted from where it is
+made to where it goes, so the peak is that of this program's own code: shards, gathered layers, activations, logits,
+gradients and optimizer state. What an allocator adds to it (rounding, fragments) and the CUDA context are not in it.
+
+Before that, the same count is taken of a small model with real tensors, which must agree; on a GPU the allocator's own
+peak is recorded beside it. Writes results/memory.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import subprocess
+import sys
+import tempfile
+import weakref
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+ROOT = Path(__file__).parents[1]
+WORLD_SIZES = (1, 2, 4, 8, 16)
+SEQ_LEN = 2048
+RANK = 16
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """A decoder's dimensions."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    vocab: int = 32000
+
+
+# LLaMA (arXiv:2302.13971, table 2), Code Llama 34B and Llama 2 70B (arXiv:2307.09288, their config.json)
+SHAPES = {
+    "7B": Shape(4096, 11008, 32, 32, 32),
+    "13B": Shape(5120, 13824, 40, 40, 40),
+    "34B": Shape(8192, 22016, 48, 64, 8),
+    "65B": Shape(8192, 22016, 80, 64, 64),
+    "70B": Shape(8192, 28672, 80, 64, 8),
+}
+SMALL = Shape(512, 1408, 4, 8, 4, 2048)
+
+
+class StorageCounter(TorchDispatchMode):
+    """Bytes of all storages that operations return while the mode is on, until each is freed or emptied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._sizes: dict[int, int] = {}
+
+    def __enter__(self) -> StorageCounter:
+        self._resize = resize = torch.UntypedStorage.resize_
+
+        def counted(storage: torch.UntypedStorage, size: int) -> Any:  # how FSDP2 frees what it gathered
+            result = resize(storage, size)
+            if storage._cdata in self._sizes:
+                self._set(storage._cdata, size)
+            return result
+
+        torch.UntypedStorage.resize_ = counted
+        super().__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        torch.UntypedStorage.resize_ = self._resize
+        super().__exit__(*exception)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, DTensor):  # its own storage is that of the whole, and is not there
+                leaf = leaf.to_local()
+            if isinstance(leaf, torch.Tensor) and not leaf.is_meta:
+                self._add(leaf.untyped_storage())
+        return result
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key not in self._sizes:
+            self._sizes[key] = 0
+            weakref.finalize(storage, self._gone, key)
+            self._set(key, storage.nbytes())
+
+    def _set(self, key: int, size: int) -> None:
+        self.now += size - self._sizes[key]
+        self._sizes[key] = size
+        self.peak = max(self.peak, self.now)
+
+    def _gone(self, key: int) -> None:
+        self._set(key, 0)
+        del self._sizes[key]
+
+
+def measure(shape: Shape, world_size: int, seq_len: int, recompute: str, is_real: bool) -> dict[str, float]:
+    """Two training steps of rank 0 among `world_size`, in this process; GiB.
+
+    Args:
+        is_real: compute on real tensors instead of on shapes; their values are whatever the memory held.
+    """
+    from qlora_dist.noise import quiet_third_parties
+
+    quiet_third_parties()
+    from torch import distributed as dist
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    from qlora_dist.config import AdapterConfig, MemoryConfig, ModelConfig, OptimConfig, ParallelConfig
+    from qlora_dist.model.adapters import add_adapters
+    from qlora_dist.model.loading import materialize
+    from qlora_dist.model.nf4 import dynamic_code, four_bit_code
+    from qlora_dist.model.recompute import apply_recompute
+    from qlora_dist.model.shards import local_bytes
+    from qlora_dist.model.skeleton import build_skeleton, decoder_layers
+    from qlora_dist.parallel import build_engine, shard_skeleton
+    from qlora_dist.runtime import start_runtime
+
+    runtime = dataclasses.replace(start_runtime(seed=0, dtype="bfloat16"), world_size=world_size)
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
+    with tempfile.TemporaryDirectory() as folder:
+        write_model_config(shape, Path(folder), seq_len)
+        skeleton = build_skeleton(Path(folder), ModelConfig(path=folder))
+    model = add_adapters(skeleton, AdapterConfig(rank=RANK), "base")
+    apply_recompute(decoder_layers(model), MemoryConfig(recompute=recompute))  # type: ignore[arg-type]
+    shard_skeleton(model, "fsdp", ParallelConfig(), runtime)
+    device = runtime.device
+    dynamic_code(device), four_bit_code("nf4", device)  # made once per process, from their values
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    # Asked for the borders of packed samples, tensors without contents cannot answer: here is one sample.
+    one_sample = mock.patch("transformers.masking_utils.find_packed_sequence_indices", return_value=None)
+    pretended = nullcontext() if is_real else FakeTensorMode(allow_non_fake_inputs=True)
+    with one_sample, pretended, StorageCounter() as counter:
+        materialize(model, device, device)
+        held = counter.now
+        engine = build_engine(model.train(), OptimConfig(optimizer="adamw"), runtime)
+        for _ in range(2):
+            with runtime.autocast():
+                loss = all_targets_loss(model, torch.zeros(1, seq_len, dtype=torch.int64, device=device))
+            engine.backward(loss, is_last_micro_batch=True)
+            engine.update(lr=1e-3, max_grad_norm=1.0)
+        between = counter.now
+    row = {"parameters_gib": local_bytes(model) / GIB, "after_loading_gib": held / GIB,
+           "between_steps_gib": between / GIB, "peak_gib": counter.peak / GIB}  # fmt: skip
+    if is_real and device.type == "cuda":
+        row["cuda_peak_gib"] = torch.cuda.max_memory_allocated(device) / GIB
+    return {name: round(value, 4) for name, value in row.items()}
+
+
+def all_targets_loss(model: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
+    """The program's loss when every token is a target: the most that the head can take."""
+    logits = model(input_ids=input_ids, use_cache=False).logits.squeeze(0).float()
+    return nn.functional.cross_entropy(logits, input_ids[0], reduction="sum")
+
+
+def write_model_config(shape: Shape, folder: Path, seq_len: int) -> None:
+    """The config.json of a Llama of that shape."""
+    from transformers import LlamaConfig
+
+    LlamaConfig(
+        hidden_size=shape.hidden, intermediate_size=shape.intermediate, num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads, vocab_size=shape.vocab,
+        max_position_embeddings=seq_len, tie_word_embeddings=False, architectures=["LlamaForCausalLM"],
+    ).save_pretrained(folder)  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "memory.json")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)  # arguments of `measure` as JSON, result on stdout
+    options = parser.parse_args()
+    sys.path.insert(0, str(ROOT))
+    if options.worker:
+        arguments = json.loads(options.worker)
+        row = measure(Shape(**arguments.pop("shape")), **arguments)
+        sys.stdout.write("\n" + json.dumps(row) + "\n")
+        sys.stdout.flush()
+        import os
+
+        os._exit(0)  # a pretended process group cannot be taken down
+    from benchmarks.machine import describe_machine
+
+    check = {
+        kind: in_process(SMALL, 2, 512, "full", is_real=kind == "real tensors") for kind in ("real tensors", "shapes")
+    }
+    real, pretended = check["real tensors"]["peak_gib"], check["shapes"]["peak_gib"]
+    print(f"check on a small model: peak {real:.4f} GiB with real tensors, {pretended:.4f} from shapes", flush=True)
+    if abs(real - pretended) > 0.02 * real:
+        sys.exit("the two differ by more than 2 %: the figures from shapes would mean nothing")
+    runs = []
+    for name, shape in SHAPES.items():
+        for world_size in WORLD_SIZES:
+            row = in_process(shape, world_size, SEQ_LEN, "full", is_real=False)
+            runs.append({"shape": name, "world_size": world_size, **row})
+            print(f"{name:>4} N={world_size:<3} {row['parameters_gib']:7.2f} GiB of parameters, "
+                  f"peak {row['peak_gib']:7.2f} GiB", flush=True)  # fmt: skip
+    result = {
+        "machine": describe_machine(), "seq_len": SEQ_LEN, "micro_batch_size": 1, "adapter_rank": RANK,
+        "optimizer": "adamw, float32", "recompute": "full", "shapes": {n: vars(s) for n, s in SHAPES.items()},
+        "check": check, "runs": runs,
+    }  # fmt: skip
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(table(runs))
+    print(f"written to {options.out}")
+
+
+def in_process(shape: Shape, world_size: int, seq_len: int, recompute: str, is_real: bool) -> dict[str, float]:
+    """`measure` in a process of its own."""
+    arguments = {"shape": vars(shape), "world_size": world_size, "seq_len": seq_len, "recompute": recompute,
+                 "is_real": is_real}  # fmt: skip
+    command = [sys.executable, __file__, "--worker", json.dumps(arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"{' '.join(command)}\nended with {done.returncode}:\n{done.stderr[-4000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def table(runs: list[dict[str, Any]]) -> str:
+    """Peak GiB by shape and world size, in Markdown."""
+    lines = ["| | " + " | ".join(f"N = {n}" for n in WORLD_SIZES) + " |", "|---" * (len(WORLD_SIZES) + 1) + "|"]
+    for name in SHAPES:
+        cells = [f"{r['peak_gib']:.1f} ({r['parameters_gib']:.1f})" for r in runs if r["shape"] == name]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
