@@ -127,13 +127,12 @@ def run_hf_trainer(steps: int, out: Path, upcast: bool) -> None:
 
     from qlora_dist.config import DataConfig
     from qlora_dist.data.dataset import load_dataset
-    from qlora_dist.data.sampler import BatchPlan, collate
+    from qlora_dist.data.sampler import SampleOrder, collate
 
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     samples = load_dataset(DataConfig(train=str(DATA), max_seq_len=MAX_SEQ_LEN), tokenizer, seed=0).train
-    plan = BatchPlan(len(samples), 0, MICRO_BATCH_SIZE, GRAD_ACCUM_STEPS * WORLD_SIZE, world_size=1)
-    groups = [group for step in range(1, steps + 1) for group in plan.micro_batches(step, rank=0)]
-    ordered = [samples[index] for group in groups for index in group]
+    per_step = MICRO_BATCH_SIZE * GRAD_ACCUM_STEPS * WORLD_SIZE
+    ordered = [samples[i] for i in SampleOrder((len(samples),), seed=0).between(0, steps * per_step)]
 
     quantization = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
@@ -175,7 +174,6 @@ def run_hf_trainer(steps: int, out: Path, upcast: bool) -> None:
         )  # fmt: skip
         InOrder(model, arguments, data_collator=to_batch, train_dataset=ordered, callbacks=[clock]).train()
     seconds = [later - earlier for earlier, later in zip(clock.times, clock.times[1:], strict=False)]
-    per_step = plan.global_batch_size
     tokens = [sum(len(s.input_ids) for s in ordered[i * per_step : (i + 1) * per_step]) for i in range(steps)]
     rows = [
         {"loss": loss, "seconds": second, "num_tokens": count}

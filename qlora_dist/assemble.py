@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from peft import PeftModel
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
-from qlora_dist.checkpoint import Recipe
+from qlora_dist.adapter_folder import Recipe
 from qlora_dist.config import TrainConfig
 from qlora_dist.console import Reporter
 from qlora_dist.errors import ModelError
@@ -27,12 +28,14 @@ def build_model(
     runtime: Runtime,
     reporter: Reporter,
     settings: Settings | None = None,
+    alive: Callable[[], None] = lambda: None,
 ) -> PeftModel:
     """Build the adapted model of this rank; no rank holds more of the base than its shard and one layer.
 
     Args:
         folder: what `resolve_model_folder` returned for `model.path`.
         settings: what `engine_settings` returned for `backend`.
+        alive: called while weights are read, by all ranks alike; may raise to end it.
 
     Raises:
         ModelError, ConfigError: the folder, its weights or the adapter's targets cannot be used.
@@ -47,7 +50,7 @@ def build_model(
     check_fits(model, backend, config.parallel, runtime)
     home = shard_skeleton(model, backend, config.parallel, runtime, settings)
     materialize(model, home, runtime.device)
-    with reporter.loading(checkpoint_bytes(folder), len(decoder_layers(model))) as on_progress:
+    with reporter.loading(checkpoint_bytes(folder), len(decoder_layers(model)), alive) as on_progress:
         load_base_weights(model, folder, runtime.device, on_progress)
     verify_base(model, backend, config.parallel, runtime)
     init_adapters(model, config.seed)

@@ -1,189 +1,427 @@
-"""The run folder and the adapter in it: written whole, reopened and checked, or not there at all."""
+"""Checkpoints: adapter, optimizer and position of a run, complete and verified, or not there.
+
+    checkpoints/step-00000020/
+        adapter/                  in PEFT format, usable as it is
+        optimizer.safetensors     Adam's moments, whole, by parameter
+        state.json                position, and what the checkpoint belongs to
+        COMPLETE                  written last: size and SHA-256 of every file
+
+Tensors are whole and named by parameter, so that any backend on any number of ranks can go on from them.
+"""
 
 from __future__ import annotations
 
-import copy
+import hashlib
 import json
+import math
 import os
-import shutil
-from dataclasses import asdict, dataclass
+import re
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from peft import PeftModel
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from transformers import PreTrainedTokenizerBase
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
 
-from qlora_dist.config import ModelConfig, TrainConfig, dump_config, flatten, load_config
-from qlora_dist.data.sources import Layout
-from qlora_dist.errors import CheckpointError, ConfigError
-from qlora_dist.model.files import read_json
+from qlora_dist.adapter_folder import ADAPTER_WEIGHTS, saved_name
+from qlora_dist.durable import remove, sync_folder, sync_tree, write_text
+from qlora_dist.errors import CheckpointError
+from qlora_dist.model.adapters import adapter_parameters
+from qlora_dist.model.shards import local_part, local_range, whole_shape
+from qlora_dist.runtime import Runtime
 
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
-ADAPTER_CONFIG = "adapter_config.json"
-RECIPE = "qlora_dist.json"
-"""Beside the adapter: what PEFT's own files do not say, see :class:`Recipe`."""
+FORMAT_VERSION = 1
+_COMPLETE = "COMPLETE"
+_STATE = "state.json"
+_OPTIMIZER = "optimizer.safetensors"
+
+
+@dataclass
+class TrainState:
+    """Where a run stands; everything that goes on from a checkpoint besides tensors.
+
+    Random numbers need no state: those of dropout are seeded by the position of each micro-batch in the stream of
+    samples, and the order of samples by the epoch.
+    """
+
+    step: int = 0
+    """Optimizer steps done."""
+    num_samples_seen: int = 0
+    """Position in the stream of samples."""
+    num_skipped_steps: int = 0
+    """Steps that updated nothing because the gradient was not finite."""
+    num_skipped_in_a_row: int = 0
+    evaluated_step: int | None = None
+    """Step after which the last evaluation was done."""
+    best_eval_loss: float | None = None
+    best_step: int | None = None
+
+    @property
+    def num_updates(self) -> int:
+        """Updates of the optimizer."""
+        return self.step - self.num_skipped_steps
+
+    def count_step(self, num_samples_seen: int, is_finite: bool) -> None:
+        """One more optimizer step is done, and has updated something or not."""
+        self.step += 1
+        self.num_samples_seen = num_samples_seen
+        self.num_skipped_steps += not is_finite
+        self.num_skipped_in_a_row = 0 if is_finite else self.num_skipped_in_a_row + 1
+
+    def count_evaluation(self, eval_loss: float) -> bool:
+        """An evaluation is done; returns whether it is the best one so far."""
+        self.evaluated_step = self.step
+        is_best = math.isfinite(eval_loss) and (self.best_eval_loss is None or eval_loss < self.best_eval_loss)
+        if is_best:
+            self.best_eval_loss, self.best_step = eval_loss, self.step
+        return is_best
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """How an adapter was trained, as far as using it depends on it."""
+class Identity:
+    """What a checkpoint belongs to; going on from it with anything else would not continue the same training."""
 
-    base: ModelConfig
-    layout: Layout
-    """Row layout of its training data: `generate` puts prompts into the same form."""
+    base: str
+    """Fingerprint of the base model's files."""
+    data: str
+    """Fingerprint of the tokenised training samples, in order."""
+    adapter: dict[str, str]
+    """Shapes of the adapter's tensors."""
+    settings: dict[str, Any]
+    """The settings that tell one run from another."""
+
+    def differences(self, other: Identity, with_settings: bool) -> list[str]:
+        """What differs in `other`, in words; empty when training can go on from it."""
+        found = []
+        if self.base != other.base:
+            found.append("the base model is another one (its files differ)")
+        if self.data != other.data:
+            found.append("the training data are other ones (rows, tokenizer or template differ)")
+        shapes = {
+            name: (mine, theirs)
+            for name in sorted(self.adapter.keys() | other.adapter.keys())
+            if (mine := self.adapter.get(name)) != (theirs := other.adapter.get(name))
+        }
+        if shapes:
+            name, (mine, theirs) = next(iter(shapes.items()))
+            found.append(
+                f"the adapter has other tensors ({len(shapes)} differ, such as {name}: {mine} there, {theirs} now)"
+            )
+        if with_settings:
+            found += [
+                f"{key}: {self.settings.get(key)!r} there, {value!r} now"
+                for key, value in other.settings.items()
+                if self.settings.get(key) != value
+            ]
+        return found
 
 
-def check_run_folder(config: TrainConfig) -> Path:
-    """Refuse an output folder that belongs to something else; creates nothing.
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint on disk."""
 
-    A folder of the same configuration may be used again: its files are replaced.
+    path: Path
+    state: TrainState
+    identity: Identity
+    world_size: int
+    backend: str
 
-    Raises:
-        CheckpointError: the folder holds another run (with the differing settings), or files that are no run.
+    def check(self, now: Identity, is_same_run: bool) -> None:
+        """Refuse to go on with another base model, other data or another adapter.
+
+        Args:
+            is_same_run: other settings are refused as well.
+
+        Raises:
+            CheckpointError: with what differs.
+        """
+        differences = self.identity.differences(now, is_same_run)
+        if differences:
+            raise CheckpointError(
+                f"checkpoint {self.path} cannot be continued: {'; '.join(differences[:5])}. "
+                "Restore what it was made with, or give another output_dir and checkpoint.resume: never."
+            )
+
+    @torch.no_grad()
+    def load_adapter(self, model: nn.Module) -> None:
+        """Copy this rank's parts of the saved adapter into the model."""
+        with safe_open(self.path / "adapter" / ADAPTER_WEIGHTS, framework="pt") as file:
+            for name, param in adapter_parameters(model).items():
+                first, stop = local_range(param)
+                local_part(param).view(-1).copy_(file.get_tensor(saved_name(name)).view(-1)[first:stop])
+
+    def optimizer_tensors(self) -> Mapping[str, torch.Tensor]:
+        """The saved moments by name; each is read when it is asked for."""
+        return _LazyTensors(self.path / _OPTIMIZER)
+
+
+class _LazyTensors(Mapping[str, torch.Tensor]):
+    """The tensors of a safetensors file, mapped into memory."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = safe_open(path, framework="pt").__enter__()
+        self._names = list(self._file.keys())
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._file.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+@dataclass
+class Checkpoints:
+    """Writes the checkpoints of a run, behind the training loop's back.
+
+    Tensors are gathered by all ranks before; what is left is file work, in a thread of rank 0. An error there is raised
+    at the next call.
     """
-    folder = Path(config.output_dir)
-    if not folder.exists():
-        _check_writable(folder)
-        return folder
+
+    folder: Path
+    """`checkpoints/` of the run."""
+    keep: int
+    """Newest checkpoints to keep besides the best."""
+    identity: Identity
+    runtime: Runtime
+    backend: str
+    save_adapter: Callable[[Path, dict[str, torch.Tensor]], None]
+    """Writes an adapter folder from whole tensors."""
+    _written: set[int] = field(default_factory=set, init=False)
+    _thread: threading.Thread | None = field(default=None, init=False)
+    _error: BaseException | None = field(default=None, init=False)
+
+    def path(self, step: int) -> Path:
+        """Where the checkpoint of a step is."""
+        return step_folder(self.folder, step)
+
+    def has(self, step: int) -> bool:
+        """Whether this process has written the checkpoint of a step; the same on every rank."""
+        return step in self._written
+
+    def write(
+        self, state: TrainState, adapter: dict[str, torch.Tensor], optimizer: dict[str, torch.Tensor], is_trial: bool
+    ) -> None:
+        """Begin to write a checkpoint of `state`; waits for the one before.
+
+        Args:
+            is_trial: only shows that checkpoints can be written; the next regular one replaces it.
+        """
+        self.wait()
+        self._written.add(state.step)
+        if not self.runtime.is_main:
+            return
+        arguments = (replace(state), adapter, optimizer, is_trial)
+        self._thread = threading.Thread(target=self._write_caught, args=arguments, name="checkpoint")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Return when nothing is being written any more.
+
+        Raises:
+            CheckpointError: what went wrong meanwhile.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self.poll()
+
+    def poll(self) -> None:
+        """Raise what went wrong so far, without waiting."""
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def _write_caught(self, *arguments: Any) -> None:
+        try:
+            self._write(*arguments)
+        except OSError as error:
+            self._error = CheckpointError(
+                f"the checkpoint cannot be written to {self.folder}: {error}. Free some space or fix the folder's "
+                "permissions, and start the same command again: it goes on from the last complete checkpoint."
+            )
+        except Exception as error:  # noqa: BLE001 - raised again by the training thread
+            self._error = error
+
+    def _write(
+        self, state: TrainState, adapter: dict[str, torch.Tensor], optimizer: dict[str, torch.Tensor], is_trial: bool
+    ) -> None:
+        path = self.path(state.step)
+        partial = self.folder / f".{path.name}.partial"
+        try:
+            remove(partial)
+            partial.mkdir(parents=True)
+            self.save_adapter(partial / "adapter", adapter)
+            save_file(optimizer, partial / _OPTIMIZER)
+            content = {
+                "format_version": FORMAT_VERSION,
+                "world_size": self.runtime.world_size,
+                "backend": self.backend,
+                "is_trial": is_trial,
+                "state": asdict(state),
+                "identity": asdict(self.identity),
+            }
+            write_text(partial / _STATE, json.dumps(content, indent=2) + "\n")
+            _verify_tensors(partial / _OPTIMIZER, optimizer)
+            sync_tree(partial)
+            manifest = _manifest(partial)
+            _delete(path)
+            os.replace(partial, path)
+            write_text(path / _COMPLETE, json.dumps(manifest, indent=2) + "\n")
+            sync_folder(self.folder)
+        finally:
+            with suppress(OSError):
+                remove(partial)
+        self._rotate(state)
+
+    def _rotate(self, state: TrainState) -> None:
+        """Keep the newest and the best; a trial goes as soon as there is another."""
+        steps = complete_steps(self.folder)
+        regular = [step for step in steps if step == state.step or not _is_trial(self.folder, step)]
+        keep = set(regular[-self.keep :]) | {state.best_step}
+        for step in steps:
+            if step not in keep:
+                _delete(self.path(step))
+
+
+def step_folder(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step is."""
+    return folder / f"step-{step:08d}"
+
+
+def complete_steps(folder: Path) -> list[int]:
+    """Steps that have a complete checkpoint, ascending. Names decide, not the clock."""
     if not folder.is_dir():
-        raise CheckpointError(f"output_dir {folder} is a file. Give a folder for the run.")
-    if not any(folder.iterdir()):
-        return folder
-    if not (folder / "config.yaml").is_file():
-        some = ", ".join(sorted(p.name for p in folder.iterdir())[:3])
-        raise CheckpointError(
-            f"output_dir {folder} is not empty and holds no run (it has {some}). Give a new or empty folder."
-        )
-    try:
-        previous = flatten(load_config(folder / "config.yaml"))
-    except ConfigError as error:
-        raise CheckpointError(
-            f"output_dir {folder} holds a run whose config.yaml cannot be read: {error} Give another output_dir."
-        ) from None
-    differing = [
-        f"{key}: {previous[key]!r} there, {value!r} now"
-        for key, value in flatten(config).items()
-        if previous[key] != value and key != "output_dir"
-    ]
-    if differing:
-        raise CheckpointError(
-            f"output_dir {folder} holds a different run ({'; '.join(differing[:5])}). "
-            "Give another output_dir, or move that folder away."
-        )
-    return folder
+        return []
+    names = [re.fullmatch(r"step-(\d{8,})", path.name) for path in folder.iterdir() if (path / _COMPLETE).is_file()]
+    return sorted(int(match[1]) for match in names if match)
 
 
-def create_run_folder(folder: Path, config: TrainConfig) -> None:
-    """Make the run folder and write the resolved configuration; called by rank 0 once all input is known to be good."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for stale in ("metrics.jsonl", "adapter", "tensorboard"):
-            _remove(folder / stale)
-        write_text(folder / "config.yaml", dump_config(config))
-    except OSError as error:
-        raise CheckpointError(
-            f"output_dir {folder} cannot be written: {error}. Give a folder you may write to."
-        ) from None
+def clean_up(folder: Path) -> None:
+    """Remove what a run that died left half-written."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.name.endswith(".partial") or (path.name.startswith("step-") and not (path / _COMPLETE).is_file()):
+            remove(path)
 
 
-def save_adapter(
-    folder: Path, model: PeftModel, tensors: dict[str, torch.Tensor], tokenizer: PreTrainedTokenizerBase, recipe: Recipe
-) -> None:
-    """Write the adapter in PEFT format, reopen it, compare every value, and only then put it in place.
+def choose_checkpoint(run_folder: Path, resume: str, runtime: Runtime, say: Callable[[str], None]) -> Checkpoint | None:
+    """The checkpoint that a run goes on from, the same on every rank; a collective.
 
     Args:
-        folder: the final place; replaced as a whole.
-        tensors: the whole adapter by parameter name, on the CPU.
+        resume: `checkpoint.resume`. A path is where a new run begins; once it has checkpoints of its own, the newest of
+            these.
 
     Raises:
-        CheckpointError: a value is not finite, the disk refused it, or what was read back is not what was written.
+        CheckpointError: there is something to go on from, but it cannot be used.
     """
-    weights = {_saved_name(name): tensor.contiguous() for name, tensor in tensors.items()}
-    for name, tensor in weights.items():
-        if not bool(torch.isfinite(tensor).all()):
-            raise CheckpointError(
-                f"the adapter holds values that are not finite in {name}, so it is not saved. Lower optim.lr or set "
-                "optim.max_grad_norm."
-            )
-    partial = folder.with_name(f".{folder.name}.partial")
-    try:
-        _remove(partial)
-        partial.mkdir(parents=True)
-        save_file(weights, partial / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-        peft_config = copy.copy(model.peft_config["default"])
-        peft_config.inference_mode = True  # as PEFT itself writes it
-        peft_config.save_pretrained(str(partial))
-        # safetensors writes files that only their owner may read; an adapter is as public as the files beside it.
-        (partial / ADAPTER_WEIGHTS).chmod((partial / ADAPTER_CONFIG).stat().st_mode)
-        tokenizer.save_pretrained(str(partial))
-        write_text(partial / RECIPE, json.dumps(asdict(recipe), indent=2) + "\n")
-        _verify(partial, weights)
-        _remove(folder)
-        os.replace(partial, folder)
-    except OSError as error:
+    chosen: str | None = None
+    if runtime.is_main and resume != "never":
+        clean_up(run_folder / "checkpoints")
+        found = newest_checkpoint(run_folder / "checkpoints", say)
+        if found is None and resume != "auto":
+            found = read_checkpoint(Path(resume))
+        chosen = None if found is None else str(found.path)
+    chosen = runtime.from_main(chosen)
+    return None if chosen is None else read_checkpoint(Path(chosen), verify=False)
+
+
+def newest_checkpoint(folder: Path, say: Callable[[str], None]) -> Checkpoint | None:
+    """The newest checkpoint whose every byte is as it was written; None when there is none at all.
+
+    Args:
+        say: is told of checkpoints that are passed over.
+
+    Raises:
+        CheckpointError: there are complete checkpoints, but none of them can be read any more.
+    """
+    steps = complete_steps(folder)
+    problem = ""
+    for step in reversed(steps):
+        try:
+            return read_checkpoint(step_folder(folder, step))
+        except CheckpointError as error:
+            problem = str(error)
+            say(f"{error} Passing it over.")
+    if steps:
         raise CheckpointError(
-            f"the adapter cannot be written to {folder}: {error}. Free some space or fix the folder's permissions."
-        ) from None
-    finally:
-        _remove(partial)
+            f"none of the {len(steps)} checkpoints in {folder} can be used; the oldest: {problem} "
+            "checkpoint.resume: never starts over."
+        )
+    return None
 
 
-def read_recipe(folder: Path) -> Recipe:
-    """How the adapter in `folder` was trained; for an adapter from elsewhere, this program's defaults.
+def read_checkpoint(path: Path, verify: bool = True) -> Checkpoint:
+    """Read one checkpoint, and verify every byte of it unless another rank has.
 
     Raises:
-        CheckpointError: it is not an adapter folder, or names no base model.
+        CheckpointError: it is not there, not complete, of another format, or not as it was written.
     """
-    if not folder.is_dir():
-        raise CheckpointError(f"adapter folder {folder} does not exist. Give the adapter/ folder of a finished run.")
-    for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
-        if not (folder / file).is_file():
-            nested = folder / "adapter"
-            hint = f" Did you mean {nested}?" if (nested / ADAPTER_CONFIG).is_file() else ""
-            raise CheckpointError(f"adapter folder {folder} has no {file}, so it is not a PEFT adapter.{hint}")
-    base_path = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
-    if not base_path:
-        raise CheckpointError(f"{folder / ADAPTER_CONFIG} names no base model (base_model_name_or_path). Add it there.")
-    saved = read_json(folder / RECIPE) if (folder / RECIPE).is_file() else {}
-    base = ModelConfig(**{**saved.get("base", {}), "path": str(base_path)})
-    return Recipe(base, saved.get("layout", "messages"))
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file so that it is either the old one or the whole new one, whatever happens meanwhile."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
-
-
-def _saved_name(name: str) -> str:
-    """PEFT's file format leaves the adapter's name out: `...lora_A.default.weight` is saved as `...lora_A.weight`."""
-    return name.replace(".default.", ".")
-
-
-def _verify(folder: Path, weights: dict[str, torch.Tensor]) -> None:
     try:
-        reread = load_file(folder / ADAPTER_WEIGHTS)
-    except SafetensorError as error:
-        raise CheckpointError(f"the adapter just written to {folder} cannot be read back ({error}).") from None
-    read_recipe(folder)
-    for name, tensor in weights.items():
-        if name not in reread or not torch.equal(reread[name], tensor):
-            raise CheckpointError(f"{folder}: {name} was read back differently from what was written. Check the disk.")
+        manifest = json.loads((path / _COMPLETE).read_text(encoding="utf-8"))
+        content = json.loads((path / _STATE).read_text(encoding="utf-8"))
+        for name, expected in manifest.items() if verify else ():
+            size = (path / name).stat().st_size
+            if size != expected["bytes"]:
+                raise CheckpointError(f"checkpoint {path}: {name} has {size} bytes instead of {expected['bytes']}.")
+            if _sha256(path / name) != expected["sha256"]:
+                raise CheckpointError(f"checkpoint {path}: {name} is not what was written (its SHA-256 differs).")
+        if content["format_version"] != FORMAT_VERSION:
+            raise CheckpointError(
+                f"checkpoint {path} has format version {content['format_version']}, this program reads "
+                f"{FORMAT_VERSION}."
+            )
+        return Checkpoint(
+            path,
+            TrainState(**content["state"]),
+            Identity(**content["identity"]),
+            content["world_size"],
+            content["backend"],
+        )
+    except FileNotFoundError as error:
+        raise CheckpointError(f"checkpoint {path} is not complete: {Path(error.filename).name} is missing.") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"checkpoint {path} cannot be read: {error!r}.") from None
 
 
-def _check_writable(folder: Path) -> None:
-    ancestor = folder.absolute()
-    while not ancestor.exists():
-        ancestor = ancestor.parent
-    if not ancestor.is_dir() or not os.access(ancestor, os.W_OK):
-        raise CheckpointError(f"output_dir {folder} cannot be made: {ancestor} is not a writable folder.")
+def adapter_shapes(model: nn.Module) -> dict[str, str]:
+    """Shapes of the adapter's tensors, such as `16x4096`, by their saved names."""
+    return {
+        saved_name(name): "x".join(map(str, whole_shape(param))) for name, param in adapter_parameters(model).items()
+    }
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+def _is_trial(folder: Path, step: int) -> bool:
+    return bool(json.loads((step_folder(folder, step) / _STATE).read_text(encoding="utf-8"))["is_trial"])
+
+
+def _delete(path: Path) -> None:
+    """Remove a checkpoint so that it is never seen half-removed."""
+    (path / _COMPLETE).unlink(missing_ok=True)
+    remove(path)
+
+
+def _verify_tensors(path: Path, expected: dict[str, torch.Tensor]) -> None:
+    reread = _LazyTensors(path)
+    for name, tensor in expected.items():
+        if not torch.equal(reread[name].view(torch.uint8), tensor.view(torch.uint8)):  # bytes: a NaN equals itself
+            raise CheckpointError(f"{path}: {name} was read back differently from what was written. Check the disk.")
+
+
+def _manifest(folder: Path) -> dict[str, dict[str, Any]]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files}
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(2**20):
+            digest.update(piece)
+    return digest.hexdigest()

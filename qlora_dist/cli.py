@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from qlora_dist import __version__
-from qlora_dist.errors import ConfigError
+from qlora_dist.errors import EXIT_RESUME, ConfigError, Stopped
 from qlora_dist.failure import exit_code_after
 
 USAGE = """\
@@ -81,7 +81,8 @@ class DemoOptions:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one command and exit: 0 done, 2 the input cannot be used (one message, no traceback)."""
+    """Run one command and exit: 0 done, 2 the input cannot be used (one message, no traceback), 75 stopped on request
+    and ready to go on."""
     argv = list(sys.argv[1:] if arguments is None else arguments)
     try:
         if not argv or argv[0] in ("-h", "--help", "help"):
@@ -95,6 +96,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             near = difflib.get_close_matches(argv[0], COMMANDS, n=1)
             hint = f"Did you mean {near[0]}?" if near else f"The commands are {', '.join(COMMANDS)}."
             raise ConfigError(f"unknown command {argv[0]!r}. {hint}")
+    except Stopped:
+        _leave(EXIT_RESUME)
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:

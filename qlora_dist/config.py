@@ -68,6 +68,9 @@ class DataConfig:
     """Tokens that count in the loss: the assistant's (or the completion's) only, or all."""
     eval_fraction: float = 0.0
     """Share of the training rows held out for evaluation, in [0, 1)."""
+    group_by_length: bool = False
+    """Put rows of like length into the same micro-batches, to pad less; the order stays the same for any number of
+    processes."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,8 @@ class OptimConfig:
     """Micro-batches per rank in one optimizer step."""
     lora_plus_ratio: float | None = None
     """LoRA+: learning rate of B matrices over that of A matrices; null means equal."""
+    max_skipped_steps: int = 10
+    """Stop after this many steps in a row whose gradient was not finite; such a step updates nothing."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +117,10 @@ class ParallelConfig:
     deepspeed_config: str | None = None
     """DeepSpeed JSON file with tuning options for `zero2` and `zero3`; it may repeat this file's settings, not
     contradict them."""
+    check_every: int | None = 100
+    """Every N optimizer steps, compare what all processes must have in common: adapters and position in the data."""
+    hang_timeout_seconds: int = 1800
+    """End a process that has made no progress for so long, with the stack of each of its threads."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +128,16 @@ class MemoryConfig:
     recompute: Literal["auto", "full", "none"] | int = "auto"
     """Decoder layers whose activations are recomputed in backward: all (`full`, also what `auto` means today), `none`,
     or the first N."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    every: int | None = 100
+    """Write a checkpoint every N optimizer steps, besides when the run is stopped and at its end; null: only then."""
+    keep: int = 2
+    """Newest checkpoints to keep; the one with the best evaluation loss stays as well."""
+    resume: str = "auto"
+    """`auto` goes on from this run's newest complete checkpoint, `never` starts over, a PATH goes on from that one."""
 
 
 @dataclass(frozen=True)
@@ -157,6 +176,8 @@ class TrainConfig:
     """Distribution over processes."""
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     """Memory against speed."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """What is kept of a run while it lasts."""
     eval: EvalConfig = field(default_factory=EvalConfig)
     """Evaluation during training."""
     logging: LoggingConfig = field(default_factory=LoggingConfig)
@@ -414,7 +435,8 @@ def validate(config: TrainConfig) -> None:
 
 _AT_LEAST_ONE = {
     "adapter.rank", "data.max_seq_len", "optim.max_steps", "optim.micro_batch_size", "optim.grad_accum_steps",
-    "eval.every", "eval.max_batches", "logging.every", "parallel.replicas",
+    "eval.every", "eval.max_batches", "logging.every", "parallel.replicas", "parallel.check_every",
+    "parallel.hang_timeout_seconds", "checkpoint.every", "checkpoint.keep", "optim.max_skipped_steps",
 }  # fmt: skip
 _POSITIVE = {"adapter.alpha", "optim.lr", "optim.max_grad_norm", "optim.epochs", "optim.lora_plus_ratio"}
 _NOT_NEGATIVE = {"optim.warmup_steps", "optim.weight_decay", "seed", "memory.recompute"}

@@ -44,19 +44,27 @@ class Reporter:
                 self._progress = None
 
     @contextmanager
-    def loading(self, total_bytes: int, total_layers: int) -> Iterator[Callable[[int, int], None]]:
-        """Progress of reading weights; the body calls what it gets with the bytes read and layers filled so far."""
+    def loading(
+        self, total_bytes: int, total_layers: int, alive: Callable[[], None] = lambda: None
+    ) -> Iterator[Callable[[int, int], None]]:
+        """Progress of reading weights; the body calls what it gets with the bytes read and layers filled so far.
+
+        Args:
+            alive: called whenever another layer is filled, by all ranks alike.
+        """
         started = time.perf_counter()
         columns = (TextColumn("loading layer {task.completed}/{task.total}"), BarColumn(bar_width=None),
                    TextColumn("{task.fields[mebibytes]:,} MiB read by this rank"))  # fmt: skip
         hidden = not self.console.is_terminal or self.console.quiet
-        last = 0
+        last = last_layer = 0
         with Progress(*columns, console=self.console, transient=True, disable=hidden) as progress:
             task = progress.add_task("load", total=total_layers, mebibytes=0)
 
             def on_progress(num_bytes: int, num_layers: int) -> None:
-                nonlocal last
-                last = num_bytes
+                nonlocal last, last_layer
+                if num_layers != last_layer:
+                    alive()
+                last, last_layer = num_bytes, num_layers
                 progress.update(task, completed=num_layers, mebibytes=num_bytes // 2**20)
 
             yield on_progress

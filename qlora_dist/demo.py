@@ -208,8 +208,8 @@ def _run(command: list[str]) -> float:
 
 def _show_answers(run: Path, eval_file: Path, reporter: Reporter) -> None:
     """One held-out question, answered by the base model and by the adapted one, beside the author's own words."""
+    from qlora_dist.adapter_folder import read_recipe
     from qlora_dist.assemble import load_trained
-    from qlora_dist.checkpoint import read_recipe
     from qlora_dist.generate import Sampling, answer, prompt_ids
     from qlora_dist.runtime import start_runtime
 

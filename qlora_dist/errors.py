@@ -1,6 +1,8 @@
 """Errors that a user can mend: each message says what was wrong, the value, the rule and the remedy."""
 
 EXIT_USER_ERROR = 2
+EXIT_RESUME = 75
+"""A run that stopped before its end and can go on: EX_TEMPFAIL of sysexits.h."""
 
 
 class QloraDistError(Exception):
@@ -23,5 +25,13 @@ class CheckpointError(QloraDistError):
     """A run folder or adapter that cannot be written, read or trusted."""
 
 
+class TrainingError(QloraDistError):
+    """A run that cannot usefully go on: gradients that are not finite, or ranks that disagree."""
+
+
 class LaunchError(QloraDistError):
     """A launcher, process count or backend that do not fit together."""
+
+
+class Stopped(Exception):
+    """Not an error: all ranks agreed to stop because somebody asked, and the message says who."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from peft import PeftModel
@@ -26,10 +26,15 @@ def evaluate(
     *,
     micro_batch_size: int,
     pad_token_id: int,
+    alive: Callable[[], None] = lambda: None,
     step: int = 0,
     epoch: float = 0.0,
 ) -> EvalMetrics:
-    """Mean cross-entropy per target token of `samples`; a collective, the same result on every rank."""
+    """Mean cross-entropy per target token of `samples`; a collective, the same result on every rank.
+
+    Args:
+        alive: called before each micro-batch, by all ranks alike; may raise to end it.
+    """
     started = time.perf_counter()
     was_training = model.training
     model.eval()
@@ -39,6 +44,7 @@ def evaluate(
     ):
         if config.max_batches is not None and number > config.max_batches:
             break
+        alive()
         batch = collate([samples[i] for i in indices], pad_token_id).to(runtime.device)
         with runtime.autocast():
             sums[0] += target_loss_sum(model, batch.input_ids, batch.attention_mask, batch.labels)

@@ -25,7 +25,7 @@ def exit_code_after(error: Exception) -> int:
         sys.stdout.flush()
         sys.stderr.write(f"error: {_rank_prefix()}{error}\n" if is_user_error else _crash_report(error))
         sys.stderr.flush()
-        _tell_launcher(str(error) if is_user_error else f"{type(error).__name__}: {error}")
+        tell_launcher(str(error) if is_user_error else f"{type(error).__name__}: {error}")
     return EXIT_USER_ERROR if is_user_error else EXIT_CRASH
 
 
@@ -58,7 +58,7 @@ def _rank_prefix() -> str:
     return f"[rank {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
 
 
-def _tell_launcher(message: str) -> None:
+def tell_launcher(message: str) -> None:
     """Leave the message where torchrun and accelerate look for it: they print it as the root cause."""
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if file:

@@ -10,8 +10,8 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
+from qlora_dist.adapter_folder import read_recipe
 from qlora_dist.assemble import load_trained, pad_token_id
-from qlora_dist.checkpoint import read_recipe
 from qlora_dist.console import Reporter
 from qlora_dist.data.sources import Layout
 from qlora_dist.errors import ConfigError, LaunchError

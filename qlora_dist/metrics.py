@@ -33,6 +33,11 @@ class StepSums:
     num_targets: torch.Tensor
     num_tokens: torch.Tensor
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether the step updated anything; the same on every rank."""
+        return bool(self.grad_norm.isfinite())
+
 
 @dataclass(frozen=True)
 class StepMetrics:
@@ -55,6 +60,8 @@ class StepMetrics:
     mfu: float | None
     """Model FLOPs utilisation; null until the peak of the device is measured."""
     epoch: float
+    num_skipped_steps: int
+    """Steps so far that updated nothing, because their gradient was not finite."""
 
 
 @dataclass(frozen=True)
@@ -73,13 +80,13 @@ class EvalMetrics:
 class MetricsWriter:
     """Appends rows to metrics.jsonl, each flushed, and mirrors the numbers to TensorBoard; rank 0 only."""
 
-    def __init__(self, folder: Path, config: LoggingConfig) -> None:
+    def __init__(self, folder: Path, config: LoggingConfig, first_step: int = 1) -> None:
         self._file: TextIO = (folder / "metrics.jsonl").open("a", encoding="utf-8")
         self._board: Any = None
         if config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(folder / "tensorboard"))
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
 
     def write(self, row: StepMetrics | EvalMetrics) -> None:
         """Add one row."""
@@ -108,13 +115,13 @@ class Recorder:
     """
 
     def __init__(
-        self, folder: Path, config: LoggingConfig, runtime: Runtime, reporter: Reporter, num_steps: int
+        self, folder: Path, config: LoggingConfig, runtime: Runtime, reporter: Reporter, num_steps: int, first_step: int
     ) -> None:
         self._config = config
         self._runtime = runtime
         self._reporter = reporter
         self._num_steps = num_steps
-        self._writer = MetricsWriter(folder, config) if runtime.is_main else None
+        self._writer = MetricsWriter(folder, config, first_step) if runtime.is_main else None
         self._stack = ExitStack()
         self._window_steps = 0
         self._window_tokens = torch.zeros((), device=runtime.device)
@@ -131,7 +138,7 @@ class Recorder:
         if self._writer is not None:
             self._writer.close()
 
-    def step(self, step: int, lr: float, sums: StepSums, epoch: float) -> None:
+    def step(self, step: int, lr: float, sums: StepSums, epoch: float, num_skipped_steps: int) -> None:
         """One optimizer step is done; writes a row when `logging.every` says so."""
         self._window_steps += 1
         self._window_tokens += sums.num_tokens
@@ -153,6 +160,7 @@ class Recorder:
             peak_memory_gib=peak,
             mfu=None,
             epoch=epoch,
+            num_skipped_steps=num_skipped_steps,
         )
         self._seconds_per_step.append(row.step_seconds)
         if self._writer is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
@@ -18,11 +18,11 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 
 from qlora_dist.config import OptimConfig, ParallelConfig, TrainConfig, check_backend_reads
-from qlora_dist.errors import LaunchError
+from qlora_dist.errors import LaunchError, TrainingError
 from qlora_dist.model.adapters import adapter_parameters
 from qlora_dist.model.footprint import check_memory, plan_footprint
 from qlora_dist.model.integrity import check_gathered, check_shards, loaded_checksums
-from qlora_dist.model.shards import shard_group, whole_tensor
+from qlora_dist.model.shards import shard_group, whole_shape, whole_tensor
 from qlora_dist.model.skeleton import base_model, decoder_layers
 from qlora_dist.optim import FlatAdamW
 from qlora_dist.runtime import Runtime, launched_world_size
@@ -110,44 +110,71 @@ class Engine(Protocol):
         """Add the gradient of `loss` (already divided by the global token count); ranks are summed at the last."""
 
     def update(self, lr: float, max_grad_norm: float | None) -> torch.Tensor:
-        """Clip, step, clear gradients; returns the global gradient norm before clipping (0-dim, on the device)."""
+        """Clip, step, clear gradients; returns the global gradient norm before clipping (0-dim, on the device).
+
+        A norm that is not finite means that nothing was updated, on no rank. Waits for the device.
+        """
 
     def whole_adapter(self) -> dict[str, torch.Tensor]:
         """All adapter tensors, whole, on the CPU, by parameter name; a collective."""
 
+    def optimizer_state(self) -> dict[str, torch.Tensor]:
+        """The optimizer's moments, whole, on the CPU, see `Moments.gather`; a collective, after the first update."""
 
-class ReplicatedEngine:
-    """Every rank holds the whole model; adapter gradients are summed in one flat all-reduce per optimizer step."""
+    def load_optimizer_state(self, saved: Mapping[str, torch.Tensor], num_updates: int) -> None:
+        """Take up moments that any engine returned, on any number of ranks, after `num_updates` updates."""
+
+
+class _FlatEngine:
+    """What the engines written here share: adapters in flat buffers, one norm, one update."""
 
     def __init__(self, model: nn.Module, config: OptimConfig, runtime: Runtime) -> None:
         self._model = model
         self._runtime = runtime
         self._optimizer = FlatAdamW(adapter_parameters(model), config)
 
+    def update(self, lr: float, max_grad_norm: float | None) -> torch.Tensor:
+        self._optimizer.collect_gradients()
+        gradients = self._optimizer.gradients
+        norm = self._global_norm(gradients).float()
+        if norm.isfinite():
+            _clip(gradients, norm, max_grad_norm)
+            self._optimizer.step(lr)
+        self._optimizer.clear_gradients()
+        return norm
+
+    def _global_norm(self, gradients: list[torch.Tensor]) -> torch.Tensor:
+        raise NotImplementedError
+
+    def whole_adapter(self) -> dict[str, torch.Tensor]:
+        return {name: whole_tensor(param).cpu() for name, param in adapter_parameters(self._model).items()}
+
+    def optimizer_state(self) -> dict[str, torch.Tensor]:
+        sizes = {name: whole_shape(param).numel() for name, param in adapter_parameters(self._model).items()}
+        return self._optimizer.moments(self._runtime.device).gather(sizes)
+
+    def load_optimizer_state(self, saved: Mapping[str, torch.Tensor], num_updates: int) -> None:
+        self._optimizer.moments(self._runtime.device).scatter(saved, num_updates)
+
+
+class ReplicatedEngine(_FlatEngine):
+    """Every rank holds the whole model; adapter gradients are summed in one flat all-reduce per optimizer step."""
+
     def backward(self, loss: torch.Tensor, is_last_micro_batch: bool) -> None:
         loss.backward()
 
-    def update(self, lr: float, max_grad_norm: float | None) -> torch.Tensor:
-        gradients = self._optimizer.gradients
+    def _global_norm(self, gradients: list[torch.Tensor]) -> torch.Tensor:
         for gradient in gradients:
             self._runtime.sum_over_ranks(gradient)
-        norm = _squared_norm(gradients).sqrt().float()
-        _clip(gradients, norm, max_grad_norm)
-        self._optimizer.step(lr)
-        return norm
-
-    def whole_adapter(self) -> dict[str, torch.Tensor]:
-        return _whole_adapter(self._model)
+        return _squared_norm(gradients).sqrt()
 
 
-class ShardedEngine:
+class ShardedEngine(_FlatEngine):
     """Base and adapters are sharded layer by layer (FSDP2); gradients are reduced to their shards at the last
     micro-batch of a step."""
 
     def __init__(self, model: FSDPModule, config: OptimConfig, runtime: Runtime) -> None:
-        self._model = model
-        self._device = runtime.device
-        self._optimizer = FlatAdamW(adapter_parameters(model), config)
+        super().__init__(model, config, runtime)
         self._group = shard_group(next(iter(adapter_parameters(model).values())))
 
     def backward(self, loss: torch.Tensor, is_last_micro_batch: bool) -> None:
@@ -155,18 +182,11 @@ class ShardedEngine:
         self._model.set_is_last_backward(is_last_micro_batch)
         loss.backward()
 
-    def update(self, lr: float, max_grad_norm: float | None) -> torch.Tensor:
-        self._optimizer.collect_gradients()
-        gradients = self._optimizer.gradients
-        squared = _squared_norm(gradients).to(self._device)  # offloaded gradients are on the host, the group is not
+    def _global_norm(self, gradients: list[torch.Tensor]) -> torch.Tensor:
+        # Offloaded gradients are on the host, where the group of a GPU cannot sum.
+        squared = _squared_norm(gradients).to(self._runtime.device)
         dist.all_reduce(squared, group=self._group)
-        norm = squared.sqrt().float()
-        _clip(gradients, norm, max_grad_norm)
-        self._optimizer.step(lr)
-        return norm
-
-    def whole_adapter(self) -> dict[str, torch.Tensor]:
-        return _whole_adapter(self._model)
+        return squared.sqrt()
 
 
 def shard_skeleton(
@@ -231,6 +251,31 @@ def gathered_units(model: PeftModel) -> list[nn.Module]:
     return [*decoder_layers(model), *ends]
 
 
+def check_in_sync(model: nn.Module, step: int, num_samples_seen: int, runtime: Runtime) -> None:
+    """Compare what all ranks must have in common: the adapter's bytes, and the position; a collective.
+
+    Under a backend that shards the adapter there is one copy of it in each shard group.
+
+    Raises:
+        TrainingError: on every rank, naming what differs.
+    """
+    if runtime.world_size == 1:
+        return
+    adapters = adapter_parameters(model)
+    position = torch.tensor([step, num_samples_seen], dtype=torch.int64, device=runtime.device)
+    mine = torch.cat([loaded_checksums(adapters, runtime.device), position])
+    differs = runtime.max_of_each(mine) != -runtime.max_of_each(-mine)
+    if differs.any():
+        names = [*adapters, "the optimizer step", "the position in the data"]
+        found = [name for name, is_bad in zip(names, differs.tolist(), strict=True) if is_bad]
+        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+        raise TrainingError(
+            f"after step {step} the ranks no longer agree on {found[0]}{more}. One of them has computed something else "
+            "than the others, as faulty memory makes happen. Nothing of this is saved: start the same command again to "
+            "go on from the last checkpoint, and watch whether one machine repeats it."
+        )
+
+
 def verify_base(model: PeftModel, backend: Backend, config: ParallelConfig, runtime: Runtime) -> None:
     """After loading: each rank holds its share, and gathered layers have the bytes that were loaded; a collective.
 
@@ -287,10 +332,6 @@ def build_engine(model: nn.Module, config: OptimConfig, runtime: Runtime, settin
     if isinstance(model, FSDPModule):
         return ShardedEngine(model, config, runtime)
     return ReplicatedEngine(model, config, runtime)
-
-
-def _whole_adapter(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: whole_tensor(param).cpu() for name, param in adapter_parameters(model).items()}
 
 
 def _squared_norm(gradients: list[torch.Tensor]) -> torch.Tensor:

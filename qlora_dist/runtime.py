@@ -6,11 +6,12 @@ import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Literal
+from datetime import timedelta
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import InitProcessGroupKwargs, set_seed
 from torch import distributed as dist
 
 
@@ -26,6 +27,8 @@ class Runtime:
     local_world_size: int
     """Processes on this node."""
     compute_dtype: torch.dtype
+    host_group: dist.ProcessGroup | None = None
+    """All ranks, for what they agree on without their devices; None is the default group."""
 
     @property
     def is_main(self) -> bool:
@@ -51,6 +54,22 @@ class Runtime:
         tensor = torch.tensor(value, dtype=torch.float64, device=self.device)
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return tensor.item()
+
+    def max_on_host(self, number: int) -> int:
+        """Largest of a number over all ranks; a collective that does not wait for the device."""
+        if self.world_size == 1:
+            return number
+        tensor = torch.tensor(number)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.host_group)
+        return int(tensor)
+
+    def from_main(self, value: Any) -> Any:
+        """What rank 0 has, on every rank; small and picklable; a collective."""
+        if self.world_size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.host_group)
+        return box[0]
 
     def max_of_each(self, tensor: torch.Tensor) -> torch.Tensor:
         """Largest of each element over all ranks, in a new tensor; a collective."""
@@ -85,7 +104,9 @@ def launched_world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def start_runtime(seed: int, dtype: Literal["bfloat16", "float32"]) -> Runtime:
+def start_runtime(
+    seed: int, dtype: Literal["bfloat16", "float32"], collective_timeout_seconds: float = 1800
+) -> Runtime:
     """Join the process group that the launcher set up (if any), pick the device, set seeds and thread counts."""
     use_cpu = not torch.cuda.is_available()
     if use_cpu:
@@ -93,7 +114,9 @@ def start_runtime(seed: int, dtype: Literal["bfloat16", "float32"]) -> Runtime:
     # The launcher's choice of engine has been read by now. Accelerate would act on it by itself: load the engine's
     # plugin, believe in one process on CPU, and have transformers build every model in its ZeRO-3 mode.
     os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
-    accelerator = Accelerator(cpu=use_cpu, mixed_precision="no")
+    patience = InitProcessGroupKwargs(timeout=timedelta(seconds=collective_timeout_seconds))
+    accelerator = Accelerator(cpu=use_cpu, mixed_precision="no", kwargs_handlers=[patience])
+    has_gpu_group = accelerator.num_processes > 1 and accelerator.device.type != "cpu"
     runtime = Runtime(
         accelerator=accelerator,
         device=accelerator.device,
@@ -102,8 +125,9 @@ def start_runtime(seed: int, dtype: Literal["bfloat16", "float32"]) -> Runtime:
         world_size=accelerator.num_processes,
         local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
         compute_dtype=getattr(torch, dtype),
+        host_group=dist.new_group(backend="gloo", timeout=patience.timeout) if has_gpu_group else None,
     )
-    set_seed(seed + runtime.rank)  # dropout differs between ranks, the order of data has generators of its own
+    set_seed(seed)  # what matters has generators of its own: data order, adapters, and dropout by micro-batch
     return runtime
 
 

@@ -20,13 +20,15 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from torch import distributed as dist
 from torch import nn
 
 from qlora_dist.config import OptimConfig, TrainConfig
 from qlora_dist.errors import ConfigError
 from qlora_dist.model.adapters import adapter_parameters
-from qlora_dist.model.shards import whole_shape, whole_tensor
+from qlora_dist.model.shards import local_range, whole_shape, whole_tensor
 from qlora_dist.model.skeleton import decoder_layers
+from qlora_dist.moments import Moments, Piece
 from qlora_dist.optim import ADAM_BETAS, ADAM_EPS, build_optimizer, parameter_groups
 from qlora_dist.runtime import Runtime
 
@@ -71,10 +73,11 @@ class ZeroEngine:
         groups = parameter_groups(adapters, config)
         self._model = model
         self._world_size = runtime.world_size
+        self._stage = settings["zero_optimization"]["stage"]
         self._lr_multipliers = list(groups)
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=model,
-            optimizer=build_optimizer(list(groups.values()), config),
+            optimizer=build_optimizer([list(members.values()) for members in groups.values()], config),
             config=_sized(settings, model, adapters),
             dist_init_required=False,
         )
@@ -102,10 +105,40 @@ class ZeroEngine:
         self._optimizer.clip_grad = max_grad_norm or 0.0
         self._engine.set_gradient_accumulation_boundary(True)
         self._engine.step()
+        if self._optimizer.overflow:  # gradients that are not finite: DeepSpeed has left everything as it was
+            return torch.tensor(torch.nan, device=self._engine.device)
         return torch.as_tensor(self._engine.get_global_grad_norm(), dtype=torch.float32, device=self._engine.device)
 
     def whole_adapter(self) -> dict[str, torch.Tensor]:
         return {name: whole_tensor(param).cpu() for name, param in adapter_parameters(self._model).items()}
+
+    def optimizer_state(self) -> dict[str, torch.Tensor]:
+        adapters = adapter_parameters(self._model)
+        return self._moments().gather({name: whole_shape(param).numel() for name, param in adapters.items()})
+
+    def load_optimizer_state(self, saved: Mapping[str, torch.Tensor], num_updates: int) -> None:
+        self._moments().scatter(saved, num_updates)
+
+    def _moments(self) -> Moments:
+        """DeepSpeed lays each rank's parts of the parameters end to end in buffers that its optimizer works on."""
+        adapters = adapter_parameters(self._model)
+        optimizer = self._optimizer
+        if self._stage == 3:
+            buffers = optimizer.fp32_partitioned_groups_flat
+            pieces = []
+            for name, param in adapters.items():
+                first, stop = local_range(param)
+                buffer, offset, _ = optimizer.grad_position[optimizer.get_param_id(param)]
+                pieces.append(Piece(name, first, stop - first, buffer, offset))
+        else:
+            buffers = optimizer.single_partition_of_fp32_groups
+            pieces = [
+                Piece(name, at.lp_fragment_address.start, at.lp_fragment_address.numel, at.param_group_index,
+                      at.hp_fragment_address.start)
+                for name, at in ((name, param._hp_mapping) for name, param in adapters.items())
+                if at is not None
+            ]  # fmt: skip
+        return Moments(optimizer.optimizer, buffers, pieces, dist.group.WORLD, self._engine.device)
 
 
 def zero_settings(config: TrainConfig, stage: int, world_size: int, json_file: str | None) -> Settings:

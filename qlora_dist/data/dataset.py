@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from array import array
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -24,6 +26,13 @@ class Dataset:
     eval: list[Sample]
     layout: Layout
     notes: list[str]
+
+    def fingerprint(self) -> str:
+        """Of the tokenised training samples, in order: tokenizer, template and cuts included."""
+        digest = hashlib.sha256()
+        for sample in self.train:
+            digest.update(array("q", [len(sample.input_ids), *sample.input_ids, *sample.labels]).tobytes())
+        return digest.hexdigest()
 
 
 def load_dataset(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> Dataset:

@@ -1,14 +1,15 @@
-"""The order of samples: a pure function of (number of samples, seed, position), cut into disjoint rank slices."""
+"""The order of samples: a pure function of (data, seed, position), cut into disjoint slices for the ranks."""
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
-from qlora_dist.config import IGNORE_INDEX, OptimConfig
+from qlora_dist.config import IGNORE_INDEX, OptimConfig, TrainConfig
 from qlora_dist.data.chat import Sample
 
 
@@ -21,6 +22,8 @@ class MicroBatch:
     labels: torch.Tensor  # (micro_batch_size, seq_len) int64, IGNORE_INDEX where there is no target
     num_tokens: int
     num_targets: int
+    seed: int = 0
+    """Of the random numbers that its forward draws (dropout)."""
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same batch on another device."""
@@ -30,10 +33,11 @@ class MicroBatch:
             self.labels.to(device, non_blocking=True),
             self.num_tokens,
             self.num_targets,
+            self.seed,
         )
 
 
-def collate(samples: Sequence[Sample], pad_token_id: int) -> MicroBatch:
+def collate(samples: Sequence[Sample], pad_token_id: int, seed: int = 0) -> MicroBatch:
     """Pad samples on the right to the longest of them.
 
     No samples at all make one padding token without a target: a rank with nothing left to evaluate must still take
@@ -56,61 +60,167 @@ def collate(samples: Sequence[Sample], pad_token_id: int) -> MicroBatch:
         labels,
         num_tokens=sum(len(sample.input_ids) for sample in samples),
         num_targets=sum(sample.num_targets for sample in samples),
+        seed=seed,
     )
+
+
+_WINDOW = 1024
+_CHUNK = 32
+"""Grouping by length sorts windows of the shuffled order and then shuffles chunks of what was sorted. Both are
+constants, so that the order does not depend on how many ranks there are, nor on the size of their micro-batches."""
+
+
+@dataclass(frozen=True)
+class SampleOrder:
+    """An endless, seeded stream of sample indices: epoch after epoch, each in an order of its own.
+
+    The samples are those of one or several sources, numbered one source after the other. In an epoch a source comes up
+    `weight` times: 1 is once each, 2 twice, and with 0.5 the two halves of the source take turns.
+    """
+
+    sizes: tuple[int, ...]
+    """Samples of each source."""
+    seed: int
+    weights: tuple[float, ...] | None = None
+    """Passes over each source in one epoch; None means one over each."""
+    lengths: tuple[int, ...] | None = None
+    """Tokens of each sample, to put samples of like length next to each other; None leaves them as shuffled."""
+    _made: dict[int, list[int]] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    @property
+    def epoch_size(self) -> int:
+        """Samples of one epoch."""
+        return sum(self._counts())
+
+    def between(self, start: int, stop: int) -> list[int]:
+        """The sample indices at positions `start` to `stop` (exclusive) of the stream."""
+        size = self.epoch_size
+        indices: list[int] = []
+        for epoch in range(start // size, -(-stop // size)):
+            indices += self._epoch(epoch)[max(0, start - epoch * size) : stop - epoch * size]
+        return indices
+
+    def _epoch(self, epoch: int) -> list[int]:
+        if epoch not in self._made:
+            while len(self._made) > 1:  # a step looks at one epoch, or at the border of two
+                del self._made[min(self._made)]
+            self._made[epoch] = self._grouped(self._shuffled(epoch), epoch).tolist()
+        return self._made[epoch]
+
+    def _counts(self) -> list[int]:
+        weights = self.weights or (1.0,) * len(self.sizes)
+        return [max(1, round(weight * size)) for weight, size in zip(weights, self.sizes, strict=True)]
+
+    def _shuffled(self, epoch: int) -> torch.Tensor:  # (epoch_size,) int64
+        generator = _generator(self.seed, "epoch", epoch)
+        parts = []
+        first = 0
+        for number, (size, count) in enumerate(zip(self.sizes, self._counts(), strict=True)):
+            # The source's own stream of shuffled passes, of which this epoch takes the next `count`.
+            passes = range(epoch * count // size, -(-(epoch + 1) * count // size))
+            order = torch.cat([torch.randperm(size, generator=_generator(self.seed, number, p)) for p in passes])
+            skip = epoch * count - passes.start * size
+            parts.append(order[skip : skip + count] + first)
+            first += size
+        whole = torch.cat(parts)
+        return whole[torch.randperm(len(whole), generator=generator)]
+
+    def _grouped(self, indices: torch.Tensor, epoch: int) -> torch.Tensor:
+        if self.lengths is None:
+            return indices
+        lengths = torch.tensor(self.lengths)[indices]
+        chunks: list[torch.Tensor] = []
+        for start in range(0, len(indices), _WINDOW):
+            by_length = torch.sort(lengths[start : start + _WINDOW], stable=True).indices
+            chunks += indices[start : start + _WINDOW][by_length].split(_CHUNK)
+        shuffle = torch.randperm(len(chunks), generator=_generator(self.seed, "chunks", epoch))
+        return torch.cat([chunks[i] for i in shuffle.tolist()])
+
+
+def _generator(*key: int | str) -> torch.Generator:
+    return torch.Generator().manual_seed(seed_of(*key))
+
+
+def seed_of(*key: int | str) -> int:
+    """A seed of 63 bits that belongs to `key`, the same on every machine."""
+    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "little") >> 1
+
+
+@dataclass(frozen=True)
+class SampleGroup:
+    """The samples of one micro-batch."""
+
+    indices: list[int]
+    position: int
+    """Place of the first of them in the stream of samples."""
 
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How an endless, seeded stream of samples is cut into steps, micro-batches and ranks.
+    """How the stream of samples is cut into steps, micro-batches and ranks.
 
-    Epoch after epoch, each in an order of its own, the samples form one stream; step s takes the next
-    `global_batch_size` of it, across the border of an epoch when it falls there. Within a step, micro-batch m of rank
-    r is the (m * world_size + r)-th group of `micro_batch_size`: two ranks with one micro-batch each see the same
-    groups as one rank with two.
+    A step takes the next `global_batch_size` samples, across the border of an epoch when it falls there; the last step
+    of a run over whole epochs may be shorter. Within a step, micro-batch m of rank r is the (m * world_size + r)-th
+    group of `micro_batch_size`: two ranks with one micro-batch each see the same groups as one rank with two.
+
+    Where a run stands in the stream is one number, the samples it has seen, and does not depend on the cut.
     """
 
-    num_samples: int
-    seed: int
+    order: SampleOrder
     micro_batch_size: int
     grad_accum_steps: int
     world_size: int
+    end: int | None = None
+    """Samples of the whole run; None when its length is given in steps."""
 
     @property
     def global_batch_size(self) -> int:
-        """Samples of one optimizer step over all ranks."""
+        """Samples of one full optimizer step over all ranks."""
         return self.micro_batch_size * self.grad_accum_steps * self.world_size
 
-    def num_steps(self, config: OptimConfig) -> int:
-        """Optimizer steps of the run; the last one of an epoch-based run is filled up from the next epoch."""
-        if config.max_steps is not None:
+    def after_step(self, num_seen: int) -> int:
+        """Samples seen after the step that begins at `num_seen`."""
+        stop = num_seen + self.global_batch_size
+        return stop if self.end is None else min(stop, self.end)
+
+    def num_steps(self, step: int, num_seen: int, config: OptimConfig) -> int:
+        """Optimizer steps of the whole run, seen from after `step` steps and `num_seen` samples."""
+        if self.end is None:
+            assert config.max_steps is not None
             return config.max_steps
-        epochs = 1.0 if config.epochs is None else config.epochs
-        # The small part less keeps 2.2 epochs of 25 samples (55.000000000000007) from needing a 56th.
-        return max(1, math.ceil(epochs * self.num_samples / self.global_batch_size - 1e-9))
+        return step - (-max(0, self.end - num_seen) // self.global_batch_size)
 
-    def epoch_at(self, step: int) -> float:
-        """Passes over the data after `step` optimizer steps."""
-        return step * self.global_batch_size / self.num_samples
+    def epoch_at(self, num_seen: int) -> float:
+        """Passes over the data after that many samples."""
+        return num_seen / self.order.epoch_size
 
-    def micro_batches(self, step: int, rank: int) -> list[list[int]]:
-        """Sample indices of each micro-batch of `rank` in optimizer step `step`, the first being 1."""
-        start = (step - 1) * self.global_batch_size
-        stream = self._stream(start, start + self.global_batch_size)
+    def micro_batches(self, num_seen: int, rank: int) -> list[SampleGroup]:
+        """The micro-batches of `rank` in the step that begins at `num_seen`.
+
+        All ranks get the same number, since each forward of a sharded model is a collective; in a short last step the
+        last ones may be empty.
+        """
+        stream = self.order.between(num_seen, self.after_step(num_seen))
         size = self.micro_batch_size
-        groups = [stream[i : i + size] for i in range(0, len(stream), size)]
+        groups = [SampleGroup(stream[i : i + size], num_seen + i) for i in range(0, len(stream), size)]
+        while len(groups) % self.world_size:
+            groups.append(SampleGroup([], num_seen + len(groups) * size))
         return groups[rank :: self.world_size]
 
-    def _stream(self, start: int, stop: int) -> list[int]:
-        indices: list[int] = []
-        for epoch in range(start // self.num_samples, (stop - 1) // self.num_samples + 1):
-            first = epoch * self.num_samples
-            order = self._epoch_order(epoch)
-            indices += order[max(start, first) - first : stop - first]
-        return indices
 
-    def _epoch_order(self, epoch: int) -> list[int]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-        return torch.randperm(self.num_samples, generator=generator).tolist()
+def sample_order(samples: Sequence[Sample], config: TrainConfig) -> SampleOrder:
+    """The order in which a run sees its training samples."""
+    lengths = tuple(len(sample.input_ids) for sample in samples) if config.data.group_by_length else None
+    return SampleOrder((len(samples),), config.seed, lengths=lengths)
+
+
+def run_end(order: SampleOrder, config: OptimConfig) -> int | None:
+    """Samples of the whole run, or None when `optim.max_steps` says how long it is."""
+    if config.max_steps is not None:
+        return None
+    epochs = 1.0 if config.epochs is None else config.epochs
+    # The small part less keeps 2.2 epochs of 25 samples (55.000000000000007) from needing a 56th.
+    return max(1, math.ceil(epochs * order.epoch_size - 1e-9))
 
 
 def eval_batches(num_samples: int, micro_batch_size: int, rank: int, world_size: int) -> Iterator[list[int]]:

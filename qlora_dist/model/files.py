@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 from qlora_dist.errors import ModelError
 
 _HUB_NAME = re.compile(r"^[\w.-]+/[\w.-]+$")
+_SAMPLES, _SAMPLE_BYTES = 16, 2**16
 _WANTED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt"]
 
 
@@ -118,3 +120,19 @@ def _download(name: str) -> Path:
             f"model.path {name} is not a local folder and could not be fetched from the hub: {reason} "
             "Check the name and the network, or give a local folder."
         ) from None
+
+
+def fingerprint(folder: Path) -> str:
+    """Of a model folder: its config, and name, size, header and samples of every weight file.
+
+    Not of every byte, which would take as long as loading; two fine-tunings of one model differ in the samples.
+    """
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for path in sorted(folder.glob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            for number in range(_SAMPLES):
+                file.seek(size * number // _SAMPLES)  # the first one is the header
+                digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()

@@ -7,8 +7,8 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from qlora_dist.adapter_folder import read_recipe
 from qlora_dist.assemble import load_trained
-from qlora_dist.checkpoint import read_recipe
 from qlora_dist.console import Reporter
 from qlora_dist.runtime import start_runtime
 from tests.support.command import run_command, run_rows, write_config
