@@ -71,7 +71,7 @@ def save_adapter(
         remove(folder)
         os.replace(partial, folder)
         sync_folder(folder.parent)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # safetensors wraps those of its own writing
         raise CheckpointError(
             f"the adapter cannot be written to {folder}: {error}. Free some space or fix the folder's permissions."
         ) from None
