@@ -110,7 +110,8 @@ def init_adapters(model: nn.Module, seed: int) -> None:
     for name, param in adapter_parameters(model).items():
         whole = torch.zeros(whole_shape(param), dtype=torch.float32)
         if ".lora_A." in name:
-            generator = torch.Generator().manual_seed(seed * 2**32 + zlib.crc32(name.encode()))
+            # One number of 32 bits: torch's CPU generator silently ignores the higher bits of a seed.
+            generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
             nn.init.kaiming_uniform_(whole, a=math.sqrt(5), generator=generator)
         start, stop = local_range(param)
         local_part(param).view(-1).copy_(whole.view(-1)[start:stop])
