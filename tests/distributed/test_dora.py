@@ -6,13 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from qlora_dist.assemble import build_model
+from qlora_dist.checkpoint import Recipe, save_adapter
 from qlora_dist.config import AdapterConfig, MemoryConfig, ModelConfig, OptimConfig, ParallelConfig, TrainConfig
 from qlora_dist.console import Reporter
 from qlora_dist.data.chat import Sample
 from qlora_dist.data.sampler import collate
-from qlora_dist.model.adapters import adapter_parameters
+from qlora_dist.model.adapters import adapter_parameters, saved_name
 from qlora_dist.model.shards import local_bytes, whole_bytes, whole_tensor
 from qlora_dist.parallel import build_engine, engine_settings
 from qlora_dist.runtime import start_runtime
@@ -66,7 +68,7 @@ def train(folder: Path, adapter: AdapterConfig, dtype: str, backend: str, offloa
     return initial, losses, {name: tensor.clone() for name, tensor in final.items()}
 
 
-def check_equivalence(folder: Path, expected_file: Path, ways: dict, only: str = "") -> None:
+def check_equivalence(folder: Path, expected_file: Path, ways: dict, only: str) -> None:
     expected = {name: run for name, run in torch.load(expected_file).items() if only in name}
     bits = {}
     for run, (initial, losses, final) in expected.items():
@@ -103,13 +105,44 @@ def expected_file(tiny_llama: Path, tmp_path_factory) -> Path:
     return file
 
 
-def test_ranks_and_sharding_do_not_matter(tiny_llama: Path, expected_file: Path) -> None:
+@pytest.fixture(scope="module")
+def saved(tiny_llama: Path, tokenizer, tmp_path_factory) -> Path:
+    """A DoRA adapter of random values, in a folder."""
+    config = TrainConfig(model=ModelConfig(str(tiny_llama), dtype="float32"), adapter=SETTINGS["dora"])
+    model = build_model(config, tiny_llama, "single", start_runtime(0, "float32"), Reporter(is_main=False))
+    tensors = {name: torch.randn(param.shape) for name, param in adapter_parameters(model).items()}
+    folder = tmp_path_factory.mktemp("saved") / "adapter"
+    save_adapter(folder, model, tensors, tokenizer, Recipe(config.model, "messages"))
+    return folder
+
+
+def check_continued(model_folder: Path, adapter_folder: Path, backend: str) -> None:
+    expected = load_file(adapter_folder / "adapter_model.safetensors")
+    config = TrainConfig(
+        model=ModelConfig(path=str(model_folder), dtype="float32"),
+        adapter=AdapterConfig(rank=4, use_dora=True, path=str(adapter_folder)),
+    )
+    runtime, settings = start_runtime(seed=0, dtype="float32"), engine_settings(config, backend)
+    model = build_model(config, model_folder, backend, runtime, Reporter(is_main=False), settings)
+    found = {saved_name(name): whole_tensor(param) for name, param in adapter_parameters(model).items()}
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+
+
+def check_all(folder: Path, expected_file: Path, ways: dict, only: str, saved: Path, backend: str) -> None:
+    check_equivalence(folder, expected_file, ways, only)
+    check_continued(folder, saved, backend)
+
+
+def test_ranks_and_sharding_do_not_matter(tiny_llama: Path, expected_file: Path, saved: Path) -> None:
     """Two ranks start from the initial values of one, bit for bit (Gaussian A, magnitudes of the base's rows), have its
-    losses to 1e-6 and its adapter to 1e-5 in float32; and the same bits sharded or not, in both compute types."""
-    run_on_processes(check_equivalence, 2, tiny_llama, expected_file, WAYS)
+    losses to 1e-6 and its adapter to 1e-5 in float32; and the same bits sharded or not, in both compute types. A saved
+    adapter is read into shards as it is."""
+    run_on_processes(check_all, 2, tiny_llama, expected_file, WAYS, "", saved, "fsdp")
 
 
 @pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is an optional dependency")
-def test_zero_does_not_matter(tiny_llama: Path, expected_file: Path) -> None:
+def test_zero_does_not_matter(tiny_llama: Path, expected_file: Path, saved: Path) -> None:
     """The same with DeepSpeed, whose stage 3 gathers module by module: DoRA needs base, A and B of a layer at once."""
-    run_on_processes(check_equivalence, 2, tiny_llama, expected_file, ZERO_WAYS, "dora, float32")
+    run_on_processes(check_all, 2, tiny_llama, expected_file, ZERO_WAYS, "dora, float32", saved, "zero3")
