@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from qlora_dist.adapter_folder import Recipe, save_adapter
 from qlora_dist.assemble import build_model
-from qlora_dist.checkpoint import Recipe, save_adapter
 from qlora_dist.config import AdapterConfig, MemoryConfig, ModelConfig, OptimConfig, ParallelConfig, TrainConfig
 from qlora_dist.console import Reporter
 from qlora_dist.data.chat import Sample
