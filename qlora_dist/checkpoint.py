@@ -28,12 +28,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from qlora_dist.adapter_folder import ADAPTER_WEIGHTS, saved_name
 from qlora_dist.durable import remove, sync_folder, sync_tree, write_text
 from qlora_dist.errors import CheckpointError
-from qlora_dist.model.adapters import adapter_parameters
+from qlora_dist.model.adapters import adapter_parameters, saved_name
 from qlora_dist.model.shards import local_part, local_range, whole_shape
 from qlora_dist.runtime import Runtime
+from qlora_dist.saved_adapter import ADAPTER_WEIGHTS
 
 FORMAT_VERSION = 1
 _COMPLETE = "COMPLETE"
