@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from qlora_dist import __version__
 from qlora_dist.errors import EXIT_RESUME, ConfigError, Stopped
-from qlora_dist.failure import exit_code_after
+from qlora_dist.failure import exit_code_after, tell_launcher
 
 USAGE = """\
 usage: qlora-dist COMMAND [ARGUMENTS]
@@ -96,7 +96,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             near = difflib.get_close_matches(argv[0], COMMANDS, n=1)
             hint = f"Did you mean {near[0]}?" if near else f"The commands are {', '.join(COMMANDS)}."
             raise ConfigError(f"unknown command {argv[0]!r}. {hint}")
-    except Stopped:
+    except Stopped as stopped:
+        tell_launcher(f"stopped ({stopped}) with a checkpoint: nothing failed, and the same command goes on from there")
         _leave(EXIT_RESUME)
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -237,7 +237,7 @@ def test_two_runs_on_one_folder(tmp_path: Path, tiny_llama: Path, chat_file: Pat
     (tmp_path / "run" / "STOP").touch()
     third = run_command("train", config)
     assert third.returncode == 75, third.stderr
-    assert "going on after step" in third.stdout
+    assert "stopped (file " in third.stdout
 
 
 def test_the_launcher_is_killed(tmp_path: Path, tiny_llama: Path, chat_file: Path) -> None:
