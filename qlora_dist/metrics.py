@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import resource
+import statistics
 import sys
 import time
+from collections import deque
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
     from qlora_dist.runtime import Runtime
 
 GIB = 2**30
+_SPIKE = 2.0
+"""A loss so many times the usual one is worth a warning."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +131,7 @@ class Recorder:
         self._window_tokens = torch.zeros((), device=runtime.device)
         self._window_started = time.perf_counter()
         self._seconds_per_step: list[float] = []
+        self._losses: deque[float] = deque(maxlen=20)
 
     def __enter__(self) -> Recorder:
         self._stack.enter_context(self._reporter.training(self._num_steps))
@@ -166,6 +171,7 @@ class Recorder:
         if self._writer is not None:
             self._writer.write(row)
         self._reporter.step(row, self._seconds_left(step))
+        self._warn_of_spike(row)
         self._restart_window()
 
     def evaluation(self, row: EvalMetrics) -> None:
@@ -174,6 +180,18 @@ class Recorder:
             self._writer.write(row)
         self._reporter.evaluation(row)
         self._window_started += row.seconds
+
+    def _warn_of_spike(self, row: StepMetrics) -> None:
+        """Say when the loss is far above what it was: a learning rate too high, or rows unlike the others."""
+        usual = statistics.median(self._losses) if len(self._losses) == self._losses.maxlen else math.inf
+        if row.loss > _SPIKE * usual:
+            self._reporter.say(
+                f"step {row.step}: the loss {row.loss:.4f} is more than {_SPIKE:g} times its median over the last "
+                f"{len(self._losses)} logged steps ({usual:.4f}). Should it stay there: lower optim.lr, or lengthen "
+                "the warm-up."
+            )
+        if math.isfinite(row.loss):
+            self._losses.append(row.loss)
 
     def _seconds_left(self, step: int) -> float | None:
         if len(self._seconds_per_step) < 2 or step == self._num_steps:

@@ -24,9 +24,12 @@ from qlora_dist.data.sampler import BatchPlan, MicroBatch, collate, run_end, sam
 from qlora_dist.errors import Stopped, TrainingError
 from qlora_dist.evaluate import evaluate
 from qlora_dist.metrics import Recorder, StepSums
+from qlora_dist.model.activations import out_of_memory_message
 from qlora_dist.model.files import fingerprint, resolve_model_folder
+from qlora_dist.model.footprint import total_bytes
 from qlora_dist.model.loss import target_loss_sum
 from qlora_dist.model.shards import local_bytes, whole_bytes
+from qlora_dist.model.skeleton import base_model
 from qlora_dist.optim import check_warmup, lr_at
 from qlora_dist.parallel import Backend, Engine, Settings, build_engine, check_in_sync, choose_backend, engine_settings
 from qlora_dist.run_folder import check_run_folder, identity
@@ -146,7 +149,10 @@ class Training:
         state, optim, runtime = self.state, self.config.optim, self.session.runtime
         batches = step_batches(self.plan, state.num_samples_seen, self.data.train, runtime, self.pad_token_id)
         lr = lr_at(state.step + 1, self.num_steps, optim)
-        sums = train_step(self.model, self.engine, batches, lr, optim.max_grad_norm, runtime, self.session.alive)
+        try:
+            sums = train_step(self.model, self.engine, batches, lr, optim.max_grad_norm, runtime, self.session.alive)
+        except torch.OutOfMemoryError as error:
+            raise TrainingError(self._too_large(batches)) from error
         state.count_step(self.plan.after_step(state.num_samples_seen), sums.is_finite)
         recorder.step(state.step, lr, sums, self.plan.epoch_at(state.num_samples_seen), state.num_skipped_steps)
         if state.num_skipped_in_a_row:
@@ -201,6 +207,16 @@ class Training:
         if state.best_step not in (None, 0, state.step):
             best = self.checkpoints.path(state.best_step) / "adapter"
             say(f"the evaluation loss was best after step {state.best_step} ({state.best_eval_loss:.4f}): {best}")
+
+    def _too_large(self, batches: Sequence[MicroBatch]) -> str:
+        """What to change when the largest of these micro-batches did not fit."""
+        batch = max(batches, key=lambda batch: batch.input_ids.numel())
+        rows, length = batch.input_ids.shape
+        runtime, model = self.session.runtime, base_model(self.model).config.get_text_config()
+        return out_of_memory_message(
+            self.config, model, rows=rows, length=length, num_targets=batch.num_targets, world_size=runtime.world_size,
+            device_bytes=total_bytes(runtime.device),
+        )  # fmt: skip
 
     def _consider_skipped_step(self) -> None:
         """Say that a step updated nothing; give up after too many in a row."""

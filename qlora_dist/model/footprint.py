@@ -68,6 +68,13 @@ def check_memory(footprint: Footprint, device: torch.device, num_ranks_here: int
     )
 
 
+def total_bytes(device: torch.device) -> int:
+    """All memory of a GPU, or of this machine."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def free_bytes(device: torch.device) -> int:
     """Memory that can still be allocated on `device`; on the host, within this container's limit."""
     if device.type == "cuda":

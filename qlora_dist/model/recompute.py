@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from qlora_dist.config import MemoryConfig
+from qlora_dist.model.activations import num_recomputed_layers
 
 
 def apply_recompute(layers: list[nn.Module], memory: MemoryConfig) -> int:
@@ -16,12 +17,7 @@ def apply_recompute(layers: list[nn.Module], memory: MemoryConfig) -> int:
 
     Must run before sharding. The first layers, because their activations would live longest.
     """
-    if memory.recompute == "none":
-        num_layers = 0
-    elif isinstance(memory.recompute, int):
-        num_layers = min(memory.recompute, len(layers))
-    else:
-        num_layers = len(layers)
+    num_layers = num_recomputed_layers(memory.recompute, len(layers))
     for layer in layers[:num_layers]:
         _recompute(layer)
     return num_layers
