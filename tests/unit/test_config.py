@@ -55,6 +55,11 @@ IMPOSSIBLE = {
     "eval.max_batches": (0,),
     "logging.every": (0,),
     "parallel.replicas": (0, -1),
+    "parallel.check_every": (0, -1),
+    "parallel.hang_timeout_seconds": (0, -1),
+    "checkpoint.every": (0, -1),
+    "checkpoint.keep": (0, -1),
+    "optim.max_skipped_steps": (0, -1),
 }
 
 
