@@ -82,7 +82,7 @@ def _train(
 
     checkpoint = choose_checkpoint(folder, config.checkpoint.resume, runtime, reporter.say)
     state = checkpoint.state if checkpoint else TrainState()
-    order = sample_order(data.train, config)
+    order = sample_order(data, config)
     plan = BatchPlan(
         order, config.optim.micro_batch_size, config.optim.grad_accum_steps, runtime.world_size,
         end=run_end(order, config.optim),

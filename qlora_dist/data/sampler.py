@@ -12,6 +12,7 @@ import torch
 
 from qlora_dist.config import IGNORE_INDEX, OptimConfig, TrainConfig
 from qlora_dist.data.chat import Sample
+from qlora_dist.data.dataset import Dataset
 
 
 @dataclass(frozen=True)
@@ -208,10 +209,10 @@ class BatchPlan:
         return groups[rank :: self.world_size]
 
 
-def sample_order(samples: Sequence[Sample], config: TrainConfig) -> SampleOrder:
+def sample_order(data: Dataset, config: TrainConfig) -> SampleOrder:
     """The order in which a run sees its training samples."""
-    lengths = tuple(len(sample.input_ids) for sample in samples) if config.data.group_by_length else None
-    return SampleOrder((len(samples),), config.seed, lengths=lengths)
+    lengths = tuple(len(sample.input_ids) for sample in data.train) if config.data.group_by_length else None
+    return SampleOrder(data.sizes, config.seed, data.weights, lengths)
 
 
 def run_end(order: SampleOrder, config: OptimConfig) -> int | None:

@@ -8,8 +8,9 @@ import torch
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from qlora_dist.config import IGNORE_INDEX, OptimConfig
+from qlora_dist.config import IGNORE_INDEX, DataConfig, OptimConfig, TrainConfig
 from qlora_dist.data.chat import Sample
+from qlora_dist.data.dataset import Dataset
 from qlora_dist.data.sampler import (
     BatchPlan,
     SampleGroup,
@@ -17,6 +18,7 @@ from qlora_dist.data.sampler import (
     collate,
     eval_batches,
     run_end,
+    sample_order,
     seed_of,
 )
 
@@ -117,6 +119,15 @@ def test_half_a_source_per_epoch_is_the_other_half_next_time() -> None:
     first, second = order.between(0, 11), order.between(11, 22)
     assert sorted(i for i in first + second if i < 10) == list(range(10))
     assert Counter(i for i in first + second if i >= 10) == {10: 4, 11: 4, 12: 4}
+
+
+def test_an_order_has_what_data_and_config_say() -> None:
+    """Sizes and weights of the sources, the seed of the run, and lengths where `data.group_by_length` asks for them."""
+    samples = [Sample([1] * length, [1] * length) for length in (2, 3, 4)]
+    data = Dataset(samples, [], (1, 2), (1.0, 0.5), "messages", [])
+    assert sample_order(data, TrainConfig(seed=7)) == SampleOrder((1, 2), 7, (1.0, 0.5), None)
+    grouped = TrainConfig(seed=7, data=DataConfig(group_by_length=True))
+    assert sample_order(data, grouped) == SampleOrder((1, 2), 7, (1.0, 0.5), (2, 3, 4))
 
 
 def test_sources_are_mixed() -> None:
@@ -441,7 +452,7 @@ def test_a_token_that_looks_like_padding_is_kept() -> None:
 
 
 def test_an_empty_batch_can_still_be_forwarded() -> None:
-    """A rank with no samples left gets one row without a target: it takes part and adds nothing, not even to the count of tokens."""
+    """A rank with no samples left gets one row without a target: it takes part, and adds no target and no token."""
     batch = collate([], PAD)
     assert batch.input_ids.tolist() == [[PAD]]
     assert batch.labels.tolist() == [[IGNORE_INDEX]]
