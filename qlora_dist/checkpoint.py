@@ -73,13 +73,11 @@ class TrainState:
         self.num_skipped_steps += not is_finite
         self.num_skipped_in_a_row = 0 if is_finite else self.num_skipped_in_a_row + 1
 
-    def count_evaluation(self, eval_loss: float) -> bool:
-        """An evaluation is done; returns whether it is the best one so far."""
+    def count_evaluation(self, eval_loss: float) -> None:
+        """An evaluation is done; it may be the best so far."""
         self.evaluated_step = self.step
-        is_best = math.isfinite(eval_loss) and (self.best_eval_loss is None or eval_loss < self.best_eval_loss)
-        if is_best:
+        if math.isfinite(eval_loss) and (self.best_eval_loss is None or eval_loss < self.best_eval_loss):
             self.best_eval_loss, self.best_step = eval_loss, self.step
-        return is_best
 
 
 @dataclass(frozen=True)
@@ -192,7 +190,7 @@ class Checkpoints:
     identity: Identity
     runtime: Runtime
     backend: str
-    save_adapter: Callable[[Path, dict[str, torch.Tensor]], None]
+    write_adapter: Callable[[Path, dict[str, torch.Tensor]], None]
     """Writes an adapter folder from whole tensors."""
     _written: set[int] = field(default_factory=set, init=False)
     _thread: threading.Thread | None = field(default=None, init=False)
@@ -202,8 +200,12 @@ class Checkpoints:
         """Where the checkpoint of a step is."""
         return step_folder(self.folder, step)
 
+    def note(self, step: int) -> None:
+        """There is a checkpoint of this step already: the one that the run goes on from."""
+        self._written.add(step)
+
     def has(self, step: int) -> bool:
-        """Whether this process has written the checkpoint of a step; the same on every rank."""
+        """Whether the checkpoint of a step is written, or being written; the same on every rank."""
         return step in self._written
 
     def write(
@@ -258,7 +260,7 @@ class Checkpoints:
         try:
             remove(partial)
             partial.mkdir(parents=True)
-            self.save_adapter(partial / "adapter", adapter)
+            self.write_adapter(partial / "adapter", adapter)
             save_file(optimizer, partial / _OPTIMIZER)
             content = {
                 "format_version": FORMAT_VERSION,

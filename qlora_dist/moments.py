@@ -135,7 +135,10 @@ def _write(
         values = {name: moments[name].to(buffer.device, copy=True) for name in MOMENTS}
         optimizer.state[buffer] = {"step": count, **values}
         return
-    optimizer.init_state(optimizer.param_groups[0], buffer, 0, 0)  # allocates, in managed memory when it is paged
+    settings = optimizer.param_groups[0]
+    before, settings["params"] = settings["params"], [buffer]  # DeepSpeed puts buffers there during a step only
+    optimizer.init_state(settings, buffer, 0, 0)  # allocates, in managed memory when it is paged
+    settings["params"] = before
     state = optimizer.state[buffer]
     state["step"] = num_updates
     for number, name in enumerate(MOMENTS, start=1):

@@ -116,7 +116,7 @@ class Engine(Protocol):
         """
 
     def whole_adapter(self) -> dict[str, torch.Tensor]:
-        """All adapter tensors, whole, on the CPU, by parameter name; a collective."""
+        """All adapter tensors, whole, copied to the CPU, by parameter name; a collective."""
 
     def optimizer_state(self) -> dict[str, torch.Tensor]:
         """The optimizer's moments, whole, on the CPU, see `Moments.gather`; a collective, after the first update."""
@@ -147,7 +147,9 @@ class _FlatEngine:
         raise NotImplementedError
 
     def whole_adapter(self) -> dict[str, torch.Tensor]:
-        return {name: whole_tensor(param).cpu() for name, param in adapter_parameters(self._model).items()}
+        return {
+            name: whole_tensor(param).to("cpu", copy=True) for name, param in adapter_parameters(self._model).items()
+        }
 
     def optimizer_state(self) -> dict[str, torch.Tensor]:
         sizes = {name: whole_shape(param).numel() for name, param in adapter_parameters(self._model).items()}

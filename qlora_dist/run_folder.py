@@ -74,35 +74,49 @@ def identity(config: TrainConfig) -> dict[str, Any]:
     return plain
 
 
-def lock_run_folder(folder: Path) -> None:
-    """Keep every other process from using the folder until this one ends, however it ends; called by rank 0.
+class RunLock:
+    """Keeps every other process from using a run's folder; for rank 0.
 
     The operating system holds the lock, not the file: what a dead run leaves behind blocks nobody.
-
-    Raises:
-        CheckpointError: another process holds it.
     """
-    descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        owner = os.read(descriptor, 200).decode(errors="replace")
-        os.close(descriptor)
-        raise CheckpointError(
-            f"output_dir {folder} is in use by another run{f' ({owner})' if owner else ''}. "
-            "Wait for it, stop it, or give another output_dir."
-        ) from None
-    except OSError:  # a file system without locks: better to train unguarded than not at all
-        return
-    os.ftruncate(descriptor, 0)
-    os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
-    _held_locks.append(descriptor)
+
+    def __init__(self, folder: Path) -> None:
+        self._file = folder / _LOCK
+        self._descriptor: int | None = None
+
+    def acquire(self) -> None:
+        """Lock the folder, which must exist, unless this object has done so.
+
+        Raises:
+            CheckpointError: another process holds it.
+        """
+        if self._descriptor is not None:
+            return
+        descriptor = os.open(self._file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = os.read(descriptor, 200).decode(errors="replace")
+            os.close(descriptor)
+            raise CheckpointError(
+                f"output_dir {self._file.parent} is in use by another run{f' ({owner})' if owner else ''}. "
+                "Wait for it, stop it, or give another output_dir."
+            ) from None
+        except OSError:  # a file system without locks: better to train unguarded than not at all
+            os.close(descriptor)
+            return
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
+        self._descriptor = descriptor
+
+    def release(self) -> None:
+        """Let others in; the end of the process does the same."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
 
 
-_held_locks: list[int] = []  # closing the descriptor would give the lock back
-
-
-def create_run_folder(folder: Path, config: TrainConfig, resumed_step: int | None) -> None:
+def create_run_folder(folder: Path, config: TrainConfig, resumed_step: int | None, lock: RunLock) -> None:
     """Make the run folder and write the resolved configuration; called by rank 0 once all input is known to be good.
 
     Args:
@@ -111,8 +125,7 @@ def create_run_folder(folder: Path, config: TrainConfig, resumed_step: int | Non
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if not _held_locks:
-            lock_run_folder(folder)
+        lock.acquire()
         if resumed_step is None:
             for stale in ("metrics.jsonl", "adapter", "tensorboard", "checkpoints"):
                 remove(folder / stale)

@@ -8,6 +8,7 @@ everything large is frozen.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,9 +18,8 @@ from qlora_dist.adapter_folder import Recipe, save_adapter
 from qlora_dist.assemble import build_model, load_tokenizer, pad_token_id
 from qlora_dist.checkpoint import Checkpoints, Identity, TrainState, adapter_shapes, choose_checkpoint
 from qlora_dist.config import TrainConfig
-from qlora_dist.console import Reporter
 from qlora_dist.data.chat import Sample
-from qlora_dist.data.dataset import load_dataset
+from qlora_dist.data.dataset import Dataset, load_dataset
 from qlora_dist.data.sampler import BatchPlan, MicroBatch, collate, run_end, sample_order, seed_of
 from qlora_dist.errors import Stopped, TrainingError
 from qlora_dist.evaluate import evaluate
@@ -29,10 +29,9 @@ from qlora_dist.model.loss import target_loss_sum
 from qlora_dist.model.shards import local_bytes, whole_bytes
 from qlora_dist.optim import check_warmup, lr_at
 from qlora_dist.parallel import Backend, Engine, Settings, build_engine, check_in_sync, choose_backend, engine_settings
-from qlora_dist.run_folder import check_run_folder, create_run_folder, identity, lock_run_folder, mark_stopped
+from qlora_dist.run_folder import check_run_folder, identity
 from qlora_dist.runtime import Runtime, start_runtime
-from qlora_dist.stopping import StopRequest
-from qlora_dist.watchdog import Watchdog
+from qlora_dist.session import Session
 
 
 def train(config: TrainConfig) -> None:
@@ -46,63 +45,48 @@ def train(config: TrainConfig) -> None:
     backend = choose_backend(config)
     settings = engine_settings(config, backend)
     runtime = start_runtime(config.seed, config.model.dtype, config.parallel.hang_timeout_seconds)
-    reporter = Reporter(runtime.is_main)
-    if runtime.is_main and folder.is_dir():
-        lock_run_folder(folder)
-    watchdog = Watchdog(config.parallel.hang_timeout_seconds, runtime.rank)
-    stop = StopRequest(folder, runtime)
-
-    def alive() -> None:
-        """What all ranks call together whenever there was progress; raises `Stopped` on all of them alike."""
-        watchdog.beat()
-        stop.check()
-
-    try:
-        _train(config, folder, backend, settings, runtime, reporter, alive)
-    except Stopped as stopped:
-        if runtime.is_main:
-            mark_stopped(folder, str(stopped))
-            reporter.say(f"stopped ({stopped}); the same command goes on from here")
-        runtime.close()
-        raise
-    finally:
-        watchdog.close()
-    runtime.close()
+    with Session(folder, config, runtime) as session:
+        training = prepare(config, backend, settings, session)
+        if training is not None:
+            training.run()
+            training.finish()
 
 
-def _train(
-    config: TrainConfig, folder: Path, backend: Backend, settings: Settings | None, runtime: Runtime,
-    reporter: Reporter, alive: Callable[[], None],
-) -> None:  # fmt: skip
+def prepare(config: TrainConfig, backend: Backend, settings: Settings | None, session: Session) -> Training | None:
+    """Everything before the first step: data, checkpoint, model, engine; None when the run is finished already."""
+    runtime, say = session.runtime, session.reporter.say
     with runtime.main_first():
         model_folder = resolve_model_folder(config.model.path)
         tokenizer = load_tokenizer(model_folder, config.model.trust_remote_code)
         data = load_dataset(config.data, tokenizer, config.seed)
-    reporter.say("\n".join(data.notes))
+    say("\n".join(data.notes))
 
-    checkpoint = choose_checkpoint(folder, config.checkpoint.resume, runtime, reporter.say)
+    checkpoint = choose_checkpoint(session.folder, config.checkpoint.resume, runtime, say)
     state = checkpoint.state if checkpoint else TrainState()
-    order = sample_order(data, config)
     plan = BatchPlan(
-        order, config.optim.micro_batch_size, config.optim.grad_accum_steps, runtime.world_size,
-        end=run_end(order, config.optim),
+        order := sample_order(data, config),
+        config.optim.micro_batch_size, config.optim.grad_accum_steps, runtime.world_size, run_end(order, config.optim),
     )  # fmt: skip
     num_steps = plan.num_steps(state.step, state.num_samples_seen, config.optim)
     check_warmup(num_steps, config.optim)
-    if state.step >= num_steps and (folder / "adapter").is_dir():
-        reporter.say(f"this run is finished: {folder / 'adapter'}. checkpoint.resume: never would start it over.")
-        return
+    adapter = session.folder / "adapter"
+    if state.step >= num_steps and adapter.is_dir():
+        say(f"this run is finished: {adapter}. checkpoint.resume: never would start it over.")
+        return None
 
-    model = build_model(config, model_folder, backend, runtime, reporter, settings, alive)
+    is_own = checkpoint is not None and checkpoint.path.parent.parent == session.folder
+
+    session.watch()
+    model = build_model(config, model_folder, backend, runtime, session.reporter, settings, session.alive)
     belongs_to = Identity(fingerprint(model_folder), data.fingerprint(), adapter_shapes(model), identity(config))
     if checkpoint:
-        checkpoint.check(belongs_to, is_same_run=checkpoint.path.parent.parent == folder)
+        checkpoint.check(belongs_to, is_own)
         checkpoint.load_adapter(model)
     engine = build_engine(model, config.optim, runtime, settings)
     if checkpoint:
         engine.load_optimizer_state(checkpoint.optimizer_tensors(), state.num_updates)
-        reporter.say(f"going on after step {state.step} from {checkpoint.path}")
-    reporter.say(
+        say(f"going on after step {state.step} from {checkpoint.path}")
+    say(
         f"{backend}, {runtime.world_size} x {runtime.device.type}: this rank holds {local_bytes(model) / 2**20:,.0f} "
         f"of {whole_bytes(model) / 2**20:,.0f} MiB | {num_steps:,} steps of {plan.global_batch_size:,} rows"
     )
@@ -111,60 +95,124 @@ def _train(
         save_adapter(path, model, tensors, tokenizer, Recipe(config.model, data.layout))
 
     checkpoints = Checkpoints(
-        folder / "checkpoints", config.checkpoint.keep, belongs_to, runtime, backend, write_adapter
+        session.folder / "checkpoints", config.checkpoint.keep, belongs_to, runtime, backend, write_adapter
     )
+    if checkpoint and is_own:
+        checkpoints.note(state.step)
+    session.claim_folder(resumed_step=state.step if checkpoint else None)
+    return Training(config, session, data, pad_token_id(tokenizer), plan, num_steps, model, engine, checkpoints, state)
 
-    def save(is_trial: bool = False) -> None:
-        if not checkpoints.has(state.step):
-            check_in_sync(model, state.step, state.num_samples_seen, runtime)
-            optimizer = engine.optimizer_state() if state.num_updates else {}
-            checkpoints.write(state, engine.whole_adapter(), optimizer, is_trial)
 
-    if runtime.is_main:
-        create_run_folder(folder, config, resumed_step=state.step if checkpoint else None)
-    with Recorder(folder, config.logging, runtime, reporter, num_steps, first_step=state.step + 1) as recorder:
-        model.train()
-        try:
-            while True:
-                if _is_evaluation_due(config, state, num_steps):
-                    result = evaluate(
-                        model, data.eval, config.eval, runtime, micro_batch_size=config.optim.micro_batch_size,
-                        pad_token_id=pad_token_id(tokenizer), alive=alive, step=state.step,
-                        epoch=plan.epoch_at(state.num_samples_seen),
-                    )  # fmt: skip
-                    recorder.evaluation(result)
-                    if state.count_evaluation(result.eval_loss) and state.step > 0:
-                        save()
-                if state.step == num_steps or (state.step > 0 and is_due(state.step, config.checkpoint.every)):
-                    save()
-                elif state.step == 1 and checkpoint is None:
-                    save(is_trial=True)
-                if state.step == num_steps:
-                    break
-                batches = step_batches(plan, state.num_samples_seen, data.train, runtime, pad_token_id(tokenizer))
-                lr = lr_at(state.step + 1, num_steps, config.optim)
-                sums = train_step(model, engine, batches, lr, config.optim.max_grad_norm, runtime, alive)
-                state.count_step(plan.after_step(state.num_samples_seen), sums.is_finite)
-                recorder.step(state.step, lr, sums, plan.epoch_at(state.num_samples_seen), state.num_skipped_steps)
-                if state.num_skipped_in_a_row:
-                    _consider_skipped_step(state, config, reporter)
-                if is_due(state.step, config.parallel.check_every):
-                    check_in_sync(model, state.step, state.num_samples_seen, runtime)
-                checkpoints.poll()
-        except Stopped:
-            save()  # of the last step that was finished
-            raise
-        finally:
-            checkpoints.wait()
+@dataclass
+class Training:
+    """A run that is ready to train; the methods are in the order in which they run."""
 
-    adapter = engine.whole_adapter()
-    if runtime.is_main:
-        write_adapter(folder / "adapter", adapter)
-        reporter.say(f"adapter written to {folder / 'adapter'}")
-        if state.best_step not in (None, state.step):
-            reporter.say(
-                f"the evaluation loss was best after step {state.best_step} ({state.best_eval_loss:.4f}): "
-                f"{checkpoints.path(state.best_step) / 'adapter'}"
+    config: TrainConfig
+    session: Session
+    data: Dataset
+    pad_token_id: int
+    plan: BatchPlan
+    num_steps: int
+    model: PeftModel
+    engine: Engine
+    checkpoints: Checkpoints
+    state: TrainState
+    """Everything that a resumed run goes on from, besides tensors."""
+
+    def run(self) -> None:
+        """Take optimizer steps until the last; evaluate and save in between.
+
+        Raises:
+            Stopped: after a checkpoint of the last step that was finished.
+        """
+        runtime, reporter = self.session.runtime, self.session.reporter
+        first_step = self.state.step + 1
+        logging = self.config.logging
+        with Recorder(self.session.folder, logging, runtime, reporter, self.num_steps, first_step) as recorder:
+            self.model.train()
+            try:
+                self.look_back(recorder)
+                while self.state.step < self.num_steps:
+                    self.step(recorder)
+                    self.look_back(recorder)
+            except Stopped:
+                self.save()
+                raise
+            finally:
+                self.checkpoints.wait()
+
+    def step(self, recorder: Recorder) -> None:
+        """One optimizer step, counted and recorded."""
+        state, optim, runtime = self.state, self.config.optim, self.session.runtime
+        batches = step_batches(self.plan, state.num_samples_seen, self.data.train, runtime, self.pad_token_id)
+        lr = lr_at(state.step + 1, self.num_steps, optim)
+        sums = train_step(self.model, self.engine, batches, lr, optim.max_grad_norm, runtime, self.session.alive)
+        state.count_step(self.plan.after_step(state.num_samples_seen), sums.is_finite)
+        recorder.step(state.step, lr, sums, self.plan.epoch_at(state.num_samples_seen), state.num_skipped_steps)
+        if state.num_skipped_in_a_row:
+            self._consider_skipped_step()
+        if is_due(state.step, self.config.parallel.check_every):
+            check_in_sync(self.model, state.step, state.num_samples_seen, runtime)
+        self.checkpoints.poll()
+
+    def look_back(self, recorder: Recorder) -> None:
+        """What may be due between two steps: an evaluation, a checkpoint."""
+        state = self.state
+        is_last = state.step == self.num_steps
+        is_eval_due = state.step == 0 or is_last or is_due(state.step, self.config.eval.every)
+        if (
+            self.config.has_eval and is_eval_due and state.evaluated_step != state.step
+        ):  # a resumed run may have done it
+            self.evaluate(recorder)
+        if state.step == 0:
+            return
+        if is_last or state.best_step == state.step or is_due(state.step, self.config.checkpoint.every):
+            self.save()
+        elif state.step == 1:
+            self.save(is_trial=True)  # what cannot work fails now, not after hours
+
+    def evaluate(self, recorder: Recorder) -> None:
+        """Loss on the held-out samples."""
+        result = evaluate(
+            self.model, self.data.eval, self.config.eval, self.session.runtime,
+            micro_batch_size=self.config.optim.micro_batch_size, pad_token_id=self.pad_token_id,
+            alive=self.session.alive, step=self.state.step, epoch=self.plan.epoch_at(self.state.num_samples_seen),
+        )  # fmt: skip
+        self.state.count_evaluation(result.eval_loss)
+        recorder.evaluation(result)
+
+    def save(self, is_trial: bool = False) -> None:
+        """A checkpoint of where the run stands, unless there is one: all ranks gather, rank 0 writes meanwhile."""
+        state = self.state
+        if state.step == 0 or self.checkpoints.has(state.step):
+            return
+        check_in_sync(self.model, state.step, state.num_samples_seen, self.session.runtime)
+        optimizer = self.engine.optimizer_state() if state.num_updates else {}
+        self.checkpoints.write(state, self.engine.whole_adapter(), optimizer, is_trial)
+
+    def finish(self) -> None:
+        """Write the trained adapter."""
+        adapter = self.engine.whole_adapter()
+        if not self.session.runtime.is_main:
+            return
+        path, state, say = self.session.folder / "adapter", self.state, self.session.reporter.say
+        self.checkpoints.write_adapter(path, adapter)
+        say(f"adapter written to {path}")
+        if state.best_step not in (None, 0, state.step):
+            best = self.checkpoints.path(state.best_step) / "adapter"
+            say(f"the evaluation loss was best after step {state.best_step} ({state.best_eval_loss:.4f}): {best}")
+
+    def _consider_skipped_step(self) -> None:
+        """Say that a step updated nothing; give up after too many in a row."""
+        in_a_row, limit = self.state.num_skipped_in_a_row, self.config.optim.max_skipped_steps
+        self.session.reporter.say(
+            f"step {self.state.step} skipped: its gradient is not finite ({in_a_row} in a row, at most {limit})"
+        )
+        if in_a_row >= limit:
+            raise TrainingError(
+                f"the gradient was not finite in {in_a_row} steps in a row (optim.max_skipped_steps), so nothing is "
+                f"learned any more. Lower optim.lr (now {self.config.optim.lr:g}), set optim.max_grad_norm, or look "
+                f"at the rows of these steps; the last checkpoint is from before."
             )
 
 
@@ -223,22 +271,3 @@ def step_batches(
 def is_due(step: int, every: int | None) -> bool:
     """Whether something that happens every `every` steps happens after this one."""
     return every is not None and step % every == 0
-
-
-def _is_evaluation_due(config: TrainConfig, state: TrainState, num_steps: int) -> bool:
-    """At the start, at the end and every so often; not again when the run goes on from where it was done."""
-    if not config.has_eval or state.evaluated_step == state.step:
-        return False
-    return state.step in (0, num_steps) or is_due(state.step, config.eval.every)
-
-
-def _consider_skipped_step(state: TrainState, config: TrainConfig, reporter: Reporter) -> None:
-    """Say that a step updated nothing; give up after too many in a row."""
-    in_a_row, limit = state.num_skipped_in_a_row, config.optim.max_skipped_steps
-    reporter.say(f"step {state.step} skipped: its gradient is not finite ({in_a_row} in a row, at most {limit})")
-    if in_a_row >= limit:
-        raise TrainingError(
-            f"the gradient was not finite in {in_a_row} steps in a row (optim.max_skipped_steps), so nothing is "
-            f"learned any more. Lower optim.lr (now {config.optim.lr:g}), set optim.max_grad_norm, or look at the rows "
-            f"around sample {state.num_samples_seen:,}; the last checkpoint is from before."
-        )

@@ -110,7 +110,9 @@ class ZeroEngine:
         return torch.as_tensor(self._engine.get_global_grad_norm(), dtype=torch.float32, device=self._engine.device)
 
     def whole_adapter(self) -> dict[str, torch.Tensor]:
-        return {name: whole_tensor(param).cpu() for name, param in adapter_parameters(self._model).items()}
+        return {
+            name: whole_tensor(param).to("cpu", copy=True) for name, param in adapter_parameters(self._model).items()
+        }
 
     def optimizer_state(self) -> dict[str, torch.Tensor]:
         adapters = adapter_parameters(self._model)

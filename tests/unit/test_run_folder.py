@@ -4,13 +4,11 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from qlora_dist import run_folder
 from qlora_dist.config import (
     AdapterConfig,
     CheckpointConfig,
@@ -27,22 +25,12 @@ from qlora_dist.errors import CheckpointError
 from qlora_dist.run_folder import (
     STOP,
     STOPPED,
+    RunLock,
     check_run_folder,
     create_run_folder,
     identity,
-    lock_run_folder,
     mark_stopped,
 )
-
-
-@pytest.fixture(autouse=True)
-def _locks_of_this_test(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A process holds its lock until it ends; here, until the test ends."""
-    held: list[int] = []
-    monkeypatch.setattr(run_folder, "_held_locks", held)
-    yield
-    for descriptor in held:
-        os.close(descriptor)
 
 
 def run_config(folder: Path, seed: int = 0, **sections: object) -> TrainConfig:
@@ -51,12 +39,19 @@ def run_config(folder: Path, seed: int = 0, **sections: object) -> TrainConfig:
     return replace(config, **sections)
 
 
+def create(config: TrainConfig, resumed_step: int | None = None) -> None:
+    """What a run does with its folder, whose lock ends with the run."""
+    lock = RunLock(Path(config.output_dir))
+    create_run_folder(Path(config.output_dir), config, resumed_step, lock)
+    lock.release()
+
+
 # -- whose it is
 
 
 def test_a_run_folder_takes_its_own_run_again_and_no_other(tmp_path: Path) -> None:
     """The same configuration may come again, also from a folder that was moved; another one is refused."""
-    create_run_folder(tmp_path / "run", run_config(tmp_path / "run"), resumed_step=None)
+    create(run_config(tmp_path / "run"))
     (tmp_path / "run" / "metrics.jsonl").write_text("{}\n")
     assert check_run_folder(run_config(tmp_path / "run")) == tmp_path / "run"
     (tmp_path / "run").rename(tmp_path / "moved")
@@ -77,7 +72,7 @@ def test_a_run_folder_takes_its_own_run_again_and_no_other(tmp_path: Path) -> No
 def test_how_a_run_is_computed_may_change(tmp_path: Path, sections: dict[str, object]) -> None:
     """Other ranks, another cut of the batch, more or fewer checkpoints: the same run goes on."""
     held_out = DataConfig(train="t.jsonl", eval="e.jsonl")
-    create_run_folder(tmp_path / "run", run_config(tmp_path / "run", data=held_out), resumed_step=None)
+    create(run_config(tmp_path / "run", data=held_out))
     check_run_folder(run_config(tmp_path / "run", data=held_out, **sections))
 
 
@@ -91,7 +86,7 @@ def test_how_a_run_is_computed_may_change(tmp_path: Path, sections: dict[str, ob
 )
 def test_what_is_trained_may_not_change(tmp_path: Path, sections: dict[str, object], named: str) -> None:
     """Going on with other settings would not be the run that the folder holds."""
-    create_run_folder(tmp_path / "run", run_config(tmp_path / "run"), resumed_step=None)
+    create(run_config(tmp_path / "run"))
     with pytest.raises(CheckpointError, match=named):
         check_run_folder(run_config(tmp_path / "run", **sections))
 
@@ -99,7 +94,7 @@ def test_what_is_trained_may_not_change(tmp_path: Path, sections: dict[str, obje
 def test_an_identity_survives_a_checkpoint(tmp_path: Path) -> None:
     """What identifies a run equals itself after JSON, in which a checkpoint stores it, and after its config.yaml."""
     config = run_config(tmp_path / "run", adapter=AdapterConfig(target_modules=("q_proj", "v_proj")))
-    create_run_folder(tmp_path / "run", config, resumed_step=None)
+    create(config)
     assert json.loads(json.dumps(identity(config))) == identity(config)
     assert identity(load_config(tmp_path / "run" / "config.yaml")) == identity(config)
 
@@ -148,14 +143,14 @@ ROWS = [json.dumps({"step": step, "loss": 1.0}) + "\n" for step in (1, 2, 3)]
 def test_starting_over_removes_the_earlier_run(tmp_path: Path) -> None:
     """What an earlier run left is not mixed with the new one."""
     fill(tmp_path, ROWS)
-    create_run_folder(tmp_path, run_config(tmp_path), resumed_step=None)
+    create(run_config(tmp_path))
     assert {path.name for path in tmp_path.iterdir()} == {"config.yaml", ".lock"}
 
 
 def test_going_on_keeps_everything_up_to_the_checkpoint(tmp_path: Path) -> None:
     """Rows of steps that will be computed again go, so that no step has two; so does a row that was cut off."""
     fill(tmp_path, [*ROWS[:2], json.dumps({"step": 2, "eval_loss": 0.5}) + "\n", ROWS[2], '{"step": 4, "lo'])
-    create_run_folder(tmp_path, run_config(tmp_path), resumed_step=2)
+    create(run_config(tmp_path), resumed_step=2)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 2]
     assert {"adapter", "tensorboard", "checkpoints"} <= {path.name for path in tmp_path.iterdir()}
@@ -167,7 +162,7 @@ def test_a_stopped_run_leaves_word_until_it_goes_on(tmp_path: Path) -> None:
     mark_stopped(tmp_path, "signal SIGTERM")
     assert (tmp_path / STOPPED).read_text() == "signal SIGTERM\n"
     assert not (tmp_path / STOP).exists()
-    create_run_folder(tmp_path, run_config(tmp_path), resumed_step=2)
+    create(run_config(tmp_path), resumed_step=2)
     assert not (tmp_path / STOPPED).exists()
 
 
@@ -175,23 +170,41 @@ def test_a_stopped_run_leaves_word_until_it_goes_on(tmp_path: Path) -> None:
 
 
 def test_a_folder_is_used_by_one_run_at_a_time(tmp_path: Path) -> None:
-    """A second run is refused with the process that holds the folder."""
-    create_run_folder(tmp_path, run_config(tmp_path), resumed_step=None)
+    """A second run is refused with the process that holds the folder, until the first one is done."""
+    mine, other = RunLock(tmp_path), RunLock(tmp_path)
+    create_run_folder(tmp_path, run_config(tmp_path), None, mine)
+    mine.acquire()  # its own lock is no obstacle
     with pytest.raises(CheckpointError, match=rf"in use by another run \(process {os.getpid()} on "):
-        lock_run_folder(tmp_path)
+        other.acquire()
+    mine.release()
+    other.acquire()
+    other.release()
+
+
+def test_a_run_that_is_refused_removes_nothing(tmp_path: Path) -> None:
+    """What another process is working on stays as it is."""
+    fill(tmp_path, ROWS)
+    mine = RunLock(tmp_path)
+    mine.acquire()
+    with pytest.raises(CheckpointError, match="in use"):
+        create(run_config(tmp_path))
+    assert (tmp_path / "metrics.jsonl").read_text() == "".join(ROWS)
+    mine.release()
 
 
 def test_a_dead_run_holds_no_folder(tmp_path: Path) -> None:
     """The lock of a process that was killed is gone with it, though its file is still there."""
     code = (
-        "import sys, time; from pathlib import Path; from qlora_dist.run_folder import lock_run_folder\n"
-        "lock_run_folder(Path(sys.argv[1])); print('locked', flush=True); time.sleep(600)"
+        "import sys, time; from pathlib import Path; from qlora_dist.run_folder import RunLock\n"
+        "lock = RunLock(Path(sys.argv[1])); lock.acquire(); print('locked', flush=True); time.sleep(600)"
     )
+    mine = RunLock(tmp_path)
     with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == "locked\n"
         with pytest.raises(CheckpointError, match=rf"process {other.pid} on "):
-            lock_run_folder(tmp_path)
+            mine.acquire()
         other.kill()
     assert (tmp_path / ".lock").exists()
-    lock_run_folder(tmp_path)
+    mine.acquire()
+    mine.release()

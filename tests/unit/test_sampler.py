@@ -69,6 +69,7 @@ def steps_from(plan: BatchPlan, num_seen: int, num_steps: int | None = None) -> 
     while num_seen != plan.end and num_steps != 0:
         groups = groups_of_step(plan, num_seen)
         num_seen = plan.after_step(num_seen)
+        assert plan.end is None or num_seen <= plan.end
         num_steps = None if num_steps is None else num_steps - 1
         yield num_seen, groups
 
