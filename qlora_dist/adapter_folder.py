@@ -18,12 +18,9 @@ from qlora_dist.config import ModelConfig
 from qlora_dist.data.sources import Layout
 from qlora_dist.durable import remove, sync_folder, sync_tree, write_text
 from qlora_dist.errors import CheckpointError
+from qlora_dist.model.adapters import saved_name
 from qlora_dist.model.files import read_json
-
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
-ADAPTER_CONFIG = "adapter_config.json"
-RECIPE = "qlora_dist.json"
-"""Beside the adapter: what PEFT's own files do not say, see :class:`Recipe`."""
+from qlora_dist.saved_adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RECIPE
 
 
 @dataclass(frozen=True)
@@ -71,7 +68,7 @@ def save_adapter(
         remove(folder)
         os.replace(partial, folder)
         sync_folder(folder.parent)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # safetensors wraps those of its own writing
         raise CheckpointError(
             f"the adapter cannot be written to {folder}: {error}. Free some space or fix the folder's permissions."
         ) from None
@@ -98,11 +95,6 @@ def read_recipe(folder: Path) -> Recipe:
     saved = read_json(folder / RECIPE) if (folder / RECIPE).is_file() else {}
     base = ModelConfig(**{**saved.get("base", {}), "path": str(base_path)})
     return Recipe(base, saved.get("layout", "messages"))
-
-
-def saved_name(name: str) -> str:
-    """PEFT's file format leaves the adapter's name out: `...lora_A.default.weight` is saved as `...lora_A.weight`."""
-    return name.replace(".default.", ".")
 
 
 def _verify(folder: Path, weights: dict[str, torch.Tensor]) -> None:

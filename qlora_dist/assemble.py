@@ -12,12 +12,19 @@ from qlora_dist.adapter_folder import Recipe
 from qlora_dist.config import TrainConfig
 from qlora_dist.console import Reporter
 from qlora_dist.errors import ModelError
-from qlora_dist.model.adapters import add_adapters, init_adapters, load_adapter_weights, wrap_with_saved_adapter
+from qlora_dist.model.adapters import (
+    add_adapters,
+    check_adapter_fits,
+    init_adapters,
+    load_adapter_weights,
+    wrap_with_saved_adapter,
+)
+from qlora_dist.model.dora import init_magnitudes
 from qlora_dist.model.files import looks_like_hub_name, resolve_model_folder
 from qlora_dist.model.loading import checkpoint_bytes, load_base_weights, materialize
 from qlora_dist.model.recompute import apply_recompute
 from qlora_dist.model.skeleton import build_skeleton, decoder_layers
-from qlora_dist.parallel import Backend, Settings, check_fits, shard_skeleton, verify_base
+from qlora_dist.parallel import Backend, Settings, check_fits, shard_skeleton, verify_base, whole_layers
 from qlora_dist.runtime import Runtime
 
 
@@ -39,6 +46,7 @@ def build_model(
 
     Raises:
         ModelError, ConfigError: the folder, its weights or the adapter's targets cannot be used.
+        CheckpointError: the adapter at `adapter.path` does not fit the model.
     """
     is_hub_name = looks_like_hub_name(config.model.path)
     model = add_adapters(
@@ -46,6 +54,9 @@ def build_model(
         config.adapter,
         base_path=config.model.path if is_hub_name else str(folder.resolve()),
     )
+    saved_adapter = None if config.adapter.path is None else Path(config.adapter.path)
+    if saved_adapter is not None:
+        check_adapter_fits(model, saved_adapter)
     apply_recompute(decoder_layers(model), config.memory)
     check_fits(model, backend, config.parallel, runtime)
     home = shard_skeleton(model, backend, config.parallel, runtime, settings)
@@ -53,7 +64,12 @@ def build_model(
     with reporter.loading(checkpoint_bytes(folder), len(decoder_layers(model)), alive) as on_progress:
         load_base_weights(model, folder, runtime.device, on_progress)
     verify_base(model, backend, config.parallel, runtime)
-    init_adapters(model, config.seed)
+    if saved_adapter is not None:
+        load_adapter_weights(model, saved_adapter)
+    else:
+        init_adapters(model, config.seed, config.adapter.init)
+        if config.adapter.use_dora:
+            init_magnitudes(whole_layers(model))
     return model
 
 

@@ -24,16 +24,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from qlora_dist.adapter_folder import ADAPTER_WEIGHTS, saved_name
 from qlora_dist.durable import remove, sync_folder, sync_tree, write_text
 from qlora_dist.errors import CheckpointError
-from qlora_dist.model.adapters import adapter_parameters
+from qlora_dist.model.adapters import adapter_parameters, saved_name
 from qlora_dist.model.shards import local_part, local_range, whole_shape
 from qlora_dist.runtime import Runtime
+from qlora_dist.saved_adapter import ADAPTER_WEIGHTS
 
 FORMAT_VERSION = 1
 _COMPLETE = "COMPLETE"
@@ -244,7 +244,7 @@ class Checkpoints:
     def _write_caught(self, *arguments: Any) -> None:
         try:
             self._write(*arguments)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             self._error = CheckpointError(
                 f"the checkpoint cannot be written to {self.folder}: {error}. Free some space or fix the folder's "
                 "permissions, and start the same command again: it goes on from the last complete checkpoint."
@@ -276,12 +276,15 @@ class Checkpoints:
             manifest = _manifest(partial)
             _delete(path)
             os.replace(partial, path)
-            write_text(path / _COMPLETE, json.dumps(manifest, indent=2) + "\n")
-            sync_folder(self.folder)
+            self._mark_complete(path, manifest)
         finally:
             with suppress(OSError):
                 remove(partial)
         self._rotate(state)
+
+    def _mark_complete(self, path: Path, manifest: dict[str, dict[str, Any]]) -> None:
+        write_text(path / _COMPLETE, json.dumps(manifest, indent=2) + "\n")
+        sync_folder(self.folder)
 
     def _rotate(self, state: TrainState) -> None:
         """Keep the newest and the best; a trial goes as soon as there is another."""
@@ -388,7 +391,7 @@ def read_checkpoint(path: Path, verify: bool = True) -> Checkpoint:
         )
     except FileNotFoundError as error:
         raise CheckpointError(f"checkpoint {path} is not complete: {Path(error.filename).name} is missing.") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"checkpoint {path} cannot be read: {error!r}.") from None
 
 

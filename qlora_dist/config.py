@@ -19,6 +19,7 @@ from typing import Any, Literal, get_args
 import yaml
 
 from qlora_dist.errors import ConfigError
+from qlora_dist.saved_adapter import ADAPTER_CONFIG, check_agreement, read_saved_adapter
 from qlora_dist.typed import BadEntry, convert, describe, show
 
 IGNORE_INDEX = -100
@@ -53,6 +54,13 @@ class AdapterConfig:
     """Linear layers that get an adapter: `all-linear`, or a list of module names such as [q_proj, v_proj]."""
     use_rslora: bool = False
     """Scale by alpha / sqrt(rank) instead (rank-stabilised LoRA)."""
+    use_dora: bool = False
+    """Train the length of each row of the adapted weights as well (DoRA); layers dequantise their base once more."""
+    init: Literal["default", "gaussian"] = "default"
+    """Initial A: uniform in +-1 / sqrt(in_features), or Gaussian with standard deviation 1 / rank. B starts at zero."""
+    path: str | None = None
+    """Continue from this adapter, a folder in PEFT format. Keys of this section that are left out are then the
+    adapter's (but for `dropout`), and those that are given must agree with it."""
 
 
 @dataclass(frozen=True)
@@ -238,7 +246,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
             raise ConfigError(f"{setting.where}: {key} is set twice, first at {settings[key].where}. Remove one.")
         settings[key] = setting
     settings.update(_read_overrides(overrides))
-    config = _build(TrainConfig, settings)
+    config = _build(TrainConfig, {**_of_saved_adapter(settings), **settings})
     validate(config)
     return config
 
@@ -323,6 +331,15 @@ def _read_overrides(arguments: Sequence[str]) -> Iterator[tuple[str, Setting]]:
         yield key, Setting(value, f"--{key}")
 
 
+def _of_saved_adapter(settings: Mapping[str, Setting]) -> dict[str, Setting]:
+    """The settings that come with the adapter that is continued from, if one is."""
+    path = settings["adapter.path"].value if "adapter.path" in settings else None
+    if not isinstance(path, str):
+        return {}
+    where = str(Path(path) / ADAPTER_CONFIG)
+    return {key: Setting(value, where) for key, value in read_saved_adapter(path).settings.items()}
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Building: from settings to typed dataclasses.
 
@@ -380,7 +397,19 @@ def _typed(key: str, setting: Setting, hint: Any) -> Any:
     except BadEntry as error:
         raise ConfigError(f"{prefix}{key}, {error}") from None
     except TypeError:
-        raise ConfigError(f"{prefix}{key} is {show(setting.value)}, but must be {describe(hint)}.") from None
+        reason = _REFUSED.get(f"{key}: {setting.value}", "")
+        raise ConfigError(f"{prefix}{key} is {show(setting.value)}, but must be {describe(hint)}.{reason}") from None
+
+
+_CHANGES_BASE = (
+    " {} puts part of each base matrix into the adapter and quantises the rest anew, but the base here keeps the bytes "
+    "of its checkpoint: that is what is checked on every rank, and what the saved adapter belongs to."
+)
+_REFUSED = {
+    f"adapter.init: {name}": _CHANGES_BASE.format(title)
+    for name, title in (("pissa", "PiSSA"), ("loftq", "LoftQ"), ("olora", "OLoRA"))
+}
+"""Values that other programs know, and why they cannot be had here."""
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -497,6 +526,8 @@ def _check_contradictions(config: TrainConfig) -> None:
             f"data.eval ({', '.join(data.eval_files)}) and data.eval_fraction ({data.eval_fraction:g}) both choose the "
             "evaluation data. Keep one; data.eval_fraction: 0 splits nothing off."
         )
+    if config.adapter.path is not None:
+        check_agreement(config.adapter.path, read_saved_adapter(config.adapter.path), flatten(config))
     if config.parallel.backend != "auto":
         check_backend_reads(config.parallel, config.parallel.backend)
     if not config.has_eval and (config.eval.every is not None or config.eval.max_batches is not None):

@@ -12,6 +12,7 @@ from typing import Literal, Protocol
 import torch
 from packaging.version import Version
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from torch import distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -19,14 +20,22 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, 
 
 from qlora_dist.config import OptimConfig, ParallelConfig, TrainConfig, check_backend_reads
 from qlora_dist.errors import LaunchError, TrainingError
-from qlora_dist.model.adapters import adapter_parameters
+from qlora_dist.model.adapters import adapter_parameters, lora_layers
 from qlora_dist.model.footprint import check_memory, plan_footprint
 from qlora_dist.model.integrity import check_gathered, check_shards, loaded_checksums
 from qlora_dist.model.shards import shard_group, whole_shape, whole_tensor
 from qlora_dist.model.skeleton import base_model, decoder_layers
 from qlora_dist.optim import FlatAdamW
 from qlora_dist.runtime import Runtime, launched_world_size
-from qlora_dist.zero import Settings, ZeroEngine, launcher_file, launcher_stage, partition_skeleton, zero_settings
+from qlora_dist.zero import (
+    Settings,
+    ZeroEngine,
+    gathered,
+    launcher_file,
+    launcher_stage,
+    partition_skeleton,
+    zero_settings,
+)
 
 Backend = Literal["single", "ddp", "fsdp", "zero2", "zero3"]
 
@@ -312,6 +321,23 @@ def _gathered(model: PeftModel) -> Iterator[tuple[str, torch.Tensor]]:
         for name, param in model.named_parameters():
             if not param.requires_grad:
                 yield name, whole_tensor(param)
+
+
+def whole_layers(model: PeftModel) -> Iterator[LoraLayer]:
+    """The layers with adapters, each with all its parameters whole while it is the current one; a collective.
+
+    No more than one unit (see :func:`shard_skeleton`) is gathered at a time.
+    """
+    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    unit_of = {layer: unit for unit in units for layer in lora_layers(unit)}  # inner units come after outer ones
+    for unit in dict.fromkeys(unit_of.values()):
+        unit.unshard()
+        yield from (layer for layer, its_unit in unit_of.items() if its_unit is unit)
+        unit.reshard()
+    if not units:
+        for layer in lora_layers(model):
+            with gathered(layer):
+                yield layer
 
 
 def _device_mesh(config: ParallelConfig, runtime: Runtime) -> DeviceMesh:

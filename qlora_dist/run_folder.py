@@ -39,6 +39,7 @@ def check_run_folder(config: TrainConfig) -> Path:
         return folder
     if not folder.is_dir():
         raise CheckpointError(f"output_dir {folder} is a file. Give a folder for the run.")
+    _check_writable(folder)
     there = {path.name for path in folder.iterdir()} - _WITHOUT_A_RUN
     if not there:
         return folder
@@ -167,4 +168,4 @@ def _check_writable(folder: Path) -> None:
     while not ancestor.exists():
         ancestor = ancestor.parent
     if not ancestor.is_dir() or not os.access(ancestor, os.W_OK):
-        raise CheckpointError(f"output_dir {folder} cannot be made: {ancestor} is not a writable folder.")
+        raise CheckpointError(f"output_dir {folder} cannot be used: {ancestor} is not a writable folder.")

@@ -14,7 +14,7 @@ import json
 import logging
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from torch import nn
 
 from qlora_dist.config import OptimConfig, TrainConfig
 from qlora_dist.errors import ConfigError
-from qlora_dist.model.adapters import adapter_parameters
+from qlora_dist.model.adapters import adapter_parameters, lora_layers
 from qlora_dist.model.shards import local_range, whole_shape, whole_tensor
 from qlora_dist.model.skeleton import decoder_layers
 from qlora_dist.moments import Moments, Piece
@@ -62,6 +62,24 @@ def partition_skeleton(model: PeftModel, settings: Settings, runtime: Runtime) -
                 module._parameters[name] = allocated[param]
         if len(fresh) > 0:
             deepspeed.zero.Init(module=fresh, config_dict_or_path=settings)
+    for layer in lora_layers(model):
+        if layer.lora_variant:
+            # A variant's forward reads the parameters of the modules in it, which are gathered only while these run.
+            for param in layer.parameters():
+                deepspeed.zero.register_external_parameter(layer, param)
+
+
+@contextmanager
+def gathered(module: nn.Module) -> Iterator[None]:
+    """Have all parameters of a module whole, if they are in parts, to be read; a collective."""
+    parts = [param for param in module.parameters() if hasattr(param, "ds_id")]
+    if not parts:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(parts):
+        yield
 
 
 class ZeroEngine:

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Literal
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
 from qlora_dist.config import AdapterConfig
 from qlora_dist.errors import CheckpointError, ConfigError
-from qlora_dist.model.shards import local_part, local_range, whole_shape
+from qlora_dist.model.dora import DoraVariant
+from qlora_dist.model.shards import keep_local, whole_shape
+from qlora_dist.saved_adapter import ADAPTER_WEIGHTS, BASE_KEEPING_INITS
 
 
 def add_adapters(model: PreTrainedModel, config: AdapterConfig, base_path: str) -> PeftModel:
@@ -32,18 +35,19 @@ def add_adapters(model: PreTrainedModel, config: AdapterConfig, base_path: str) 
         lora_dropout=config.dropout,
         target_modules=targets,
         use_rslora=config.use_rslora,
+        use_dora=config.use_dora,
+        init_lora_weights=True if config.init == "default" else config.init,
         task_type="CAUSAL_LM",
     )
     try:
-        peft_model = get_peft_model(model, lora)
+        peft_model = _wrap(model, lora)
     except ValueError as error:
         linear = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
         raise ConfigError(
             f"adapter.target_modules is {targets}, which names no linear layer of {type(model).__name__}. "
             f"It has {', '.join(sorted(linear))}. ({error})"
         ) from None
-    peft_model.peft_config["default"].base_model_name_or_path = base_path
-    _cast_adapters_at_use(peft_model)
+    lora.base_model_name_or_path = base_path
     return peft_model
 
 
@@ -54,40 +58,90 @@ def wrap_with_saved_adapter(model: PreTrainedModel, adapter_folder: Path) -> Pef
         raise CheckpointError(
             f"adapter folder {adapter_folder} holds an adapter of type {peft_config.peft_type}. Only LoRA is supported."
         )
+    if peft_config.init_lora_weights not in BASE_KEEPING_INITS:
+        raise CheckpointError(
+            f"adapter folder {adapter_folder} was initialised with {peft_config.init_lora_weights!r}, which changes "
+            "the base model. Save it converted to plain LoRA first."
+        )
     try:
-        peft_model = get_peft_model(model, peft_config)
+        return _wrap(model, peft_config)
     except ValueError as error:
         raise CheckpointError(f"adapter folder {adapter_folder} does not fit {type(model).__name__}: {error}") from None
-    _cast_adapters_at_use(peft_model)
+
+
+def _wrap(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
+    """Put empty adapters on a meta-device model. `config` becomes that of the model."""
+    use_dora, config.use_dora = config.use_dora, False  # peft would take the lengths of rows that have no values yet
+    peft_model = get_peft_model(model, config)
+    config.use_dora = use_dora
+    for layer in lora_layers(peft_model):
+        # Autocast shall cast the small adapter matrices, instead of peft the large inputs: casting every input to
+        # float32, the adapters' type, costs a quarter of the throughput.
+        layer.cast_input_dtype_enabled = False
+        if use_dora:
+            DoraVariant.init(layer, "default")
     return peft_model
 
 
+@torch.no_grad()
 def load_adapter_weights(model: PeftModel, adapter_folder: Path) -> None:
-    """Copy saved adapter tensors into a materialised, unsharded model.
+    """Fill the adapters of a materialised model from a folder in PEFT format; each rank keeps its part.
 
     Raises:
-        CheckpointError: the folder lacks a tensor of the model, or holds one the model has no place for.
+        CheckpointError: see :func:`check_adapter_fits`.
     """
+    check_adapter_fits(model, adapter_folder)
+    with _saved_tensors(adapter_folder) as file:
+        for name, param in _all_adapter_parameters(model).items():
+            keep_local(param, file.get_tensor(saved_name(name)))
+
+
+def check_adapter_fits(model: PeftModel, adapter_folder: Path) -> None:
+    """Compare names and shapes of saved adapter tensors with those of a model, which may be on meta or in shards.
+
+    Raises:
+        CheckpointError: the folder lacks a tensor of the model, or holds one of another shape, or one the model has no
+            place for.
+    """
+    with _saved_tensors(adapter_folder) as file:
+        saved = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no mapping
+    here = {saved_name(name): tuple(whole_shape(param)) for name, param in _all_adapter_parameters(model).items()}
+    message = f"adapter folder {adapter_folder} does not fit its base model: "
+    there, now = _adapted(saved), _adapted(here)
+    if there != now:
+        message += f"it adapts {', '.join(there)}; adapter.target_modules asks for {', '.join(now)}."
+    elif saved.keys() != here.keys():
+        missing, unknown = sorted(here.keys() - saved.keys()), sorted(saved.keys() - here.keys())
+        message += f"{len(missing)} tensors missing {missing[:2]}, {len(unknown)} unknown {unknown[:2]}."
+    elif differing := [name for name, shape in here.items() if shape != saved[name]]:
+        name = differing[0]
+        message += f"{name} is {saved[name]}, but {here[name]} is needed (and {len(differing) - 1} more)."
+    else:
+        return
+    raise CheckpointError(message)
+
+
+def saved_name(name: str) -> str:
+    """PEFT's name in files for a parameter: `...lora_A.default.weight` without the adapter's name, `...lora_A.weight`,
+    and `...lora_magnitude_vector.default.weight` without either."""
+    return name.replace(".lora_magnitude_vector.default.weight", ".lora_magnitude_vector").replace(".default.", ".")
+
+
+def _saved_tensors(adapter_folder: Path) -> safe_open:
     try:
-        result = set_peft_model_state_dict(model, load_peft_weights(str(adapter_folder), device="cpu"))
-    except (RuntimeError, SafetensorError) as error:
-        raise CheckpointError(f"adapter folder {adapter_folder} does not fit its base model: {error}") from None
-    missing = [key for key in result.missing_keys if ".lora_" in key]
-    if missing or result.unexpected_keys:
-        raise CheckpointError(
-            f"adapter folder {adapter_folder} does not fit its base model: "
-            f"{len(missing)} tensors missing {missing[:2]}, {len(result.unexpected_keys)} unknown "
-            f"{result.unexpected_keys[:2]}."
-        )
+        return safe_open(adapter_folder / ADAPTER_WEIGHTS, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"adapter folder {adapter_folder}: {ADAPTER_WEIGHTS} cannot be read: {error}") from None
 
 
-def _cast_adapters_at_use(model: PeftModel) -> None:
-    """Let autocast cast the small adapter matrices, instead of peft the large inputs.
+def _adapted(names: Iterable[str]) -> list[str]:
+    """Kinds of layers that saved adapter tensors belong to, such as `q_proj`."""
+    return sorted({name.partition(".lora_")[0].rpartition(".")[2] for name in names})
 
-    peft casts every input to float32, the adapters' type, before the low-rank product: a quarter of the throughput.
-    """
-    for layer in lora_layers(model):
-        layer.cast_input_dtype_enabled = False
+
+def _all_adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The adapters' parameters by name, also of a model that is not to be trained."""
+    return {name: param for name, param in model.named_parameters() if ".lora_" in name}
 
 
 def lora_layers(model: nn.Module) -> Iterator[LoraLayer]:
@@ -101,16 +155,23 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 @torch.no_grad()
-def init_adapters(model: nn.Module, seed: int) -> None:
-    """Set A to Kaiming-uniform with a = sqrt(5), peft's default, and B to zero.
+def init_adapters(model: nn.Module, seed: int, init: Literal["default", "gaussian"] = "default") -> None:
+    """Set every A to random values and every B to zero, as peft does; magnitudes are left alone.
+
+    A is Kaiming-uniform with a = sqrt(5), or with `gaussian` normal with standard deviation 1 / rank.
 
     Every matrix draws from a generator of its own, seeded by (seed, name): the values depend neither on the number of
     ranks, nor on which part of the matrix this rank holds, nor on the order of modules.
     """
     for name, param in adapter_parameters(model).items():
-        whole = torch.zeros(whole_shape(param), dtype=torch.float32)
+        if ".lora_magnitude_vector." in name:
+            continue
+        whole = torch.zeros(whole_shape(param), dtype=torch.float32)  # A is (rank, in_features)
         if ".lora_A." in name:
-            generator = torch.Generator().manual_seed(seed * 2**32 + zlib.crc32(name.encode()))
-            nn.init.kaiming_uniform_(whole, a=math.sqrt(5), generator=generator)
-        start, stop = local_range(param)
-        local_part(param).view(-1).copy_(whole.view(-1)[start:stop])
+            # One number of 32 bits: torch's CPU generator silently ignores the higher bits of a seed.
+            generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+            if init == "gaussian":
+                nn.init.normal_(whole, std=1 / whole.shape[0], generator=generator)
+            else:
+                nn.init.kaiming_uniform_(whole, a=math.sqrt(5), generator=generator)
+        keep_local(param, whole)

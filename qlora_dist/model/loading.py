@@ -26,7 +26,7 @@ from qlora_dist.model.inventory import check_inventory
 from qlora_dist.model.nf4 import QuantizedLinear, quantize_absmax, quantize_blocks
 from qlora_dist.model.prequantized import has_state, load_prequantized
 from qlora_dist.model.reader import SafetensorsReader
-from qlora_dist.model.shards import local_part, local_range, shard_group, whole_shape
+from qlora_dist.model.shards import keep_local, local_part, local_range, shard_group, whole_shape
 from qlora_dist.model.skeleton import base_model, decoder_layers
 
 _MAX_MAPPED_BYTES = 2**24
@@ -182,11 +182,11 @@ def _load_quantized(name: str, layer: QuantizedLinear, reader: SafetensorsReader
         dist.all_reduce(absmax, group=group)
     if layer.format.double_quant:
         quantized, scale, offset = quantize_absmax(absmax)
-        _keep_local(layer.absmax, quantized)
-        _keep_local(layer.absmax_scale, scale)
-        _keep_local(layer.absmax_offset, offset)
+        keep_local(layer.absmax, quantized)
+        keep_local(layer.absmax_scale, scale)
+        keep_local(layer.absmax_offset, offset)
     else:
-        _keep_local(layer.absmax, absmax)
+        keep_local(layer.absmax, absmax)
     return torch.isfinite(elements).all()
 
 
@@ -195,11 +195,6 @@ def _read_elements(name: str, columns: int, first: int, end: int, reader: Safete
     first_row, end_row = first // columns, -(-end // columns)
     rows = reader.rows(name, first_row, end_row).reshape(-1)
     return rows[first - first_row * columns : end - first_row * columns]
-
-
-def _keep_local(param: torch.Tensor, whole: torch.Tensor) -> None:
-    start, stop = local_range(param)
-    local_part(param).view(-1).copy_(whole.view(-1)[start:stop])
 
 
 def checkpoint_bytes(folder: Path) -> int:

@@ -36,6 +36,12 @@ def local_part(param: torch.Tensor) -> torch.Tensor:
     return param.to_local() if isinstance(param, DTensor) else param
 
 
+def keep_local(param: torch.Tensor, whole: torch.Tensor) -> None:
+    """Set a parameter from the whole tensor, of which this rank copies its part."""
+    start, stop = local_range(param)
+    local_part(param).view(-1).copy_(whole.view(-1)[start:stop])
+
+
 def shard_group(param: torch.Tensor) -> dist.ProcessGroup | None:
     """The ranks that together hold the whole parameter once; None when this rank holds all of it."""
     if _is_partitioned(param):

@@ -1,5 +1,6 @@
 """The saved adapter is an ordinary PEFT adapter: a stock transformers model gives this program's logits with it."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -9,24 +10,31 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qlora_dist.adapter_folder import read_recipe
 from qlora_dist.assemble import load_trained
+from qlora_dist.config import load_config
 from qlora_dist.console import Reporter
 from qlora_dist.runtime import start_runtime
+from qlora_dist.train import train
 from tests.support.command import run_command, run_rows, write_config
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory, tiny_llama: Path, chat_file: Path) -> Path:
-    """A float32 run over two processes, with an evaluation file."""
-    root = tmp_path_factory.mktemp("run")
-    config = write_config(
+def config_of_run(root: Path, model: Path, data: Path, adapter: dict, max_steps: int) -> Path:
+    """The config file of a float32 run with a held-out part; it writes to `root`/out."""
+    return write_config(
         root / "config.yaml",
         output_dir=str(root / "out"),
-        model={"path": str(tiny_llama), "dtype": "float32"},
-        adapter={"rank": 4, "alpha": 8},
-        data={"train": str(chat_file), "eval_fraction": 0.2, "max_seq_len": 96},
-        optim={"max_steps": 6, "lr": 1e-2, "micro_batch_size": 2},
+        model={"path": str(model), "dtype": "float32"},
+        adapter=adapter,
+        data={"train": str(data), "eval_fraction": 0.2, "max_seq_len": 96},
+        optim={"max_steps": max_steps, "lr": 1e-2, "micro_batch_size": 2},
     )
-    done = run_command("train", config, processes=2)
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["lora", "dora"])
+def run(request, tmp_path_factory, tiny_llama: Path, chat_file: Path) -> Path:
+    """A run over two processes."""
+    root = tmp_path_factory.mktemp("run")
+    adapter = {"rank": 4, "alpha": 8, "use_dora": request.param}
+    done = run_command("train", config_of_run(root, tiny_llama, chat_file, adapter, max_steps=6), processes=2)
     assert done.returncode == 0, done.stderr
     return root / "out"
 
@@ -59,6 +67,21 @@ def test_evaluation_improved_and_is_reproduced(run: Path) -> None:
     rows = [row for row in run_rows(run) if "eval_loss" in row]
     assert [row["step"] for row in rows] == [0, 6]
     assert rows[1]["eval_loss"] < rows[0]["eval_loss"] - 0.1
+
+
+def test_a_run_continues_from_an_adapter(run: Path, tmp_path: Path, tiny_llama: Path, chat_file: Path) -> None:
+    """Its first evaluation is the last one of the run that made the adapter, on another number of ranks; it has that
+    adapter's settings, and goes on from there."""
+    before = [row for row in run_rows(run) if "eval_loss" in row][-1]["eval_loss"]
+    continued = {"path": str(run / "adapter")}
+    train(load_config(config_of_run(tmp_path, tiny_llama, chat_file, continued, max_steps=3)))
+    folder = tmp_path / "out"
+    first, last = (row["eval_loss"] for row in run_rows(folder) if "eval_loss" in row)
+    assert first == pytest.approx(before, rel=1e-6)
+    assert last < first
+    there, here = (load_config(each / "config.yaml").adapter for each in (run, folder))
+    assert dataclasses.replace(here, path=None, target_modules="all-linear") == there
+    assert read_recipe(folder / "adapter") == read_recipe(run / "adapter")
 
 
 def test_generate_answers(run: Path) -> None:

@@ -123,6 +123,10 @@ def unknown_target(root: Path, settings: dict) -> None:
     settings["adapter"] = {"target_modules": ["no_such_proj"]}
 
 
+def adapter_missing(root: Path, settings: dict) -> None:
+    settings["adapter"] = {"path": str(root / "no-such-adapter")}
+
+
 # case: (what makes the settings bad, words that the message must hold)
 CASES: list[tuple[Case, tuple[str, ...]]] = [
     (missing_model, ("model.path", "no-such-model", "does not exist", "hub name")),
@@ -141,6 +145,7 @@ CASES: list[tuple[Case, tuple[str, ...]]] = [
     (micro_batch_zero, ("optim.micro_batch_size is 0", "at least 1")),
     (unknown_key, ("config.yaml:", "optim.learning_rate", "Did you mean optim.lr?")),
     (contradiction, ("optim.max_steps (1)", "optim.epochs (1)", "null")),
+    (adapter_missing, ("adapter.path", "no-such-adapter", "is not a folder")),
     (unknown_target, ("adapter.target_modules", "no_such_proj", "q_proj")),
 ]
 

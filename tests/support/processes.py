@@ -1,12 +1,13 @@
-"""Runs a function on several gloo processes of this machine."""
+"""Runs functions in processes of their own: several that talk over gloo, or one that may die."""
 
+import multiprocessing
 import os
 import socket
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import multiprocessing
+from torch.multiprocessing import spawn
 
 
 def run_on_processes(function: Callable[..., None], world_size: int, *arguments: Any) -> None:
@@ -17,19 +18,36 @@ def run_on_processes(function: Callable[..., None], world_size: int, *arguments:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    multiprocessing.spawn(_enter, (world_size, port, function, arguments), nprocs=world_size, join=True)
+    spawn(_enter, (world_size, port, function, arguments), nprocs=world_size, join=True)
+
+
+def exit_code_of(function: Callable[..., None], *arguments: Any, timeout: float = 120) -> int:
+    """Call `function(*arguments)` in one new process and return how it ended: 0, or minus the signal that killed it."""
+    process = multiprocessing.get_context("spawn").Process(target=_enter_alone, args=(function, arguments))
+    process.start()
+    process.join(timeout)
+    if process.is_alive():
+        process.kill()
+        raise AssertionError(f"{function.__name__} did not end within {timeout:g} seconds")
+    assert process.exitcode is not None
+    return process.exitcode
 
 
 def _enter(rank: int, world_size: int, port: int, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size),
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="",
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
     )  # fmt: skip
+    _enter_alone(function, arguments)
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        os._exit(0)  # gloo aborts now and then on the ordinary way out; see cli._leave
+
+
+def _enter_alone(function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    os.environ.update(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
     torch.set_num_threads(1)
     from qlora_dist.noise import quiet_third_parties
 
     quiet_third_parties()
     function(*arguments)
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-        os._exit(0)  # gloo aborts now and then on the ordinary way out; see cli._leave

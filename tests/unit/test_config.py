@@ -1,6 +1,7 @@
 """The configuration: what is read, what is refused, and how the refusal is worded."""
 
 import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -485,6 +486,94 @@ def test_settings_of_sharding_are_allowed_where_the_base_is_sharded(file: Path, 
     """Copies and offloading belong to `fsdp`, which `auto` may become."""
     arguments = ["--parallel.replicas", "2", "--parallel.cpu_offload", "true", "--parallel.backend", backend]
     assert load_config(file, arguments).parallel == ParallelConfig(backend=backend, replicas=2, cpu_offload=True)
+
+
+def write_adapter(folder: Path, base: Path, recipe: dict | None = None, **changes: object) -> Path:
+    """An adapter folder as far as its description goes: rank 8, alpha 16, on two kinds of layers of `base`."""
+    folder.mkdir(exist_ok=True)
+    (folder / "adapter_model.safetensors").touch()
+    config = {
+        "peft_type": "LORA", "r": 8, "lora_alpha": 16, "lora_dropout": 0.1, "target_modules": ["v_proj", "q_proj"],
+        "use_rslora": True, "use_dora": True, "base_model_name_or_path": str(base), "bias": "none", "rank_pattern": {},
+    }  # fmt: skip
+    (folder / "adapter_config.json").write_text(json.dumps({**config, **changes}))
+    if recipe is not None:
+        (folder / "qlora_dist.json").write_text(json.dumps({"base": recipe}))
+    return folder
+
+
+def test_an_adapter_that_is_continued_brings_its_settings(file: Path, tmp_path: Path) -> None:
+    """Keys that are left out are the adapter's, except dropout; keys that agree with it may be given; and the dumped
+    configuration, which has them all, is valid input again."""
+    adapter = write_adapter(tmp_path / "adapter", base=Path("m").absolute(), recipe={"quantization": "nf4"})
+    config = load_config(file, ["--adapter.path", str(adapter)])
+    assert config.adapter == AdapterConfig(
+        rank=8, alpha=16.0, target_modules=("v_proj", "q_proj"), use_rslora=True, use_dora=True, path=str(adapter)
+    )
+    (tmp_path / "again.yaml").write_text(dump_config(config))
+    assert load_config(tmp_path / "again.yaml") == config
+    agreeing = ["--adapter.rank", "8", "--adapter.target_modules", "[q_proj, v_proj]", "--adapter.dropout", "0.5"]
+    assert load_config(file, ["--adapter.path", str(adapter), *agreeing]).adapter.dropout == 0.5
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "there"),
+    [
+        ("adapter.rank", "16", "rank: 8"), ("adapter.alpha", "8", "alpha: 16"),
+        ("adapter.use_rslora", "false", "use_rslora: true"), ("adapter.use_dora", "false", "use_dora: true"),
+        ("adapter.target_modules", "[q_proj]", "target_modules: [q_proj, v_proj]"),
+        ("model.path", "other", "trained on"), ("model.quantization", "none", "quantization: nf4"),
+        ("model.double_quant", "false", "double_quant: true"), ("adapter.init", "gaussian", "gives the initial values"),
+    ],
+)  # fmt: skip
+def test_a_setting_that_contradicts_the_adapter_is_refused(
+    file: Path, tmp_path: Path, key: str, value: str, there: str
+) -> None:
+    """With both values and what to set; in a configuration made in Python as well."""
+    recipe = {"quantization": "nf4", "double_quant": True}
+    adapter = write_adapter(tmp_path / "adapter", base=Path("m").absolute(), recipe=recipe)
+    message = refusal(file, "--adapter.path", str(adapter), f"--{key}", value)
+    assert message.startswith(f"{key} is {value}, but")
+    assert str(adapter) in message
+    assert there in message
+    with pytest.raises(ConfigError, match=r"adapter\.rank is 16, but .* has 8"):
+        validate(dataclasses.replace(MINIMAL, adapter=AdapterConfig(path=str(adapter))))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"peft_type": "IA3"}, "type IA3"),
+        ({"init_lora_weights": "pissa_niter_4"}, "'pissa_niter_4', which changes the base"),
+        ({"target_modules": ".*_proj"}, "pattern '.*_proj'"),
+        ({"rank_pattern": {"q_proj": 4}}, 'rank_pattern: {"q_proj": 4}'),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"bias": "all"}, "bias"),
+        ({"r": "eight"}, "adapter.rank is 'eight'"),
+    ],
+)
+def test_an_adapter_of_another_kind_is_refused(file: Path, tmp_path: Path, changes: dict, message: str) -> None:
+    """What this program does not train is not dropped silently."""
+    adapter = write_adapter(tmp_path / "adapter", base=Path("m").absolute(), **changes)
+    assert message in refusal(file, "--adapter.path", str(adapter))
+
+
+def test_a_folder_without_an_adapter_is_refused(file: Path, tmp_path: Path) -> None:
+    """Missing, empty, one level too high (then the right one is suggested), or with a broken file."""
+    assert "is not a folder" in refusal(file, "--adapter.path", str(tmp_path / "none"))
+    assert "has no adapter_config.json" in refusal(file, "--adapter.path", str(tmp_path))
+    write_adapter(tmp_path / "adapter", base=Path("m"))
+    assert f"Did you mean {tmp_path / 'adapter'}?" in refusal(file, "--adapter.path", str(tmp_path))
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{")
+    assert "not readable JSON" in refusal(file, "--adapter.path", str(tmp_path / "adapter"))
+
+
+@pytest.mark.parametrize(("init", "name"), [("pissa", "PiSSA"), ("loftq", "LoftQ"), ("olora", "OLoRA")])
+def test_initialisations_that_change_the_base_are_refused_by_name(file: Path, init: str, name: str) -> None:
+    """The message says why, and what there is instead."""
+    message = refusal(file, "--adapter.init", init)
+    assert message.startswith(f"adapter.init is {init!r}, but must be default or gaussian. {name} ")
+    assert "keeps the bytes of its checkpoint" in message
 
 
 @pytest.mark.parametrize("key", ["model.path", "data.train", "output_dir"])

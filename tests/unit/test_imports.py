@@ -12,7 +12,7 @@ ROOT = Path(qlora_dist.__file__).parent
 FILES = {".".join(("qlora_dist", *path.relative_to(ROOT).with_suffix("").parts)): path for path in ROOT.rglob("*.py")}
 TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FILES.items()}
 
-FOUNDATION = {"qlora_dist.config", "qlora_dist.errors"}
+FOUNDATION = {"qlora_dist.config", "qlora_dist.saved_adapter", "qlora_dist.errors"}
 KNOWS_BACKENDS = {"qlora_dist.parallel", "qlora_dist.zero", "qlora_dist.config", "qlora_dist.demo"}
 
 
@@ -69,8 +69,9 @@ def test_model_and_data_stand_on_config_and_errors_only(layer: str) -> None:
 
 
 def test_config_stands_on_errors_and_errors_on_nothing() -> None:
-    """The bottom of the package."""
-    assert imported("qlora_dist.config") == {"qlora_dist.errors", "qlora_dist.typed"}
+    """The bottom of the package; what a saved adapter says of itself is part of the configuration."""
+    assert imported("qlora_dist.config") == {"qlora_dist.errors", "qlora_dist.saved_adapter", "qlora_dist.typed"}
+    assert imported("qlora_dist.saved_adapter") == {"qlora_dist.errors"}
     assert imported("qlora_dist.typed") == set()
     assert imported("qlora_dist.errors") == set()
 
