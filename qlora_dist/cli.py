@@ -133,9 +133,10 @@ def train_command(argv: list[str]) -> None:
     from qlora_dist.data.sources import check_data_file
     from qlora_dist.model.files import looks_like_hub_name, resolve_model_folder
 
-    check_data_file(config.data.train, "data.train")
-    if config.data.eval is not None:
-        check_data_file(config.data.eval, "data.eval")
+    for source in config.data.sources:
+        check_data_file(source.path, "data.train")
+    for path in config.data.eval_files:
+        check_data_file(path, "data.eval")
     if not looks_like_hub_name(config.model.path):
         resolve_model_folder(config.model.path)
     _quiet()
@@ -203,18 +204,32 @@ def _command_list() -> str:
 def _show_train_help() -> None:
     """Every key with its type, default and meaning, from the dataclasses; tyro draws it."""
     import tyro
+    from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-    from qlora_dist.config import TrainConfig
+    from qlora_dist.config import Source, TrainConfig
 
-    tyro.cli(
-        TrainConfig,
-        args=["--help"],
-        prog="qlora-dist train CONFIG.yaml",
-        description="Train as CONFIG.yaml says. Every key of the file can also be given here as --section.key VALUE "
-        "(VALUE in YAML: true, null, 2e-4, [a, b]); defaults < file < command line.",
-        config=(tyro.conf.FlagConversionOff,),
-        use_underscores=True,
-    )
+    registry = ConstructorRegistry()
+
+    @registry.primitive_rule
+    def sources(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+        """A list of dataclasses is one value in YAML; tyro would make subcommands of it. It is shown, never parsed."""
+        if info.type != str | tuple[Source, ...]:
+            return None
+        return PrimitiveConstructorSpec(
+            nargs=1, metavar="STR|[STR|{path: STR, weight: FLOAT}, ...]", instance_from_str=lambda words: words[0],
+            is_instance=lambda value: isinstance(value, (str, tuple)), str_from_instance=lambda value: [str(value)],
+        )  # fmt: skip
+
+    with registry:
+        tyro.cli(
+            TrainConfig,
+            args=["--help"],
+            prog="qlora-dist train CONFIG.yaml",
+            description="Train as CONFIG.yaml says. Every key of the file can also be given here as --section.key "
+            "VALUE (VALUE in YAML: true, null, 2e-4, [a, b]); defaults < file < command line.",
+            config=(tyro.conf.FlagConversionOff,),
+            use_underscores=True,
+        )
 
 
 _Options = TypeVar("_Options")

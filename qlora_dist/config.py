@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import types
+import os
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, get_args
 
 import yaml
 
 from qlora_dist.errors import ConfigError
 from qlora_dist.saved_adapter import ADAPTER_CONFIG, check_agreement, read_saved_adapter
+from qlora_dist.typed import BadEntry, convert, describe, show
 
 IGNORE_INDEX = -100
 """Label of a token that does not count in the loss; the default of PyTorch's cross-entropy."""
@@ -63,11 +64,22 @@ class AdapterConfig:
 
 
 @dataclass(frozen=True)
+class Source:
+    """One of several training files."""
+
+    path: str
+    """JSONL, JSON, Parquet or CSV file."""
+    weight: float = 1.0
+    """Passes over it in one epoch; with 0.5 the two halves of the file take turns."""
+
+
+@dataclass(frozen=True)
 class DataConfig:
-    train: str = ""
-    """Training file: JSONL, JSON, Parquet or CSV. Required."""
-    eval: str | None = None
-    """Held-out file in the same form; without it `eval_fraction` may split one off."""
+    train: str | tuple[Source, ...] = ""
+    """Training file: JSONL, JSON, Parquet or CSV. Required. Several files are a list of paths, or of
+    {path: FILE, weight: W} where an epoch is to pass W times over the file instead of once."""
+    eval: str | tuple[str, ...] | None = None
+    """Held-out file in the same form, or a list of paths; without it `eval_fraction` may split one off."""
     format: Literal["auto", "messages", "prompt_completion"] = "auto"
     """Row layout: a `messages` column, or `prompt` and `completion` columns of plain text."""
     max_seq_len: int = 1024
@@ -75,10 +87,22 @@ class DataConfig:
     train_on: Literal["completions", "all"] = "completions"
     """Tokens that count in the loss: the assistant's (or the completion's) only, or all."""
     eval_fraction: float = 0.0
-    """Share of the training rows held out for evaluation, in [0, 1)."""
+    """Share of each training file's rows held out for evaluation, in [0, 1)."""
     group_by_length: bool = False
     """Put rows of like length into the same micro-batches, to pad less; the order stays the same for any number of
     processes."""
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """The training files and their weights."""
+        return (Source(self.train),) if isinstance(self.train, str) else self.train
+
+    @property
+    def eval_files(self) -> tuple[str, ...]:
+        """The evaluation files; none when evaluation data are split off, or nothing is evaluated."""
+        if self.eval is None:
+            return ()
+        return (self.eval,) if isinstance(self.eval, str) else self.eval
 
 
 @dataclass(frozen=True)
@@ -100,7 +124,7 @@ class OptimConfig:
     max_steps: int | None = None
     """Optimizer steps of the run; excludes `epochs`."""
     epochs: float | None = None
-    """Passes over the training data; 1 when `max_steps` is not given either."""
+    """Passes over the training data (all its files, as weighted); 1 when `max_steps` is not given either."""
     micro_batch_size: int = 1
     """Sequences per rank in one forward pass."""
     grad_accum_steps: int = 1
@@ -194,7 +218,7 @@ class TrainConfig:
     @property
     def has_eval(self) -> bool:
         """Whether some data is held out."""
-        return self.data.eval is not None or self.data.eval_fraction > 0
+        return bool(self.data.eval_files) or self.data.eval_fraction > 0
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -367,12 +391,14 @@ def _unknown_key(key: str, setting: Setting, known: list[str]) -> str:
 
 
 def _typed(key: str, setting: Setting, hint: Any) -> Any:
+    prefix = "" if setting.where.startswith("--") else f"{setting.where}: "
     try:
-        return _convert(setting.value, hint)
+        return convert(setting.value, hint)
+    except BadEntry as error:
+        raise ConfigError(f"{prefix}{key}, {error}") from None
     except TypeError:
-        prefix = "" if setting.where.startswith("--") else f"{setting.where}: "
         reason = _REFUSED.get(f"{key}: {setting.value}", "")
-        raise ConfigError(f"{prefix}{key} is {_show(setting.value)}, but must be {_describe(hint)}.{reason}") from None
+        raise ConfigError(f"{prefix}{key} is {show(setting.value)}, but must be {describe(hint)}.{reason}") from None
 
 
 _CHANGES_BASE = (
@@ -384,63 +410,6 @@ _REFUSED = {
     for name, title in (("pissa", "PiSSA"), ("loftq", "LoftQ"), ("olora", "OLoRA"))
 }
 """Values that other programs know, and why they cannot be had here."""
-
-
-def _convert(value: Any, hint: Any) -> Any:
-    """`value` as type `hint`; raises TypeError when it is not one. YAML 1.1 reads 2e-4 as text: accept it as float."""
-    origin = get_origin(hint)
-    if origin in (Union, types.UnionType):
-        for option in get_args(hint):
-            try:
-                return _convert(value, option)
-            except TypeError:
-                continue
-    elif origin is Literal:
-        if value is None and "none" in get_args(hint):  # an unquoted `none` is text in YAML, but people write null
-            return "none"
-        if isinstance(value, str) and value in get_args(hint):
-            return value
-    elif origin is tuple:
-        if isinstance(value, str):
-            value = [value]
-        if isinstance(value, (list, tuple)) and value:
-            return tuple(_convert(item, get_args(hint)[0]) for item in value)
-    elif hint is type(None):
-        if value is None:
-            return None
-    elif hint is bool:
-        if isinstance(value, bool):
-            return value
-    elif hint is int:
-        if isinstance(value, int) and not isinstance(value, bool):
-            return value
-    elif hint is float:
-        if isinstance(value, (int, float, str)) and not isinstance(value, bool):
-            try:
-                return float(value)
-            except (ValueError, OverflowError):
-                raise TypeError from None
-    elif hint is str and isinstance(value, (str, int, float)) and not isinstance(value, bool):
-        return str(value)
-    raise TypeError
-
-
-def _describe(hint: Any) -> str:
-    origin = get_origin(hint)
-    if origin in (Union, types.UnionType):
-        return " or ".join(_describe(option) for option in get_args(hint))
-    if origin is Literal:
-        return ", ".join(get_args(hint)[:-1]) + (" or " if len(get_args(hint)) > 1 else "") + get_args(hint)[-1]
-    if origin is tuple:
-        return "a list of names"
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
-    return names[hint]
-
-
-def _show(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    return "empty (null)" if value is None else repr(value)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -459,6 +428,8 @@ def validate(config: TrainConfig) -> None:
             raise ConfigError(f"{key} is missing. Set it to {what}, in the file or with --{key}.")
     for key, value in flatten(config).items():
         _check_range(key, value)
+    _check_files("data.train", config.data.sources)
+    _check_files("data.eval", [Source(path) for path in config.data.eval_files])
     _check_contradictions(config)
 
 
@@ -492,6 +463,23 @@ def _check_range(key: str, value: Any) -> None:
         return
     nullable = type(None) in get_args(_hint(key))
     raise ConfigError(f"{key} is {value}, but {rule}{' (or null, to leave it out)' if nullable else ''}.")
+
+
+def _check_files(key: str, sources: Sequence[Source]) -> None:
+    """Refuse an entry without a file, a weight that is no number of passes, and a file that comes twice."""
+    entries: dict[str, int] = {}
+    for number, source in enumerate(sources, start=1):
+        if not source.path:
+            raise ConfigError(f"{key}, entry {number}: path is empty. Give a data file, or remove the entry.")
+        if not 0 < source.weight < float("inf"):
+            raise ConfigError(
+                f"{key}, entry {number}: weight is {source.weight:g}, but must be a finite number greater than 0. "
+                "To leave a file out, remove its entry."
+            )
+        first = entries.setdefault(os.path.abspath(source.path), number)
+        if first != number:
+            hint = " A weight of 2 passes over a file twice per epoch." if key == "data.train" else ""
+            raise ConfigError(f"{key}, entries {first} and {number} are the same file, {source.path}. Keep one.{hint}")
 
 
 def _hint(key: str) -> Any:
@@ -533,10 +521,10 @@ def _check_contradictions(config: TrainConfig) -> None:
             f"optim.warmup_steps ({optim.warmup_steps}) is not shorter than optim.max_steps ({optim.max_steps}): the "
             "learning rate would never reach optim.lr. Shorten the warm-up."
         )
-    if data.eval is not None and data.eval_fraction > 0:
+    if data.eval_files and data.eval_fraction > 0:
         raise ConfigError(
-            f"data.eval ({data.eval}) and data.eval_fraction ({data.eval_fraction:g}) both choose the evaluation data. "
-            "Keep one; data.eval_fraction: 0 splits nothing off."
+            f"data.eval ({', '.join(data.eval_files)}) and data.eval_fraction ({data.eval_fraction:g}) both choose the "
+            "evaluation data. Keep one; data.eval_fraction: 0 splits nothing off."
         )
     if config.adapter.path is not None:
         check_agreement(config.adapter.path, read_saved_adapter(config.adapter.path), flatten(config))
@@ -545,5 +533,5 @@ def _check_contradictions(config: TrainConfig) -> None:
     if not config.has_eval and (config.eval.every is not None or config.eval.max_batches is not None):
         raise ConfigError(
             "eval.every or eval.max_batches is set, but there is nothing to evaluate on. "
-            "Set data.eval to a file, or data.eval_fraction to the share to hold out."
+            "Set data.eval to a file or a list of files, or data.eval_fraction to the share to hold out."
         )

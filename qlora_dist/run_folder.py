@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import socket
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +68,11 @@ def check_run_folder(config: TrainConfig) -> Path:
 
 
 def identity(config: TrainConfig) -> dict[str, Any]:
-    """The settings that tell one run from another."""
-    return {key: value for key, value in flatten(config).items() if not key.startswith(_MAY_CHANGE)}
+    """The settings that tell one run from another, as plain data."""
+    settings = {key: value for key, value in flatten(config).items() if not key.startswith(_MAY_CHANGE)}
+    # As a checkpoint's JSON will give them back: a tuple never equals the list that it becomes there.
+    plain: dict[str, Any] = json.loads(json.dumps(settings, default=asdict))
+    return plain
 
 
 class RunLock:

@@ -67,7 +67,7 @@ def prepare(config: TrainConfig, backend: Backend, settings: Settings | None, se
     checkpoint = choose_checkpoint(session.folder, config.checkpoint.resume, runtime, say)
     state = checkpoint.state if checkpoint else TrainState()
     plan = BatchPlan(
-        order := sample_order(data.train, config),
+        order := sample_order(data, config),
         config.optim.micro_batch_size, config.optim.grad_accum_steps, runtime.world_size, run_end(order, config.optim),
     )  # fmt: skip
     num_steps = plan.num_steps(state.step, state.num_samples_seen, config.optim)

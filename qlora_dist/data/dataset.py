@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,13 +24,19 @@ class Dataset:
     """Tokenised samples of a run, and sentences that say what became of the rows."""
 
     train: list[Sample]
+    """Those of the first source, then those of the second, and so on."""
     eval: list[Sample]
+    sizes: tuple[int, ...]
+    """Training samples of each source."""
+    weights: tuple[float, ...]
+    """Passes over each source in one epoch."""
     layout: Layout
+    """Of the first source."""
     notes: list[str]
 
     def fingerprint(self) -> str:
-        """Of the tokenised training samples, in order: tokenizer, template and cuts included."""
-        digest = hashlib.sha256()
+        """Of what decides which samples a run sees when: sources, weights and the tokenised samples, in order."""
+        digest = hashlib.sha256(repr((self.sizes, self.weights)).encode())
         for sample in self.train:
             digest.update(array("q", [len(sample.input_ids), *sample.input_ids, *sample.labels]).tobytes())
         return digest.hexdigest()
@@ -41,44 +48,62 @@ def load_dataset(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: i
     Raises:
         DataError: see `load_rows` and `encode_rows`, or `data.eval_fraction` leaves nothing on one side.
     """
-    train, layout = _load_file(config.train, "data.train", config, tokenizer)
-    notes = [_note(config.train, train, config)]
-    if config.eval is not None:
-        held_out, _ = _load_file(config.eval, "data.eval", config, tokenizer)
-        return Dataset(train.samples, held_out.samples, layout, [*notes, _note(config.eval, held_out, config)])
-    if config.eval_fraction == 0:
-        return Dataset(train.samples, [], layout, notes)
-    num_eval = max(1, round(len(train.samples) * config.eval_fraction))
-    if num_eval >= len(train.samples):
-        raise DataError(
-            f"data.eval_fraction {config.eval_fraction:g} of {len(train.samples)} rows leaves no row to train on. "
-            "Lower it, or give data.eval."
-        )
-    order = torch.randperm(len(train.samples), generator=torch.Generator().manual_seed(seed)).tolist()
-    held = set(order[:num_eval])
-    notes.append(f"held out {num_eval} of {len(train.samples)} rows for evaluation")
+    files = [_load_file(source.path, "data.train", config, tokenizer) for source in config.sources]
+    eval_files = [_load_file(path, "data.eval", config, tokenizer) for path in config.eval_files]
+    notes = [
+        file.note(config.max_seq_len) + (f", weight {source.weight:g}" if len(files) > 1 or source.weight != 1 else "")
+        for file, source in zip(files, config.sources, strict=True)
+    ] + [file.note(config.max_seq_len) for file in eval_files]
+    train = [file.encoded.samples for file in files]
+    held_out = [file.encoded.samples for file in eval_files]
+    if config.eval_fraction > 0:
+        num_rows = sum(map(len, train))
+        train, held_out = map(list, zip(*(_split(file, config.eval_fraction, seed) for file in files), strict=True))
+        notes.append(f"held out {sum(map(len, held_out)):,} of {num_rows:,} rows for evaluation")
     return Dataset(
-        [sample for i, sample in enumerate(train.samples) if i not in held],
-        [sample for i, sample in enumerate(train.samples) if i in held],
-        layout,
-        notes,
+        train=list(chain.from_iterable(train)),
+        eval=list(chain.from_iterable(held_out)),
+        sizes=tuple(map(len, train)),
+        weights=tuple(source.weight for source in config.sources),
+        layout=files[0].layout,
+        notes=notes,
     )
 
 
-def _load_file(
-    path: str, key: str, config: DataConfig, tokenizer: PreTrainedTokenizerBase
-) -> tuple[EncodedRows, Layout]:
+@dataclass(frozen=True)
+class _File:
+    path: str
+    layout: Layout
+    encoded: EncodedRows
+
+    def note(self, max_seq_len: int) -> str:
+        encoded = self.encoded
+        tokens = sum(len(sample.input_ids) for sample in encoded.samples)
+        targets = sum(sample.num_targets for sample in encoded.samples)
+        text = f"{self.path}: {len(encoded.samples):,} rows, {tokens:,} tokens, {targets / tokens:.0%} of them targets"
+        if encoded.num_truncated:
+            text += f", {encoded.num_truncated:,} rows cut to {max_seq_len}"
+        if encoded.num_without_targets:
+            text += f", {encoded.num_without_targets:,} rows dropped (no target left)"
+        return text
+
+
+def _load_file(path: str, key: str, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> _File:
     rows = load_rows(path, key)
     layout = detect_layout(rows.column_names, config.format, path)
-    return encode_rows(rows, layout, tokenizer, config, path), layout
+    return _File(path, layout, encode_rows(rows, layout, tokenizer, config, path))
 
 
-def _note(path: str, encoded: EncodedRows, config: DataConfig) -> str:
-    tokens = sum(len(sample.input_ids) for sample in encoded.samples)
-    targets = sum(sample.num_targets for sample in encoded.samples)
-    text = f"{path}: {len(encoded.samples):,} rows, {tokens:,} tokens, {targets / tokens:.0%} of them targets"
-    if encoded.num_truncated:
-        text += f", {encoded.num_truncated:,} rows cut to {config.max_seq_len}"
-    if encoded.num_without_targets:
-        text += f", {encoded.num_without_targets:,} rows dropped (no target left)"
-    return text
+def _split(file: _File, eval_fraction: float, seed: int) -> tuple[list[Sample], list[Sample]]:
+    """Samples to train on, and those held out; depends on the file and the seed, not on other files beside it."""
+    samples = file.encoded.samples
+    num_eval = max(1, round(len(samples) * eval_fraction))
+    if num_eval >= len(samples):
+        raise DataError(
+            f"data.eval_fraction {eval_fraction:g} of {len(samples)} rows leaves no row of {file.path} to train on. "
+            "Lower it, or give data.eval."
+        )
+    order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed)).tolist()
+    held = set(order[:num_eval])
+    train = [sample for i, sample in enumerate(samples) if i not in held]
+    return train, [sample for i, sample in enumerate(samples) if i in held]

@@ -6,11 +6,13 @@ import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 
 import torch
 
 from qlora_dist.config import IGNORE_INDEX, OptimConfig, TrainConfig
 from qlora_dist.data.chat import Sample
+from qlora_dist.data.dataset import Dataset
 
 
 @dataclass(frozen=True)
@@ -43,17 +45,16 @@ def collate(samples: Sequence[Sample], pad_token_id: int, seed: int = 0) -> Micr
     No samples at all make one padding token without a target: a rank with nothing left to evaluate must still take
     part in the collectives of a sharded forward.
     """
-    if not samples:
-        samples = [Sample([pad_token_id], [IGNORE_INDEX])]
-    length = max(len(sample.input_ids) for sample in samples)
-    input_ids = torch.full((len(samples), length), pad_token_id, dtype=torch.int64)
+    rows = samples or [Sample([pad_token_id], [IGNORE_INDEX])]
+    length = max(len(row.input_ids) for row in rows)
+    input_ids = torch.full((len(rows), length), pad_token_id, dtype=torch.int64)
     attention_mask = torch.zeros_like(input_ids)
     labels = torch.full_like(input_ids, IGNORE_INDEX)
-    for row, sample in enumerate(samples):
-        n = len(sample.input_ids)
-        input_ids[row, :n] = torch.tensor(sample.input_ids)
-        attention_mask[row, :n] = 1
-        labels[row, :n] = torch.tensor(sample.labels)
+    for i, row in enumerate(rows):
+        n = len(row.input_ids)
+        input_ids[i, :n] = torch.tensor(row.input_ids)
+        attention_mask[i, :n] = 1
+        labels[i, :n] = torch.tensor(row.labels)
     return MicroBatch(
         input_ids,
         attention_mask,
@@ -208,10 +209,10 @@ class BatchPlan:
         return groups[rank :: self.world_size]
 
 
-def sample_order(samples: Sequence[Sample], config: TrainConfig) -> SampleOrder:
+def sample_order(data: Dataset, config: TrainConfig) -> SampleOrder:
     """The order in which a run sees its training samples."""
-    lengths = tuple(len(sample.input_ids) for sample in samples) if config.data.group_by_length else None
-    return SampleOrder((len(samples),), config.seed, lengths=lengths)
+    lengths = tuple(len(sample.input_ids) for sample in data.train) if config.data.group_by_length else None
+    return SampleOrder(data.sizes, config.seed, data.weights, lengths)
 
 
 def run_end(order: SampleOrder, config: OptimConfig) -> int | None:
@@ -219,8 +220,8 @@ def run_end(order: SampleOrder, config: OptimConfig) -> int | None:
     if config.max_steps is not None:
         return None
     epochs = 1.0 if config.epochs is None else config.epochs
-    # The small part less keeps 2.2 epochs of 25 samples (55.000000000000007) from needing a 56th.
-    return max(1, math.ceil(epochs * order.epoch_size - 1e-9))
+    # The decimal number as it was written: in floating point 2.2 epochs of 25 samples are 55.000000000000007.
+    return max(1, math.ceil(Fraction(str(epochs)) * order.epoch_size))
 
 
 def eval_batches(num_samples: int, micro_batch_size: int, rank: int, world_size: int) -> Iterator[list[int]]:

@@ -76,6 +76,10 @@ def data_missing(root: Path, settings: dict) -> None:
     settings["data"]["train"] = str(root / "no-such.jsonl")
 
 
+def one_of_several_missing(root: Path, settings: dict) -> None:
+    settings["data"]["train"] = [settings["data"]["train"], {"path": str(root / "no-such.jsonl"), "weight": 2}]
+
+
 def data_empty(root: Path, settings: dict) -> None:
     use_data(root, settings, "")
 
@@ -132,6 +136,7 @@ CASES: list[tuple[Case, tuple[str, ...]]] = [
     (no_linear_layers, ("GPT2LMHeadModel", "no nn.Linear", "Conv1D")),
     (no_chat_template, ("no chat template", "prompt", "completion")),
     (data_missing, ("data.train", "no-such.jsonl", "does not exist")),
+    (one_of_several_missing, ("data.train", "no-such.jsonl", "does not exist")),
     (data_empty, ("data.train", "is empty")),
     (data_not_json, ("data.jsonl, line 3", "not valid JSON")),
     (data_truncated_array, ("data.json, line", "JSON array", "cut off")),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import typing
@@ -22,6 +23,7 @@ from qlora_dist.config import (
     ModelConfig,
     OptimConfig,
     ParallelConfig,
+    Source,
     TrainConfig,
     dump_config,
     flatten,
@@ -56,6 +58,11 @@ IMPOSSIBLE = {
     "eval.max_batches": (0,),
     "logging.every": (0,),
     "parallel.replicas": (0, -1),
+    "parallel.check_every": (0, -1),
+    "parallel.hang_timeout_seconds": (0, -1),
+    "checkpoint.every": (0, -1),
+    "checkpoint.keep": (0, -1),
+    "optim.max_skipped_steps": (0, -1),
 }
 
 
@@ -111,6 +118,13 @@ def test_file_overrides_defaults_and_command_line_overrides_file(tmp_path: Path)
         (["--memory.recompute", "null"], "memory.recompute", "none"),  # people write null for none
         (["--model.quantization", "null"], "model.quantization", "none"),
         (["--seed", "1", "--seed", "2"], "seed", 2),
+        (["--data.train", "[a.jsonl, b.jsonl]"], "data.train", (Source("a.jsonl"), Source("b.jsonl"))),
+        (
+            ["--data.train", "[a.jsonl, {path: b.jsonl, weight: 0.5}, {path: c.jsonl}]"],
+            "data.train",
+            (Source("a.jsonl"), Source("b.jsonl", 0.5), Source("c.jsonl")),
+        ),
+        (["--data.eval", "[a.jsonl, b.jsonl]"], "data.eval", ("a.jsonl", "b.jsonl")),
     ],
 )
 def test_command_line_values_are_yaml(file: Path, arguments: list[str], key: str, expected: object) -> None:
@@ -128,6 +142,7 @@ def test_an_empty_section_means_its_defaults(tmp_path: Path) -> None:
 
 
 _text = st.text(st.characters(exclude_categories=["C"]), min_size=1)
+_entries = st.builds(Source, _text, st.floats(min_value=0, exclude_min=True, allow_infinity=False))
 
 
 @settings(deadline=None)
@@ -140,10 +155,11 @@ _text = st.text(st.characters(exclude_categories=["C"]), min_size=1)
     max_grad_norm=st.none() | st.floats(min_value=1e-300, allow_infinity=False),
     recompute=st.sampled_from(["auto", "full", "none"]) | st.integers(0, 100),
     tensorboard=st.booleans(),
-    eval_file=st.none() | _text,
+    sources=_text | st.lists(_entries, min_size=1, unique_by=lambda source: os.path.abspath(source.path)).map(tuple),
+    eval_files=st.none() | _text | st.lists(_text, min_size=1, unique_by=os.path.abspath).map(tuple),
 )
 def test_a_dumped_config_reads_back_equal(
-    tmp_path_factory, output_dir, seed, path, modules, lr, max_grad_norm, recompute, tensorboard, eval_file
+    tmp_path_factory, output_dir, seed, path, modules, lr, max_grad_norm, recompute, tensorboard, sources, eval_files
 ) -> None:
     """The config.yaml that a run leaves behind is valid input again, and means the same."""
     config = TrainConfig(
@@ -151,7 +167,7 @@ def test_a_dumped_config_reads_back_equal(
         seed=seed,
         model=ModelConfig(path=path),
         adapter=AdapterConfig(target_modules=modules),
-        data=DataConfig(train="t.jsonl", eval=eval_file),
+        data=DataConfig(train=sources, eval=eval_files),
         optim=OptimConfig(lr=lr, max_grad_norm=max_grad_norm),
         memory=MemoryConfig(recompute=recompute),
         logging=LoggingConfig(tensorboard=tensorboard),
@@ -304,7 +320,12 @@ def test_a_malformed_override_is_refused(file: Path, arguments: list[str], messa
         ("model.double_quant", "maybe", "true or false"),
         ("model.path", "true", "text"),
         ("model.path", "[a]", "text"),
-        ("data.eval", "{a: 1}", "text or null"),
+        ("data.eval", "{a: 1}", "text or a list of names or null"),
+        ("data.eval", "[]", "text or a list of names or null"),
+        ("data.eval", "[{path: e.jsonl, weight: 2}]", "text or a list of names or null"),
+        ("data.train", "[]", "text or a list whose entries are names or {path: …, weight: …}"),
+        ("data.train", "{path: a, weight: 2}", "text or a list whose entries are names or {path: …, weight: …}"),
+        ("data.train", "null", "text or a list whose entries are names or {path: …, weight: …}"),
         ("model.dtype", "float16", "bfloat16 or float32"),
         ("model.quantization", "int8", "nf4, fp4 or none"),
         ("optim.schedule", "1", "linear, cosine or constant"),
@@ -320,6 +341,60 @@ def test_a_value_of_the_wrong_type_is_refused(file: Path, key: str, value: str, 
     message = refusal(file, f"--{key}", value)
     assert message.startswith(f"{key} is ")
     assert message.endswith(f"but must be {rule}.")
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ("{path: b, wieght: 2}", "unknown key wieght. The keys of an entry are path and weight."),
+        ("{path: b, 3: 2}", "unknown key 3. The keys of an entry are path and weight."),
+        ("{weight: 2}", "path is missing. The keys of an entry are path and weight."),
+        ("{}", "path is missing. The keys of an entry are path and weight."),
+        ("{path: [b]}", "path is ['b'], but must be text."),
+        ("[b]", "path is ['b'], but must be text."),
+        ("null", "path is empty (null), but must be text."),
+        ("''", "path is empty. Give a data file, or remove the entry."),
+        ("{path: b, weight: heavy}", "weight is 'heavy', but must be a number."),
+        ("{path: b, weight: true}", "weight is true, but must be a number."),
+        *(
+            (f"{{path: b, weight: {weight}}}", f"weight is {shown}, but must be a finite number greater than 0. "
+             "To leave a file out, remove its entry.")
+            for weight, shown in (("0", "0"), ("-0.5", "-0.5"), (".inf", "inf"), (".nan", "nan"))
+        ),
+    ],
+)  # fmt: skip
+def test_a_mistake_in_one_of_several_files_names_the_entry(file: Path, entry: str, message: str) -> None:
+    """Entries count from 1; the message says what is wrong with that one, not with the list."""
+    assert refusal(file, "--data.train", f"[a, {entry}]") == f"data.train, entry 2: {message}"
+
+
+def test_a_mistake_in_an_entry_is_named_by_file_and_line(tmp_path: Path) -> None:
+    """The line is that of the list's key."""
+    path = tmp_path / "run.yaml"
+    path.write_text("output_dir: out\nmodel: {path: m}\ndata:\n  train:\n  - a.jsonl\n  - {file: b.jsonl}\n")
+    assert refusal(path).startswith(f"{path}:4: data.train, entry 2: unknown key file.")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "path"),
+    [
+        ("data.train", "[a.jsonl, b.jsonl, {path: ./a.jsonl, weight: 2}]", "./a.jsonl"),
+        ("data.eval", "[a.jsonl, b.jsonl, a.jsonl]", "a.jsonl"),
+    ],
+)
+def test_a_file_that_comes_twice_is_refused(file: Path, key: str, value: str, path: str) -> None:
+    """Twice the same file is a slip, or meant as a weight."""
+    message = refusal(file, f"--{key}", value)
+    assert message.startswith(f"{key}, entries 1 and 3 are the same file, {path}. Keep one.")
+    assert ("weight of 2" in message) == (key == "data.train")
+
+
+def test_one_file_and_several_look_alike_to_their_readers() -> None:
+    """`sources` and `eval_files` are lists, whichever way the configuration was written."""
+    assert DataConfig(train="a").sources == (Source("a", 1.0),)
+    assert DataConfig(train=(Source("a", 2.0), Source("b"))).sources == (Source("a", 2.0), Source("b"))
+    files = [DataConfig(train="a", eval=value).eval_files for value in (None, "e", ("e", "f"))]
+    assert files == [(), ("e",), ("e", "f")]
 
 
 @pytest.mark.parametrize(("text", "expected"), [("2e-4", 2e-4), ("1E5", 1e5), ("3", 3.0), ("'0.5'", 0.5)])
@@ -378,6 +453,7 @@ def test_the_edge_of_a_rule_is_allowed(file: Path, key: str, value: float) -> No
         ({"optim.warmup_steps": 0, "optim.warmup_ratio": 0}, ("optim.warmup_steps", "optim.warmup_ratio")),
         ({"optim.warmup_steps": 6, "optim.max_steps": 5}, ("optim.warmup_steps", "optim.max_steps")),
         ({"data.eval": "e.jsonl", "data.eval_fraction": 0.1}, ("data.eval", "data.eval_fraction")),
+        ({"data.eval": ["e.jsonl", "f.jsonl"], "data.eval_fraction": 0.1}, ("e.jsonl, f.jsonl", "data.eval_fraction")),
         ({"eval.every": 5}, ("eval.every", "data.eval", "data.eval_fraction")),
         ({"eval.max_batches": 5}, ("eval.max_batches", "data.eval", "data.eval_fraction")),
         ({"parallel.replicas": 2, "parallel.backend": "ddp"}, ("parallel.replicas", "parallel.backend")),

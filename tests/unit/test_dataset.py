@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_dist.config import DataConfig
+from qlora_dist.config import DataConfig, Source
 from qlora_dist.data.chat import Sample
 from qlora_dist.data.dataset import load_dataset
 from qlora_dist.errors import DataError
@@ -73,7 +73,7 @@ def test_the_split_is_a_function_of_the_seed(tmp_path: Path, tokenizer) -> None:
 def test_a_split_that_leaves_nothing_to_train_on_is_refused(tmp_path: Path, tokenizer) -> None:
     """Holding out the only row is refused, with the setting, the number of rows and the remedy."""
     path = chat_rows(tmp_path / "t.jsonl", ["a"])
-    with pytest.raises(DataError, match=r"data\.eval_fraction 0\.1 of 1 rows leaves no row to train on"):
+    with pytest.raises(DataError, match=r"data\.eval_fraction 0\.1 of 1 rows leaves no row of .*t\.jsonl to train on"):
         load_dataset(DataConfig(train=path, eval_fraction=0.1), tokenizer, seed=0)
 
 
@@ -108,3 +108,91 @@ def test_notes_say_what_became_of_the_rows(tmp_path: Path, tokenizer) -> None:
     assert note == (
         f"{path}: 2 rows, 11 tokens, 82% of them targets, 1 rows cut to 8, 1 rows dropped (no target left)"
     )  # 9 / 11
+
+
+# -- several files
+
+
+def test_several_files_follow_each_other(tmp_path: Path, tokenizer) -> None:
+    """Each file's samples are one source, with its size and weight; layouts may differ, the first one counts."""
+    chat = chat_rows(tmp_path / "c.jsonl", ["a", "b", "c"])
+    plain = tmp_path / "p.jsonl"
+    plain.write_text('{"prompt": "go", "completion": "d"}\n{"prompt": "go", "completion": "e"}\n')
+    data = load_dataset(DataConfig(train=(Source(chat, 2.0), Source(str(plain), 0.5))), tokenizer, seed=0)
+    assert answers_of(data.train, tokenizer) == ["a", "b", "c", "d", "e"]
+    assert (data.sizes, data.weights, data.layout) == ((3, 2), (2.0, 0.5), "messages")
+    assert [note.rpartition(", ")[2] for note in data.notes] == ["weight 2", "weight 0.5"]
+    assert [note.partition(":")[0] for note in data.notes] == [chat, str(plain)]
+
+
+def test_one_file_is_one_source(tmp_path: Path, tokenizer) -> None:
+    """A plain path is a source of weight 1, of which the notes need not speak."""
+    data = load_dataset(DataConfig(train=chat_rows(tmp_path / "t.jsonl", ["a", "b"])), tokenizer, seed=0)
+    assert (data.sizes, data.weights) == ((2,), (1.0,))
+    assert "weight" not in data.notes[0]
+
+
+def test_several_evaluation_files_are_one_set(tmp_path: Path, tokenizer) -> None:
+    """All rows of all evaluation files are evaluated, in the order of the files."""
+    train = chat_rows(tmp_path / "t.jsonl", ["a"])
+    files = tuple(chat_rows(tmp_path / f"{name}.jsonl", list(name)) for name in ("bc", "def"))
+    data = load_dataset(DataConfig(train=train, eval=files), tokenizer, seed=0)
+    assert answers_of(data.eval, tokenizer) == list("bcdef")
+    assert [note.partition(":")[0] for note in data.notes] == [train, *files]
+
+
+def test_each_file_gives_its_share_to_evaluation(tmp_path: Path, tokenizer) -> None:
+    """`eval_fraction` is of every file, whatever its size and weight, and at least a row of each; what is held out of
+    a file does not depend on the files beside it."""
+    words = {"large": [chr(ord("a") + i) for i in range(20)], "small": list("uvwx")}
+    paths = {name: chat_rows(tmp_path / f"{name}.jsonl", rows) for name, rows in words.items()}
+    together = DataConfig(train=(Source(paths["large"]), Source(paths["small"], 3.0)), eval_fraction=0.1)
+    data = load_dataset(together, tokenizer, seed=0)
+    assert data.sizes == (18, 3)
+    assert sorted(answers_of(data.train + data.eval, tokenizer)) == words["large"] + words["small"]
+    assert data.notes[-1] == "held out 3 of 24 rows for evaluation"
+    alone = [
+        load_dataset(DataConfig(train=path, eval_fraction=0.1), tokenizer, seed=0).eval for path in paths.values()
+    ]  # fmt: skip
+    assert data.eval == alone[0] + alone[1]
+
+
+def test_a_fault_in_one_of_several_files_names_it(tmp_path: Path, tokenizer) -> None:
+    """A missing file, a faulty row, and a file too small to hold anything out of."""
+    good = chat_rows(tmp_path / "good.jsonl", ["a", "b", "c"])
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"messages": []}\n')
+    one = chat_rows(tmp_path / "one.jsonl", ["a"])
+    for path, fraction, message in (
+        (str(tmp_path / "nowhere.jsonl"), 0.0, r"^data\.train .*nowhere\.jsonl does not exist"),
+        (str(bad), 0.0, r"bad\.jsonl, row 1"),
+        (one, 0.3, r"of 1 rows leaves no row of .*one\.jsonl to train on"),
+    ):
+        with pytest.raises(DataError, match=message):
+            load_dataset(DataConfig(train=(Source(good), Source(path)), eval_fraction=fraction), tokenizer, seed=0)
+
+
+def test_the_fingerprint_is_of_everything_that_decides_the_stream(tmp_path: Path, tokenizer) -> None:
+    """The same configuration has the same fingerprint; other rows, files, weights, cuts or borders between files have
+    another one."""
+    ab, cd = (chat_rows(tmp_path / f"{name}.jsonl", list(name)) for name in ("ab", "cd"))
+    abc, d = (chat_rows(tmp_path / f"{name}.jsonl", list(name)) for name in ("abc", "d"))
+    abcd = chat_rows(tmp_path / "abcd.jsonl", list("abcd"))
+
+    def fingerprint(*sources: Source, max_seq_len: int = 1024) -> str:
+        config = DataConfig(train=sources, max_seq_len=max_seq_len)
+        return load_dataset(config, tokenizer, seed=0).fingerprint()
+
+    num_tokens = len(load_dataset(DataConfig(train=ab), tokenizer, seed=0).train[0].input_ids)
+    both = fingerprint(Source(ab), Source(cd))
+    assert both == fingerprint(Source(ab), Source(cd, 1.0))
+    others = {
+        fingerprint(Source(cd), Source(ab)),
+        fingerprint(Source(ab), Source(cd, 2.0)),
+        fingerprint(Source(ab, 2.0), Source(cd)),
+        fingerprint(Source(abc), Source(d)),
+        fingerprint(Source(abcd)),
+        fingerprint(Source(ab)),
+        fingerprint(Source(ab), Source(cd), max_seq_len=num_tokens - 1),
+    }
+    assert len(others - {both}) == 7

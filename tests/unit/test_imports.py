@@ -70,8 +70,9 @@ def test_model_and_data_stand_on_config_and_errors_only(layer: str) -> None:
 
 def test_config_stands_on_errors_and_errors_on_nothing() -> None:
     """The bottom of the package; what a saved adapter says of itself is part of the configuration."""
-    assert imported("qlora_dist.config") == {"qlora_dist.errors", "qlora_dist.saved_adapter"}
+    assert imported("qlora_dist.config") == {"qlora_dist.errors", "qlora_dist.saved_adapter", "qlora_dist.typed"}
     assert imported("qlora_dist.saved_adapter") == {"qlora_dist.errors"}
+    assert imported("qlora_dist.typed") == set()
     assert imported("qlora_dist.errors") == set()
 
 

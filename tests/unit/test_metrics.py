@@ -17,13 +17,13 @@ from qlora_dist.runtime import Runtime, start_runtime
 
 DOCUMENTED = {
     "step", "loss", "grad_norm", "lr", "num_tokens", "num_target_tokens", "tokens_per_second", "step_seconds",
-    "peak_memory_gib", "mfu", "epoch",
+    "peak_memory_gib", "mfu", "epoch", "num_skipped_steps",
 }  # fmt: skip
 """The fields that docs/adapter.md promises to readers of metrics.jsonl."""
 
 STEP = StepMetrics(
     step=3, loss=1.5, grad_norm=0.25, lr=2e-4, num_tokens=100, num_target_tokens=40, tokens_per_second=50.0,
-    step_seconds=2.0, peak_memory_gib=0.5, mfu=None, epoch=0.75,
+    step_seconds=2.0, peak_memory_gib=0.5, mfu=None, epoch=0.75, num_skipped_steps=1,
 )  # fmt: skip
 EVAL = EvalMetrics(step=3, eval_loss=0.5, eval_perplexity=1.6487, num_target_tokens=7, seconds=0.1, epoch=0.75)
 
@@ -63,6 +63,7 @@ def test_a_step_is_one_json_object_with_the_documented_fields(tmp_path: Path) ->
     assert row == {
         "step": 3, "loss": 1.5, "grad_norm": 0.25, "lr": 2e-4, "num_tokens": 100, "num_target_tokens": 40,
         "tokens_per_second": 50.0, "step_seconds": 2.0, "peak_memory_gib": 0.5, "mfu": None, "epoch": 0.75,
+        "num_skipped_steps": 1,
     }  # fmt: skip
 
 
@@ -95,6 +96,16 @@ def test_tensorboard_shows_the_same_numbers(tmp_path: Path) -> None:
         assert found == pytest.approx(value, rel=1e-6)  # event files hold float32
 
 
+def test_a_run_that_goes_on_has_one_value_per_step(tmp_path: Path) -> None:
+    """TensorBoard drops what was written for steps that are computed again."""
+    for first_step, losses in ((1, {1: 1.0, 2: 2.0, 3: 3.0}), (2, {2: 20.0})):
+        writer = MetricsWriter(tmp_path, LoggingConfig(tensorboard=True), first_step)
+        for step, loss in losses.items():
+            writer.write(replace(STEP, step=step, loss=loss))
+        writer.close()
+    assert scalars(tmp_path)["train/loss"] == [(1, 1.0), (2, 20.0)]
+
+
 def test_tensorboard_can_be_left_out(tmp_path: Path) -> None:
     """With `logging.tensorboard: false` the rows are all there is."""
     writer = MetricsWriter(tmp_path, LoggingConfig(tensorboard=False))
@@ -111,9 +122,9 @@ def test_steps_are_logged_when_due_and_at_the_end(tmp_path: Path, every: int, lo
     """Every N-th step makes a row and the last one always does, on file and on the console alike."""
     out = StringIO()
     config = LoggingConfig(every=every, tensorboard=False)
-    with Recorder(tmp_path, config, runtime(), Reporter(True, file=out), num_steps=5) as recorder:
+    with Recorder(tmp_path, config, runtime(), Reporter(True, file=out), num_steps=5, first_step=1) as recorder:
         for step in range(1, 6):
-            recorder.step(step, lr=0.1 * step, sums=sums(loss=step, num_tokens=10), epoch=step / 5)
+            recorder.step(step, lr=0.1 * step, sums=sums(loss=step, num_tokens=10), epoch=step / 5, num_skipped_steps=0)
     assert [row["step"] for row in rows(tmp_path)] == logged
     assert [row["loss"] for row in rows(tmp_path)] == logged
     assert [row["lr"] for row in rows(tmp_path)] == pytest.approx([0.1 * step for step in logged])
@@ -123,9 +134,13 @@ def test_steps_are_logged_when_due_and_at_the_end(tmp_path: Path, every: int, lo
 def test_a_row_holds_what_the_step_left(tmp_path: Path) -> None:
     """Loss, norm and counts are those of the logged step alone; counts are whole numbers."""
     config = LoggingConfig(every=2, tensorboard=False)
-    with Recorder(tmp_path, config, runtime(), Reporter(False), num_steps=2) as recorder:
-        recorder.step(1, 0.1, sums(loss=9.0, num_tokens=900, num_targets=99, grad_norm=9.0), epoch=0.5)
-        recorder.step(2, 0.2, sums(loss=1.25, num_tokens=300, num_targets=70, grad_norm=0.5), epoch=1.0)
+    with Recorder(tmp_path, config, runtime(), Reporter(False), num_steps=2, first_step=1) as recorder:
+        recorder.step(
+            1, 0.1, sums(loss=9.0, num_tokens=900, num_targets=99, grad_norm=9.0), epoch=0.5, num_skipped_steps=0
+        )
+        recorder.step(
+            2, 0.2, sums(loss=1.25, num_tokens=300, num_targets=70, grad_norm=0.5), epoch=1.0, num_skipped_steps=0
+        )
     [row] = rows(tmp_path)
     assert set(row) == DOCUMENTED
     assert (row["loss"], row["grad_norm"], row["epoch"]) == (1.25, 0.5, 1.0)
@@ -136,9 +151,9 @@ def test_a_row_holds_what_the_step_left(tmp_path: Path) -> None:
 def test_throughput_is_over_all_steps_since_the_last_row(tmp_path: Path) -> None:
     """Tokens per second times seconds is the tokens of the whole window, not those of its last step."""
     config = LoggingConfig(every=3, tensorboard=False)
-    with Recorder(tmp_path, config, runtime(), Reporter(False), num_steps=5) as recorder:
+    with Recorder(tmp_path, config, runtime(), Reporter(False), num_steps=5, first_step=1) as recorder:
         for step, num_tokens in enumerate([10, 20, 30, 100, 200], start=1):
-            recorder.step(step, 0.1, sums(loss=1, num_tokens=num_tokens), epoch=0.0)
+            recorder.step(step, 0.1, sums(loss=1, num_tokens=num_tokens), epoch=0.0, num_skipped_steps=0)
     tokens = [row["tokens_per_second"] * row["step_seconds"] for row in rows(tmp_path)]
     assert tokens == pytest.approx([60 / 3, 300 / 2])  # windows of three and of two steps
 
@@ -149,10 +164,10 @@ def test_time_spent_evaluating_is_not_training_time(tmp_path: Path) -> None:
     An hour that never passed: if it is subtracted, the two steps took about minus 1,800 seconds each.
     """
     config = LoggingConfig(every=2, tensorboard=False)
-    with Recorder(tmp_path, config, runtime(), Reporter(False), num_steps=2) as recorder:
-        recorder.step(1, 0.1, sums(loss=1, num_tokens=10), epoch=0.0)
+    with Recorder(tmp_path, config, runtime(), Reporter(False), num_steps=2, first_step=1) as recorder:
+        recorder.step(1, 0.1, sums(loss=1, num_tokens=10), epoch=0.0, num_skipped_steps=0)
         recorder.evaluation(EvalMetrics(1, 0.5, math.exp(0.5), 7, seconds=3600.0, epoch=0.0))
-        recorder.step(2, 0.1, sums(loss=1, num_tokens=10), epoch=0.0)
+        recorder.step(2, 0.1, sums(loss=1, num_tokens=10), epoch=0.0, num_skipped_steps=0)
     assert [("eval_loss" in row) for row in rows(tmp_path)] == [True, False]
     assert rows(tmp_path)[1]["step_seconds"] == pytest.approx(-1800, abs=60)
 
@@ -161,18 +176,18 @@ def test_time_left_is_told_once_it_can_be_known(tmp_path: Path) -> None:
     """Not after the first step, which includes warm-up, and not after the last."""
     out = StringIO()
     config = LoggingConfig(tensorboard=False)
-    with Recorder(tmp_path, config, runtime(), Reporter(True, file=out), num_steps=4) as recorder:
+    with Recorder(tmp_path, config, runtime(), Reporter(True, file=out), num_steps=4, first_step=1) as recorder:
         for step in range(1, 5):
-            recorder.step(step, 0.1, sums(loss=1, num_tokens=10), epoch=0.0)
+            recorder.step(step, 0.1, sums(loss=1, num_tokens=10), epoch=0.0, num_skipped_steps=0)
     assert [line.endswith(" left") for line in out.getvalue().splitlines()] == [False, True, True, False]
 
 
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     """Only rank 0 makes files; the others take part without leaving a trace."""
     config = LoggingConfig(tensorboard=True)
-    with Recorder(tmp_path, config, runtime(rank=1), Reporter(False), num_steps=1) as recorder:
+    with Recorder(tmp_path, config, runtime(rank=1), Reporter(False), num_steps=1, first_step=1) as recorder:
         recorder.evaluation(EVAL)
-        recorder.step(1, 0.1, sums(loss=1, num_tokens=10), epoch=0.0)
+        recorder.step(1, 0.1, sums(loss=1, num_tokens=10), epoch=0.0, num_skipped_steps=0)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -188,7 +203,7 @@ def test_peak_memory_of_the_host_is_what_the_kernel_says() -> None:
 def test_a_loss_that_is_not_finite_is_null(tmp_path: Path) -> None:
     """JSON has no NaN: strict readers must be able to read the rows of a run that went wrong."""
     writer = MetricsWriter(tmp_path, LoggingConfig(tensorboard=False))
-    writer.write(StepMetrics(1, float("nan"), float("inf"), 1.0, 1, 1, 1.0, 1.0, 1.0, None, 0.0))
+    writer.write(StepMetrics(1, float("nan"), float("inf"), 1.0, 1, 1, 1.0, 1.0, 1.0, None, 0.0, 0))
     writer.close()
     row = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=lambda name: pytest.fail(name))
     assert row["loss"] is None

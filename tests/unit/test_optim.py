@@ -93,6 +93,7 @@ def test_flat_adamw_is_adamw(weight_decay: float) -> None:
         set_gradients(ours, step)
         set_gradients(theirs, step)
         flat.step(lr=0.01 * step)
+        flat.clear_gradients()
         reference.param_groups[0]["lr"] = 0.01 * step
         reference.step()
         reference.zero_grad()
@@ -122,7 +123,7 @@ def test_parameters_are_views_of_one_buffer() -> None:
 
 
 def test_backward_writes_into_the_flat_gradient() -> None:
-    """All gradients lie end to end in one tensor, add up over backward passes, and are cleared by the step."""
+    """All gradients lie end to end in one tensor, add up over backward passes, and are cleared in place."""
     params, separate = parameters(), parameters()
     flat = FlatAdamW(params, OptimConfig())
     for step in (1, 2):
@@ -132,7 +133,7 @@ def test_backward_writes_into_the_flat_gradient() -> None:
     [gradient] = flat.gradients
     expected = torch.cat([p.grad.reshape(-1) for p in separate.values()])
     torch.testing.assert_close(gradient, expected)
-    flat.step(lr=0.1)
+    flat.clear_gradients()
     assert not gradient.any()
     set_gradients(params, 3)
     assert gradient.any()  # still the gradients of the parameters
@@ -163,6 +164,7 @@ def test_lora_plus_trains_b_matrices_faster() -> None:
         set_gradients(ours, step)
         set_gradients(theirs, step)
         flat.step(lr=0.01)
+        flat.clear_gradients()
         reference.step()
         reference.zero_grad()
     for name in names:
@@ -185,6 +187,7 @@ def distances(optimizer: str, num_steps: int = 60) -> tuple[list[float], dict[st
         loss.backward()
         losses.append(loss.item())
         flat.step(lr=0.05)
+        flat.clear_gradients()
     return losses, params, flat
 
 

@@ -1,4 +1,4 @@
-"""An adapter folder is whole and true, or it is not there; a run folder is never someone else's."""
+"""An adapter folder is whole and true, or it is not there."""
 
 from pathlib import Path
 
@@ -6,9 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qlora_dist import checkpoint
-from qlora_dist.checkpoint import Recipe, check_run_folder, create_run_folder, read_recipe, save_adapter
-from qlora_dist.config import AdapterConfig, DataConfig, ModelConfig, TrainConfig
+from qlora_dist import adapter_folder
+from qlora_dist.adapter_folder import Recipe, read_recipe, save_adapter
+from qlora_dist.config import AdapterConfig, ModelConfig
 from qlora_dist.errors import CheckpointError
 from qlora_dist.model.adapters import add_adapters, load_adapter_weights
 from qlora_dist.model.loading import materialize
@@ -58,7 +58,7 @@ def test_a_write_that_went_wrong_does_not_count(tmp_path: Path, model, tensors, 
         name = next(iter(weights))
         save_file({**weights, name: weights[name] + 1}, path, **options)
 
-    monkeypatch.setattr(checkpoint, "save_file", faulty_disk)
+    monkeypatch.setattr(adapter_folder, "save_file", faulty_disk)
     with pytest.raises(CheckpointError, match="read back differently"):
         save_adapter(tmp_path / "adapter", model, tensors, tokenizer, RECIPE)
     assert {path.name: path.read_bytes() for path in (tmp_path / "adapter").iterdir()} == before
@@ -80,20 +80,3 @@ def test_a_folder_that_is_no_adapter_is_named(tmp_path: Path, model, tensors, to
     save_adapter(tmp_path / "adapter", model, tensors, tokenizer, RECIPE)
     with pytest.raises(CheckpointError, match=rf"Did you mean {tmp_path}/adapter\?"):
         read_recipe(tmp_path)
-
-
-def run_config(folder: Path, seed: int = 0) -> TrainConfig:
-    return TrainConfig(str(folder), seed, model=ModelConfig(path="m"), data=DataConfig(train="t.jsonl"))
-
-
-def test_a_run_folder_takes_its_own_run_again_and_no_other(tmp_path: Path) -> None:
-    """The same configuration may start over, also from a folder that was moved; another one is refused."""
-    create_run_folder(tmp_path / "run", run_config(tmp_path / "run"))
-    (tmp_path / "run" / "metrics.jsonl").write_text("{}\n")
-    assert check_run_folder(run_config(tmp_path / "run")) == tmp_path / "run"
-    (tmp_path / "run").rename(tmp_path / "moved")
-    check_run_folder(run_config(tmp_path / "moved"))
-    with pytest.raises(CheckpointError, match=r"different run \(seed: 0 there, 1 now\)"):
-        check_run_folder(run_config(tmp_path / "moved", seed=1))
-    create_run_folder(tmp_path / "moved", run_config(tmp_path / "moved"))
-    assert not (tmp_path / "moved" / "metrics.jsonl").exists()
