@@ -7,7 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.multiprocessing import spawn
+from torch.multiprocessing import start_processes
+
+# Processes are forked from one that has imported what all of them need, and done nothing else: imports would take most
+# of the time of the tests.
+multiprocessing.set_forkserver_preload(["tests.support.preloaded"])
 
 
 def run_on_processes(function: Callable[..., None], world_size: int, *arguments: Any) -> None:
@@ -18,12 +22,12 @@ def run_on_processes(function: Callable[..., None], world_size: int, *arguments:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    spawn(_enter, (world_size, port, function, arguments), nprocs=world_size, join=True)
+    start_processes(_enter, (world_size, port, function, arguments), nprocs=world_size, start_method="forkserver")
 
 
 def exit_code_of(function: Callable[..., None], *arguments: Any, timeout: float = 120) -> int:
     """Call `function(*arguments)` in one new process and return how it ended: 0, or minus the signal that killed it."""
-    process = multiprocessing.get_context("spawn").Process(target=_enter_alone, args=(function, arguments))
+    process = multiprocessing.get_context("forkserver").Process(target=_enter_alone, args=(function, arguments))
     process.start()
     process.join(timeout)
     if process.is_alive():
