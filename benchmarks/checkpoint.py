@@ -49,17 +49,19 @@ def main() -> None:
     losses = {tuple(run["losses"]) for both in runs.values() for run in both}
     if len(losses) != 1:
         sys.exit("the losses differ: saving must not change training")
-    total = {mode: statistics.mean(sum(run["step_seconds"]) for run in both) for mode, both in runs.items()}
-    num_checkpoints = (STEPS - WARM_UP) // EVERY
+    step = {mode: fastest_by_step(both) for mode, both in runs.items()}
+    # A checkpoint falls between two steps and is counted with the later one. The same step of another run has the same
+    # rows, so the two can be compared one by one.
+    later = [index for index in range(STEPS - WARM_UP) if (WARM_UP + index) % EVERY == 0]
     saving = [run for mode in MODES[1:] for run in runs[mode]]
     result = {
         "machine": machine, "adapter_rank": 64, "steps": STEPS, "warm_up_steps": WARM_UP, "checkpoint_every": EVERY,
         "checkpoint_mib": saving[0]["checkpoint_mib"],
         "gather_seconds": median_of(saving, "gather_seconds"),
         "write_seconds": {mode: median_of(runs[mode], "write_seconds") for mode in MODES[1:]},
-        "seconds_per_step": {mode: round(seconds / (STEPS - WARM_UP), 3) for mode, seconds in total.items()},
+        "seconds_per_step": {mode: round(statistics.median(steps), 3) for mode, steps in step.items()},
         "seconds_added_by_a_checkpoint": {
-            mode: round((total[mode] - total["none"]) / num_checkpoints, 3) for mode in MODES[1:]
+            mode: round(statistics.median(step[mode][i] - step["none"][i] for i in later), 3) for mode in MODES[1:]
         },
         "runs": runs,
     }  # fmt: skip
@@ -67,6 +69,11 @@ def main() -> None:
     out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(json.dumps({key: result[key] for key in result if key not in ("machine", "runs")}, indent=2))
     print(f"written to {out}")
+
+
+def fastest_by_step(runs: list[dict[str, Any]]) -> list[float]:
+    """Seconds of each step, the smaller of the runs': whatever else the machine did made it longer."""
+    return [min(seconds) for seconds in zip(*(run["step_seconds"] for run in runs), strict=True)]
 
 
 def median_of(runs: list[dict[str, Any]], key: str) -> float:

@@ -66,6 +66,9 @@ def prepare(config: TrainConfig, backend: Backend, settings: Settings | None, se
 
     checkpoint = choose_checkpoint(session.folder, config.checkpoint.resume, runtime, say)
     state = checkpoint.state if checkpoint else TrainState()
+    is_own = checkpoint is not None and checkpoint.path.parent.parent == session.folder
+    if not is_own:
+        state.best_eval_loss = state.best_step = None  # another run's best is not among this one's checkpoints
     plan = BatchPlan(
         order := sample_order(data, config),
         config.optim.micro_batch_size, config.optim.grad_accum_steps, runtime.world_size, run_end(order, config.optim),
@@ -76,8 +79,6 @@ def prepare(config: TrainConfig, backend: Backend, settings: Settings | None, se
     if state.step >= num_steps and adapter.is_dir():
         say(f"this run is finished: {adapter}. checkpoint.resume: never would start it over.")
         return None
-
-    is_own = checkpoint is not None and checkpoint.path.parent.parent == session.folder
 
     session.watch()
     model = build_model(config, model_folder, backend, runtime, session.reporter, settings, session.alive)

@@ -447,3 +447,34 @@ def test_ctrl_c(tmp_path: Path, tiny_llama: Path, chat_file: Path, pause: float,
     folder = tmp_path / "run"
     assert exit_code_of(press_ctrl_c, folder, settings(tiny_llama, chat_file), pause) == exit_code
     assert newest_checkpoint(folder / "checkpoints", print).state.step == 4  # the interrupted one was the fifth
+
+
+def run_out_of_memory(folder: Path, run: dict) -> None:
+    """Train; the fifth micro-batch does not fit (a made-up failure: there may be no GPU here)."""
+    import torch
+
+    micro_step = train_module.micro_step
+    num_done = 0
+
+    def too_large(*arguments):
+        nonlocal num_done
+        num_done += 1
+        if num_done == 5:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return micro_step(*arguments)
+
+    with mock.patch.object(train_module, "micro_step", too_large), pytest.raises(train_module.TrainingError) as error:
+        train_here(folder, run)
+    folder.with_name("message").write_text(str(error.value))
+
+
+def test_memory_that_is_full(tmp_path: Path, tiny_llama: Path, chat_file: Path) -> None:
+    """The message names the micro-batch and what each change would save, for the model at hand."""
+    run = settings(tiny_llama, chat_file)
+    run["optim"]["micro_batch_size"] = 4
+    run["memory"] = {"recompute": 1}
+    assert exit_code_of(run_out_of_memory, tmp_path / "run", run) == 0
+    message = (tmp_path / "message").read_text()
+    assert "a micro-batch of 4 rows of 96 tokens takes about" in message
+    for words in ("memory.recompute: full saves about", "optim.micro_batch_size: 2 with grad_accum_steps: 4"):
+        assert words in message

@@ -182,6 +182,21 @@ def test_time_left_is_told_once_it_can_be_known(tmp_path: Path) -> None:
     assert [line.endswith(" left") for line in out.getvalue().splitlines()] == [False, True, True, False]
 
 
+def test_a_loss_spike_is_pointed_out(tmp_path: Path) -> None:
+    """A loss of more than twice the median of the last twenty gets a line of advice; twice is not more than twice, the
+    first twenty are never compared, and a spike does not become the usual loss."""
+    out = StringIO()
+    config = LoggingConfig(tensorboard=False)
+    losses = [9.0, *[1.0] * 19, 2.0, 2.1, 1.0, float("nan"), 3.0]
+    with Recorder(tmp_path, config, runtime(), Reporter(True, file=out), len(losses), first_step=1) as recorder:
+        for step, loss in enumerate(losses, start=1):
+            recorder.step(step, 0.1, sums(loss=loss, num_tokens=10), epoch=0.0, num_skipped_steps=0)
+    warnings = [
+        line.partition(":")[0] for line in out.getvalue().splitlines() if "more than 2 times its median" in line
+    ]
+    assert warnings == ["step 22", "step 25"]
+
+
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     """Only rank 0 makes files; the others take part without leaving a trace."""
     config = LoggingConfig(tensorboard=True)

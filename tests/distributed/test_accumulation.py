@@ -1,0 +1,69 @@
+"""Gradient accumulation talks to other ranks once per optimizer step, whatever the number of micro-batches."""
+
+from collections import Counter
+from importlib.util import find_spec
+from pathlib import Path
+from unittest import mock
+
+import pytest
+from torch import distributed as dist
+
+from qlora_dist import train as train_module
+from tests.support.processes import run_on_processes
+from tests.support.training import train_here
+
+REDUCTIONS = ("all_reduce", "reduce", "reduce_scatter", "reduce_scatter_tensor", "all_to_all_single")
+train_step = train_module.train_step
+
+
+def reductions_of_a_step(folder: Path, settings: dict) -> Counter[str]:
+    """Elements that the second optimizer step of a run reduces over ranks, by operation."""
+    counts: Counter[str] = Counter()
+    num_steps = 0
+
+    def counted(name):
+        original = getattr(dist, name)
+
+        def call(*arguments, **keywords):
+            sizes = [value.numel() for value in (*arguments, *keywords.values()) if hasattr(value, "numel")]
+            if max(sizes, default=0) > 8:  # counts, norms and flags are smaller
+                counts[name] += max(sizes)
+            return original(*arguments, **keywords)
+
+        return call
+
+    def step(*arguments):
+        nonlocal num_steps
+        num_steps += 1
+        if num_steps != 2:  # the first one sets things up
+            return train_step(*arguments)
+        with mock.patch.multiple(dist, **{name: counted(name) for name in REDUCTIONS}):
+            return train_step(*arguments)
+
+    with mock.patch.object(train_module, "train_step", step):
+        assert train_here(folder, settings)
+    return counts
+
+
+def compare_accumulations(root: Path, model: Path, data: Path, backend: str) -> None:
+    found = {}
+    for accum in (1, 4):
+        settings = {
+            "model": {"path": str(model), "dtype": "float32"},
+            "adapter": {"rank": 4, "alpha": 8},
+            "data": {"train": str(data), "max_seq_len": 96},
+            "optim": {"max_steps": 2, "grad_accum_steps": accum},
+            "parallel": {"backend": backend},
+            "logging": {"tensorboard": False},
+        }
+        found[accum] = reductions_of_a_step(root / f"run-{accum}", settings)
+    assert sum(found[1].values()) > 0
+    assert found[4] == found[1]
+
+
+@pytest.mark.parametrize("backend", ["ddp", "fsdp", "zero2", "zero3"])
+def test_gradients_are_reduced_once_per_step(tmp_path: Path, tiny_llama: Path, chat_file: Path, backend: str) -> None:
+    """Four micro-batches reduce as many elements over two ranks as one does."""
+    if backend.startswith("zero") and find_spec("deepspeed") is None:
+        pytest.skip("deepspeed is an optional dependency")
+    run_on_processes(compare_accumulations, 2, tmp_path, tiny_llama, chat_file, backend)
