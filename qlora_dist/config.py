@@ -88,6 +88,8 @@ class DataConfig:
     """Tokens that count in the loss: the assistant's (or the completion's) only, or all."""
     eval_fraction: float = 0.0
     """Share of each training file's rows held out for evaluation, in [0, 1)."""
+    packing: bool = False
+    """Put several samples into each row, up to `max_seq_len`, instead of padding; they do not see each other."""
     group_by_length: bool = False
     """Put rows of like length into the same micro-batches, to pad less; the order stays the same for any number of
     processes."""
@@ -520,6 +522,11 @@ def _check_contradictions(config: TrainConfig) -> None:
         raise ConfigError(
             f"optim.warmup_steps ({optim.warmup_steps}) is not shorter than optim.max_steps ({optim.max_steps}): the "
             "learning rate would never reach optim.lr. Shorten the warm-up."
+        )
+    if data.packing and data.group_by_length:
+        raise ConfigError(
+            "data.packing and data.group_by_length are both true, but packed rows are all of nearly the same length. "
+            "Set one of them to false."
         )
     if data.eval_files and data.eval_fraction > 0:
         raise ConfigError(

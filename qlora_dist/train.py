@@ -27,6 +27,7 @@ from qlora_dist.metrics import Recorder, StepSums
 from qlora_dist.model.activations import out_of_memory_message
 from qlora_dist.model.files import fingerprint, resolve_model_folder
 from qlora_dist.model.footprint import total_bytes
+from qlora_dist.model.isolation import check_isolation
 from qlora_dist.model.loss import target_loss_sum
 from qlora_dist.model.shards import local_bytes, whole_bytes
 from qlora_dist.model.skeleton import base_model
@@ -86,6 +87,9 @@ def prepare(config: TrainConfig, backend: Backend, settings: Settings | None, se
     if checkpoint:
         checkpoint.check(belongs_to, is_own)
         checkpoint.load_adapter(model)
+    if config.data.packing:
+        with runtime.autocast():
+            check_isolation(model, runtime.device)
     engine = build_engine(model, config.optim, runtime, settings)
     if checkpoint:
         engine.load_optimizer_state(checkpoint.optimizer_tensors(), state.num_updates)
@@ -215,7 +219,8 @@ class Training:
         rows, length = batch.input_ids.shape
         runtime, model = self.session.runtime, base_model(self.model).config.get_text_config()
         return out_of_memory_message(
-            self.config, model, rows=rows, length=length, num_targets=batch.num_targets, world_size=runtime.world_size,
+            self.config, model, rows=rows, length=length, num_targets=batch.num_targets,
+            is_sharded=local_bytes(self.model) < whole_bytes(self.model),
             device_bytes=total_bytes(runtime.device),
         )  # fmt: skip
 
@@ -271,7 +276,7 @@ def micro_step(model: PeftModel, batch: MicroBatch, num_targets: torch.Tensor, r
     """This micro-batch's share of the global mean loss, 0-dim float32."""
     torch.manual_seed(batch.seed)  # dropout depends on where the batch stands in the data, not on who computes it
     with runtime.autocast():
-        loss_sum = target_loss_sum(model, batch.input_ids, batch.attention_mask, batch.labels)
+        loss_sum = target_loss_sum(model, batch.input_ids, batch.attention_mask, batch.labels, batch.position_ids)
     return loss_sum / num_targets
 
 

@@ -22,6 +22,8 @@ class Sample:
 
     input_ids: list[int]
     labels: list[int]
+    starts: tuple[int, ...] = (0,)
+    """Where each sample of a packed row begins."""
 
     @property
     def num_targets(self) -> int:

@@ -12,6 +12,7 @@ import torch
 
 from qlora_dist.config import DataConfig
 from qlora_dist.data.chat import EncodedRows, Sample, encode_rows
+from qlora_dist.data.packing import pack_samples
 from qlora_dist.data.sources import Layout, detect_layout, load_rows
 from qlora_dist.errors import DataError
 
@@ -24,7 +25,7 @@ class Dataset:
     """Tokenised samples of a run, and sentences that say what became of the rows."""
 
     train: list[Sample]
-    """Those of the first source, then those of the second, and so on."""
+    """Those of the first source, then those of the second, and so on; with packing, rows of several samples each."""
     eval: list[Sample]
     sizes: tuple[int, ...]
     """Training samples of each source."""
@@ -38,7 +39,8 @@ class Dataset:
         """Of what decides which samples a run sees when: sources, weights and the tokenised samples, in order."""
         digest = hashlib.sha256(repr((self.sizes, self.weights)).encode())
         for sample in self.train:
-            digest.update(array("q", [len(sample.input_ids), *sample.input_ids, *sample.labels]).tobytes())
+            numbers = [len(sample.input_ids), *sample.starts, *sample.input_ids, *sample.labels]
+            digest.update(array("q", numbers).tobytes())
         return digest.hexdigest()
 
 
@@ -60,6 +62,14 @@ def load_dataset(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: i
         num_rows = sum(map(len, train))
         train, held_out = map(list, zip(*(_split(file, config.eval_fraction, seed) for file in files), strict=True))
         notes.append(f"held out {sum(map(len, held_out)):,} of {num_rows:,} rows for evaluation")
+    if config.packing:
+        num_samples, num_tokens = sum(map(len, train)), _num_tokens(train)
+        train = [pack_samples(samples, config.max_seq_len, seed) for samples in train]
+        num_rows = sum(map(len, train))
+        notes.append(
+            f"packed {num_samples:,} samples into {num_rows:,} rows of at most {config.max_seq_len:,} tokens, "
+            f"{num_tokens / (num_rows * config.max_seq_len):.1%} full"
+        )
     return Dataset(
         train=list(chain.from_iterable(train)),
         eval=list(chain.from_iterable(held_out)),
@@ -68,6 +78,10 @@ def load_dataset(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: i
         layout=files[0].layout,
         notes=notes,
     )
+
+
+def _num_tokens(sources: list[list[Sample]]) -> int:
+    return sum(len(sample.input_ids) for samples in sources for sample in samples)
 
 
 @dataclass(frozen=True)

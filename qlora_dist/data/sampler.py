@@ -22,6 +22,7 @@ class MicroBatch:
     input_ids: torch.Tensor  # (micro_batch_size, seq_len) int64
     attention_mask: torch.Tensor  # (micro_batch_size, seq_len) int64, 1 for real tokens
     labels: torch.Tensor  # (micro_batch_size, seq_len) int64, IGNORE_INDEX where there is no target
+    position_ids: torch.Tensor | None  # (micro_batch_size, seq_len) int64, from 0 in each sample; None: not packed
     num_tokens: int
     num_targets: int
     seed: int = 0
@@ -33,6 +34,7 @@ class MicroBatch:
             self.input_ids.to(device, non_blocking=True),
             self.attention_mask.to(device, non_blocking=True),
             self.labels.to(device, non_blocking=True),
+            None if self.position_ids is None else self.position_ids.to(device, non_blocking=True),
             self.num_tokens,
             self.num_targets,
             self.seed,
@@ -50,8 +52,11 @@ def collate(samples: Sequence[Sample], pad_token_id: int, seed: int = 0) -> Micr
     input_ids = torch.full((len(rows), length), pad_token_id, dtype=torch.int64)
     attention_mask = torch.zeros_like(input_ids)
     labels = torch.full_like(input_ids, IGNORE_INDEX)
+    position_ids = torch.arange(length).repeat(len(rows), 1)
     for i, row in enumerate(rows):
         n = len(row.input_ids)
+        for start in (*row.starts[1:], n):  # the padding counts as one more sample
+            position_ids[i, start:] = torch.arange(length - start)
         input_ids[i, :n] = torch.tensor(row.input_ids)
         attention_mask[i, :n] = 1
         labels[i, :n] = torch.tensor(row.labels)
@@ -59,6 +64,7 @@ def collate(samples: Sequence[Sample], pad_token_id: int, seed: int = 0) -> Micr
         input_ids,
         attention_mask,
         labels,
+        position_ids if any(len(row.starts) > 1 for row in rows) else None,
         num_tokens=sum(len(sample.input_ids) for sample in samples),
         num_targets=sum(sample.num_targets for sample in samples),
         seed=seed,

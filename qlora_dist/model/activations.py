@@ -58,12 +58,13 @@ def num_recomputed_layers(recompute: str | int, num_layers: int) -> int:
 
 
 def out_of_memory_message(
-    config: TrainConfig, model: Any, *, rows: int, length: int, num_targets: int, world_size: int, device_bytes: int
+    config: TrainConfig, model: Any, *, rows: int, length: int, num_targets: int, is_sharded: bool, device_bytes: int
 ) -> str:
     """What was too large, and what each possible change would save, largest first.
 
     Args:
         rows, length: shape of the micro-batch that did not fit.
+        is_sharded: whether this rank holds only a part of the base.
     """
     element_size = 2 if config.model.dtype == "bfloat16" else 4
     num_recomputed = num_recomputed_layers(config.memory.recompute, model.num_hidden_layers)
@@ -83,12 +84,10 @@ def out_of_memory_message(
         changes.append((now - total(rows // 2, length, num_recomputed), text))
     changes.append((now - total(rows, length // 2, num_recomputed), f"data.max_seq_len: {length // 2}"))
     advice = "; ".join(f"{text} saves about {saved / GIB:.1f} GiB" for saved, text in sorted(changes, reverse=True))
-    if config.parallel.backend in ("single", "ddp", "zero2"):
+    if not is_sharded:
         advice += "; parallel.backend: fsdp on more GPUs shards the weights"
     elif not config.parallel.cpu_offload:
-        advice += (
-            "; parallel.cpu_offload: true, or more GPUs than these " + f"{world_size}, leave more beside the weights"
-        )
+        advice += "; more GPUs, or parallel.cpu_offload: true, leave more beside the weights"
     return (
         f"the GPU's memory ({device_bytes / GIB:.1f} GiB) is full: a micro-batch of {rows} rows of {length:,} tokens "
         f"takes about {now / GIB:.1f} GiB on top of weights and optimizer. What would help: {advice}. "

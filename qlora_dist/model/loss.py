@@ -14,12 +14,18 @@ from qlora_dist.model.skeleton import base_model
 
 
 def target_loss_sum(
-    model: PeftModel, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor
+    model: PeftModel,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    labels: torch.Tensor,
+    position_ids: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Summed next-token cross-entropy over target tokens, in float32.
 
     Args:
         input_ids, attention_mask, labels: (batch, seq_len) int64; labels are aligned with input_ids and shifted here.
+        position_ids: (batch, seq_len) int64 of packed rows: they begin at 0 in each sample, which is how the model's
+            attention tells samples apart. The mask of padding is not used then.
 
     Returns:
         0-dim float32, zero when there is no target.
@@ -27,7 +33,10 @@ def target_loss_sum(
     targets = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)  # (batch, seq_len), aligned with logits
     is_target = targets != IGNORE_INDEX
     with _head_sees_only(base_model(model).get_output_embeddings(), is_target):
-        output = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        if position_ids is None:
+            output = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        else:  # with any mask, transformers would not look at the positions, and samples would see each other
+            output = model(input_ids=input_ids, position_ids=position_ids, use_cache=False)
     logits = output.logits.squeeze(0).float()  # (num_targets, vocab)
     return nn.functional.cross_entropy(logits, targets[is_target], reduction="sum")
 

@@ -41,7 +41,13 @@ def advice(backend: str, recompute: str | int, rows: int) -> str:
         parallel=ParallelConfig(backend=backend),
     )  # fmt: skip
     return out_of_memory_message(
-        config, LLAMA_7B, rows=rows, length=4096, num_targets=rows * 4096, world_size=2, device_bytes=24 * GIB
+        config,
+        LLAMA_7B,
+        rows=rows,
+        length=4096,
+        num_targets=rows * 4096,
+        is_sharded=backend == "fsdp",
+        device_bytes=24 * GIB,
     )
 
 

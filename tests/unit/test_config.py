@@ -454,6 +454,7 @@ def test_the_edge_of_a_rule_is_allowed(file: Path, key: str, value: float) -> No
         ({"optim.warmup_steps": 6, "optim.max_steps": 5}, ("optim.warmup_steps", "optim.max_steps")),
         ({"data.eval": "e.jsonl", "data.eval_fraction": 0.1}, ("data.eval", "data.eval_fraction")),
         ({"data.eval": ["e.jsonl", "f.jsonl"], "data.eval_fraction": 0.1}, ("e.jsonl, f.jsonl", "data.eval_fraction")),
+        ({"data.packing": True, "data.group_by_length": True}, ("data.packing", "data.group_by_length")),
         ({"eval.every": 5}, ("eval.every", "data.eval", "data.eval_fraction")),
         ({"eval.max_batches": 5}, ("eval.max_batches", "data.eval", "data.eval_fraction")),
         ({"parallel.replicas": 2, "parallel.backend": "ddp"}, ("parallel.replicas", "parallel.backend")),

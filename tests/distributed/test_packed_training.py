@@ -1,0 +1,114 @@
+"""Samples in one row do not see each other: losses and gradients are those of the samples alone."""
+
+import dataclasses
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+
+from qlora_dist.assemble import build_model
+from qlora_dist.config import IGNORE_INDEX, AdapterConfig, ModelConfig, TrainConfig
+from qlora_dist.console import Reporter
+from qlora_dist.data.chat import Sample
+from qlora_dist.data.packing import join
+from qlora_dist.data.sampler import MicroBatch, collate
+from qlora_dist.errors import ModelError
+from qlora_dist.model.adapters import adapter_parameters
+from qlora_dist.model.isolation import check_isolation
+from qlora_dist.model.loss import target_loss_sum
+from qlora_dist.runtime import start_runtime
+from tests.distributed.test_families import FAMILIES, families  # noqa: F401
+from tests.support.processes import run_on_processes
+from tests.support.training import lasting_rows, train_here
+
+LENGTHS = (5, 23, 3, 9)
+
+
+def loss_of(model: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:
+    return target_loss_sum(model, batch.input_ids, batch.attention_mask, batch.labels, batch.position_ids)
+
+
+def gradients(model: torch.nn.Module, losses: list[torch.Tensor]) -> torch.Tensor:
+    """Of the sum, in one vector."""
+    return torch.cat([g.flatten() for g in torch.autograd.grad(sum(losses), list(adapter_parameters(model).values()))])
+
+
+def only_targets_of(samples: list[Sample], chosen: int) -> list[Sample]:
+    """The same samples, where one of them alone has targets."""
+    return [
+        sample if number == chosen else Sample(sample.input_ids, [IGNORE_INDEX] * len(sample.labels))
+        for number, sample in enumerate(samples)
+    ]
+
+
+def compare_all_families(folders: dict[str, Path]) -> None:
+    runtime = start_runtime(seed=0, dtype="float32")
+    for family, folder in folders.items():
+        config = TrainConfig(model=ModelConfig(str(folder), dtype="float32"), adapter=AdapterConfig(rank=4))
+        model = build_model(config, folder, "single", runtime, Reporter(is_main=False)).train()
+        generator = torch.Generator().manual_seed(0)
+        for param in adapter_parameters(model).values():  # B is zero at first, and A without gradient then
+            param.data.normal_(std=0.1, generator=generator)
+        rows = [torch.randint(3, 320, (n,), generator=generator).tolist() for n in LENGTHS]
+        samples = [Sample(ids, ids) for ids in rows]
+
+        alone = [loss_of(model, collate([sample], 0)) for sample in samples]
+        # Two packed rows of unequal length: samples 0, 1, 2 in one, 3 in the other, behind it padding.
+        packed = []
+        for number in range(len(samples)):
+            chosen = only_targets_of(samples, number)
+            packed.append(loss_of(model, collate([join(chosen[:3]), join(chosen[3:])], 0)))
+        difference = max(abs(one / other - 1).item() for one, other in zip(packed, alone, strict=True))
+        assert difference <= 1e-5, (family, difference)
+        expected = gradients(model, alone)
+        found = gradients(model, [loss_of(model, collate([join(samples[:3]), join(samples[3:])], 0))])
+        assert (found - expected).norm() <= 1e-5 * expected.norm(), family
+
+        leaking = collate([join(only_targets_of(samples, 2)[:3])], 0)
+        positions = torch.arange(leaking.input_ids.shape[1]).unsqueeze(0)
+        leaked = loss_of(model, dataclasses.replace(leaking, position_ids=positions))
+        assert abs(leaked / alone[2] - 1) > 1e-3, f"{family}: this comparison would not notice a leak"
+        check_isolation(model, runtime.device)
+
+    forward = type(model).forward
+
+    def without_positions(self, *arguments, position_ids=None, **keywords):
+        return forward(self, *arguments, **keywords)
+
+    with mock.patch.object(type(model), "forward", without_positions), pytest.raises(ModelError) as error:
+        check_isolation(model, runtime.device)
+    assert "samples packed into one row would see each other" in str(error.value)
+
+
+def test_packed_samples_are_trained_as_if_alone(families: dict[str, Path]) -> None:  # noqa: F811
+    """In every family: each sample's loss, and the gradient of all of them, are within 1e-5 of those without packing,
+    padding beside them or not; one that sees its neighbours is noticed, and a model whose samples would is refused."""
+    assert families.keys() == FAMILIES.keys()
+    run_on_processes(compare_all_families, 1, families)
+
+
+def train_packed(root: Path, model: Path, data: Path, backend: str, processes: int) -> None:
+    settings = {
+        "model": {"path": str(model), "dtype": "float32"},
+        "adapter": {"rank": 4, "alpha": 8},
+        "data": {"train": str(data), "eval": str(data), "max_seq_len": 96, "packing": True},
+        "optim": {"epochs": 2, "lr": 2e-3, "grad_accum_steps": 4 // processes},
+        "checkpoint": {"every": 3},
+        "parallel": {"backend": backend},
+        "logging": {"tensorboard": False},
+    }
+    assert not train_here(root / f"{backend}-{processes}", settings, stop_after=5)
+    assert train_here(root / f"{backend}-{processes}", settings)
+
+
+def test_packed_runs_are_equal_on_any_number_of_ranks(tmp_path: Path, tiny_llama: Path, chat_file: Path) -> None:
+    """One process, two under fsdp: the same losses, through a stop; every token of every epoch is seen once."""
+    for backend, processes in (("single", 1), ("fsdp", 2)):
+        run_on_processes(train_packed, processes, tmp_path, tiny_llama, chat_file, backend, processes)
+    one, two = lasting_rows(tmp_path / "single-1"), lasting_rows(tmp_path / "fsdp-2")
+    assert len(one) == len(two)
+    for row, reference in zip(two, one, strict=True):
+        assert row == pytest.approx(reference, rel=1e-5)
+    tokens = sum(row["num_tokens"] for row in one if "loss" in row)
+    assert tokens == 2 * 2153  # what the notes say of the file, twice
