@@ -30,7 +30,7 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 WORK = ROOT / "runs" / "soak"
-MAX_STEPS = 3000
+MAX_STEPS = 1000
 LONGEST_LIFE_SECONDS = 22.0
 
 

@@ -171,9 +171,8 @@ class Training:
         state = self.state
         is_last = state.step == self.num_steps
         is_eval_due = state.step == 0 or is_last or is_due(state.step, self.config.eval.every)
-        if (
-            self.config.has_eval and is_eval_due and state.evaluated_step != state.step
-        ):  # a resumed run may have done it
+        is_evaluated = state.evaluated_step == state.step  # by the run that this one goes on from
+        if self.config.has_eval and is_eval_due and not is_evaluated:
             self.evaluate(recorder)
         if state.step == 0:
             return
