@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
 from qlora_dist.config import ModelConfig
-from qlora_dist.data.sources import Layout
+from qlora_dist.data.formats import Layout
 from qlora_dist.durable import remove, sync_folder, sync_tree, write_text
 from qlora_dist.errors import CheckpointError
 from qlora_dist.model.adapters import saved_name
@@ -29,7 +29,7 @@ class Recipe:
 
     base: ModelConfig
     layout: Layout
-    """Row layout of its training data: `generate` puts prompts into the same form."""
+    """Form in which the model saw its training data: `generate` puts prompts into the same one."""
 
 
 def save_adapter(

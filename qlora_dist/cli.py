@@ -130,13 +130,13 @@ def train_command(argv: list[str]) -> None:
         _show_train_help()
         return
     config = load_config(argv[0], argv[1:])
-    from qlora_dist.data.sources import check_data_file
+    from qlora_dist.data.sources import check_source
     from qlora_dist.model.files import looks_like_hub_name, resolve_model_folder
 
     for source in config.data.sources:
-        check_data_file(source.path, "data.train")
+        check_source(source.path, "data.train")
     for path in config.data.eval_files:
-        check_data_file(path, "data.eval")
+        check_source(path, "data.eval")
     if not looks_like_hub_name(config.model.path):
         resolve_model_folder(config.model.path)
     _quiet()

@@ -68,7 +68,7 @@ class Source:
     """One of several training files."""
 
     path: str
-    """JSONL, JSON, Parquet or CSV file."""
+    """File, folder, pattern or hub name, as in `train`."""
     weight: float = 1.0
     """Passes over it in one epoch; with 0.5 the two halves of the file take turns."""
 
@@ -76,16 +76,20 @@ class Source:
 @dataclass(frozen=True)
 class DataConfig:
     train: str | tuple[Source, ...] = ""
-    """Training file: JSONL, JSON, Parquet or CSV. Required. Several files are a list of paths, or of
-    {path: FILE, weight: W} where an epoch is to pass W times over the file instead of once."""
+    """Training data: a JSONL, JSON, CSV, Parquet or Arrow file, a folder or pattern of them, or a hub name
+    (owner/name, or owner/name:split). Required. Several are a list of paths, or of {path: FILE, weight: W} where an
+    epoch is to pass W times over the file instead of once."""
     eval: str | tuple[str, ...] | None = None
     """Held-out file in the same form, or a list of paths; without it `eval_fraction` may split one off."""
-    format: Literal["auto", "messages", "prompt_completion"] = "auto"
-    """Row layout: a `messages` column, or `prompt` and `completion` columns of plain text."""
+    format: Literal["auto", "messages", "sharegpt", "prompt_completion", "alpaca", "text"] = "auto"
+    """How rows are written, see docs/data.md; `auto` recognises it by the columns and says so in the log."""
     max_seq_len: int = 1024
     """Longest sequence in tokens; longer rows are cut at the end."""
     train_on: Literal["completions", "all"] = "completions"
-    """Tokens that count in the loss: the assistant's (or the completion's) only, or all."""
+    """Tokens that count in the loss: the assistant's (or the completion's) only, or all. Of `text` rows, always all."""
+    max_bad_fraction: float = 0.05
+    """Share of a source's rows that may be faulty, in [0, 1): up to it they are left out and counted, beyond it the
+    run stops."""
     eval_fraction: float = 0.0
     """Share of each training file's rows held out for evaluation, in [0, 1)."""
     packing: bool = False
@@ -442,7 +446,7 @@ _AT_LEAST_ONE = {
 }  # fmt: skip
 _POSITIVE = {"adapter.alpha", "optim.lr", "optim.max_grad_norm", "optim.epochs", "optim.lora_plus_ratio"}
 _NOT_NEGATIVE = {"optim.warmup_steps", "optim.weight_decay", "seed", "memory.recompute"}
-_FRACTION = {"adapter.dropout", "data.eval_fraction", "optim.warmup_ratio"}
+_FRACTION = {"adapter.dropout", "data.eval_fraction", "data.max_bad_fraction", "optim.warmup_ratio"}
 
 
 def _check_range(key: str, value: Any) -> None:

@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerBase, TextStreamer
 from qlora_dist.adapter_folder import read_recipe
 from qlora_dist.assemble import load_trained, pad_token_id
 from qlora_dist.console import Reporter
-from qlora_dist.data.sources import Layout
+from qlora_dist.data.chat import plain_ids
+from qlora_dist.data.formats import Layout
 from qlora_dist.errors import ConfigError, LaunchError
 from qlora_dist.runtime import Runtime, launched_world_size, start_runtime
 
@@ -57,7 +58,7 @@ def prompt_ids(prompt: str, tokenizer: PreTrainedTokenizerBase, layout: Layout) 
     """A prompt in the form that the adapter was trained on: a user turn, or plain text. (1, seq_len) int64."""
     if layout == "messages":
         return chat_ids([{"role": "user", "content": prompt}], tokenizer)
-    return tokenizer(prompt, return_tensors="pt").input_ids
+    return torch.tensor([plain_ids(prompt, tokenizer)], dtype=torch.int64)
 
 
 def chat_ids(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
@@ -104,7 +105,7 @@ def _converse(
     model: PeftModel, tokenizer: PreTrainedTokenizerBase, layout: Layout, sampling: Sampling, runtime: Runtime
 ) -> None:
     if layout != "messages":
-        raise ConfigError("this adapter was trained on plain prompts, not on conversations. Use --prompt TEXT.")
+        raise ConfigError("this adapter was trained on plain text, not on conversations. Use --prompt TEXT.")
     messages: list[dict[str, str]] = []
     while True:
         try:

@@ -12,8 +12,9 @@ import torch
 
 from qlora_dist.config import DataConfig
 from qlora_dist.data.chat import EncodedRows, Sample, encode_rows
+from qlora_dist.data.formats import Layout
 from qlora_dist.data.packing import pack_samples
-from qlora_dist.data.sources import Layout, detect_layout, load_rows
+from qlora_dist.data.sources import load_rows
 from qlora_dist.errors import DataError
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def load_dataset(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: i
         eval=list(chain.from_iterable(held_out)),
         sizes=tuple(map(len, train)),
         weights=tuple(source.weight for source in config.sources),
-        layout=files[0].layout,
+        layout=files[0].encoded.layout,
         notes=notes,
     )
 
@@ -87,25 +88,27 @@ def _num_tokens(sources: list[list[Sample]]) -> int:
 @dataclass(frozen=True)
 class _File:
     path: str
-    layout: Layout
     encoded: EncodedRows
 
     def note(self, max_seq_len: int) -> str:
         encoded = self.encoded
         tokens = sum(len(sample.input_ids) for sample in encoded.samples)
         targets = sum(sample.num_targets for sample in encoded.samples)
-        text = f"{self.path}: {len(encoded.samples):,} rows, {tokens:,} tokens, {targets / tokens:.0%} of them targets"
+        text = (
+            f"{self.path}: format {encoded.format}, {len(encoded.samples):,} rows, {tokens:,} tokens, "
+            f"{targets / tokens:.0%} of them targets"
+        )
         if encoded.num_truncated:
             text += f", {encoded.num_truncated:,} rows cut to {max_seq_len}"
         if encoded.num_without_targets:
             text += f", {encoded.num_without_targets:,} rows dropped (no target left)"
+        if encoded.faulty.num_rows:
+            text += f", {encoded.faulty.num_rows:,} faulty rows left out: {encoded.faulty}"
         return text
 
 
 def _load_file(path: str, key: str, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> _File:
-    rows = load_rows(path, key)
-    layout = detect_layout(rows.column_names, config.format, path)
-    return _File(path, layout, encode_rows(rows, layout, tokenizer, config, path))
+    return _File(path, encode_rows(load_rows(path, key), tokenizer, config, path))
 
 
 def _split(file: _File, eval_fraction: float, seed: int) -> tuple[list[Sample], list[Sample]]:

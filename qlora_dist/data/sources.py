@@ -1,149 +1,338 @@
-"""Rows from files: JSONL, JSON, Parquet and CSV through `datasets`, with faults named by file and line."""
+"""Rows from files and from the hub, one at a time, with faults named by file and line.
+
+JSON is parsed here, line by line, instead of being made into an Arrow table: a table gives all rows one set of nested
+columns, and so fills the arguments of one row's tool call with the names, empty, of every other row's.
+"""
 
 from __future__ import annotations
 
-import codecs
 import csv
 import glob
+import gzip
+import io
 import json
+import re
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Any, BinaryIO
 
 from qlora_dist.errors import DataError
 
-if TYPE_CHECKING:
-    from datasets import Dataset
-
-Layout = Literal["messages", "prompt_completion"]
-
-_BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
-_COLUMNS: dict[Layout, tuple[str, ...]] = {"messages": ("messages",), "prompt_completion": ("prompt", "completion")}
+_HUB_NAME = re.compile(r"^\w[\w.-]*/[\w.-]+(:[\w.-]+)?$")
 
 
-def check_data_file(path: str, key: str) -> Path:
-    """Refuse a data file that is missing, empty, or of an unknown kind; cheap, reads nothing.
+@dataclass(frozen=True)
+class Row:
+    """One row of a source, by column."""
 
-    Raises:
-        DataError: naming the config key `key` and the file.
-    """
-    file = Path(path)
-    if not file.exists():
-        raise DataError(f"{key} {path} does not exist. Give the path of a {_kinds()} file.")
-    if not file.is_file():
-        raise DataError(f"{key} {path} is a folder. Give one {_kinds()} file.")
-    if file.suffix.lower() not in _BUILDERS:
-        raise DataError(f"{key} {path} has the suffix {file.suffix!r}, which is not known. Give a {_kinds()} file.")
-    if file.stat().st_size == 0:
-        raise DataError(f"{key} {path} is empty. It must hold at least one row.")
-    return file
+    where: str
+    """File and number, as messages name it: `chat.jsonl, row 3`."""
+    values: dict[str, Any]
 
 
-def load_rows(path: str, key: str) -> Dataset:
-    """Read a data file as a memory-mapped table.
+def find_files(path: str, key: str) -> tuple[Path, ...]:
+    """The files that a path means: itself, those of a folder, or those that match a pattern; sorted, all of one kind.
+
+    A path that exists is never read as a pattern. Cheap, reads nothing.
 
     Raises:
-        DataError: the file cannot be parsed (with the line), or holds no rows.
+        DataError: naming the config key `key` and the path: nothing is there, or it is empty, of an unknown kind, or
+            of several kinds.
     """
-    from datasets import Dataset, load_dataset
-    from datasets.exceptions import DatasetGenerationError
+    place = Path(path)
+    if place.is_dir():
+        files = [file for file in sorted(place.iterdir()) if _kind(file) and file.name not in _BESIDE_DATA]
+        missing = f"{key} {path} is a folder without data files. Put {_kinds()} files directly into it."
+    elif place.exists():
+        files = [place]
+    else:
+        matches = sorted(glob.glob(path, recursive=True)) if glob.has_magic(path) else []
+        files = [Path(match) for match in matches if Path(match).is_file()]
+        missing = f"{key} {path} does not exist. Give the path of a {_kinds()} file, a folder of them, or a pattern."
+    if not files:
+        raise DataError(missing)
+    for file in files:
+        if not _kind(file):
+            suffix = "".join(file.suffixes[-2:]) if file.suffix.lower() in _OPENERS else file.suffix
+            raise DataError(
+                f"{key} {file} has the suffix {suffix!r}, which is not known. Give a {_kinds()} file; those of text "
+                f"may be compressed ({', '.join(_OPENERS)})."
+            )
+        if not file.is_file():
+            raise DataError(f"{key} {file} is not a regular file. Give a {_kinds()} file.")
+        if file.stat().st_size == 0:
+            raise DataError(f"{key} {file} is empty. It must hold at least one row.")
+    kinds = {str(_kind(file)): file for file in reversed(files)}
+    if len(kinds) > 1:
+        names = " and ".join(str(file) for file in kinds.values())
+        raise DataError(
+            f"{key} {path} means files of several kinds ({names}). Name one kind with a pattern such as "
+            f"'*{next(iter(kinds))}', or list them one by one."
+        )
+    return tuple(files)
 
-    file = check_data_file(path, key)
-    kind = _BUILDERS[file.suffix.lower()]
-    if kind != "parquet":
-        _check_utf8(file, key)
-    options = _text_columns(file) if kind == "csv" else {}
-    try:
-        rows = load_dataset(kind, data_files=glob.escape(str(file)), split="train", **options)
-    except (DatasetGenerationError, ValueError, OSError, TypeError, KeyError) as error:
-        # `datasets` says only that generation failed; find out where.
-        cause = error.__cause__ or error
-        if "corresponds to no data" in str(cause) or (kind == "csv" and "No columns to parse" in str(cause)):
-            raise DataError(f"{key} {path} holds no rows.") from None
-        raise DataError(_diagnosis(file, key) or f"{key} {path} cannot be read: {cause}") from None
-    assert isinstance(rows, Dataset)
-    if len(rows) == 0:
-        raise DataError(f"{key} {path} holds no rows.")
-    return rows
 
-
-def detect_layout(columns: list[str], asked: Literal["auto", "messages", "prompt_completion"], path: str) -> Layout:
-    """Which row layout the columns form.
+def check_source(path: str, key: str) -> None:
+    """Refuse a source that is not there, before anything slow is done; the hub is not asked.
 
     Raises:
-        DataError: the needed columns are not there.
+        DataError: see `find_files`.
     """
-    layouts: list[Layout] = ["messages", "prompt_completion"] if asked == "auto" else [asked]
-    for layout in layouts:
-        if set(_COLUMNS[layout]) <= set(columns):
-            return layout
-    needed = " or ".join(" and ".join(f"`{c}`" for c in _COLUMNS[layout]) for layout in layouts)
-    raise DataError(
-        f"{path}: row 1 has the columns {', '.join(f'`{c}`' for c in columns)}, but data.format: {asked} needs "
-        f"{needed}. Rename the columns."
+    if not is_hub_name(path):
+        find_files(path, key)
+
+
+def is_hub_name(path: str) -> bool:
+    """Whether a source is a data set of the hub, `owner/name` or `owner/name:split`, and nothing on this machine."""
+    name = path.partition(":")[0]
+    return (
+        _HUB_NAME.match(path) is not None
+        and _kind(Path(name)) is None
+        and Path(name).suffix.lower() not in _OPENERS
+        and not Path(path).exists()
+        and not Path(name).parent.exists()  # then it is a file's name with a mistake in it
     )
 
 
-def _text_columns(file: Path) -> dict[str, object]:
-    """Options that make each cell of a CSV file text, also where it looks like a number or says NA."""
-    from datasets import Features, Value
+def load_rows(path: str, key: str) -> Iterator[Row]:
+    """The rows of a source, in the order of its files and of the rows in them; only one is held in memory.
 
-    with file.open(encoding="utf-8", newline="") as stream:
-        header = next(csv.reader(stream), [])
-    return {"features": Features({name: Value("string") for name in header}), "keep_default_na": False}
+    (But for a file that is one JSON array, which is parsed as a whole.)
+
+    Raises:
+        DataError: while reading: a file cannot be parsed (with the line), or none has a row.
+    """
+    num_rows = 0
+    for name, rows in _tables(path, key):
+        for number, values in enumerate(rows, start=1):
+            num_rows += 1
+            yield Row(f"{name}, row {number}", values)
+    if num_rows == 0:
+        raise DataError(f"{key} {path} holds no rows.")
+
+
+def _tables(path: str, key: str) -> Iterator[tuple[str, Iterator[dict[str, Any]]]]:
+    if is_hub_name(path):
+        yield path, _hub_rows(path, key)
+        return
+    for file in find_files(path, key):
+        kind = _kind(file)
+        assert kind is not None
+        yield str(file), _READERS[kind](file, key)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Text: JSON, JSONL and CSV, plain or compressed.
+
+
+def _open_zst(file: Path) -> BinaryIO:
+    import pyarrow
+
+    return io.BufferedReader(pyarrow.input_stream(str(file), compression="zstd"))
+
+
+_OPENERS: dict[str, Callable[[Path], Any]] = {".gz": gzip.open, ".zst": _open_zst}
+
+
+def _lines(file: Path, key: str) -> Iterator[tuple[int, str]]:
+    """The lines of a text file with their numbers, each with its line feed; nothing else ends a line."""
+    number = 0
+    try:
+        with _OPENERS.get(file.suffix.lower(), _open_plain)(file) as stream:
+            for number, line in enumerate(stream, start=1):
+                try:
+                    text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                except UnicodeDecodeError as error:
+                    raise DataError(
+                        f"{key} {file}, line {number}: not UTF-8 text ({error.reason}). Save the file as UTF-8."
+                    ) from None
+                if "\0" in text:
+                    raise DataError(
+                        f"{key} {file}, line {number}: a NUL byte, which text does not have. The file may have been "
+                        "damaged by a crash or a full disk, or be UTF-16: write it again, as UTF-8."
+                    )
+                yield number, text
+    except (EOFError, OSError, zlib.error) as error:
+        raise DataError(
+            f"{key} {file}, after line {number}: cannot be read on ({error}). The file may have been cut off or "
+            "damaged. Write it, or copy it, again."
+        ) from None
+
+
+def _open_plain(file: Path) -> BinaryIO:
+    return file.open("rb")
+
+
+def _json_rows(file: Path, key: str) -> Iterator[dict[str, Any]]:
+    """Objects of a JSON array, or one a line; whatever the suffix says, people swap them."""
+    lines = _lines(file, key)
+    is_first = True
+    for number, line in lines:
+        if not line.strip():
+            continue
+        if is_first and line.lstrip().startswith("["):
+            yield from _array_rows("\n" * (number - 1) + line + "".join(rest for _, rest in lines), file, key)
+            return
+        try:
+            row = json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            what = (
+                f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else "nested too deep"
+            )
+            raise DataError(
+                f"{key} {file}, line {number}: not valid JSON ({what}). Each line must be one JSON object."
+            ) from None
+        if not isinstance(row, dict):
+            raise DataError(
+                f"{key} {file}, line {number}: {line.strip()[:40]!r} is not a JSON object with named columns."
+            )
+        yield row
+        is_first = False
+
+
+def _array_rows(text: str, file: Path, key: str) -> Iterator[dict[str, Any]]:
+    try:
+        rows = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        line, what = (error.lineno, error.msg) if isinstance(error, json.JSONDecodeError) else (1, "nested too deep")
+        raise DataError(
+            f"{key} {file}, line {line}: the JSON array that starts the file is broken here ({what}). "
+            "The file may have been cut off. Write it again, or one object a line (.jsonl)."
+        ) from None
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict):
+            raise DataError(f"{key} {file}, row {number}: {row!r:.40} is not a JSON object with named columns.")
+        yield row
+
+
+def _csv_rows(file: Path, key: str) -> Iterator[dict[str, Any]]:
+    """Each cell as text, also where it looks like a number or says NA."""
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # the default refuses a cell of more than 128 KiB
+    # Strictly, because a quotation mark that is never closed would make the rest of the file one cell.
+    reader = csv.reader((line for _, line in _lines(file, key)), strict=True)
+    header: list[str] | None = None
+    try:
+        for cells in reader:
+            if not cells:
+                continue
+            if header is None:
+                header = cells
+                _check_columns(header, file, key)
+            elif len(cells) != len(header):
+                raise DataError(
+                    f"{key} {file}, line {reader.line_num}: {len(cells)} cells, but the header has {len(header)}. "
+                    "Put quotation marks around cells that hold commas or line breaks."
+                )
+            else:
+                yield dict(zip(header, cells, strict=True))
+    except csv.Error as error:
+        raise DataError(
+            f"{key} {file}, line {reader.line_num}: not valid CSV ({error}). The file may have been cut off; quotation "
+            "marks within a cell are written twice."
+        ) from None
+
+
+def _check_columns(names: list[str], file: Path, key: str) -> None:
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise DataError(f"{key} {file} has more than one column {', '.join(map(repr, twice))}. Rename or remove one.")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Tables: Parquet, Arrow, and data sets of the hub.
+
+
+def _parquet_rows(file: Path, key: str) -> Iterator[dict[str, Any]]:
+    from pyarrow import ArrowException, parquet
+
+    try:
+        with parquet.ParquetFile(file) as table:
+            _check_columns(table.schema_arrow.names, file, key)
+            for batch in table.iter_batches(batch_size=_BATCH_ROWS):
+                yield from map(_unfilled, batch.to_pylist())
+    except (ArrowException, OSError) as error:
+        raise DataError(_damaged(file, key, "Parquet", error)) from None
+
+
+def _arrow_rows(file: Path, key: str) -> Iterator[dict[str, Any]]:
+    """A stream, as `datasets` writes, or a file, as Feather is."""
+    from pyarrow import ArrowException, ipc, memory_map
+
+    try:
+        with memory_map(str(file)) as source:
+            if source.read(6) == b"ARROW1":
+                table = ipc.open_file(source)
+                batches = (table.get_batch(i) for i in range(table.num_record_batches))
+            else:
+                source.seek(0)
+                table = batches = ipc.open_stream(source)
+            _check_columns(table.schema.names, file, key)
+            for batch in batches:
+                for start in range(0, batch.num_rows, _BATCH_ROWS):
+                    yield from map(_unfilled, batch.slice(start, _BATCH_ROWS).to_pylist())
+    except (ArrowException, OSError) as error:
+        raise DataError(_damaged(file, key, "Arrow", error)) from None
+
+
+def _hub_rows(path: str, key: str) -> Iterator[dict[str, Any]]:
+    """A split of a data set of the hub. `datasets` 4 and later execute no script of a data set; nor is one asked to."""
+    from datasets import load_dataset
+
+    name, _, split = path.partition(":")
+    try:
+        rows = load_dataset(name, split=split or "train")
+    except Exception as error:  # noqa: BLE001 - network, hub and parser each have their own
+        raise DataError(
+            f"{key} {path} is no file or folder here, and as a data set of the hub it cannot be loaded: "
+            f"{str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}. "
+            "Check the name (owner/name, or owner/name:split), or give a file."
+        ) from None
+    yield from map(_unfilled, rows)
+
+
+_BATCH_ROWS = 256
+"""Rows of a table that are made Python objects at a time."""
+
+
+def _unfilled(row: dict[str, Any]) -> dict[str, Any]:
+    """A row without the names, within its columns, that only other rows have: tables fill those with None."""
+    return {column: _without_none(value) for column, value in row.items()}
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_none(item) for name, item in value.items() if item is not None}
+    return [_without_none(item) for item in value] if isinstance(value, list) else value
+
+
+def _damaged(file: Path, key: str, kind: str, error: Exception) -> str:
+    first = str(error).strip().split("\n")[0]
+    return f"{key} {file}: not a whole {kind} file ({first}). It may have been cut off: write it, or copy it, again."
+
+
+_READERS: dict[str, Callable[[Path, str], Iterator[dict[str, Any]]]] = {
+    ".jsonl": _json_rows,
+    ".json": _json_rows,
+    ".parquet": _parquet_rows,
+    ".arrow": _arrow_rows,
+    ".csv": _csv_rows,
+}
+_TEXT = (".jsonl", ".json", ".csv")
+_BESIDE_DATA = ("dataset_info.json", "dataset_dict.json", "state.json")
+"""What `datasets` writes into a folder beside its Arrow files."""
+
+
+def _kind(file: Path) -> str | None:
+    """The suffix that says how to read a file, without that of its compression; None when it is not known."""
+    suffix = file.suffix.lower()
+    if suffix in _OPENERS:
+        inner = file.with_suffix("").suffix.lower()
+        return inner if inner in _TEXT else None
+    return suffix if suffix in _READERS else None
 
 
 def _kinds() -> str:
-    return ", ".join(list(_BUILDERS)[:-1]) + f" or {list(_BUILDERS)[-1]}"
-
-
-def _check_utf8(file: Path, key: str) -> None:
-    """Refuse text in another encoding; the parsers would pass it on and fail rows later."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    num_lines = 0
-    with file.open("rb") as stream:
-        while block := stream.read(2**20):
-            try:
-                decoder.decode(block)
-            except UnicodeDecodeError as error:
-                line = num_lines + block[: error.start].count(b"\n") + 1
-                raise DataError(
-                    f"{key} {file}, line {line}: not UTF-8 text ({error.reason}). Save the file as UTF-8."
-                ) from None
-            num_lines += block.count(b"\n")
-
-
-def _diagnosis(file: Path, key: str) -> str | None:
-    """The first fault of a JSON file, with its line; None when the file is not JSON or is valid."""
-    if _BUILDERS[file.suffix.lower()] != "json":
-        return None
-    text = file.read_text(encoding="utf-8")
-    if text.lstrip().startswith("["):
-        try:
-            json.loads(text)
-        except json.JSONDecodeError as error:
-            return (
-                f"{key} {file}, line {error.lineno}: the JSON array that starts the file is broken here "
-                f"({error.msg}). The file may have been cut off. Write it again, or one object a line (.jsonl)."
-            )
-        return None
-    columns: set[str] = set()
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            return (
-                f"{key} {file}, line {number}: not valid JSON ({error.msg}, column {error.colno}). "
-                "Each line must be one JSON object."
-            )
-        if not isinstance(row, dict):
-            return f"{key} {file}, line {number}: {line[:40]!r} is not a JSON object with named columns."
-        if columns and set(row) != columns:
-            missing, extra = sorted(columns - set(row)), sorted(set(row) - columns)
-            return (
-                f"{key} {file}, line {number}: its columns differ from those of the lines before "
-                f"(missing: {missing or 'none'}, new: {extra or 'none'}). All rows must have the same columns."
-            )
-        columns = set(row)
-    return None
+    return ", ".join(list(_READERS)[:-1]) + f" or {list(_READERS)[-1]}"

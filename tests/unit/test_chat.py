@@ -1,6 +1,7 @@
 """Conversations to tokens and labels: the loss is on what the assistant says, and on nothing else."""
 
 import copy
+import json
 
 import pytest
 from hypothesis import given, settings
@@ -9,6 +10,7 @@ from tokenizers.processors import ByteLevel, TemplateProcessing
 
 from qlora_dist.config import IGNORE_INDEX, DataConfig
 from qlora_dist.data.chat import EncodedRows, Sample, encode_rows
+from qlora_dist.data.sources import Row
 from qlora_dist.errors import DataError
 
 END = "<|im_end|>"
@@ -40,6 +42,20 @@ BARE = """\
 {%- endfor -%}
 """
 
+# As in templates that know tools: descriptions first, calls by name and arguments, what a tool returns quoted.
+TOOLS = """\
+{%- if tools %}{{- '<|im_start|>system\n' + (tools | tojson) + '<|im_end|>\n' -}}{% endif -%}
+{%- for message in messages -%}
+  {{- '<|im_start|>' + message.role + '\n' -}}
+  {%- if message.role == 'tool' -%}{{- message.content | tojson -}}{%- else -%}{{- message.content -}}{%- endif -%}
+  {%- for call in message.tool_calls or [] -%}
+    {{- '<call>' + call.function.name + ' ' + (call.function.arguments | tojson) -}}
+  {%- endfor -%}
+  {{- '<|im_end|>\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}
+"""
+
 # As base models' examples do: no end token at all, a line per turn.
 LINES = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
 
@@ -51,8 +67,9 @@ def chat(*contents: str, system: str | None = None) -> dict:
 
 
 def encode(rows: list[dict], tokenizer, layout: str = "messages", **config) -> EncodedRows:
-    """The rows as the trainer sees them."""
-    return encode_rows(rows, layout, tokenizer, DataConfig(train="rows.jsonl", **config), "rows.jsonl")
+    """The rows as the trainer sees them; `layout` is what data.format says."""
+    numbered = [Row(f"rows.jsonl, row {number}", row) for number, row in enumerate(rows, start=1)]
+    return encode_rows(numbered, tokenizer, DataConfig(train="rows.jsonl", format=layout, **config), "rows.jsonl")
 
 
 def targets(sample: Sample, tokenizer) -> str:
@@ -97,9 +114,9 @@ def test_the_targets_are_the_assistants_turns(tokenizer, row: dict, expected: st
 
 
 @settings(deadline=None)
-@given(st.lists(st.text(st.characters(codec="utf-8"), max_size=12), min_size=2, max_size=6))
+@given(st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=12), min_size=2, max_size=6))
 def test_the_targets_are_the_assistants_turns_whatever_they_say(tokenizer, contents: list[str]) -> None:
-    """Any text at all: the target tokens decode to the assistant's words, and the input to the rendered template."""
+    """Any text but NUL characters: the target tokens decode to the assistant's words, the input to the whole text."""
     row = chat(*contents)
     [sample] = encode([row], tokenizer, max_seq_len=10_000).samples
     assert targets(sample, tokenizer) == "".join(text + END for text in contents[1::2])
@@ -285,3 +302,170 @@ def test_a_conversation_that_the_assistant_starts_is_refused(tokenizer) -> None:
     row = {"messages": [{"role": "assistant", "content": "hello"}, *chat("hi", "there")["messages"]]}
     with pytest.raises(DataError, match="row 1: the conversation starts with an assistant turn"):
         encode([row], tokenizer)
+
+
+# -- text
+
+
+def test_text_is_all_target_and_framed_once(tokenizer) -> None:
+    """Every token of plain text counts, whatever `train_on` says; start and end token stand once, also where the text
+    or the tokenizer brings them."""
+    start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    framing = copy.deepcopy(tokenizer)
+    framing._tokenizer.post_processor = TemplateProcessing(
+        single=f"<|im_start|> $A {END}", special_tokens=[("<|im_start|>", start), (END, end)]
+    )
+    fox = tokenizer("quick fox").input_ids
+    for words in ("quick fox", "<|im_start|>quick fox", f"quick fox{END}"):
+        [sample] = encode([{"text": words}], framing, "text", train_on="completions").samples
+        assert sample.input_ids == [start, *fox, end]
+        assert sample.labels == sample.input_ids
+    [unframed] = encode([{"text": "quick fox"}], tokenizer, "text").samples
+    assert unframed.input_ids == [*fox, end]  # no start token where the tokenizer sets none
+
+
+def test_text_needs_no_chat_template(tokenizer) -> None:
+    """A base model can learn from plain text."""
+    assert encode([{"text": "a"}], with_template(tokenizer, None), "auto").layout == "text"
+
+
+# -- other formats of conversations
+
+
+def test_all_formats_of_a_conversation_are_the_same_to_the_model(tokenizer) -> None:
+    """One exchange in five spellings has the same tokens and the same targets."""
+    said = [("system", "be brief"), ("user", "quick fox"), ("assistant", "lazy dog")]
+    messages = [{"role": role, "content": text} for role, text in said]
+    spelled = {
+        "messages": {"messages": messages},
+        "sharegpt": {
+            "conversations": [
+                {"from": speaker, "value": text}
+                for speaker, (_, text) in zip(["system", "human", "gpt"], said, strict=True)
+            ]
+        },
+        "alpaca": {"instruction": "quick fox", "input": "", "output": "lazy dog", "system": "be brief"},
+        "prompt_completion": {"prompt": messages[:2], "completion": messages[2:]},
+    }
+    for name, row in spelled.items():
+        encoded = encode([row], tokenizer, "auto")
+        assert (encoded.format, encoded.layout) == (name, "messages")
+        assert encoded.samples == encode([spelled["messages"]], tokenizer).samples
+        assert targets(encoded.samples[0], tokenizer) == "lazy dog" + END
+
+
+def test_assistant_turns_of_a_prompt_are_no_targets(tokenizer) -> None:
+    """In a prompt that is a conversation, what the assistant said is given."""
+    messages = chat("a", "b", "c", "d")["messages"]
+    [sample] = encode([{"prompt": messages[:3], "completion": messages[3:]}], tokenizer, "prompt_completion").samples
+    assert targets(sample, tokenizer) == "d" + END
+    assert sample.input_ids == encode([{"messages": messages}], tokenizer).samples[0].input_ids
+
+
+def test_plain_prompts_among_conversations_are_faulty(tokenizer) -> None:
+    """A file trains one form of prompt; the other one is named, whichever came first."""
+    plain = {"prompt": "a", "completion": "b"}
+    messages = chat("a", "b")["messages"]
+    listed = {"prompt": messages[:1], "completion": messages[1:]}
+    assert "row 2: `prompt` and `completion` are messages" in refusal([plain, listed], tokenizer, "auto")
+    assert "row 2: `prompt` and `completion` are plain text" in refusal([listed, plain], tokenizer, "auto")
+
+
+# -- tools
+
+WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
+CALL = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Rome", "day": null}'}}
+TOOL_MESSAGES = [
+    {"role": "user", "content": "rain?"},
+    {"role": "assistant", "content": None, "tool_calls": [CALL]},
+    {"role": "tool", "content": 'say "no"', "tool_call_id": "1"},
+    {"role": "assistant", "content": "no rain"},
+]
+
+
+def test_tool_calls_and_answers_are_targets_and_what_tools_say_is_not(tokenizer) -> None:
+    """Calls written as OpenAI does, with JSON text, reach the template as objects; `tools` is what it lists."""
+    [sample] = encode([{"messages": TOOL_MESSAGES, "tools": [WEATHER]}], with_template(tokenizer, TOOLS)).samples
+    assert targets(sample, tokenizer) == f'<call>weather {{"city": "Rome", "day": null}}{END}no rain{END}'
+    text = tokenizer.decode(sample.input_ids)
+    assert '"name": "weather", "parameters"' in text
+    assert 'tool\n"say \\"no\\""' in text
+
+
+def test_sharegpt_spells_the_same_calls(tokenizer) -> None:
+    """`function_call` and `observation` turns, and tools as JSON text, are what messages say with tool_calls."""
+    call = json.dumps({"name": "weather", "arguments": {"city": "Rome", "day": None}})
+    said = [("human", "rain?"), ("function_call", call), ("observation", 'say "no"'), ("gpt", "no rain")]
+    turns = [{"from": speaker, "value": value} for speaker, value in said]
+    knowing = with_template(tokenizer, TOOLS)
+    shared = encode([{"conversations": turns, "tools": json.dumps([WEATHER])}], knowing, "sharegpt")
+    assert shared.samples == encode([{"messages": TOOL_MESSAGES, "tools": [WEATHER]}], knowing).samples
+
+
+@pytest.mark.parametrize(
+    ("row", "what"),
+    [
+        ({"messages": TOOL_MESSAGES}, "leaves out the tool call of message 2"),
+        ({**chat("a", "b"), "tools": [WEATHER]}, "leaves out the tool 'weather'"),
+    ],
+)
+def test_a_template_that_knows_no_tools_is_not_given_any(tokenizer, row: dict, what: str) -> None:
+    """The model would learn to answer without having called, or from tools that it never sees."""
+    assert what in refusal([row], tokenizer)
+
+
+def test_a_template_that_drops_turns_is_refused(tokenizer) -> None:
+    """A template without system turns that just ignores them."""
+    deaf = with_template(
+        tokenizer, "{% for m in messages if m['role'] != 'system' %}{{ m['content'] + '\n' }}{% endfor %}"
+    )
+    assert targets(encode([chat("a", "b")], deaf).samples[0], tokenizer) == "b\n"
+    assert "leaves out message 1 (system)" in refusal([chat("a", "b", system="be brief")], deaf)
+
+
+# -- how many faults are let pass
+
+
+def test_up_to_a_share_of_faulty_rows_is_left_out(tokenizer) -> None:
+    """Exactly data.max_bad_fraction passes, one row more does not; reasons are counted, with the first row of each."""
+    good, empty, bot = chat("a", "b"), {"messages": []}, {"messages": [{"role": "bot", "content": "x"}]}
+    rows = [good, bot, *[good] * 4, empty, good, empty, good]
+    encoded = encode(rows, tokenizer, max_bad_fraction=0.3)
+    assert len(encoded.samples) == 7
+    assert encoded.faulty.reasons == {"unknown role": (1, "rows.jsonl, row 2"), "empty row": (2, "rows.jsonl, row 7")}
+    told = "empty row: 2 (first: rows.jsonl, row 7), unknown role: 1 (rows.jsonl, row 2)"
+    assert str(encoded.faulty) == told
+    with pytest.raises(DataError) as caught:
+        encode(rows, tokenizer, max_bad_fraction=0.29)
+    message = str(caught.value)
+    assert message.startswith("rows.jsonl, row 2: message 1 has the role 'bot'")
+    assert "3 of 10 rows are faulty, more than data.max_bad_fraction (0.29)" in message
+    assert told in message
+
+
+def test_no_fault_passes_when_none_may(tokenizer) -> None:
+    """`max_bad_fraction: 0` stops at any faulty row."""
+    with pytest.raises(DataError, match="1 of 101 rows"):
+        encode([*[chat("a", "b")] * 100, {"messages": []}], tokenizer, max_bad_fraction=0.0)
+
+
+@pytest.mark.parametrize(("content", "what"), [("a\0b", "NUL character"), ("a\ud83d", r"half a character ('\ud83d')")])
+def test_text_that_is_no_text_is_faulty(tokenizer, content: str, what: str) -> None:
+    """NUL characters and halves of surrogate pairs, both of which JSON can hold."""
+    assert what in refusal([chat("a", content)], tokenizer)
+    assert what in refusal([{"prompt": content, "completion": "b"}], tokenizer, "prompt_completion")
+
+
+def test_another_format_in_the_same_file_is_named_by_row(tokenizer) -> None:
+    """The format is that of the first rows; rows in another one are counted, and the first of them is named."""
+    rows = [chat("a", "b"), {"instruction": "a", "output": "b"}, {"text": "a"}, {"text": "b"}, {"id": 3}]
+    message = refusal(rows, tokenizer, "auto")
+    assert message.startswith("rows.jsonl, row 2: this row is in the alpaca format, the file in the messages format")
+    assert "text row: 2 (first: rows.jsonl, row 3), alpaca row: 1 (rows.jsonl, row 2), no `messages`: 1 (" in message
+
+
+def test_the_format_shows_although_the_first_row_is_faulty(tokenizer) -> None:
+    """A row without columns, or with columns that are empty, says nothing about the format."""
+    for first in ({}, {"messages": None, "text": None}):
+        encoded = encode([first, {"messages": None, "text": "a"}], tokenizer, "auto", max_bad_fraction=0.5)
+        assert (encoded.format, len(encoded.samples), encoded.faulty.num_rows) == ("text", 1, 1)

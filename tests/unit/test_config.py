@@ -43,6 +43,7 @@ IMPOSSIBLE = {
     "adapter.dropout": (-0.1, 1, float("nan")),
     "data.max_seq_len": (0,),
     "data.eval_fraction": (-0.1, 1, float("nan")),
+    "data.max_bad_fraction": (-0.1, 1, float("nan")),
     "optim.lr": (0, -1e-4, float("inf"), float("nan")),
     "optim.warmup_steps": (-1,),
     "optim.warmup_ratio": (-0.1, 1),

@@ -11,12 +11,6 @@ from qlora_dist.data.dataset import load_dataset
 from qlora_dist.errors import DataError
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tables are cached in the test's own folder, not in the user's."""
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
-
-
 def chat_rows(file: Path, answers: list[str]) -> str:
     """Write one conversation per answer; returns the path as the config has it."""
     turns = [[{"role": "user", "content": "go"}, {"role": "assistant", "content": answer}] for answer in answers]
@@ -106,8 +100,40 @@ def test_notes_say_what_became_of_the_rows(tmp_path: Path, tokenizer) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     [note] = load_dataset(DataConfig(train=str(path), max_seq_len=8), tokenizer, seed=0).notes
     assert note == (
-        f"{path}: 2 rows, 11 tokens, 82% of them targets, 1 rows cut to 8, 1 rows dropped (no target left)"
+        f"{path}: format prompt_completion, 2 rows, 11 tokens, 82% of them targets, 1 rows cut to 8, "
+        "1 rows dropped (no target left)"
     )  # 9 / 11
+
+
+def test_faulty_rows_are_left_out_and_told(tmp_path: Path, tokenizer) -> None:
+    """Up to data.max_bad_fraction, faulty rows are left out, and the notes say why and where the first ones are."""
+    path = Path(chat_rows(tmp_path / "t.jsonl", ["a", "b"]))
+    path.write_text('{"messages": []}\n' + path.read_text() + '{"messages": []}\n{"messages": [{"role": "bot"}]}\n')
+    data = load_dataset(DataConfig(train=str(path), max_bad_fraction=0.6), tokenizer, seed=0)
+    assert answers_of(data.train, tokenizer) == ["a", "b"]
+    assert data.notes[0].endswith(
+        f", 3 faulty rows left out: empty row: 2 (first: {path}, row 1), unknown role: 1 ({path}, row 5)"
+    )
+    with pytest.raises(DataError, match=r"row 1: `messages` is \[\].* 3 of 5 rows .*data\.max_bad_fraction \(0\.5\)"):
+        load_dataset(DataConfig(train=str(path), max_bad_fraction=0.5), tokenizer, seed=0)
+
+
+def test_formats_are_told_and_the_layout_is_how_the_model_sees_them(tmp_path: Path, tokenizer) -> None:
+    """Whatever a conversation was written as, the model sees chat; the notes name what was recognised."""
+    rows = {
+        "sharegpt": {"conversations": [{"from": "human", "value": "go"}, {"from": "gpt", "value": "a"}]},
+        "alpaca": {"instruction": "go", "output": "a"},
+        "text": {"text": "a"},
+    }
+    layouts = {}
+    for name, row in rows.items():
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text(json.dumps(row) + "\n")
+        data = load_dataset(DataConfig(train=str(path)), tokenizer, seed=0)
+        assert data.notes[0].startswith(f"{path}: format {name}, 1 rows, ")
+        layouts[name] = data.layout
+        assert answers_of(data.train, tokenizer) == ["a"]
+    assert layouts == {"sharegpt": "messages", "alpaca": "messages", "text": "text"}
 
 
 # -- several files

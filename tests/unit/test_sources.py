@@ -1,12 +1,17 @@
-"""Data files: the four kinds read alike, and each fault is named by file and, where there are lines, by line."""
+"""Data files: all kinds read alike, and each fault is named by file and, where there are lines, by line."""
 
 import csv
+import gzip
 import json
+import random
 from pathlib import Path
 
+import pyarrow
+import pyarrow.ipc
 import pytest
+from pyarrow import parquet
 
-from qlora_dist.data.sources import check_data_file, detect_layout, load_rows
+from qlora_dist.data.sources import check_source, find_files, is_hub_name, load_rows
 from qlora_dist.errors import DataError
 
 ROWS = [
@@ -16,21 +21,20 @@ ROWS = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tables are cached in the test's own folder, not in the user's."""
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
-
-
 def lines(*rows: object) -> str:
     """Rows as JSONL."""
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
+def values(path: Path | str) -> list[dict]:
+    """All rows of a source."""
+    return [row.values for row in load_rows(str(path), "data.train")]
+
+
 def refusal(file: Path) -> str:
     """The message with which a file is refused; it always names the config key and the file."""
     with pytest.raises(DataError) as caught:
-        load_rows(str(file), "data.train")
+        list(load_rows(str(file), "data.train"))
     message = str(caught.value)
     assert message.startswith(f"data.train {file}")
     return message
@@ -38,10 +42,20 @@ def refusal(file: Path) -> str:
 
 # -- reading
 
+KINDS = [
+    "rows.jsonl", "rows.json", "rows.csv", "rows.parquet", "rows.arrow", "ROWS.JSONL", "rows.jsonl.gz", "rows.json.gz",
+    "rows.csv.gz", "rows.jsonl.zst", "rows.csv.ZST",
+]  # fmt: skip
+
 
 def write_rows(file: Path, rows: list[dict]) -> None:
     """Write rows in the kind that the suffix says."""
-    if file.suffix.lower() == ".jsonl":
+    if file.suffix.lower() in (".gz", ".zst"):
+        plain = file.with_suffix("")
+        write_rows(plain, rows)
+        file.write_bytes(compressed(plain.read_bytes(), file.suffix))
+        plain.unlink()
+    elif file.suffix.lower() == ".jsonl":
         file.write_text(lines(*rows), encoding="utf-8")
     elif file.suffix == ".json":
         file.write_text(json.dumps(rows, indent=2), encoding="utf-8")
@@ -50,20 +64,29 @@ def write_rows(file: Path, rows: list[dict]) -> None:
             writer = csv.DictWriter(out, fieldnames=list(rows[0]))
             writer.writeheader()
             writer.writerows(rows)
+    elif file.suffix == ".arrow":
+        table = pyarrow.Table.from_pylist(rows)
+        with pyarrow.ipc.new_stream(file, table.schema) as out:
+            out.write_table(table)
     else:
-        import pyarrow
-        from pyarrow import parquet
-
         parquet.write_table(pyarrow.Table.from_pylist(rows), file)
 
 
-@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.csv", "rows.parquet", "ROWS.JSONL"])
+def compressed(data: bytes, suffix: str) -> bytes:
+    """The bytes of a .gz or .zst file."""
+    if suffix.lower() == ".gz":
+        return gzip.compress(data)
+    sink = pyarrow.BufferOutputStream()
+    with pyarrow.CompressedOutputStream(sink, "zstd") as out:
+        out.write(data)
+    return sink.getvalue().to_pybytes()
+
+
+@pytest.mark.parametrize("name", KINDS)
 def test_all_kinds_of_file_hold_the_same_rows(tmp_path: Path, name: str) -> None:
     """Text comes back as it was written, line breaks, quotes and non-ASCII included, in the order of the file."""
     write_rows(tmp_path / name, ROWS)
-    rows = load_rows(str(tmp_path / name), "data.train")
-    assert rows.column_names == ["prompt", "completion"]
-    assert list(rows) == ROWS
+    assert values(tmp_path / name) == ROWS
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.parquet"])
@@ -74,23 +97,23 @@ def test_conversations_come_back_as_lists_of_turns(tmp_path: Path, name: str) ->
         for turns in (1, 2)
     ]
     write_rows(tmp_path / name, chats)
-    assert list(load_rows(str(tmp_path / name), "data.train")) == chats
+    assert values(tmp_path / name) == chats
 
 
 def test_a_changed_file_is_read_again(tmp_path: Path) -> None:
-    """A table cached from an earlier version of the file is not used."""
+    """Nothing of an earlier version of the file is used."""
     file = tmp_path / "rows.jsonl"
     write_rows(file, ROWS)
-    load_rows(str(file), "data.train")
+    values(file)
     write_rows(file, ROWS[:1])
-    assert list(load_rows(str(file), "data.train")) == ROWS[:1]
+    assert values(file) == ROWS[:1]
 
 
 def test_blank_lines_between_rows_are_nothing(tmp_path: Path) -> None:
     """A blank line is neither a row nor a fault."""
     file = tmp_path / "rows.jsonl"
     file.write_text(lines(ROWS[0]) + "\n\n" + lines(ROWS[1]))
-    assert list(load_rows(str(file), "data.train")) == ROWS[:2]
+    assert values(file) == ROWS[:2]
 
 
 # -- faults
@@ -111,17 +134,8 @@ def test_an_impossible_file_is_refused_unread(tmp_path: Path, name: str, content
     if content is not None:
         file.write_bytes(content)
     with pytest.raises(DataError, match=f"data.eval {file} .*{what}"):
-        check_data_file(str(file), "data.eval")
+        check_source(str(file), "data.eval")
     refusal(file)
-
-
-def test_a_folder_is_refused(tmp_path: Path) -> None:
-    """A folder is not a data file, even one named like it."""
-    folder = tmp_path / "rows.jsonl"
-    folder.mkdir()
-    with pytest.raises(DataError, match=r"is a folder\. Give one"):
-        check_data_file(str(folder), "data.train")
-    refusal(folder)
 
 
 @pytest.mark.parametrize(
@@ -164,18 +178,12 @@ def test_a_file_that_is_not_utf8_is_named(tmp_path: Path, encoding: str, line: i
     assert "Save the file as UTF-8." in message
 
 
-def test_rows_with_differing_columns_are_named(tmp_path: Path) -> None:
-    """A row whose columns differ from those before it is named, with what it lacks and what it adds.
-
-    The reader fills gaps with None within its first 10 MiB, where rows are refused one by one later; so the file is
-    a little larger.
-    """
+def test_rows_with_differing_columns_come_as_they_are(tmp_path: Path) -> None:
+    """A row has the columns that it was written with; whether they will do is decided row by row, later."""
     file = tmp_path / "rows.jsonl"
-    long = {"prompt": "x" * 2**20, "completion": "y"}
-    file.write_text(lines(*[long] * 11, {"prompt": "x", "answer": "y"}))
-    message = refusal(file)
-    assert ", line 12: its columns differ" in message
-    assert "missing: ['completion'], new: ['answer']" in message
+    differing = [*ROWS, {"prompt": "x", "answer": 3}, {}]
+    file.write_text(lines(*differing))
+    assert values(file) == differing
 
 
 @pytest.mark.parametrize(
@@ -198,43 +206,7 @@ def test_a_file_that_holds_no_rows_or_cannot_be_parsed_is_refused(
     assert what in refusal(file)
 
 
-# -- layout
-
-
-@pytest.mark.parametrize(
-    ("columns", "asked", "expected"),
-    [
-        (["messages"], "auto", "messages"),
-        (["id", "messages", "source"], "auto", "messages"),
-        (["completion", "prompt", "id"], "auto", "prompt_completion"),
-        (["messages", "prompt", "completion"], "auto", "messages"),
-        (["messages", "prompt", "completion"], "prompt_completion", "prompt_completion"),
-        (["messages", "prompt", "completion"], "messages", "messages"),
-    ],
-)
-def test_the_columns_say_the_layout(columns: list[str], asked: str, expected: str) -> None:
-    """Other columns do not matter; where both layouts are there, conversations win unless data.format says more."""
-    assert detect_layout(columns, asked, "rows.jsonl") == expected
-
-
-@pytest.mark.parametrize(
-    ("columns", "asked", "needed"),
-    [
-        (["text"], "auto", ("`messages`", "`prompt` and `completion`")),
-        (["prompt", "answer"], "auto", ("`messages`", "`prompt` and `completion`")),
-        (["prompt", "completion"], "messages", ("`messages`",)),
-        (["messages"], "prompt_completion", ("`prompt` and `completion`",)),
-    ],
-)
-def test_missing_columns_are_refused(columns: list[str], asked: str, needed: tuple[str, ...]) -> None:
-    """The message names the file, the columns it has, and those that data.format needs."""
-    with pytest.raises(DataError) as caught:
-        detect_layout(columns, asked, "rows.jsonl")
-    message = str(caught.value)
-    assert message.startswith("rows.jsonl: ")
-    assert f"data.format: {asked}" in message
-    for text in (*(f"`{column}`" for column in columns), *needed):
-        assert text in message
+# -- text
 
 
 @pytest.mark.parametrize("path", ["data[1].jsonl", "[x]/data.jsonl"])
@@ -243,7 +215,7 @@ def test_brackets_in_a_path_are_no_pattern(tmp_path: Path, path: str) -> None:
     (tmp_path / "[x]").mkdir()
     (tmp_path / "data1.jsonl").write_text(lines({"prompt": "another", "completion": "file"}))
     (tmp_path / path).write_text(lines(*ROWS))
-    assert list(load_rows(str(tmp_path / path), "data.train")) == ROWS
+    assert values(tmp_path / path) == ROWS
 
 
 def test_text_in_another_encoding_is_named_by_line(tmp_path: Path) -> None:
@@ -264,4 +236,191 @@ def test_csv_cells_are_text(tmp_path: Path) -> None:
     """Numbers and words like None or NA in a CSV file come back as they were written."""
     file = tmp_path / "rows.csv"
     file.write_text("prompt,completion\nIs it there?,None\nHow many?,42\nWhich?,NA\n")
-    assert [row["completion"] for row in load_rows(str(file), "data.train")] == ["None", "42", "NA"]
+    assert [row["completion"] for row in values(file)] == ["None", "42", "NA"]
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    """Editors on Windows put one at the start of UTF-8."""
+    for name in ("rows.jsonl", "rows.csv"):
+        write_rows(tmp_path / name, ROWS)
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + (tmp_path / name).read_bytes())
+        assert values(tmp_path / name) == ROWS
+
+
+def test_a_large_row_is_a_row(tmp_path: Path) -> None:
+    """A cell or a line of megabytes is read like any other."""
+    large = [{"prompt": "x", "completion": "fox " * 2**20}]
+    for name in ("rows.jsonl", "rows.csv"):
+        write_rows(tmp_path / name, large)
+        assert values(tmp_path / name) == large
+
+
+# -- tables
+
+
+@pytest.mark.parametrize("name", ["rows.parquet", "rows.arrow"])
+def test_tables_do_not_lend_names_to_other_rows(tmp_path: Path, name: str) -> None:
+    """Arguments that only another row's call has are not there, although the table holds them as null."""
+    calls = [{"calls": [{"arguments": {"city": "Rome"}}]}, {"calls": [{"arguments": {"day": "today"}}]}]
+    write_rows(tmp_path / name, calls)
+    assert values(tmp_path / name) == calls
+
+
+def test_an_arrow_file_may_be_a_stream_or_a_file(tmp_path: Path) -> None:
+    """`datasets` writes streams; Feather is the file format."""
+    table = pyarrow.Table.from_pylist(ROWS)
+    with pyarrow.ipc.new_file(tmp_path / "rows.arrow", table.schema) as out:
+        out.write_table(table, max_chunksize=2)
+    assert values(tmp_path / "rows.arrow") == ROWS
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["rows.parquet", "rows.arrow", "rows.jsonl.gz", "rows.jsonl.zst", "rows.csv.gz", "rows.json.gz", "rows.json.zst"],
+)
+def test_a_file_that_was_cut_off_is_refused(tmp_path: Path, name: str) -> None:
+    """A download that broke off is never taken for a shorter file."""
+    rng = random.Random(0)
+    write_rows(tmp_path / name, [{"prompt": str(rng.getrandbits(64)), "completion": "x"} for _ in range(2000)])
+    data = (tmp_path / name).read_bytes()
+    for length in (len(data) // 2, len(data) * 9 // 10):
+        (tmp_path / name).write_bytes(data[:length])
+        assert "cut off" in refusal(tmp_path / name)
+
+
+def test_what_is_not_compressed_says_so(tmp_path: Path) -> None:
+    """A plain file with the suffix of a compressed one."""
+    for suffix in (".gz", ".zst"):
+        file = tmp_path / f"rows.jsonl{suffix}"
+        file.write_text(lines(*ROWS))
+        assert "cannot be read on" in refusal(file)
+
+
+def test_a_column_that_comes_twice_is_refused(tmp_path: Path) -> None:
+    """There is no telling which of the two is meant."""
+    (tmp_path / "rows.csv").write_text("prompt,completion,prompt\na,b,c\n")
+    assert "more than one column 'prompt'" in refusal(tmp_path / "rows.csv")
+    table = pyarrow.table([["a"], ["b"]], names=["prompt", "prompt"])
+    parquet.write_table(table, tmp_path / "rows.parquet")
+    assert "more than one column 'prompt'" in refusal(tmp_path / "rows.parquet")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "line"),
+    [
+        ("rows.jsonl", lines(ROWS[0]).encode() + b"\0" * 100, 2),  # as a crash leaves it
+        ("rows.jsonl", lines(ROWS[0]).encode("utf-16-le"), 1),
+        ("rows.csv", b"prompt,completion\na,b\nc,\0\n", 3),
+    ],
+)
+def test_nul_bytes_are_named_by_line(tmp_path: Path, name: str, content: bytes, line: int) -> None:
+    """They come from crashes, and from UTF-16 without a mark."""
+    (tmp_path / name).write_bytes(content)
+    assert f", line {line}: a NUL byte" in refusal(tmp_path / name)
+
+
+def test_a_quotation_that_never_ends_is_refused(tmp_path: Path) -> None:
+    """It would make the rest of a CSV file one cell."""
+    (tmp_path / "rows.csv").write_text('prompt,completion\na,b\nc,"d\ne,f\n')
+    assert "line 4: not valid CSV (unexpected end of data)" in refusal(tmp_path / "rows.csv")
+
+
+# -- several files as one source
+
+
+def shards(folder: Path, *names: str) -> Path:
+    """A folder of files of one row each, which says the file's name."""
+    folder.mkdir(exist_ok=True)
+    for name in names:
+        write_rows(folder / name, [{"text": name}])
+    return folder
+
+
+def test_a_folder_is_its_files_in_order(tmp_path: Path) -> None:
+    """Sorted by name, whatever the order on disk; other files beside them, and folders within, do not matter."""
+    folder = shards(tmp_path / "data", "b.jsonl", "a.jsonl.gz", "c.jsonl")
+    (folder / "README.md").write_text("about")
+    (folder / ".hidden").write_text("x")
+    shards(folder / "more", "d.jsonl")
+    assert [row["text"] for row in values(folder)] == ["a.jsonl.gz", "b.jsonl", "c.jsonl"]
+    assert [row.where for row in load_rows(str(folder), "data.train")][-1] == f"{folder / 'c.jsonl'}, row 1"
+
+
+def test_a_folder_that_datasets_saved_is_a_source(tmp_path: Path) -> None:
+    """`save_to_disk` puts two JSON files of its own beside the table."""
+    from datasets import Dataset
+
+    Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
+    assert values(tmp_path / "saved") == ROWS
+
+
+def test_a_pattern_is_the_files_it_matches(tmp_path: Path) -> None:
+    """Also across folders, in order."""
+    shards(tmp_path / "x", "train-1.jsonl", "train-0.jsonl", "test.jsonl")
+    shards(tmp_path / "a", "train-2.jsonl")
+    assert [row["text"] for row in values(tmp_path / "x" / "train-*.jsonl")] == ["train-0.jsonl", "train-1.jsonl"]
+    found = [file.name for file in find_files(str(tmp_path / "**" / "train-?.jsonl"), "data.train")]
+    assert found == ["train-2.jsonl", "train-0.jsonl", "train-1.jsonl"]
+
+
+def test_impossible_folders_and_patterns_are_refused(tmp_path: Path) -> None:
+    """Nothing there, nothing that matches, files of several kinds, one that is empty: each is said."""
+    (tmp_path / "none").mkdir()
+    mixed = shards(tmp_path / "mixed", "a.jsonl", "b.parquet")
+    empty = shards(tmp_path / "empty", "a.jsonl")
+    (empty / "b.jsonl").write_text("")
+    for path, what in (
+        (tmp_path / "none", "is a folder without data files"),
+        (tmp_path / "no-such-*.jsonl", "does not exist"),
+        (mixed, "files of several kinds"),
+        (mixed / "*", "files of several kinds"),
+    ):
+        assert what in refusal(path)
+    with pytest.raises(DataError, match=r"b\.jsonl is empty"):
+        check_source(str(empty), "data.train")
+
+
+# -- the hub
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("owner/name", True), ("owner/name:test", True), ("owner/name-1.5", True), ("data/rows.jsonl", False),
+        ("data/rows.jsonl.gz", False), ("rows", False), ("a/b/c", False), ("./owner/name", False), ("../name", False),
+        ("owner/*", False), ("here/name", False),
+    ],
+)  # fmt: skip
+def test_what_may_be_a_name_of_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, expected: bool
+) -> None:
+    """Owner and name, when neither is here: in a folder that is, it is a mistyped file."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert is_hub_name(path) is expected
+
+
+def test_a_data_set_of_the_hub_is_read_through_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Name and split reach `datasets`, which is asked for nothing more: no code of the data set runs."""
+    from datasets import Dataset
+
+    asked: list[tuple] = []
+
+    def load(*args: object, **kwargs: object) -> Dataset:
+        asked.append((args, kwargs))
+        return Dataset.from_list(ROWS)
+
+    monkeypatch.setattr("datasets.load_dataset", load)
+    assert values("owner/name:validation") == ROWS
+    assert asked == [(("owner/name",), {"split": "validation"})]
+
+
+def test_a_data_set_that_cannot_be_had_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever `datasets` raises becomes one line with the key and the name."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise ConnectionError("no route to the hub\nmore")
+
+    monkeypatch.setattr("datasets.load_dataset", fail)
+    with pytest.raises(DataError, match=r"data\.eval owner/name is no file .*: no route to the hub\. Check the name"):
+        list(load_rows("owner/name", "data.eval"))
