@@ -1,6 +1,6 @@
 """A run that is killed at random, again and again, beside one that is left in peace: do they end with the same adapter?
 
-    python benchmarks/soak.py                    # after `make demo`; some 20 minutes on two cores
+    python benchmarks/soak.py                    # after `make demo`; some 12 minutes on two cores
 
 Trains a tiny random Llama on two processes under `fsdp`, with dropout, evaluation and many checkpoints. At random
 moments, from the first import on, SIGKILL hits one rank, the launcher, or all of them at once; the same command is then
@@ -31,7 +31,7 @@ import yaml
 ROOT = Path(__file__).parents[1]
 WORK = ROOT / "runs" / "soak"
 MAX_STEPS = 1000
-LONGEST_LIFE_SECONDS = 22.0
+LONGEST_LIFE_SECONDS = 13.0
 
 
 def main() -> None:

@@ -53,6 +53,8 @@ parallel:
   backend: {backend}
 memory:
   recompute: none
+checkpoint:
+  resume: never
 """
 
 
