@@ -6,43 +6,48 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-from torch import distributed as dist
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from qlora_dist import train as train_module
 from tests.support.processes import run_on_processes
 from tests.support.training import train_here
 
-REDUCTIONS = ("all_reduce", "reduce", "reduce_scatter", "reduce_scatter_tensor", "all_to_all_single")
 train_step = train_module.train_step
 
 
+class ReductionCounter(TorchDispatchMode):
+    """Elements that are reduced over ranks while it is on, by operation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "c10d" and "reduce" in str(func):
+            sizes = [leaf.numel() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+            if max(sizes) > 8:  # counts, norms and flags are smaller
+                self.counts[str(func)] += max(sizes)
+        return func(*args, **(kwargs or {}))
+
+
 def reductions_of_a_step(folder: Path, settings: dict) -> Counter[str]:
-    """Elements that the second optimizer step of a run reduces over ranks, by operation."""
-    counts: Counter[str] = Counter()
+    """What the second optimizer step of a run reduces over ranks."""
+    counter = ReductionCounter()
     num_steps = 0
-
-    def counted(name):
-        original = getattr(dist, name)
-
-        def call(*arguments, **keywords):
-            sizes = [value.numel() for value in (*arguments, *keywords.values()) if hasattr(value, "numel")]
-            if max(sizes, default=0) > 8:  # counts, norms and flags are smaller
-                counts[name] += max(sizes)
-            return original(*arguments, **keywords)
-
-        return call
 
     def step(*arguments):
         nonlocal num_steps
         num_steps += 1
         if num_steps != 2:  # the first one sets things up
             return train_step(*arguments)
-        with mock.patch.multiple(dist, **{name: counted(name) for name in REDUCTIONS}):
+        with counter:
             return train_step(*arguments)
 
     with mock.patch.object(train_module, "train_step", step):
         assert train_here(folder, settings)
-    return counts
+    return counter.counts
 
 
 def compare_accumulations(root: Path, model: Path, data: Path, backend: str) -> None:
