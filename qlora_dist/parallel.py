@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -134,7 +135,7 @@ class Engine(Protocol):
         """Take up moments that any engine returned, on any number of ranks, after `num_updates` updates."""
 
 
-class _FlatEngine:
+class _FlatEngine(ABC):
     """What the engines written here share: adapters in flat buffers, one norm, one update."""
 
     def __init__(self, model: nn.Module, config: OptimConfig, runtime: Runtime) -> None:
@@ -152,8 +153,9 @@ class _FlatEngine:
         self._optimizer.clear_gradients()
         return norm
 
+    @abstractmethod
     def _global_norm(self, gradients: list[torch.Tensor]) -> torch.Tensor:
-        raise NotImplementedError
+        """Norm of the whole gradient, float64; sums it over ranks first where they hold copies."""
 
     def whole_adapter(self) -> dict[str, torch.Tensor]:
         return {
