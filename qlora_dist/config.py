@@ -84,7 +84,10 @@ class DataConfig:
     format: Literal["auto", "messages", "sharegpt", "prompt_completion", "alpaca", "text"] = "auto"
     """How rows are written, see docs/data.md; `auto` recognises it by the columns and says so in the log."""
     max_seq_len: int = 1024
-    """Longest sequence in tokens; longer rows are cut at the end."""
+    """Longest sequence in tokens."""
+    too_long: Literal["truncate_end", "truncate_start", "split", "drop"] = "truncate_end"
+    """What becomes of longer rows: they lose their end, or their start; `split` makes several of plain text (others
+    lose their end); or they are dropped. The log counts them."""
     train_on: Literal["completions", "all"] = "completions"
     """Tokens that count in the loss: the assistant's (or the completion's) only, or all. Of `text` rows, always all."""
     max_bad_fraction: float = 0.05
@@ -92,6 +95,10 @@ class DataConfig:
     run stops."""
     eval_fraction: float = 0.0
     """Share of each training file's rows held out for evaluation, in [0, 1)."""
+    chat_template: str | None = None
+    """A Jinja file, or the name of one of the tokenizer's templates, instead of the tokenizer's usual one."""
+    cache_dir: str | None = None
+    """Folder for tokenised data, which later runs find there; null: `qlora_dist` in the user's cache folder."""
     packing: bool = False
     """Put several samples into each row, up to `max_seq_len`, instead of padding; they do not see each other."""
     group_by_length: bool = False

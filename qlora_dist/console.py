@@ -9,9 +9,13 @@ from contextlib import contextmanager
 from typing import TextIO
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from qlora_dist.metrics import EvalMetrics, StepMetrics
+
+_SAY_EVERY_SECONDS = 10.0
+"""Between lines about one long piece of work, where there is no terminal to show a bar on."""
 
 
 class Reporter:
@@ -72,6 +76,23 @@ class Reporter:
         self.say(f"base model: this rank read {last / 2**20:,.0f} of {total_bytes / 2**20:,.0f} MiB in {seconds:.1f} s")
 
     @contextmanager
+    def preparing(self) -> Iterator[Callable[[str], None]]:
+        """How far the data are: the body calls what it gets with a line, shown while it is true, or now and then."""
+        said = time.perf_counter()
+        if self.console.is_terminal and not self.console.quiet:
+            with self.console.status("") as status:
+                yield lambda text: status.update(escape(text))
+            return
+
+        def show(text: str) -> None:
+            nonlocal said
+            if time.perf_counter() - said > _SAY_EVERY_SECONDS:
+                said = time.perf_counter()
+                self.say(text)
+
+        yield show
+
+    @contextmanager
     def quantizing(self, total_bytes: int) -> Iterator[Callable[[int], None]]:
         """Progress of `quantize`: a bar on a terminal, else a line every ten seconds."""
         started = said = time.perf_counter()
@@ -85,7 +106,7 @@ class Reporter:
                 nonlocal said
                 progress.update(task, completed=num_bytes)
                 now = time.perf_counter()
-                if not has_bar and now - said > 10:
+                if not has_bar and now - said > _SAY_EVERY_SECONDS:
                     said = now
                     left = (now - started) * (total_bytes / num_bytes - 1)
                     done, whole = num_bytes / 2**20, total_bytes / 2**20

@@ -10,8 +10,8 @@ import torch
 from peft import PeftModel
 
 from qlora_dist.config import EvalConfig
-from qlora_dist.data.chat import Sample
 from qlora_dist.data.sampler import collate, eval_batches
+from qlora_dist.data.samples import Sample
 from qlora_dist.metrics import EvalMetrics
 from qlora_dist.model.loss import target_loss_sum
 from qlora_dist.runtime import Runtime

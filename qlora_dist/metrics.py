@@ -59,6 +59,8 @@ class StepMetrics:
     tokens_per_second: float
     """`num_tokens` over `step_seconds`."""
     step_seconds: float
+    data_wait_seconds: float
+    """Part of `step_seconds` in which the loop waited for its micro-batches; the largest over ranks."""
     peak_memory_gib: float
     """Largest over ranks: allocated on the GPU, or resident in host memory on CPU, since the start."""
     mfu: float | None
@@ -127,6 +129,7 @@ class Recorder:
         self._num_steps = num_steps
         self._writer = MetricsWriter(folder, config, first_step) if runtime.is_main else None
         self._stack = ExitStack()
+        self._waited_before = 0.0
         self._window_steps = 0
         self._window_tokens = torch.zeros((), device=runtime.device)
         self._window_started = time.perf_counter()
@@ -143,14 +146,21 @@ class Recorder:
         if self._writer is not None:
             self._writer.close()
 
-    def step(self, step: int, lr: float, sums: StepSums, epoch: float, num_skipped_steps: int) -> None:
-        """One optimizer step is done; writes a row when `logging.every` says so."""
+    def step(
+        self, step: int, lr: float, sums: StepSums, epoch: float, num_skipped_steps: int, waited_seconds: float = 0.0
+    ) -> None:
+        """One optimizer step is done; writes a row when `logging.every` says so.
+
+        Args:
+            waited_seconds: for micro-batches, on this rank, since the start.
+        """
         self._window_steps += 1
         self._window_tokens += sums.num_tokens
         if step % self._config.every and step != self._num_steps:
             return
         loss = self._runtime.sum_over_ranks(sums.loss)
         peak = self._runtime.max_over_ranks(peak_memory_gib(self._runtime.device))
+        waited = self._runtime.max_over_ranks(waited_seconds - self._waited_before)
         values = torch.stack([loss, sums.grad_norm, sums.num_tokens, sums.num_targets, self._window_tokens]).tolist()
         seconds = time.perf_counter() - self._window_started
         row = StepMetrics(
@@ -162,6 +172,7 @@ class Recorder:
             num_target_tokens=int(values[3]),
             tokens_per_second=values[4] / seconds,
             step_seconds=seconds / self._window_steps,
+            data_wait_seconds=waited / self._window_steps,
             peak_memory_gib=peak,
             mfu=None,
             epoch=epoch,
@@ -172,6 +183,7 @@ class Recorder:
             self._writer.write(row)
         self._reporter.step(row, self._seconds_left(step))
         self._warn_of_spike(row)
+        self._waited_before = waited_seconds
         self._restart_window()
 
     def evaluation(self, row: EvalMetrics) -> None:

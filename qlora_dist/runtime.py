@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, set_seed
 from torch import distributed as dist
+
+from qlora_dist.errors import QloraDistError
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -35,11 +39,21 @@ class Runtime:
         """Whether this process writes files and speaks to the user."""
         return self.rank == 0
 
-    @contextmanager
-    def main_first(self) -> Iterator[None]:
-        """Run the body on each node's first process before the others, so that they find its caches."""
-        with self.accelerator.local_main_process_first():
-            yield
+    def main_first(self, make: Callable[[], Made]) -> Made:
+        """Call `make` on each node's first process before the others, so that these find what it left on the disk.
+
+        They wait as long as it takes, beyond the patience of other collectives; an error ends the wait, on all ranks.
+        """
+        if self.world_size == 1:
+            return make()
+        patient = dist.new_group(backend="gloo", timeout=timedelta(days=30))
+        made, error = _tried(make) if self.local_rank == 0 else (None, None)
+        errors: list[Exception | None] = [None] * self.world_size
+        dist.all_gather_object(errors, error, group=patient)
+        for one in (error, *errors):
+            if one is not None:
+                raise one
+        return make() if made is None else made
 
     def sum_over_ranks(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum in place over all ranks and return the tensor; a collective."""
@@ -97,6 +111,15 @@ class Runtime:
         self.accelerator.wait_for_everyone()
         if self.device.type != "cpu":
             self.accelerator.end_training()
+
+
+def _tried(make: Callable[[], Made]) -> tuple[Made | None, Exception | None]:
+    try:
+        return make(), None
+    except QloraDistError as error:
+        return None, error
+    except Exception as error:  # noqa: BLE001 - told to the other ranks, of which not all could read it
+        return None, RuntimeError(f"{type(error).__name__}: {error}").with_traceback(error.__traceback__)
 
 
 def launched_world_size() -> int:

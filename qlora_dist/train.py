@@ -18,9 +18,9 @@ from qlora_dist.adapter_folder import Recipe, save_adapter
 from qlora_dist.assemble import build_model, load_tokenizer, pad_token_id
 from qlora_dist.checkpoint import Checkpoints, Identity, TrainState, adapter_shapes, choose_checkpoint
 from qlora_dist.config import TrainConfig
-from qlora_dist.data.chat import Sample
 from qlora_dist.data.dataset import Dataset, load_dataset
-from qlora_dist.data.sampler import BatchPlan, MicroBatch, collate, run_end, sample_order, seed_of
+from qlora_dist.data.loader import StepLoader
+from qlora_dist.data.sampler import BatchPlan, MicroBatch, run_end, sample_order
 from qlora_dist.errors import Stopped, TrainingError
 from qlora_dist.evaluate import evaluate
 from qlora_dist.metrics import Recorder, StepSums
@@ -59,10 +59,10 @@ def train(config: TrainConfig) -> None:
 def prepare(config: TrainConfig, backend: Backend, settings: Settings | None, session: Session) -> Training | None:
     """Everything before the first step: data, checkpoint, model, engine; None when the run is finished already."""
     runtime, say = session.runtime, session.reporter.say
-    with runtime.main_first():
-        model_folder = resolve_model_folder(config.model.path)
-        tokenizer = load_tokenizer(model_folder, config.model.trust_remote_code)
-        data = load_dataset(config.data, tokenizer, config.seed)
+    model_folder = runtime.main_first(lambda: resolve_model_folder(config.model.path))
+    tokenizer = load_tokenizer(model_folder, config.model.trust_remote_code)
+    with session.reporter.preparing() as show:
+        data = runtime.main_first(lambda: load_dataset(config.data, tokenizer, config.seed, show))
     say("\n".join(data.notes))
 
     checkpoint = choose_checkpoint(session.folder, config.checkpoint.resume, runtime, say)
@@ -108,7 +108,9 @@ def prepare(config: TrainConfig, backend: Backend, settings: Settings | None, se
     if checkpoint and is_own:
         checkpoints.note(state.step)
     session.claim_folder(resumed_step=state.step if checkpoint else None)
-    return Training(config, session, data, pad_token_id(tokenizer), plan, num_steps, model, engine, checkpoints, state)
+    padding = pad_token_id(tokenizer)
+    loader = StepLoader(plan, data.train, runtime.rank, padding, pin_memory=runtime.device.type == "cuda")
+    return Training(config, session, data, padding, plan, loader, num_steps, model, engine, checkpoints, state)
 
 
 @dataclass
@@ -120,6 +122,7 @@ class Training:
     data: Dataset
     pad_token_id: int
     plan: BatchPlan
+    loader: StepLoader
     num_steps: int
     model: PeftModel
     engine: Engine
@@ -136,7 +139,10 @@ class Training:
         runtime, reporter = self.session.runtime, self.session.reporter
         first_step = self.state.step + 1
         logging = self.config.logging
-        with Recorder(self.session.folder, logging, runtime, reporter, self.num_steps, first_step) as recorder:
+        with (
+            self.loader,
+            Recorder(self.session.folder, logging, runtime, reporter, self.num_steps, first_step) as recorder,
+        ):
             self.model.train()
             try:
                 self.look_back(recorder)
@@ -152,14 +158,15 @@ class Training:
     def step(self, recorder: Recorder) -> None:
         """One optimizer step, counted and recorded."""
         state, optim, runtime = self.state, self.config.optim, self.session.runtime
-        batches = step_batches(self.plan, state.num_samples_seen, self.data.train, runtime, self.pad_token_id)
+        batches = self.loader.take(state.num_samples_seen)
         lr = lr_at(state.step + 1, self.num_steps, optim)
         try:
             sums = train_step(self.model, self.engine, batches, lr, optim.max_grad_norm, runtime, self.session.alive)
         except torch.OutOfMemoryError as error:
             raise TrainingError(self._too_large(batches)) from error
         state.count_step(self.plan.after_step(state.num_samples_seen), sums.is_finite)
-        recorder.step(state.step, lr, sums, self.plan.epoch_at(state.num_samples_seen), state.num_skipped_steps)
+        epoch, waited = self.plan.epoch_at(state.num_samples_seen), self.loader.wait_seconds
+        recorder.step(state.step, lr, sums, epoch, state.num_skipped_steps, waited)
         if state.num_skipped_in_a_row:
             self._consider_skipped_step()
         if is_due(state.step, self.config.parallel.check_every):
@@ -277,16 +284,6 @@ def micro_step(model: PeftModel, batch: MicroBatch, num_targets: torch.Tensor, r
     with runtime.autocast():
         loss_sum = target_loss_sum(model, batch.input_ids, batch.attention_mask, batch.labels, batch.position_ids)
     return loss_sum / num_targets
-
-
-def step_batches(
-    plan: BatchPlan, num_samples_seen: int, samples: Sequence[Sample], runtime: Runtime, pad_token_id: int
-) -> list[MicroBatch]:
-    """The micro-batches of this rank in the optimizer step that begins at that position, on the CPU."""
-    return [
-        collate([samples[i] for i in group.indices], pad_token_id, seed_of(plan.order.seed, "dropout", group.position))
-        for group in plan.micro_batches(num_samples_seen, runtime.rank)
-    ]
 
 
 def is_due(step: int, every: int | None) -> bool:

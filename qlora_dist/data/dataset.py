@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from array import array
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
 
 from qlora_dist.config import DataConfig
-from qlora_dist.data.chat import EncodedRows, Sample, encode_rows
+from qlora_dist.data.cache import TokenizedSource, tokenized
+from qlora_dist.data.encode import Report
 from qlora_dist.data.formats import Layout
-from qlora_dist.data.packing import pack_samples
-from qlora_dist.data.sources import load_rows
+from qlora_dist.data.packing import pack
+from qlora_dist.data.samples import Rows
 from qlora_dist.errors import DataError
 
 if TYPE_CHECKING:
@@ -23,104 +23,87 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Tokenised samples of a run, and sentences that say what became of the rows."""
+    """Tokenised samples of a run, and what became of the rows that they were made of."""
 
-    train: list[Sample]
+    train: Rows
     """Those of the first source, then those of the second, and so on; with packing, rows of several samples each."""
-    eval: list[Sample]
+    eval: Rows
     sizes: tuple[int, ...]
-    """Training samples of each source."""
+    """Training rows of each source."""
     weights: tuple[float, ...]
     """Passes over each source in one epoch."""
-    layout: Layout
-    """Of the first source."""
+    reports: tuple[Report, ...]
+    """Of each training source, then of each evaluation source."""
     notes: list[str]
+    """Sentences that say all this."""
+
+    @property
+    def layout(self) -> Layout:
+        """Of the first source."""
+        layout = self.reports[0].layout
+        assert layout is not None
+        return layout
 
     def fingerprint(self) -> str:
         """Of what decides which samples a run sees when: sources, weights and the tokenised samples, in order."""
-        digest = hashlib.sha256(repr((self.sizes, self.weights)).encode())
-        for sample in self.train:
-            numbers = [len(sample.input_ids), *sample.starts, *sample.input_ids, *sample.labels]
-            digest.update(array("q", numbers).tobytes())
-        return digest.hexdigest()
+        return hashlib.sha256(repr((self.sizes, self.weights, self.train.digest())).encode()).hexdigest()
 
 
-def load_dataset(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> Dataset:
+def load_dataset(
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    show: Callable[[str], None] = lambda text: None,
+) -> Dataset:
     """Read, tokenise and split the data of a run; every rank does this alike.
 
+    Args:
+        show: is called with a line about how far things are, every now and then.
+
     Raises:
-        DataError: see `load_rows` and `encode_rows`, or `data.eval_fraction` leaves nothing on one side.
+        DataError: see `tokenized`, or `data.eval_fraction` leaves nothing on one side.
     """
-    files = [_load_file(source.path, "data.train", config, tokenizer) for source in config.sources]
-    eval_files = [_load_file(path, "data.eval", config, tokenizer) for path in config.eval_files]
+    sources = [tokenized(source.path, "data.train", tokenizer, config, show) for source in config.sources]
+    eval_sources = [tokenized(path, "data.eval", tokenizer, config, show) for path in config.eval_files]
+    weights = tuple(source.weight for source in config.sources)
     notes = [
-        file.note(config.max_seq_len) + (f", weight {source.weight:g}" if len(files) > 1 or source.weight != 1 else "")
-        for file, source in zip(files, config.sources, strict=True)
-    ] + [file.note(config.max_seq_len) for file in eval_files]
-    train = [file.encoded.samples for file in files]
-    held_out = [file.encoded.samples for file in eval_files]
+        source.report.sentence(config.max_seq_len) + (f", weight {weight:g}" if len(sources) > 1 or weight != 1 else "")
+        for source, weight in zip(sources, weights, strict=True)
+    ] + [source.report.sentence(config.max_seq_len) for source in eval_sources]
+    train = [Rows.of(source.store) for source in sources]
+    held_out = [Rows.of(source.store) for source in eval_sources]
     if config.eval_fraction > 0:
         num_rows = sum(map(len, train))
-        train, held_out = map(list, zip(*(_split(file, config.eval_fraction, seed) for file in files), strict=True))
+        parts = [_split(source, config.eval_fraction, seed) for source in sources]
+        train, held_out = [part[0] for part in parts], [part[1] for part in parts]
         notes.append(f"held out {sum(map(len, held_out)):,} of {num_rows:,} rows for evaluation")
     if config.packing:
-        num_samples, num_tokens = sum(map(len, train)), _num_tokens(train)
-        train = [pack_samples(samples, config.max_seq_len, seed) for samples in train]
-        num_rows = sum(map(len, train))
+        train = [rows.grouped(pack(rows.lengths.tolist(), config.max_seq_len, seed)) for rows in train]
+        num_samples, num_rows = sum(rows.num_samples for rows in train), sum(map(len, train))
+        num_tokens = sum(int(rows.lengths.sum()) for rows in train)
         notes.append(
             f"packed {num_samples:,} samples into {num_rows:,} rows of at most {config.max_seq_len:,} tokens, "
             f"{num_tokens / (num_rows * config.max_seq_len):.1%} full"
         )
     return Dataset(
-        train=list(chain.from_iterable(train)),
-        eval=list(chain.from_iterable(held_out)),
+        train=Rows.concatenated(train),
+        eval=Rows.concatenated(held_out),
         sizes=tuple(map(len, train)),
-        weights=tuple(source.weight for source in config.sources),
-        layout=files[0].encoded.layout,
+        weights=weights,
+        reports=tuple(source.report for source in [*sources, *eval_sources]),
         notes=notes,
     )
 
 
-def _num_tokens(sources: list[list[Sample]]) -> int:
-    return sum(len(sample.input_ids) for samples in sources for sample in samples)
-
-
-@dataclass(frozen=True)
-class _File:
-    path: str
-    encoded: EncodedRows
-
-    def note(self, max_seq_len: int) -> str:
-        encoded = self.encoded
-        tokens = sum(len(sample.input_ids) for sample in encoded.samples)
-        targets = sum(sample.num_targets for sample in encoded.samples)
-        text = (
-            f"{self.path}: format {encoded.format}, {len(encoded.samples):,} rows, {tokens:,} tokens, "
-            f"{targets / tokens:.0%} of them targets"
-        )
-        if encoded.num_truncated:
-            text += f", {encoded.num_truncated:,} rows cut to {max_seq_len}"
-        if encoded.num_without_targets:
-            text += f", {encoded.num_without_targets:,} rows dropped (no target left)"
-        if encoded.faulty.num_rows:
-            text += f", {encoded.faulty.num_rows:,} faulty rows left out: {encoded.faulty}"
-        return text
-
-
-def _load_file(path: str, key: str, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> _File:
-    return _File(path, encode_rows(load_rows(path, key), tokenizer, config, path))
-
-
-def _split(file: _File, eval_fraction: float, seed: int) -> tuple[list[Sample], list[Sample]]:
+def _split(source: TokenizedSource, eval_fraction: float, seed: int) -> tuple[Rows, Rows]:
     """Samples to train on, and those held out; depends on the file and the seed, not on other files beside it."""
-    samples = file.encoded.samples
-    num_eval = max(1, round(len(samples) * eval_fraction))
-    if num_eval >= len(samples):
+    rows = Rows.of(source.store)
+    num_eval = max(1, round(len(rows) * eval_fraction))
+    if num_eval >= len(rows):
         raise DataError(
-            f"data.eval_fraction {eval_fraction:g} of {len(samples)} rows leaves no row of {file.path} to train on. "
-            "Lower it, or give data.eval."
+            f"data.eval_fraction {eval_fraction:g} of {len(rows)} rows leaves no row of {source.report.path} to train "
+            "on. Lower it, or give data.eval."
         )
-    order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed)).tolist()
-    held = set(order[:num_eval])
-    train = [sample for i, sample in enumerate(samples) if i not in held]
-    return train, [sample for i, sample in enumerate(samples) if i in held]
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
+    held_out, train = sorted(order[:num_eval]), sorted(order[num_eval:])
+    return rows.grouped([[i] for i in train]), rows.grouped([[i] for i in held_out])

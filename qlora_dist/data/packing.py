@@ -7,41 +7,26 @@ from collections.abc import Sequence
 
 import torch
 
-from qlora_dist.config import IGNORE_INDEX
-from qlora_dist.data.chat import Sample
-
 _WINDOW = 16384
 """Samples that are packed together: bounds the work, and keeps rows made of neighbours in the shuffled order."""
 
 
-def pack_samples(samples: Sequence[Sample], max_seq_len: int, seed: int) -> list[Sample]:
-    """Put samples together into rows of at most `max_seq_len` tokens; each sample comes up in exactly one row.
+def pack(lengths: Sequence[int], max_seq_len: int, seed: int) -> list[list[int]]:
+    """Which samples go into one row, so that rows have at most `max_seq_len` tokens; each sample into exactly one.
 
     Best-fit decreasing within windows of the samples in a seeded order: the longest first, each into the fullest row
     that still has room for it. What is in a row stays the same in every epoch; the order of rows changes.
 
     Args:
-        samples: none longer than `max_seq_len`.
+        lengths: tokens of each sample, none more than `max_seq_len`.
     """
-    order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed)).tolist()
-    rows: list[Sample] = []
+    order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(seed)).tolist()
+    rows: list[list[int]] = []
     for start in range(0, len(order), _WINDOW):
-        window = [samples[i] for i in order[start : start + _WINDOW]]
-        bins = _best_fit_decreasing([len(sample.input_ids) for sample in window], max_seq_len)
-        rows += [join([window[i] for i in members]) for members in bins]
+        window = order[start : start + _WINDOW]
+        bins = _best_fit_decreasing([lengths[i] for i in window], max_seq_len)
+        rows += [[window[i] for i in members] for members in bins]
     return rows
-
-
-def join(samples: Sequence[Sample]) -> Sample:
-    """One row from several samples. The first token of each is no target: there is nothing that it follows."""
-    input_ids: list[int] = []
-    labels: list[int] = []
-    starts: list[int] = []
-    for sample in samples:
-        starts.append(len(input_ids))
-        input_ids += sample.input_ids
-        labels += [IGNORE_INDEX, *sample.labels[1:]]
-    return Sample(input_ids, labels, tuple(starts))
 
 
 def _best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:

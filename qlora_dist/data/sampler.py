@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
 import torch
 
 from qlora_dist.config import IGNORE_INDEX, OptimConfig, TrainConfig
-from qlora_dist.data.chat import Sample
 from qlora_dist.data.dataset import Dataset
+from qlora_dist.data.samples import Sample
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,16 @@ class MicroBatch:
             self.num_tokens,
             self.num_targets,
             self.seed,
+        )
+
+    def pinned(self) -> MicroBatch:
+        """The same batch in page-locked memory, from which a GPU copies while it computes."""
+        return replace(
+            self,
+            input_ids=self.input_ids.pin_memory(),
+            attention_mask=self.attention_mask.pin_memory(),
+            labels=self.labels.pin_memory(),
+            position_ids=None if self.position_ids is None else self.position_ids.pin_memory(),
         )
 
 
@@ -217,7 +227,7 @@ class BatchPlan:
 
 def sample_order(data: Dataset, config: TrainConfig) -> SampleOrder:
     """The order in which a run sees its training samples."""
-    lengths = tuple(len(sample.input_ids) for sample in data.train) if config.data.group_by_length else None
+    lengths = tuple(data.train.lengths.tolist()) if config.data.group_by_length else None
     return SampleOrder(data.sizes, config.seed, data.weights, lengths)
 
 

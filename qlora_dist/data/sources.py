@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import glob
 import gzip
+import hashlib
 import io
 import json
 import re
@@ -112,6 +113,21 @@ def load_rows(path: str, key: str) -> Iterator[Row]:
             yield Row(f"{name}, row {number}", values)
     if num_rows == 0:
         raise DataError(f"{key} {path} holds no rows.")
+
+
+def fingerprint(path: str, key: str) -> str:
+    """Of the contents of a source: the bytes of its files, or what `datasets` says of a data set of the hub.
+
+    Raises:
+        DataError: see `find_files`; or the data set cannot be loaded.
+    """
+    if is_hub_name(path):
+        return str(_hub_table(path, key)._fingerprint)
+    digest = hashlib.sha256()
+    for file in find_files(path, key):
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest() + str(file).encode())
+    return digest.hexdigest()
 
 
 def _tables(path: str, key: str) -> Iterator[tuple[str, Iterator[dict[str, Any]]]]:
@@ -278,19 +294,22 @@ def _arrow_rows(file: Path, key: str) -> Iterator[dict[str, Any]]:
 
 
 def _hub_rows(path: str, key: str) -> Iterator[dict[str, Any]]:
+    yield from map(_unfilled, _hub_table(path, key))
+
+
+def _hub_table(path: str, key: str) -> Any:
     """A split of a data set of the hub. `datasets` 4 and later execute no script of a data set; nor is one asked to."""
     from datasets import load_dataset
 
     name, _, split = path.partition(":")
     try:
-        rows = load_dataset(name, split=split or "train")
+        return load_dataset(name, split=split or "train")
     except Exception as error:  # noqa: BLE001 - network, hub and parser each have their own
         raise DataError(
             f"{key} {path} is no file or folder here, and as a data set of the hub it cannot be loaded: "
             f"{str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}. "
             "Check the name (owner/name, or owner/name:split), or give a file."
         ) from None
-    yield from map(_unfilled, rows)
 
 
 _BATCH_ROWS = 256

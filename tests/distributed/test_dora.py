@@ -12,8 +12,8 @@ from qlora_dist.adapter_folder import Recipe, save_adapter
 from qlora_dist.assemble import build_model
 from qlora_dist.config import AdapterConfig, MemoryConfig, ModelConfig, OptimConfig, ParallelConfig, TrainConfig
 from qlora_dist.console import Reporter
-from qlora_dist.data.chat import Sample
 from qlora_dist.data.sampler import collate
+from qlora_dist.data.samples import Sample
 from qlora_dist.model.adapters import adapter_parameters, saved_name
 from qlora_dist.model.shards import local_bytes, whole_bytes, whole_tensor
 from qlora_dist.parallel import build_engine, engine_settings

@@ -8,8 +8,8 @@ import torch
 from qlora_dist.assemble import build_model
 from qlora_dist.config import AdapterConfig, MemoryConfig, ModelConfig, OptimConfig, TrainConfig
 from qlora_dist.console import Reporter
-from qlora_dist.data.chat import Sample
 from qlora_dist.data.sampler import collate
+from qlora_dist.data.samples import Sample
 from qlora_dist.model.nf4 import QuantizedLinear
 from qlora_dist.parallel import build_engine
 from qlora_dist.runtime import Runtime, start_runtime

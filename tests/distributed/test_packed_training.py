@@ -10,9 +10,8 @@ import torch
 from qlora_dist.assemble import build_model
 from qlora_dist.config import IGNORE_INDEX, AdapterConfig, ModelConfig, TrainConfig
 from qlora_dist.console import Reporter
-from qlora_dist.data.chat import Sample
-from qlora_dist.data.packing import join
 from qlora_dist.data.sampler import MicroBatch, collate
+from qlora_dist.data.samples import Sample, join
 from qlora_dist.errors import ModelError
 from qlora_dist.model.adapters import adapter_parameters
 from qlora_dist.model.isolation import check_isolation

@@ -10,8 +10,8 @@ from unittest import mock
 import pytest
 from safetensors.torch import load_file, save_file
 
-from qlora_dist import train as train_module
 from qlora_dist.checkpoint import newest_checkpoint
+from qlora_dist.data import loader as loader_module
 from qlora_dist.errors import CheckpointError
 from tests.distributed.test_equivalence import adapter_vector
 from tests.support.processes import run_on_processes
@@ -92,14 +92,14 @@ def test_every_backend_goes_on_exactly(
 def part_of_a_run(folder: Path, run: dict, stop_after: int | None) -> None:
     """Train until the stop; notes which samples went into the steps that counted."""
     seen: list[tuple[int, list[int]]] = []
-    step_batches = train_module.step_batches
+    step_batches = loader_module.step_batches
 
-    def noted(plan, num_seen, samples, runtime, pad_token_id):
-        groups = plan.micro_batches(num_seen, runtime.rank)
+    def noted(plan, num_seen, samples, rank, pad_token_id):
+        groups = plan.micro_batches(num_seen, rank)
         seen.append((num_seen, [i for group in groups for i in group.indices]))
-        return step_batches(plan, num_seen, samples, runtime, pad_token_id)
+        return step_batches(plan, num_seen, samples, rank, pad_token_id)
 
-    with mock.patch.object(train_module, "step_batches", noted):
+    with mock.patch.object(loader_module, "step_batches", noted):
         assert train_here(folder, run, stop_after) == (stop_after is None)
     stood_at = newest_checkpoint(folder / "checkpoints", print).state.num_samples_seen
     counted = [i for num_seen, indices in seen if num_seen < stood_at for i in indices]

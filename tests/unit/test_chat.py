@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers.processors import ByteLevel, TemplateProcessing
 
-from qlora_dist.config import IGNORE_INDEX, DataConfig
-from qlora_dist.data.chat import EncodedRows, Sample, encode_rows
-from qlora_dist.data.sources import Row
+from qlora_dist.config import IGNORE_INDEX
+from qlora_dist.data.samples import Sample
 from qlora_dist.errors import DataError
+from tests.support.rows import encode
 
 END = "<|im_end|>"
 
@@ -64,12 +64,6 @@ def chat(*contents: str, system: str | None = None) -> dict:
     """A row of user and assistant turns in alternation."""
     messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)]
     return {"messages": ([{"role": "system", "content": system}] if system else []) + messages}
-
-
-def encode(rows: list[dict], tokenizer, layout: str = "messages", **config) -> EncodedRows:
-    """The rows as the trainer sees them; `layout` is what data.format says."""
-    numbered = [Row(f"rows.jsonl, row {number}", row) for number, row in enumerate(rows, start=1)]
-    return encode_rows(numbered, tokenizer, DataConfig(train="rows.jsonl", format=layout, **config), "rows.jsonl")
 
 
 def targets(sample: Sample, tokenizer) -> str:
@@ -174,19 +168,19 @@ def test_long_rows_are_cut_at_the_end_and_counted(tokenizer) -> None:
     """A row is cut to max_seq_len tokens; one whose answer is cut off entirely is dropped; both are counted."""
     short, long, all_prompt = chat("a", "b"), chat("a", "fox " * 50), chat("fox " * 50, "b")
     whole = encode([short, long, all_prompt], tokenizer)
-    assert (len(whole.samples), whole.num_truncated, whole.num_without_targets) == (3, 0, 0)
+    assert (len(whole.samples), whole.report.num_cut, whole.report.num_without_targets) == (3, 0, 0)
     cut = encode([short, long, all_prompt], tokenizer, max_seq_len=40)
     assert cut.samples[0] == whole.samples[0]
     assert cut.samples[1].input_ids == whole.samples[1].input_ids[:40]
     assert cut.samples[1].labels == whole.samples[1].labels[:40]
-    assert (len(cut.samples), cut.num_truncated, cut.num_without_targets) == (2, 1, 1)
+    assert (len(cut.samples), cut.report.num_cut, cut.report.num_without_targets) == (2, 1, 1)
 
 
 def test_a_row_of_exactly_the_longest_length_is_not_cut(tokenizer) -> None:
     """`max_seq_len` is the longest length allowed."""
     length = len(encode([chat("a", "b")], tokenizer).samples[0].input_ids)
-    assert encode([chat("a", "b")], tokenizer, max_seq_len=length).num_truncated == 0
-    assert encode([chat("a", "b")], tokenizer, max_seq_len=length - 1).num_truncated == 1
+    assert encode([chat("a", "b")], tokenizer, max_seq_len=length).report.num_cut == 0
+    assert encode([chat("a", "b")], tokenizer, max_seq_len=length - 1).report.num_cut == 1
 
 
 def test_rows_that_all_lose_their_targets_are_refused(tokenizer) -> None:
@@ -326,7 +320,7 @@ def test_text_is_all_target_and_framed_once(tokenizer) -> None:
 
 def test_text_needs_no_chat_template(tokenizer) -> None:
     """A base model can learn from plain text."""
-    assert encode([{"text": "a"}], with_template(tokenizer, None), "auto").layout == "text"
+    assert encode([{"text": "a"}], with_template(tokenizer, None), "auto").report.layout == "text"
 
 
 # -- other formats of conversations
@@ -349,7 +343,7 @@ def test_all_formats_of_a_conversation_are_the_same_to_the_model(tokenizer) -> N
     }
     for name, row in spelled.items():
         encoded = encode([row], tokenizer, "auto")
-        assert (encoded.format, encoded.layout) == (name, "messages")
+        assert (encoded.report.format, encoded.report.layout) == (name, "messages")
         assert encoded.samples == encode([spelled["messages"]], tokenizer).samples
         assert targets(encoded.samples[0], tokenizer) == "lazy dog" + END
 
@@ -432,9 +426,12 @@ def test_up_to_a_share_of_faulty_rows_is_left_out(tokenizer) -> None:
     rows = [good, bot, *[good] * 4, empty, good, empty, good]
     encoded = encode(rows, tokenizer, max_bad_fraction=0.3)
     assert len(encoded.samples) == 7
-    assert encoded.faulty.reasons == {"unknown role": (1, "rows.jsonl, row 2"), "empty row": (2, "rows.jsonl, row 7")}
+    assert encoded.report.faulty.reasons == {
+        "unknown role": (1, "rows.jsonl, row 2"),
+        "empty row": (2, "rows.jsonl, row 7"),
+    }
     told = "empty row: 2 (first: rows.jsonl, row 7), unknown role: 1 (rows.jsonl, row 2)"
-    assert str(encoded.faulty) == told
+    assert str(encoded.report.faulty) == told
     with pytest.raises(DataError) as caught:
         encode(rows, tokenizer, max_bad_fraction=0.29)
     message = str(caught.value)
@@ -468,4 +465,4 @@ def test_the_format_shows_although_the_first_row_is_faulty(tokenizer) -> None:
     """A row without columns, or with columns that are empty, says nothing about the format."""
     for first in ({}, {"messages": None, "text": None}):
         encoded = encode([first, {"messages": None, "text": "a"}], tokenizer, "auto", max_bad_fraction=0.5)
-        assert (encoded.format, len(encoded.samples), encoded.faulty.num_rows) == ("text", 1, 1)
+        assert (encoded.report.format, len(encoded.samples), encoded.report.faulty.num_rows) == ("text", 1, 1)

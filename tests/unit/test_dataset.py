@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from qlora_dist.config import DataConfig, Source
-from qlora_dist.data.chat import Sample
 from qlora_dist.data.dataset import load_dataset
+from qlora_dist.data.samples import Sample
 from qlora_dist.errors import DataError
 
 
@@ -30,7 +30,7 @@ def test_all_rows_train_when_nothing_is_held_out(tmp_path: Path, tokenizer) -> N
     path = chat_rows(tmp_path / "t.jsonl", ["a", "b", "c"])
     data = load_dataset(DataConfig(train=path), tokenizer, seed=0)
     assert answers_of(data.train, tokenizer) == ["a", "b", "c"]
-    assert data.eval == []
+    assert list(data.eval) == []
     assert data.layout == "messages"
 
 
@@ -175,12 +175,12 @@ def test_each_file_gives_its_share_to_evaluation(tmp_path: Path, tokenizer) -> N
     together = DataConfig(train=(Source(paths["large"]), Source(paths["small"], 3.0)), eval_fraction=0.1)
     data = load_dataset(together, tokenizer, seed=0)
     assert data.sizes == (18, 3)
-    assert sorted(answers_of(data.train + data.eval, tokenizer)) == words["large"] + words["small"]
+    assert sorted(answers_of([*data.train, *data.eval], tokenizer)) == words["large"] + words["small"]
     assert data.notes[-1] == "held out 3 of 24 rows for evaluation"
     alone = [
         load_dataset(DataConfig(train=path, eval_fraction=0.1), tokenizer, seed=0).eval for path in paths.values()
     ]  # fmt: skip
-    assert data.eval == alone[0] + alone[1]
+    assert list(data.eval) == [*alone[0], *alone[1]]
 
 
 def test_a_fault_in_one_of_several_files_names_it(tmp_path: Path, tokenizer) -> None:

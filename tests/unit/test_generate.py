@@ -5,10 +5,8 @@ import copy
 import pytest
 from tokenizers.processors import TemplateProcessing
 
-from qlora_dist.config import DataConfig
-from qlora_dist.data.chat import encode_rows
-from qlora_dist.data.sources import Row
 from qlora_dist.generate import prompt_ids
+from tests.support.rows import encode
 
 
 @pytest.mark.parametrize(
@@ -28,8 +26,8 @@ def test_a_prompt_is_what_training_rows_begin_with(tokenizer, row: dict, layout:
         single="<|im_start|> $A <|im_end|>",
         special_tokens=[("<|im_start|>", tokenizer.bos_token_id), ("<|im_end|>", tokenizer.eos_token_id)],
     )
-    encoded = encode_rows([Row("rows.jsonl, row 1", row)], framing, DataConfig(train="rows.jsonl"), "rows.jsonl")
-    assert encoded.layout == layout
-    ids = prompt_ids("fox", framing, encoded.layout)[0].tolist()
+    encoded = encode([row], framing)
+    assert encoded.report.layout == layout
+    ids = prompt_ids("fox", framing, encoded.report.layout)[0].tolist()
     assert ids == encoded.samples[0].input_ids[: len(ids)]
     assert framing.eos_token_id not in ids[-1:]

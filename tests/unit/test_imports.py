@@ -12,7 +12,7 @@ ROOT = Path(qlora_dist.__file__).parent
 FILES = {".".join(("qlora_dist", *path.relative_to(ROOT).with_suffix("").parts)): path for path in ROOT.rglob("*.py")}
 TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FILES.items()}
 
-FOUNDATION = {"qlora_dist.config", "qlora_dist.saved_adapter", "qlora_dist.errors"}
+FOUNDATION = {"qlora_dist.config", "qlora_dist.saved_adapter", "qlora_dist.errors", "qlora_dist.durable"}
 KNOWS_BACKENDS = {"qlora_dist.parallel", "qlora_dist.zero", "qlora_dist.config", "qlora_dist.demo"}
 
 
@@ -59,7 +59,7 @@ def test_only_the_command_line_imports_the_loop_and_only_when_it_runs_it() -> No
 
 
 @pytest.mark.parametrize("layer", ["model", "data"])
-def test_model_and_data_stand_on_config_and_errors_only(layer: str) -> None:
+def test_model_and_data_stand_on_the_foundation_only(layer: str) -> None:
     """Neither knows the other, nor anything above: they can be read, and tested, on their own."""
     modules = [module for module in FILES if module.startswith(f"qlora_dist.{layer}.")]
     assert len(modules) > 3
@@ -74,6 +74,7 @@ def test_config_stands_on_errors_and_errors_on_nothing() -> None:
     assert imported("qlora_dist.saved_adapter") == {"qlora_dist.errors"}
     assert imported("qlora_dist.typed") == set()
     assert imported("qlora_dist.errors") == set()
+    assert imported("qlora_dist.durable") == set()
 
 
 def test_imports_form_no_circle() -> None:

@@ -17,13 +17,13 @@ from qlora_dist.runtime import Runtime, start_runtime
 
 DOCUMENTED = {
     "step", "loss", "grad_norm", "lr", "num_tokens", "num_target_tokens", "tokens_per_second", "step_seconds",
-    "peak_memory_gib", "mfu", "epoch", "num_skipped_steps",
+    "data_wait_seconds", "peak_memory_gib", "mfu", "epoch", "num_skipped_steps",
 }  # fmt: skip
 """The fields that docs/adapter.md promises to readers of metrics.jsonl."""
 
 STEP = StepMetrics(
     step=3, loss=1.5, grad_norm=0.25, lr=2e-4, num_tokens=100, num_target_tokens=40, tokens_per_second=50.0,
-    step_seconds=2.0, peak_memory_gib=0.5, mfu=None, epoch=0.75, num_skipped_steps=1,
+    step_seconds=2.0, data_wait_seconds=0.25, peak_memory_gib=0.5, mfu=None, epoch=0.75, num_skipped_steps=1,
 )  # fmt: skip
 EVAL = EvalMetrics(step=3, eval_loss=0.5, eval_perplexity=1.6487, num_target_tokens=7, seconds=0.1, epoch=0.75)
 
@@ -62,8 +62,8 @@ def test_a_step_is_one_json_object_with_the_documented_fields(tmp_path: Path) ->
     assert set(row) == DOCUMENTED
     assert row == {
         "step": 3, "loss": 1.5, "grad_norm": 0.25, "lr": 2e-4, "num_tokens": 100, "num_target_tokens": 40,
-        "tokens_per_second": 50.0, "step_seconds": 2.0, "peak_memory_gib": 0.5, "mfu": None, "epoch": 0.75,
-        "num_skipped_steps": 1,
+        "tokens_per_second": 50.0, "step_seconds": 2.0, "data_wait_seconds": 0.25, "peak_memory_gib": 0.5,
+        "mfu": None, "epoch": 0.75, "num_skipped_steps": 1,
     }  # fmt: skip
 
 
@@ -124,7 +124,14 @@ def test_steps_are_logged_when_due_and_at_the_end(tmp_path: Path, every: int, lo
     config = LoggingConfig(every=every, tensorboard=False)
     with Recorder(tmp_path, config, runtime(), Reporter(True, file=out), num_steps=5, first_step=1) as recorder:
         for step in range(1, 6):
-            recorder.step(step, lr=0.1 * step, sums=sums(loss=step, num_tokens=10), epoch=step / 5, num_skipped_steps=0)
+            recorder.step(
+                step,
+                lr=0.1 * step,
+                sums=sums(loss=step, num_tokens=10),
+                epoch=step / 5,
+                num_skipped_steps=0,
+                waited_seconds=0.0,
+            )
     assert [row["step"] for row in rows(tmp_path)] == logged
     assert [row["loss"] for row in rows(tmp_path)] == logged
     assert [row["lr"] for row in rows(tmp_path)] == pytest.approx([0.1 * step for step in logged])
@@ -136,14 +143,25 @@ def test_a_row_holds_what_the_step_left(tmp_path: Path) -> None:
     config = LoggingConfig(every=2, tensorboard=False)
     with Recorder(tmp_path, config, runtime(), Reporter(False), num_steps=2, first_step=1) as recorder:
         recorder.step(
-            1, 0.1, sums(loss=9.0, num_tokens=900, num_targets=99, grad_norm=9.0), epoch=0.5, num_skipped_steps=0
+            1,
+            0.1,
+            sums(loss=9.0, num_tokens=900, num_targets=99, grad_norm=9.0),
+            epoch=0.5,
+            num_skipped_steps=0,
+            waited_seconds=1.0,
         )
         recorder.step(
-            2, 0.2, sums(loss=1.25, num_tokens=300, num_targets=70, grad_norm=0.5), epoch=1.0, num_skipped_steps=0
+            2,
+            0.2,
+            sums(loss=1.25, num_tokens=300, num_targets=70, grad_norm=0.5),
+            epoch=1.0,
+            num_skipped_steps=0,
+            waited_seconds=1.5,
         )
     [row] = rows(tmp_path)
     assert set(row) == DOCUMENTED
     assert (row["loss"], row["grad_norm"], row["epoch"]) == (1.25, 0.5, 1.0)
+    assert row["data_wait_seconds"] == 0.75  # 1.5 in two steps
     assert json.dumps([row["num_tokens"], row["num_target_tokens"]]) == "[300, 70]"
     assert row["peak_memory_gib"] > 0
 
@@ -153,7 +171,9 @@ def test_throughput_is_over_all_steps_since_the_last_row(tmp_path: Path) -> None
     config = LoggingConfig(every=3, tensorboard=False)
     with Recorder(tmp_path, config, runtime(), Reporter(False), num_steps=5, first_step=1) as recorder:
         for step, num_tokens in enumerate([10, 20, 30, 100, 200], start=1):
-            recorder.step(step, 0.1, sums(loss=1, num_tokens=num_tokens), epoch=0.0, num_skipped_steps=0)
+            recorder.step(
+                step, 0.1, sums(loss=1, num_tokens=num_tokens), epoch=0.0, num_skipped_steps=0, waited_seconds=0.0
+            )
     tokens = [row["tokens_per_second"] * row["step_seconds"] for row in rows(tmp_path)]
     assert tokens == pytest.approx([60 / 3, 300 / 2])  # windows of three and of two steps
 
@@ -218,7 +238,7 @@ def test_peak_memory_of_the_host_is_what_the_kernel_says() -> None:
 def test_a_loss_that_is_not_finite_is_null(tmp_path: Path) -> None:
     """JSON has no NaN: strict readers must be able to read the rows of a run that went wrong."""
     writer = MetricsWriter(tmp_path, LoggingConfig(tensorboard=False))
-    writer.write(StepMetrics(1, float("nan"), float("inf"), 1.0, 1, 1, 1.0, 1.0, 1.0, None, 0.0, 0))
+    writer.write(StepMetrics(1, float("nan"), float("inf"), 1.0, 1, 1, 1.0, 1.0, 0.0, 1.0, None, 0.0, 0))
     writer.close()
     row = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=lambda name: pytest.fail(name))
     assert row["loss"] is None

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +10,6 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from qlora_dist.config import IGNORE_INDEX, DataConfig, OptimConfig, TrainConfig
-from qlora_dist.data.chat import Sample
 from qlora_dist.data.dataset import Dataset
 from qlora_dist.data.sampler import (
     BatchPlan,
@@ -21,6 +21,8 @@ from qlora_dist.data.sampler import (
     sample_order,
     seed_of,
 )
+from qlora_dist.data.samples import Sample
+from tests.support.rows import stored
 
 PAD = 99
 
@@ -122,10 +124,10 @@ def test_half_a_source_per_epoch_is_the_other_half_next_time() -> None:
     assert Counter(i for i in first + second if i >= 10) == {10: 4, 11: 4, 12: 4}
 
 
-def test_an_order_has_what_data_and_config_say() -> None:
+def test_an_order_has_what_data_and_config_say(tmp_path: Path) -> None:
     """Sizes and weights of the sources, the seed of the run, and lengths where `data.group_by_length` asks for them."""
-    samples = [Sample([1] * length, [1] * length) for length in (2, 3, 4)]
-    data = Dataset(samples, [], (1, 2), (1.0, 0.5), "messages", [])
+    rows = stored([Sample([1] * length, [1] * length) for length in (2, 3, 4)], tmp_path / "samples")
+    data = Dataset(rows, rows, (1, 2), (1.0, 0.5), (), [])
     assert sample_order(data, TrainConfig(seed=7)) == SampleOrder((1, 2), 7, (1.0, 0.5), None)
     grouped = TrainConfig(seed=7, data=DataConfig(group_by_length=True))
     assert sample_order(data, grouped) == SampleOrder((1, 2), 7, (1.0, 0.5), (2, 3, 4))

@@ -5,10 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from qlora_dist.data.chat import Sample
+from qlora_dist.data.loader import step_batches
 from qlora_dist.data.sampler import BatchPlan, MicroBatch, SampleOrder
+from qlora_dist.data.samples import Sample
 from qlora_dist.runtime import Runtime, start_runtime
-from qlora_dist.train import is_due, step_batches
+from qlora_dist.train import is_due
 
 SAMPLES = [Sample([i] * (i + 1), [i] * (i + 1)) for i in range(20)]
 
@@ -24,7 +25,7 @@ def batches_of_all_ranks(
 ) -> list[MicroBatch]:
     """The micro-batches of a step, 2 samples each, in the order of the stream."""
     plan = BatchPlan(SampleOrder((len(SAMPLES),), seed), 2, accum, world, end)
-    by_rank = [step_batches(plan, num_seen, SAMPLES, replace(runtime, rank=rank), 0) for rank in range(world)]
+    by_rank = [step_batches(plan, num_seen, SAMPLES, rank, 0) for rank in range(world)]
     return [batch for together in zip(*by_rank, strict=True) for batch in together]
 
 

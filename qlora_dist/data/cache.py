@@ -1,0 +1,177 @@
+"""Tokenised data on disk, found again by what it was made from: files, tokenizer, settings, and this program's code."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+from qlora_dist.config import DataConfig
+from qlora_dist.data.encode import Report, encode_rows
+from qlora_dist.data.samples import SampleStore, SampleWriter
+from qlora_dist.data.sources import fingerprint, load_rows
+from qlora_dist.durable import remove, sync_folder, sync_tree
+from qlora_dist.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_REPORT = "report.json"
+_POLL_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class TokenizedSource:
+    """A source's samples, and what became of its rows."""
+
+    store: SampleStore
+    report: Report
+
+
+def tokenized(
+    path: str,
+    key: str,
+    tokenizer: PreTrainedTokenizerBase,
+    config: DataConfig,
+    show: Callable[[str], None] = lambda text: None,
+) -> TokenizedSource:
+    """The samples of a source, tokenised now or found where an earlier run left them.
+
+    Of several processes that want the same, one tokenises and the others wait for it.
+
+    Args:
+        key: the setting that names the source, for messages.
+        show: is called with a line about how far things are, every now and then.
+
+    Raises:
+        DataError: see `load_rows`, `encode_rows` and `Report.check`; or the cache folder cannot be written.
+    """
+    show(f"looking for {path} among tokenised data")
+    folder = cache_folder(config) / _digest(path, key, tokenizer, config)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        source = _open(folder) or _build(folder, path, key, tokenizer, config, show)
+    except OSError as error:
+        raise DataError(
+            f"tokenised data cannot be written to {folder.parent} ({error.strerror or error}). Set data.cache_dir to "
+            "a folder with room for it: about five bytes per token."
+        ) from None
+    source.report.check(config)
+    return source
+
+
+def cache_folder(config: DataConfig) -> Path:
+    """Where tokenised data is kept: `data.cache_dir`, or the place that the XDG convention gives."""
+    if config.cache_dir is not None:
+        return Path(config.cache_dir)
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "qlora_dist"
+
+
+def _digest(path: str, key: str, tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> str:
+    import tokenizers
+    import transformers
+
+    # The code itself instead of a version number that somebody would have to remember to raise.
+    code = [(Path(__file__).parent / f"{name}.py").read_text("utf-8") for name in _CODE]
+    made_from = {
+        "path": path,  # messages name it
+        "data": fingerprint(path, key),
+        "tokenizer": [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, tokenizer.bos_token_id,
+                      tokenizer.eos_token_id],
+        "settings": [config.format, config.max_seq_len, config.too_long, config.train_on],
+        "code": [*code, transformers.__version__, tokenizers.__version__],
+    }  # fmt: skip
+    return hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:32]
+
+
+_CODE = ("sources", "formats", "chat", "encode", "samples")
+"""The modules that decide what is in the cache."""
+
+
+def _open(folder: Path) -> TokenizedSource | None:
+    """What is in a folder of the cache; None when there is nothing, or something damaged."""
+    try:
+        values = json.loads((folder / _REPORT).read_text("utf-8"))
+        return TokenizedSource(SampleStore(folder, values["digest"]), Report.from_json(values["report"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _build(
+    folder: Path,
+    path: str,
+    key: str,
+    tokenizer: PreTrainedTokenizerBase,
+    config: DataConfig,
+    show: Callable[[str], None],
+) -> TokenizedSource:
+    with _locked(folder, path, show) as lock:
+        if (source := _open(folder)) is not None:  # somebody else has built it meanwhile
+            return source
+        for leftover in folder.parent.glob(f".{folder.name}-*"):
+            remove(leftover)
+        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        try:
+
+            def tell(text: str) -> None:
+                _leave_word(lock, text)
+                show(text)
+
+            _fill(partial, path, key, tokenizer, config, tell)
+            sync_tree(partial)
+            remove(folder)
+            os.replace(partial, folder)
+            sync_folder(folder.parent)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    source = _open(folder)
+    assert source is not None
+    return source
+
+
+def _fill(
+    folder: Path,
+    path: str,
+    key: str,
+    tokenizer: PreTrainedTokenizerBase,
+    config: DataConfig,
+    show: Callable[[str], None],
+) -> None:
+    writer = SampleWriter(folder)
+    rows = load_rows(path, key)
+    report = encode_rows(rows, tokenizer, config, path, writer.add, lambda n: show(f"tokenising {path}: {n:,} rows"))
+    digest = writer.close()
+    report.check(config)
+    (folder / _REPORT).write_text(json.dumps({"digest": digest, "report": report.to_json()}), "utf-8")
+
+
+@contextmanager
+def _locked(folder: Path, path: str, show: Callable[[str], None]) -> Iterator[TextIO]:
+    """Hold the lock of a folder of the cache. Its file tells those who wait how far its holder is."""
+    with folder.with_name(f".{folder.name}.lock").open("a+", encoding="utf-8") as lock:
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                lock.seek(0)
+                show(f"another process is {lock.read() or f'tokenising {path}'}")
+                time.sleep(_POLL_SECONDS)
+            except OSError:  # a file system without locks: at worst the work is done twice
+                break
+        yield lock
+
+
+def _leave_word(lock: TextIO, text: str) -> None:
+    lock.truncate(0)
+    lock.write(text)
+    lock.flush()

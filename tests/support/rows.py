@@ -1,0 +1,36 @@
+"""Rows as the trainer sees them, without a file."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from qlora_dist.config import DataConfig
+from qlora_dist.data.encode import Report, encode_rows
+from qlora_dist.data.samples import Rows, Sample, SampleStore, SampleWriter
+from qlora_dist.data.sources import Row
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The samples that rows make, and what became of the rows."""
+
+    samples: list[Sample]
+    report: Report
+
+
+def encode(rows: list[dict], tokenizer, format: str = "auto", **config) -> Encoded:
+    """Tokenise rows as those of a file `rows.jsonl`; refuses what a run would refuse."""
+    settings = DataConfig(train="rows.jsonl", format=format, **config)
+    numbered = [Row(f"rows.jsonl, row {number}", row) for number, row in enumerate(rows, start=1)]
+    samples: list[Sample] = []
+    report = encode_rows(numbered, tokenizer, settings, "rows.jsonl", samples.append)
+    report.check(settings)
+    return Encoded(samples, report)
+
+
+def stored(samples: list[Sample], folder: Path) -> Rows:
+    """Samples as they come from the disk, a row each."""
+    folder.mkdir(parents=True)
+    writer = SampleWriter(folder)
+    for sample in samples:
+        writer.add(sample)
+    return Rows.of(SampleStore(folder, writer.close()))
