@@ -118,7 +118,9 @@ def measure(mode: str) -> dict[str, Any]:
             "output_dir": f"{folder}/run",
             "model": {"path": str(PREPARED / "SmolLM2-135M-Instruct")},
             "adapter": {"rank": 64, "alpha": 64},
-            "data": {"train": str(PREPARED / "stdlib-docstrings" / "train.jsonl"), "max_seq_len": 256},
+            "data": {
+                "train": str(PREPARED / "stdlib-docstrings" / "train.jsonl"), "max_seq_len": 256, "packing": False,
+            },
             "optim": {"max_steps": STEPS, "micro_batch_size": 4, "grad_accum_steps": 2},
             "memory": {"recompute": "none"},
             "checkpoint": {"every": EVERY},

@@ -93,6 +93,7 @@ def write_config(name: str) -> Path:
             "eval": str(prepared / "stdlib-docstrings" / "eval.jsonl"),
             "max_seq_len": 48,
             "train_on": "all",
+            "packing": False,
         },
         "optim": {"max_steps": MAX_STEPS, "lr": 1e-3, "grad_accum_steps": 2},
         "parallel": {"backend": "fsdp"},

@@ -92,7 +92,7 @@ def run_ours(folder: Path, steps: int, processes: int) -> list[dict[str, float]]
         "output_dir": str(folder / "run"),
         "model": {"path": str(MODEL)},
         "adapter": {"rank": RANK, "alpha": ALPHA},
-        "data": {"train": str(DATA), "max_seq_len": MAX_SEQ_LEN},
+        "data": {"train": str(DATA), "max_seq_len": MAX_SEQ_LEN, "packing": False},
         "optim": {
             "lr": LR, "schedule": "constant", "max_steps": steps, "max_grad_norm": 1.0,
             "micro_batch_size": MICRO_BATCH_SIZE, "grad_accum_steps": GRAD_ACCUM_STEPS * WORLD_SIZE // processes,
@@ -130,7 +130,7 @@ def run_hf_trainer(steps: int, out: Path, upcast: bool) -> None:
     from qlora_dist.data.sampler import SampleOrder, collate
 
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    samples = load_dataset(DataConfig(train=str(DATA), max_seq_len=MAX_SEQ_LEN), tokenizer, seed=0).train
+    samples = load_dataset(DataConfig(train=str(DATA), max_seq_len=MAX_SEQ_LEN, packing=False), tokenizer, seed=0).train
     per_step = MICRO_BATCH_SIZE * GRAD_ACCUM_STEPS * WORLD_SIZE
     ordered = [samples[i] for i in SampleOrder((len(samples),), seed=0).between(0, steps * per_step)]
 

@@ -99,7 +99,7 @@ class DataConfig:
     """A Jinja file, or the name of one of the tokenizer's templates, instead of the tokenizer's usual one."""
     cache_dir: str | None = None
     """Folder for tokenised data, which later runs find there; null: `qlora_dist` in the user's cache folder."""
-    packing: bool = False
+    packing: bool = True
     """Put several samples into each row, up to `max_seq_len`, instead of padding; they do not see each other."""
     group_by_length: bool = False
     """Put rows of like length into the same micro-batches, to pad less; the order stays the same for any number of

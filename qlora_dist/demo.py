@@ -47,7 +47,7 @@ optim:
   schedule: cosine
   warmup_steps: 3
   max_steps: {max_steps}
-  micro_batch_size: 4
+  micro_batch_size: 2
   grad_accum_steps: {grad_accum_steps}
 parallel:
   backend: {backend}

@@ -14,6 +14,9 @@ from qlora_dist.errors import EXIT_USER_ERROR, QloraDistError
 EXIT_CRASH = 1
 
 
+_PATIENCE_SECONDS = 10.0
+
+
 def exit_code_after(error: Exception) -> int:
     """Report `error` unless another process of the run already reported one; returns this process's exit code.
 
@@ -40,7 +43,10 @@ def _is_first_to_fail() -> bool:
                 return dist.distributed_c10d._get_default_store().add("qlora_dist/failures", 1) == 1
             except RuntimeError:  # the store went with the process that held it
                 return True
-    return os.environ.get("LOCAL_RANK", "0") == "0"
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        return True
+    time.sleep(_PATIENCE_SECONDS)  # a launcher ends all processes as soon as one has ended: let the first one speak
+    return False
 
 
 def _crash_report(error: Exception) -> str:

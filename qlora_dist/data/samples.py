@@ -28,7 +28,8 @@ class Sample:
     @property
     def num_targets(self) -> int:
         """Tokens that count in the loss. The first token of a row is never predicted."""
-        return sum(label != IGNORE_INDEX for label in self.labels[1:])
+        labels = self.labels[1:]
+        return len(labels) - labels.count(IGNORE_INDEX)
 
 
 def join(samples: Sequence[Sample]) -> Sample:

@@ -56,7 +56,7 @@ def compare_accumulations(root: Path, model: Path, data: Path, backend: str) -> 
         settings = {
             "model": {"path": str(model), "dtype": "float32"},
             "adapter": {"rank": 4, "alpha": 8},
-            "data": {"train": str(data), "max_seq_len": 96},
+            "data": {"train": str(data), "max_seq_len": 96, "packing": False},
             "optim": {"max_steps": 2, "grad_accum_steps": accum},
             "parallel": {"backend": backend},
             "logging": {"tensorboard": False},

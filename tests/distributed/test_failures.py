@@ -19,7 +19,7 @@ def settings(root: Path, model: Path, data: Path) -> dict:
     return {
         "output_dir": str(root / "out"),
         "model": {"path": str(model)},
-        "data": {"train": str(data)},
+        "data": {"train": str(data), "packing": False},
         "optim": {"max_steps": 100_000},
         "logging": {"tensorboard": False},
     }

@@ -28,7 +28,7 @@ def settings(model: Path, data: Path) -> dict:
     return {
         "model": {"path": str(model), "dtype": "float32"},
         "adapter": {"rank": 4, "alpha": 8, "dropout": 0.1},
-        "data": {"train": str(data), "eval_fraction": 0.25, "max_seq_len": 96},
+        "data": {"train": str(data), "eval_fraction": 0.25, "max_seq_len": 96, "packing": False},
         "optim": {"max_steps": NUM_STEPS, "lr": 2e-3, "grad_accum_steps": 2},
         "eval": {"every": 4},
         "checkpoint": {"every": 3},

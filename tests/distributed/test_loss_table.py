@@ -32,7 +32,7 @@ def train_all(root: Path, world_size: int, model: Path, data: Path) -> None:
             settings = {
                 "model": {"path": str(model), "dtype": "float32"},
                 "adapter": {"rank": 4, "alpha": 8},
-                "data": {"train": str(data), "max_seq_len": 96},
+                "data": {"train": str(data), "max_seq_len": 96, "packing": False},
                 "optim": {
                     "max_steps": NUM_STEPS, "lr": 2e-3, "micro_batch_size": micro_batch_size,
                     "grad_accum_steps": GLOBAL_BATCH // (world_size * micro_batch_size),

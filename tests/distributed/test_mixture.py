@@ -23,6 +23,7 @@ def settings(tmp_path: Path, tiny_llama: Path, chat_file: Path) -> dict:
                 {"path": str(tmp_path / "chat.jsonl"), "weight": 0.5},
                 {"path": str(tmp_path / "plain.jsonl"), "weight": 2},
             ],
+            "packing": False,
             "group_by_length": True,
         },
         "optim": {"epochs": 1, "lr": 1e-2, "micro_batch_size": 1},

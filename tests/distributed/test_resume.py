@@ -26,7 +26,7 @@ def settings(model: Path, data: Path, backend: str, **optim: object) -> dict:
     return {
         "model": {"path": str(model), "dtype": "float32"},
         "adapter": {"rank": 4, "alpha": 8, "dropout": 0.2},
-        "data": {"train": str(data), "eval_fraction": 0.25, "max_seq_len": 96},
+        "data": {"train": str(data), "eval_fraction": 0.25, "max_seq_len": 96, "packing": False},
         "optim": {"max_steps": NUM_STEPS, "lr": 2e-3, "warmup_steps": 2, "grad_accum_steps": ACCUM, **optim},
         "parallel": {"backend": backend},
         "checkpoint": {"every": 5},

@@ -18,7 +18,7 @@ def good(tmp_path: Path, tiny_llama: Path, chat_file: Path) -> dict:
     return {
         "output_dir": str(tmp_path / "out"),
         "model": {"path": str(tiny_llama)},
-        "data": {"train": str(chat_file)},
+        "data": {"train": str(chat_file), "packing": False},
         "optim": {"max_steps": 1},
         "logging": {"tensorboard": False},
     }
