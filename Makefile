@@ -37,7 +37,11 @@ format: setup  ## rewrite formatting and what can be mended automatically
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: setup  ## throughput beside a plain HF Trainer (after `make demo`)
+$(VENV)/.bench: $(INSTALLED)
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[bench]'
+	touch $@
+
+bench: $(VENV)/.bench  ## throughput beside what people use today (after `make demo`)
 	$(BIN)/python benchmarks/step.py
 
 clean:  ## remove what was installed and what runs left
