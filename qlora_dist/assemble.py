@@ -6,12 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from peft import PeftModel
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from qlora_dist.adapter_folder import Recipe
 from qlora_dist.config import TrainConfig
 from qlora_dist.console import Reporter
-from qlora_dist.errors import ModelError
+from qlora_dist.inputs import load_tokenizer
 from qlora_dist.model.adapters import (
     add_adapters,
     check_adapter_fits,
@@ -92,24 +92,6 @@ def load_trained(
         load_base_weights(model, folder, runtime.device, on_progress)
     load_adapter_weights(model, adapter_folder)
     return model.eval(), load_tokenizer(adapter_folder, recipe.base.trust_remote_code)
-
-
-def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The model's tokenizer.
-
-    Raises:
-        ModelError: the folder has none, or it reports no character offsets (a Python-only tokenizer).
-    """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        raise ModelError(f"model folder {folder} has no tokenizer that can be loaded: {error}") from None
-    if not tokenizer.is_fast:
-        raise ModelError(
-            f"model folder {folder}: its tokenizer reports no character offsets, which the loss mask needs. "
-            "Convert it once: AutoTokenizer.from_pretrained(FOLDER, use_fast=True).save_pretrained(FOLDER)."
-        )
-    return tokenizer
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:

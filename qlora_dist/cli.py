@@ -9,11 +9,14 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from qlora_dist import __version__
 from qlora_dist.errors import EXIT_RESUME, ConfigError, Stopped
 from qlora_dist.failure import exit_code_after, tell_launcher
+
+if TYPE_CHECKING:
+    from qlora_dist.config import TrainConfig
 
 USAGE = """\
 usage: qlora-dist COMMAND [ARGUMENTS]
@@ -80,6 +83,20 @@ class DemoOptions:
     """Optimizer steps."""
 
 
+@dataclass(frozen=True)
+class DataOptions:
+    """Tell what the data of CONFIG.yaml are like, and show samples as the model sees them. Loads no weights.
+
+    Takes the same `--section.key VALUE` as `qlora-dist train`, reads and tokenises the data as it does, and leaves what
+    it tokenised for it.
+    """
+
+    show: int = 3
+    """Training samples to show, with what counts in the loss marked; with packing, rows of several samples."""
+    json: bool = False
+    """Write the same facts as one JSON object, without samples."""
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command and exit: 0 done, 2 the input cannot be used (one message, no traceback), 75 stopped on request
     and ready to go on."""
@@ -130,13 +147,9 @@ def train_command(argv: list[str]) -> None:
         _show_train_help()
         return
     config = load_config(argv[0], argv[1:])
-    from qlora_dist.data.sources import check_source
     from qlora_dist.model.files import looks_like_hub_name, resolve_model_folder
 
-    for source in config.data.sources:
-        check_source(source.path, "data.train")
-    for path in config.data.eval_files:
-        check_source(path, "data.eval")
+    _check_sources(config)
     if not looks_like_hub_name(config.model.path):
         resolve_model_folder(config.model.path)
     _quiet()
@@ -145,6 +158,32 @@ def train_command(argv: list[str]) -> None:
     from qlora_dist.train import train
 
     train(config)
+
+
+def data_command(argv: list[str]) -> None:
+    """tell what a run's data are like, and show samples"""
+    from qlora_dist.config import load_config
+
+    path, rest = (argv[0], argv[1:]) if argv and argv[0] not in ("-h", "--help") else ("", ["--help"])
+    options, overrides = _parse_known(DataOptions, rest, "qlora-dist data CONFIG.yaml [--section.key VALUE ...]")
+    if options.show < 0:
+        raise ConfigError(f"--show is {options.show}, but must be at least 0.")
+    config = load_config(path, overrides)
+    _check_sources(config)
+    _quiet()
+    from qlora_dist.survey import survey
+
+    survey(config, num_shown=options.show, as_json=options.json)
+
+
+def _check_sources(config: TrainConfig) -> None:
+    """Refuse data files that are not there, before anything slow is done."""
+    from qlora_dist.data.sources import check_source
+
+    for source in config.data.sources:
+        check_source(source.path, "data.train")
+    for path in config.data.eval_files:
+        check_source(path, "data.eval")
 
 
 def generate_command(argv: list[str]) -> None:
@@ -191,6 +230,7 @@ def demo_command(argv: list[str]) -> None:
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": train_command,
+    "data": data_command,
     "generate": generate_command,
     "quantize": quantize_command,
     "demo": demo_command,
@@ -241,6 +281,14 @@ def _parse(options: type[_Options], argv: list[str], prog: str, positional: bool
 
     config = (tyro.conf.FlagCreatePairsOff, *((tyro.conf.PositionalRequiredArgs,) if positional else ()))
     return tyro.cli(options, args=argv, prog=prog, config=config, use_underscores=True)
+
+
+def _parse_known(options: type[_Options], argv: list[str], prog: str) -> tuple[_Options, list[str]]:
+    """Read a command's options among others; returns the others as well, in their order."""
+    import tyro
+
+    config = (tyro.conf.FlagCreatePairsOff,)
+    return tyro.cli(options, args=argv, prog=prog, config=config, use_underscores=True, return_unknown_args=True)
 
 
 def _quiet() -> None:

@@ -15,14 +15,15 @@ import torch
 from peft import PeftModel
 
 from qlora_dist.adapter_folder import Recipe, save_adapter
-from qlora_dist.assemble import build_model, load_tokenizer, pad_token_id
+from qlora_dist.assemble import build_model, pad_token_id
 from qlora_dist.checkpoint import Checkpoints, Identity, TrainState, adapter_shapes, choose_checkpoint
 from qlora_dist.config import TrainConfig
-from qlora_dist.data.dataset import Dataset, load_dataset
+from qlora_dist.data.dataset import Dataset
 from qlora_dist.data.loader import StepLoader
 from qlora_dist.data.sampler import BatchPlan, MicroBatch, run_end, sample_order
 from qlora_dist.errors import Stopped, TrainingError
 from qlora_dist.evaluate import evaluate
+from qlora_dist.inputs import load_inputs
 from qlora_dist.metrics import Recorder, StepSums
 from qlora_dist.model.activations import out_of_memory_message
 from qlora_dist.model.files import fingerprint, resolve_model_folder
@@ -60,9 +61,7 @@ def prepare(config: TrainConfig, backend: Backend, settings: Settings | None, se
     """Everything before the first step: data, checkpoint, model, engine; None when the run is finished already."""
     runtime, say = session.runtime, session.reporter.say
     model_folder = runtime.main_first(lambda: resolve_model_folder(config.model.path))
-    tokenizer = load_tokenizer(model_folder, config.model.trust_remote_code)
-    with session.reporter.preparing() as show:
-        data = runtime.main_first(lambda: load_dataset(config.data, tokenizer, config.seed, show))
+    tokenizer, data = load_inputs(config, model_folder, session.reporter, runtime.main_first)
     say("\n".join(data.notes))
 
     checkpoint = choose_checkpoint(session.folder, config.checkpoint.resume, runtime, say)

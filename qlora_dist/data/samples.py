@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -105,10 +105,13 @@ class SampleStore:
         return np.diff(self._bounds)
 
     def __getitem__(self, index: int) -> Sample:
+        tokens, targets = self.arrays(index)
+        return Sample(tokens.tolist(), np.where(targets, tokens, IGNORE_INDEX).tolist())
+
+    def arrays(self, index: int) -> tuple[NDArray[np.generic], NDArray[np.generic]]:
+        """A sample's tokens, and 1 where a token is a target, else 0; as they lie on the disk. (num_tokens,) each"""
         span = slice(self._bounds[index], self._bounds[index + 1])
-        tokens = self._tokens[span]
-        labels = np.where(self._targets[span], tokens, IGNORE_INDEX)
-        return Sample(tokens.tolist(), labels.tolist())
+        return self._tokens[span], self._targets[span]
 
 
 def _mapped(file: Path, dtype: str) -> NDArray[np.generic]:
@@ -164,6 +167,21 @@ class Rows(Sequence[Sample]):
     def num_samples(self) -> int:
         """Samples in all rows."""
         return len(self._members)
+
+    @property
+    def counts(self) -> NDArray[np.int64]:
+        """Samples in each row. (num_rows,)"""
+        return np.diff(self._bounds)
+
+    def apart(self) -> Rows:
+        """The same samples in the same order, each as a row of its own."""
+        return Rows(self._stores, self._members, np.ones(len(self._members), dtype=np.int64))
+
+    def arrays(self) -> Iterator[tuple[NDArray[np.generic], NDArray[np.generic]]]:
+        """What `SampleStore.arrays` gives, of one sample after the other."""
+        for number in self._members.tolist():
+            store = bisect_right(self._firsts, number) - 1
+            yield self._stores[store].arrays(number - self._firsts[store])
 
     def digest(self) -> str:
         """Of the samples, and of which are in which row."""

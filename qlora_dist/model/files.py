@@ -12,7 +12,8 @@ from qlora_dist.errors import ModelError
 
 _HUB_NAME = re.compile(r"^[\w.-]+/[\w.-]+$")
 _SAMPLES, _SAMPLE_BYTES = 16, 2**16
-_WANTED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt"]
+_WEIGHTS = "*.safetensors"
+_BESIDE_WEIGHTS = ["*.json", "*.jinja", "*.model", "*.txt"]
 
 
 def looks_like_hub_name(path: str) -> bool:
@@ -20,14 +21,17 @@ def looks_like_hub_name(path: str) -> bool:
     return not Path(path).exists() and _HUB_NAME.match(path) is not None
 
 
-def resolve_model_folder(path: str) -> Path:
+def resolve_model_folder(path: str, *, needs_weights: bool = True) -> Path:
     """The local folder of a model; a hub name is downloaded (or found in the hub's cache) first.
+
+    Args:
+        needs_weights: false leaves them on the hub, and lets a folder be without.
 
     Raises:
         ModelError: no such folder, or the hub name cannot be fetched, or what is there is not a safetensors model.
     """
     if looks_like_hub_name(path):
-        folder = _download(path)
+        folder = _download(path, [*_BESIDE_WEIGHTS, *([_WEIGHTS] if needs_weights else [])])
     else:
         folder = Path(path)
         if not folder.exists():
@@ -37,7 +41,8 @@ def resolve_model_folder(path: str) -> Path:
             )
         if not folder.is_dir():
             raise ModelError(f"model.path {path} is a file. Give the folder that holds config.json and *.safetensors.")
-    check_model_folder(folder)
+    if needs_weights:
+        check_model_folder(folder)
     return folder
 
 
@@ -108,12 +113,12 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _download(name: str) -> Path:
+def _download(name: str, wanted: list[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=_WANTED))
+        return Path(snapshot_download(name, allow_patterns=wanted))
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
