@@ -87,8 +87,8 @@ class DemoOptions:
 class DataOptions:
     """Tell what the data of CONFIG.yaml are like, and show samples as the model sees them. Loads no weights.
 
-    Takes the same `--section.key VALUE` as `qlora-dist train`, reads and tokenises the data as it does, and leaves what
-    it tokenised for it.
+    Takes the same `--section.key VALUE` as `qlora-dist train`, and reads and tokenises the data as it does; what is
+    tokenised is kept for it.
     """
 
     show: int = 3
@@ -165,7 +165,7 @@ def data_command(argv: list[str]) -> None:
     from qlora_dist.config import load_config
 
     path, rest = (argv[0], argv[1:]) if argv and argv[0] not in ("-h", "--help") else ("", ["--help"])
-    options, overrides = _parse_known(DataOptions, rest, "qlora-dist data CONFIG.yaml [--section.key VALUE ...]")
+    options, overrides = _parse_known(DataOptions, rest, "qlora-dist data CONFIG.yaml")
     if options.show < 0:
         raise ConfigError(f"--show is {options.show}, but must be at least 0.")
     config = load_config(path, overrides)

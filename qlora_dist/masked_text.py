@@ -97,7 +97,7 @@ def _border(sample: Sample, first: int) -> str:
 
 
 def _append(text: Text, run: _Run, ids: list[int], tokenizer: PreTrainedTokenizerBase, in_colour: bool) -> None:
-    style = TARGET if run.is_target and in_colour else CONTEXT
+    style = "" if not in_colour else TARGET if run.is_target else CONTEXT
     is_marked = run.is_target and not in_colour
     text.append("⟦" if is_marked else "")
     num_left_out = run.end - run.first - _HEAD - _TAIL

@@ -14,6 +14,7 @@ from qlora_dist.config import TrainConfig
 from qlora_dist.console import Reporter
 from qlora_dist.data.dataset import Dataset
 from qlora_dist.data.facts import gather_facts
+from qlora_dist.data.samples import Sample
 from qlora_dist.errors import LaunchError
 from qlora_dist.inputs import load_inputs
 from qlora_dist.model.files import resolve_model_folder
@@ -43,7 +44,7 @@ def survey(config: TrainConfig, num_shown: int, as_json: bool) -> None:
         return
     console = page_console()
     print_facts(console, facts)
-    print_samples(console, [data.train[index] for index in choose_rows(data, num_shown, config.seed)], tokenizer)
+    print_samples(console, choose_rows(data, num_shown, config.seed), tokenizer)
     print_warnings(console, facts)
 
 
@@ -59,12 +60,11 @@ def page_console() -> Console:
     return console
 
 
-def choose_rows(data: Dataset, num_rows: int, seed: int) -> list[int]:
-    """Training rows to show, the same for the same seed; sources take turns."""
-    firsts = accumulate(data.sizes, initial=0)
-    piles = [
-        random.Random(seed).sample(range(first, first + size), min(size, num_rows))
-        for first, size in zip(firsts, data.sizes, strict=False)
-    ]
-    in_turn = [index for turn in zip_longest(*piles) for index in turn if index is not None]
-    return in_turn[:num_rows]
+def choose_rows(data: Dataset, num_rows: int, seed: int) -> list[tuple[str, Sample]]:
+    """Training rows to show, each with its source, the same for the same seed; sources take turns."""
+    piles = []
+    for report, first, size in zip(data.reports, accumulate(data.sizes, initial=0), data.sizes, strict=False):
+        chosen = random.Random(seed).sample(range(first, first + size), min(size, num_rows))
+        piles.append([(report.path, index) for index in chosen])
+    in_turn = [one for turn in zip_longest(*piles) for one in turn if one is not None]
+    return [(path, data.train[index]) for path, index in in_turn[:num_rows]]

@@ -27,18 +27,18 @@ def print_facts(console: Console, facts: Facts) -> None:
     _print_batches(console, facts)
 
 
-def print_samples(console: Console, samples: Sequence[Sample], tokenizer: PreTrainedTokenizerBase) -> None:
-    """Training rows with their mask, each beside a line that nothing in the data can imitate."""
-    if not samples:
+def print_samples(console: Console, rows: Sequence[tuple[str, Sample]], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Rows, each with the source that it is from, and their mask; what is data stands right of a line."""
+    if not rows:
         return
     in_colour = console.color_system is not None and not console.no_color
     _print_heading(console, "What the model sees")
     _print(console, legend(in_colour))
-    for number, sample in enumerate(samples, start=1):
-        packed = f", {len(sample.starts)} samples" if len(sample.starts) > 1 else ""
-        title = f"{number} of {len(samples)}: {len(sample.input_ids):,} tokens, {sample.num_targets:,} targets{packed}"
+    for number, (path, sample) in enumerate(rows, start=1):
+        packed = f" in {len(sample.starts)} samples" if len(sample.starts) > 1 else ""
+        size = f"{len(sample.input_ids):,} tokens{packed}, {sample.num_targets:,} of them targets"
         console.print()
-        _print(console, title, "bold")
+        _print(console, f"{number} of {len(rows)}: {size}, from {visible(path)}", "bold")
         text = masked_text(sample, tokenizer, in_colour)
         if text.plain.endswith("\n"):
             text.right_crop()
@@ -70,6 +70,9 @@ def _print_sources(console: Console, facts: Facts) -> None:
             _print(console, line, indent=2 * _INDENT)
 
 
+_FAULTY = "left out as faulty"
+
+
 def source_lines(source: SourceFacts, max_seq_len: int, is_one_of_several: bool) -> list[str]:
     """What became of a source's rows, a sentence each."""
     report = source.report
@@ -80,13 +83,13 @@ def source_lines(source: SourceFacts, max_seq_len: int, is_one_of_several: bool)
     if source.weight is not None and source.epoch_share is not None and (is_one_of_several or source.weight != 1):
         lines.append(f"weight {source.weight:g}: {source.epoch_share:.1%} of an epoch's tokens")
     lines += [
-        f"{count:,} {what} ({count / report.num_rows:.1%})"
+        f"{count:,} {what} ({count / report.num_rows:.1%})" + (":" if what == _FAULTY else "")
         for count, what in (
             (report.num_cut, f"cut to {max_seq_len:,} tokens"),
             (report.num_split, f"split into samples of {max_seq_len:,} tokens"),
             (report.num_too_long, f"dropped: longer than {max_seq_len:,} tokens"),
             (report.num_without_targets, f"dropped: no target within {max_seq_len:,} tokens"),
-            (report.faulty.num_rows, "left out as faulty:"),
+            (report.faulty.num_rows, _FAULTY),
         )
         if count
     ]
@@ -128,7 +131,7 @@ def bars(part: PartFacts, width: int) -> list[str]:
     rows = [(f"{bin.first:,}-{bin.last:,}", bin.num_samples) for bin in part.histogram]
     labels = max(len(label) for label, _ in rows)
     numbers = max(len(f"{count:,}") for _, count in rows)
-    longest = min(_MAX_BAR, width - labels - numbers - 10)
+    longest = max(1, min(_MAX_BAR, width - labels - numbers - 10))
     most = max(count for _, count in rows)
     lines = []
     for label, count in rows:
@@ -205,14 +208,18 @@ def _about_repeats(part: PartFacts) -> str:
 
 
 def _about_leak(facts: Facts) -> str:
-    if facts.leak is None or facts.eval is None or not facts.leak.num_samples + facts.leak.num_prompts:
+    if facts.leak is None or facts.eval is None:
         return ""
-    leak, num_samples = facts.leak, facts.eval.num_samples
-    prompts = f", and {leak.num_prompts:,} more have the prompt of one" if leak.num_prompts else ""
-    return (
-        f"{leak.num_samples:,} of {num_samples:,} evaluation samples are training samples as well, token for token"
-        f"{prompts}: the evaluation loss will be too good. Remove them from one side."
-    )
+    sentences = [
+        f"{count:,} of {facts.eval.num_samples:,} evaluation samples {what}."
+        for count, what in (
+            (facts.leak.num_samples, "are training samples as well, token for token"),
+            (facts.leak.num_prompts, "have the prompt of a training sample, with another answer"),
+        )
+        if count
+    ]
+    remedy = "The evaluation loss will be too good; remove them from one side."
+    return " ".join([*sentences, remedy]) if sentences else ""
 
 
 def _about_answers(name: str, part: PartFacts) -> str:

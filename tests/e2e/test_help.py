@@ -10,7 +10,7 @@ import pytest
 from tests.support.command import run_command
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["data", "--help"]])
 def test_help_takes_less_than_half_a_second(arguments: list[str]) -> None:
     """Median of five runs, the interpreter's start included; processor time, which a busy machine does not change."""
     seconds = []
@@ -30,7 +30,13 @@ def test_help_and_config_errors_import_no_torch() -> None:
         "except SystemExit: pass\n"
         "assert not {'torch', 'transformers', 'datasets', 'peft'} & sys.modules.keys()"
     )
-    for arguments in (["train", "--help"], ["train", "no-such.yaml"], ["generate", "--help"], ["quantize", "--help"]):
+    for arguments in (
+        ["train", "--help"],
+        ["train", "no-such.yaml"],
+        ["data", "--help"],
+        ["generate", "--help"],
+        ["quantize", "--help"],
+    ):
         done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
 
