@@ -253,8 +253,9 @@ def _about_padding(facts: Facts) -> str:
     if configured.padding - best.padding < _MUCH_PADDING:
         return ""
     hint = "; lower optim.micro_batch_size with it" if best.arrangement == "packing" else ""
+    instead = "" if configured.arrangement == "shuffled" else f" instead of data.{configured.arrangement}"
     return (
-        f"{configured.padding:.0%} of what is computed is padding. data.{best.arrangement}: true makes that "
+        f"{configured.padding:.0%} of what is computed is padding. data.{best.arrangement}: true{instead} makes that "
         f"{best.padding:.0%}{hint}."
     )
 

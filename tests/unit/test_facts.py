@@ -16,7 +16,7 @@ from tests.support.rows import stored
 
 END = 2
 """<|im_end|> of the test tokenizer."""
-CONFIG = TrainConfig(data=DataConfig(train="a.jsonl", max_seq_len=8), optim=OptimConfig(max_steps=1))
+CONFIG = TrainConfig(data=DataConfig(train="a.jsonl", max_seq_len=8, packing=False), optim=OptimConfig(max_steps=1))
 
 
 def sample(prompt: list[int], *answers: list[int]) -> Sample:

@@ -1,6 +1,7 @@
 """The page of `qlora-dist data`: which rows it shows, what it warns of, and that it reads well anywhere."""
 
 import re
+from fnmatch import fnmatch
 from io import StringIO
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from rich.console import Console
 from qlora_dist.config import DataConfig, OptimConfig, Source, TrainConfig
 from qlora_dist.data.dataset import Dataset, load_dataset
 from qlora_dist.data.facts import gather_facts
+from qlora_dist.errors import ModelError
+from qlora_dist.model.files import resolve_model_folder
 from qlora_dist.survey import choose_rows
 from qlora_dist.survey_page import bars, print_facts, print_samples, print_warnings, warnings
 from tests.unit.test_dataset import chat_rows
@@ -19,8 +22,9 @@ SENTENCE = "the quick brown fox jumps over the lazy dog "
 
 
 def load(*sources: Source, tokenizer, optim: dict | None = None, **data: object) -> tuple[TrainConfig, Dataset]:
-    """A configuration of these sources, and its samples."""
-    config = TrainConfig(data=DataConfig(train=sources, **data), optim=OptimConfig(max_steps=1, **(optim or {})))
+    """A configuration of these sources, not packed unless `data` says so, and its samples."""
+    data_config = DataConfig(train=sources, **{"packing": False, **data})
+    config = TrainConfig(data=data_config, optim=OptimConfig(max_steps=1, **(optim or {})))
     return config, load_dataset(config.data, tokenizer, config.seed)
 
 
@@ -126,6 +130,27 @@ def test_bars_are_as_long_as_counts(tmp_path: Path, tokenizer) -> None:
     assert all(line.endswith("%") for line in lines)
 
 
+@pytest.mark.parametrize("needs_weights", [True, False])
+def test_the_tokenizer_is_fetched_without_weights(monkeypatch: pytest.MonkeyPatch, needs_weights: bool) -> None:
+    """Of a hub name only the small files are asked for, unless the model is to be loaded."""
+    asked: list[str] = []
+
+    def snapshot_download(name: str, allow_patterns: list[str]) -> str:
+        asked.extend(allow_patterns)
+        raise OSError("offline")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    with pytest.raises(ModelError, match="could not be fetched"):
+        resolve_model_folder("owner/model", needs_weights=needs_weights)
+    wanted = {
+        file for file in ("model-00001.safetensors", "model.safetensors.index.json", "tokenizer.json", "t.jinja")
+        if any(fnmatch(file, pattern) for pattern in asked)
+    }  # fmt: skip
+    assert wanted == {"model.safetensors.index.json", "tokenizer.json", "t.jinja"} | (
+        {"model-00001.safetensors"} if needs_weights else set()
+    )
+
+
 # -- warnings
 
 
@@ -166,13 +191,19 @@ def test_cut_rows_are_told(tmp_path: Path, tokenizer) -> None:
     assert cut.startswith(f"3 of 4 rows of {rows} lose tokens or are dropped at data.max_seq_len (64)")
 
 
-def test_padding_is_told_with_its_remedy(tmp_path: Path, tokenizer) -> None:
+@pytest.mark.parametrize(("grouped", "instead"), [(False, ""), (True, " instead of data.group_by_length")])
+def test_padding_is_told_with_its_remedy(tmp_path: Path, tokenizer, grouped: bool, instead: str) -> None:
     """A micro-batch of one long row and many short ones is mostly padding; packed, the rows are even."""
     answers = [str(i) for i in range(10, 40)] + ["1" * 200]
     rows = chat_rows(tmp_path / "t.jsonl", answers)
-    config, data = load(Source(rows), tokenizer=tokenizer, optim={"micro_batch_size": 31}, max_seq_len=256)
+    config, data = load(
+        Source(rows), tokenizer=tokenizer, optim={"micro_batch_size": 31}, max_seq_len=256, group_by_length=grouped
+    )
     [padding] = found_in(config, data, tokenizer)
-    assert re.match(r"\d\d% of what is computed is padding\. data\.packing: true makes that \d+%; lower ", padding)
+    told = (
+        r"\d\d% of what is computed is padding\. data\.packing: true{} makes that \d+%; lower optim\.micro_batch_size "
+    )
+    assert re.match(told.format(instead), padding)
 
 
 def test_a_step_of_more_rows_than_an_epoch_is_told(tmp_path: Path, tokenizer) -> None:
