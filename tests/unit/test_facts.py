@@ -150,6 +150,16 @@ def test_one_prompt_for_all_is_no_leak(tmp_path: Path, tokenizer) -> None:
     assert (found.leak.num_samples, found.leak.num_prompts) == (0, 0)
 
 
+def test_texts_that_begin_or_end_alike_are_not_the_same(tmp_path: Path, tokenizer) -> None:
+    """Plain text has no prompt: one first token in common is no leak. And one that differs makes no copy."""
+    texts = [Sample([first, 20, END], [first, 20, END]) for first in (10, 11, 12)]
+    held_out = Sample([10, 21, END], [10, 21, END])
+    found = facts(tmp_path, tokenizer, texts, held_out=[held_out])
+    assert found.train.num_repeats == 0
+    assert found.leak is not None
+    assert (found.leak.num_samples, found.leak.num_prompts) == (0, 0)
+
+
 def test_nothing_held_out(tmp_path: Path, tokenizer) -> None:
     """Without evaluation data there is no leak, and nothing is told of them."""
     found = facts(tmp_path, tokenizer, [sample([10], [11])])
