@@ -96,7 +96,7 @@ class DataConfig:
     eval_fraction: float = 0.0
     """Share of each training file's rows held out for evaluation, in [0, 1)."""
     chat_template: str | None = None
-    """A Jinja file, or the name of one of the tokenizer's templates, instead of the tokenizer's usual one."""
+    """A Jinja file, the name of one of the tokenizer's templates, or `chatml`, instead of the tokenizer's usual one."""
     cache_dir: str | None = None
     """Folder for tokenised data, which later runs find there; null: `qlora_dist` in the user's cache folder."""
     packing: bool = True

@@ -10,6 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from qlora_dist.config import TrainConfig
 from qlora_dist.console import Reporter
 from qlora_dist.data.dataset import Dataset, load_dataset
+from qlora_dist.data.template import set_chat_template
 from qlora_dist.errors import ModelError
 
 
@@ -26,9 +27,11 @@ def load_inputs(
 
     Raises:
         ModelError: see `load_tokenizer`.
+        ConfigError: see `set_chat_template`.
         DataError: see `load_dataset`.
     """
     tokenizer = load_tokenizer(model_folder, config.model.trust_remote_code)
+    set_chat_template(tokenizer, config.data.chat_template)
     with reporter.preparing() as show:
         return tokenizer, main_first(lambda: load_dataset(config.data, tokenizer, config.seed, show))
 

@@ -93,7 +93,7 @@ def _digest(path: str, key: str, tokenizer: PreTrainedTokenizerBase, config: Dat
     return hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:32]
 
 
-_CODE = ("sources", "formats", "chat", "encode", "samples")
+_CODE = ("sources", "formats", "template", "sketch", "turns", "chat", "encode", "samples")
 """The modules that decide what is in the cache."""
 
 

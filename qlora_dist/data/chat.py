@@ -2,39 +2,39 @@
 
 from __future__ import annotations
 
-import json
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from qlora_dist.config import IGNORE_INDEX
 from qlora_dist.data.formats import Conversation, PlainText, RowFault
 from qlora_dist.data.samples import Sample
+from qlora_dist.data.template import ChatTemplate
+from qlora_dist.data.turns import Span, TurnFinder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_Span = tuple[int, int]
-"""First and past-last character of a part of a text."""
-
 
 def tokenize(
     contents: Sequence[Conversation | PlainText],
-    tokenizer: PreTrainedTokenizerBase,
+    turns: TurnFinder,
     train_on: Literal["completions", "all"],
 ) -> list[Sample | RowFault]:
     """The sample of each content, or why there is none. Tokenizers work in parallel on what they get at once."""
+    tokenizer = turns.template.tokenizer
     drafts: list[_Draft | RowFault] = []
     for content in contents:
         try:
-            drafts.append(_draft(content, tokenizer))
+            drafts.append(_draft(content, turns))
         except RowFault as fault:
             drafts.append(fault)
     good = [draft for draft in drafts if isinstance(draft, _Draft)]
     openings = iter(_opening_ids([draft.opening for draft in good], tokenizer))
     texts = iter(_ids_and_offsets([draft.text for draft in good], tokenizer))
     return [
-        _sample(draft, next(openings), *next(texts), tokenizer, train_on) if isinstance(draft, _Draft) else draft
+        _sample(draft, next(openings), *next(texts), turns.template, train_on) if isinstance(draft, _Draft) else draft
         for draft in drafts
     ]
 
@@ -47,13 +47,13 @@ class _Draft:
     """Gets the start token where the tokenizer sets one. It is tokenised apart, so that the border is exact."""
     text: str
     """Is tokenised as it stands."""
-    spans: list[_Span] | None = None
+    spans: list[Span] | None = None
     """Parts of the text that are targets; None for plain text, where all that is not a prompt is."""
 
 
-def _draft(content: Conversation | PlainText, tokenizer: PreTrainedTokenizerBase) -> _Draft:
+def _draft(content: Conversation | PlainText, turns: TurnFinder) -> _Draft:
     if isinstance(content, Conversation):
-        text, spans = render_with_spans(content, tokenizer)
+        text, spans = turns.render(content)
         _check_characters(text)
         return _Draft("", text, spans)
     _check_characters(content.prompt + content.text)
@@ -64,23 +64,33 @@ def _sample(
     draft: _Draft,
     opening: list[int],
     text: list[int],
-    offsets: list[_Span],
-    tokenizer: PreTrainedTokenizerBase,
+    offsets: list[Span],
+    template: ChatTemplate,
     train_on: Literal["completions", "all"],
 ) -> Sample:
     if draft.spans is None:
+        end_token = template.tokenizer.eos_token_id
         prompt, text = (opening, text) if draft.text else ([], opening)
-        if tokenizer.eos_token_id is not None and text[-1:] != [tokenizer.eos_token_id]:
-            text = [*text, tokenizer.eos_token_id]
+        if end_token is not None and text[-1:] != [end_token]:
+            text = [*text, end_token]
         labels = prompt + text if train_on == "all" else [IGNORE_INDEX] * len(prompt) + text
         return Sample(prompt + text, labels)
     if train_on == "all":
         return Sample(text, list(text))
-    labels = [
-        token if any(first <= start and first < end <= last for first, last in draft.spans) else IGNORE_INDEX
-        for token, (start, end) in zip(text, offsets, strict=True)
-    ]
-    return Sample(text, labels)
+    return Sample(text, _labels(text, offsets, draft, template.special_ids))
+
+
+def _labels(input_ids: list[int], offsets: list[Span], draft: _Draft, special_ids: frozenset[int]) -> list[int]:
+    """Each token that lies within a target part of the text, or is an end token that some tokenizers (Phi-3's) let
+    swallow the white space after it."""
+    labels = [IGNORE_INDEX] * len(input_ids)
+    starts = [start for start, _ in offsets]
+    for first, last in draft.spans or ():
+        for i in range(bisect_left(starts, first), bisect_left(starts, last)):
+            end = offsets[i][1]
+            if first < end and (end <= last or (input_ids[i] in special_ids and not draft.text[last:end].strip())):
+                labels[i] = input_ids[i]
+    return labels
 
 
 def plain_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -102,10 +112,13 @@ def _opened(input_ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[in
     return input_ids
 
 
-def _ids_and_offsets(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[tuple[list[int], list[_Span]]]:
+def _ids_and_offsets(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[tuple[list[int], list[Span]]]:
     if not any(texts):
         return [([], []) for _ in texts]
-    encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    encoded = tokenizer(
+        texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False,
+        return_attention_mask=False, return_token_type_ids=False,
+    )  # fmt: skip
     return list(zip(encoded["input_ids"], encoded["offset_mapping"], strict=True))
 
 
@@ -119,91 +132,3 @@ def _check_characters(text: str) -> None:
             "half a character",
             f"the text has half a character ({error.object[error.start]!r}), as of an emoji cut in two. Remove it.",
         ) from None
-
-
-def render_with_spans(content: Conversation, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[tuple[int, int]]]:
-    """The conversation as text, and the (first, past-last) characters of each turn to learn, end token included.
-
-    A turn is what the text gains when the turn is added after its generation prompt: exactly what the model will be
-    asked to continue, whatever the template puts around it.
-
-    Raises:
-        RowFault: the template refuses the conversation, leaves something out, or rewrites earlier turns when later
-            ones come.
-    """
-    messages = content.messages
-    whole = _render(content, len(messages), tokenizer)
-    spans = []
-    for index, message in enumerate(messages):
-        if message["role"] != "assistant" or index < content.num_given:
-            continue
-        before = _render(content, index, tokenizer, add_generation_prompt=True)
-        through = _render(content, index + 1, tokenizer)
-        if not (whole.startswith(through) and through.startswith(before)):
-            raise RowFault(
-                "earlier turns rewritten by the template",
-                f"the chat template renders assistant turn {index + 1} differently once other turns "
-                "surround it, so its tokens cannot be told apart. Give rows with one assistant turn each, "
-                "or `prompt` and `completion` text.",
-            )
-        spans.append((len(before), len(before) + len(_without_separator(through[len(before) :], tokenizer))))
-    _check_nothing_left_out(content, whole)
-    return whole, spans
-
-
-def _check_nothing_left_out(content: Conversation, text: str) -> None:
-    """Refuse a conversation of which the template ignores a turn, a tool call or the tools, as many templates do."""
-
-    def is_there(said: str) -> bool:
-        return said in text or json.dumps(said, ensure_ascii=False)[1:-1] in text  # some quote what a tool returns
-
-    for number, message in enumerate(content.messages, start=1):
-        calls = message.get("tool_calls", ())
-        for call in calls:
-            if not is_there(call["function"]["name"]):
-                raise RowFault(
-                    "tool call left out by the template",
-                    f"the chat template leaves out the tool call of message {number}. Use a model whose template knows "
-                    "tool calls, or write the call as text.",
-                )
-        lines = [line.strip() for line in message["content"].splitlines() if line.strip()]
-        # Templates may trim a turn or cut thoughts out of it; one of which no line is left has been dropped.
-        if lines and not calls and not any(map(is_there, lines)):
-            raise RowFault(
-                f"{message['role']} turn left out by the template",
-                f"the chat template leaves out message {number} ({message['role']}). Use a model whose template knows "
-                "such turns, or put the text into another turn.",
-            )
-    for tool in content.tools or ():
-        name = tool.get("function", tool).get("name")
-        if isinstance(name, str) and not is_there(name):
-            raise RowFault(
-                "tools left out by the template",
-                f"the chat template leaves out the tool {name!r}. Use a model whose template lists tools, or remove "
-                "the column `tools`.",
-            )
-
-
-def _without_separator(turn: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """A turn up to its end token: the line break that many templates put after it is not something to generate."""
-    stripped = turn.rstrip()
-    return stripped if stripped.endswith(tuple(tokenizer.all_special_tokens)) else turn
-
-
-def _render(
-    content: Conversation, num_messages: int, tokenizer: PreTrainedTokenizerBase, add_generation_prompt: bool = False
-) -> str:
-    from jinja2 import TemplateError
-
-    messages: list[dict[str, Any]] = content.messages[:num_messages]
-    try:
-        text = tokenizer.apply_chat_template(
-            messages, tools=content.tools, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
-    except (TemplateError, ValueError, TypeError, KeyError) as error:
-        roles = ", ".join(message["role"] for message in messages)
-        raise RowFault(
-            "refused by the chat template", f"the model's chat template refuses this conversation ({roles}): {error}."
-        ) from None
-    assert isinstance(text, str)
-    return text

@@ -12,6 +12,8 @@ from qlora_dist.data.chat import tokenize
 from qlora_dist.data.formats import COLUMNS, Conversation, Format, Layout, PlainText, RowFault, format_of, read_row
 from qlora_dist.data.samples import Sample
 from qlora_dist.data.sources import Row
+from qlora_dist.data.template import ChatTemplate, check_chat_template
+from qlora_dist.data.turns import TurnFinder
 from qlora_dist.errors import DataError
 
 if TYPE_CHECKING:
@@ -61,6 +63,8 @@ class Report:
     """Rows that were dropped for that reason."""
     num_without_targets: int = 0
     """Rows that were dropped because none of their tokens (within `data.max_seq_len`) counts in the loss."""
+    is_open_ended: bool = False
+    """The chat template ends the assistant's turns without a special token."""
     faulty: FaultyRows = field(default_factory=FaultyRows)
 
     def count(self, sample: Sample) -> None:
@@ -85,6 +89,11 @@ class Report:
             text += f", {self.num_without_targets:,} rows dropped (no target left)"
         if self.faulty.num_rows:
             text += f", {self.faulty.num_rows:,} faulty rows left out: {self.faulty}"
+        if self.is_open_ended:
+            text += (
+                "; the chat template ends the assistant's turns without a special token, so the model does not learn "
+                "to stop: choose another one with data.chat_template"
+            )
         return text
 
     def to_json(self) -> dict[str, Any]:
@@ -142,9 +151,10 @@ def encode_rows(
     """
     format, rows = recognise_format(rows, config.format)
     report = Report(path, format)
+    turns = TurnFinder(ChatTemplate(tokenizer))
     while batch := list(islice(rows, _BATCH)):
-        contents = [_content(row, report, tokenizer) for row in batch]
-        samples = iter(tokenize([c for c in contents if not isinstance(c, RowFault)], tokenizer, config.train_on))
+        contents = [_content(row, report, turns.template) for row in batch]
+        samples = iter(tokenize([c for c in contents if not isinstance(c, RowFault)], turns, config.train_on))
         for row, content in zip(batch, contents, strict=True):
             result = content if isinstance(content, RowFault) else next(samples)
             if isinstance(result, RowFault):
@@ -158,11 +168,12 @@ def encode_rows(
     return report
 
 
-def _content(row: Row, report: Report, tokenizer: PreTrainedTokenizerBase) -> Conversation | PlainText | RowFault:
+def _content(row: Row, report: Report, template: ChatTemplate) -> Conversation | PlainText | RowFault:
     try:
         content = read_row(row.values, report.format)
         if report.layout is None:
-            _check_template(content, tokenizer, report.path)
+            if content.layout == "messages":
+                report.is_open_ended = _is_open_ended(template, report.path)
             report.layout = content.layout
         if content.layout != report.layout:
             raise RowFault(
@@ -240,9 +251,12 @@ def _asked_or_found(columns: Iterable[str], asked: Literal["auto"] | Format) -> 
     return asked if set(COLUMNS[asked]) <= set(columns) else None
 
 
-def _check_template(content: Conversation | PlainText, tokenizer: PreTrainedTokenizerBase, path: str) -> None:
-    if content.layout == "messages" and not tokenizer.chat_template:
-        raise DataError(
-            f"{path} holds chat messages, but the model's tokenizer has no chat template to turn them into text. "
-            "Use an instruction-tuned model, or give rows with `prompt` and `completion` text."
-        )
+def _is_open_ended(template: ChatTemplate, path: str) -> bool:
+    """Whether no special token ends the assistant's turns; refuses a template that cannot be used at all."""
+    try:
+        check_chat_template(template.tokenizer)
+        return template.end_of_turn is None
+    except DataError as error:
+        raise DataError(f"{path} holds chat messages, but {error}") from None
+    except RowFault:  # it wants more than a question and an answer
+        return False

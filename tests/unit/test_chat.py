@@ -225,12 +225,24 @@ def test_a_conversation_that_the_template_refuses_is_refused_with_its_words(toke
     assert "Conversation roles must alternate user/assistant" in message
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused_where_it_matters(tokenizer) -> None:
-    """What was trained on must be what will be seen; a single assistant turn is unharmed and accepted."""
+def test_of_a_turn_that_the_template_rewrites_what_is_left_is_learned(tokenizer) -> None:
+    """Each turn's target is what the model is shown of it: an earlier turn without its thoughts, the last one whole."""
     forgetful = with_template(tokenizer, FORGETFUL)
     assert targets(encode([chat("a", "thought|b")], forgetful).samples[0], tokenizer) == f"thought|b{END}"
-    message = refusal([chat("a", "thought|b"), chat("a", "thought|b", "c", "d")], forgetful)
-    assert message.startswith("rows.jsonl, row 2: ")
+    [sample] = encode([chat("a", "thought|b", "c", "d|e")], forgetful).samples
+    assert targets(sample, tokenizer) == f"b{END}d|e{END}"
+    assert "thought" not in tokenizer.decode(sample.input_ids)
+
+
+def test_a_turn_that_the_template_hides_is_refused(tokenizer) -> None:
+    """Where an earlier turn stands somewhere else later on, or twice, nothing says which tokens are the assistant's."""
+    twice = with_template(
+        tokenizer,
+        "{% for m in messages %}{% if not loop.last %}{{ m['content'] + '\n' }}{% endif %}{% endfor %}"
+        "{% for m in messages %}<|im_start|>{{ m['role'] + '\n' + m['content'] }}<|im_end|>\n{% endfor %}",
+    )
+    message = refusal([chat("a", "b", "c", "d")], twice)
+    assert message.startswith("rows.jsonl, row 1: ")
     assert "assistant turn 2 differently" in message
 
 
