@@ -11,7 +11,6 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from qlora_dist.adapter_folder import Recipe
 from qlora_dist.config import TrainConfig
 from qlora_dist.console import Reporter
-from qlora_dist.inputs import load_tokenizer
 from qlora_dist.model.adapters import (
     add_adapters,
     check_adapter_fits,
@@ -26,6 +25,7 @@ from qlora_dist.model.recompute import apply_recompute
 from qlora_dist.model.skeleton import build_skeleton, decoder_layers
 from qlora_dist.parallel import Backend, Settings, check_fits, shard_skeleton, verify_base, whole_layers
 from qlora_dist.runtime import Runtime
+from qlora_dist.tokenizer import load_tokenizer
 
 
 def build_model(
@@ -92,11 +92,3 @@ def load_trained(
         load_base_weights(model, folder, runtime.device, on_progress)
     load_adapter_weights(model, adapter_folder)
     return model.eval(), load_tokenizer(adapter_folder, recipe.base.trust_remote_code)
-
-
-def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Id that fills the ends of rows. Padding is masked by position, so it may well be the end token's."""
-    for token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if token_id is not None:
-            return int(token_id)
-    return 0

@@ -11,12 +11,14 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from qlora_dist.adapter_folder import read_recipe
-from qlora_dist.assemble import load_trained, pad_token_id
+from qlora_dist.assemble import load_trained
 from qlora_dist.console import Reporter
 from qlora_dist.data.chat import plain_ids
 from qlora_dist.data.formats import Layout
+from qlora_dist.data.template import end_of_turn_id
 from qlora_dist.errors import ConfigError, LaunchError
 from qlora_dist.runtime import Runtime, launched_world_size, start_runtime
+from qlora_dist.tokenizer import pad_token_id
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ def answer(
             input_ids=input_ids,
             attention_mask=torch.ones_like(input_ids),
             max_new_tokens=sampling.max_new_tokens,
-            pad_token_id=pad_token_id(tokenizer),
+            pad_token_id=pad_token_id(tokenizer, model.get_input_embeddings().weight.shape[0]),
             eos_token_id=_end_token_ids(model, tokenizer),
             streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None,
             **choice,
@@ -98,7 +100,9 @@ def answer(
 def _end_token_ids(model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     configured = model.generation_config.eos_token_id
     ids = set(configured if isinstance(configured, list) else [configured])
-    return sorted(token for token in ids | {tokenizer.eos_token_id} if token is not None)
+    # A base model that was trained with a chat template learned to stop with that template's token.
+    ids |= {tokenizer.eos_token_id, end_of_turn_id(tokenizer)}
+    return sorted(token for token in ids if token is not None)
 
 
 def _converse(

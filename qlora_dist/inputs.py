@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from qlora_dist.config import TrainConfig
 from qlora_dist.console import Reporter
 from qlora_dist.data.dataset import Dataset, load_dataset
 from qlora_dist.data.template import set_chat_template
-from qlora_dist.errors import ModelError
+from qlora_dist.model.skeleton import num_embeddings
+from qlora_dist.tokenizer import check_tokenizer_fits, load_tokenizer
 
 
 def load_inputs(
@@ -26,29 +27,15 @@ def load_inputs(
         main_first: `Runtime.main_first`, where several processes load the same.
 
     Raises:
-        ModelError: see `load_tokenizer`.
+        ModelError: see `load_tokenizer` and `check_tokenizer_fits`.
         ConfigError: see `set_chat_template`.
         DataError: see `load_dataset`.
     """
     tokenizer = load_tokenizer(model_folder, config.model.trust_remote_code)
     set_chat_template(tokenizer, config.data.chat_template)
     with reporter.preparing() as show:
-        return tokenizer, main_first(lambda: load_dataset(config.data, tokenizer, config.seed, show))
-
-
-def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The model's tokenizer.
-
-    Raises:
-        ModelError: the folder has none, or it reports no character offsets (a Python-only tokenizer).
-    """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        raise ModelError(f"model folder {folder} has no tokenizer that can be loaded: {error}") from None
-    if not tokenizer.is_fast:
-        raise ModelError(
-            f"model folder {folder}: its tokenizer reports no character offsets, which the loss mask needs. "
-            "Convert it once: AutoTokenizer.from_pretrained(FOLDER, use_fast=True).save_pretrained(FOLDER)."
-        )
-    return tokenizer
+        data = main_first(lambda: load_dataset(config.data, tokenizer, config.seed, show))
+    if (model_folder / "config.json").is_file():  # a look at the data does not need one
+        largest = max(report.max_token_id for report in data.reports)
+        check_tokenizer_fits(tokenizer, largest, num_embeddings(model_folder, config.model))
+    return tokenizer, data

@@ -15,7 +15,7 @@ import torch
 from peft import PeftModel
 
 from qlora_dist.adapter_folder import Recipe, save_adapter
-from qlora_dist.assemble import build_model, pad_token_id
+from qlora_dist.assemble import build_model
 from qlora_dist.checkpoint import Checkpoints, Identity, TrainState, adapter_shapes, choose_checkpoint
 from qlora_dist.config import TrainConfig
 from qlora_dist.data.dataset import Dataset
@@ -37,6 +37,7 @@ from qlora_dist.parallel import Backend, Engine, Settings, build_engine, check_i
 from qlora_dist.run_folder import check_run_folder, identity
 from qlora_dist.runtime import Runtime, start_runtime
 from qlora_dist.session import Session
+from qlora_dist.tokenizer import pad_token_id
 
 
 def train(config: TrainConfig) -> None:
@@ -107,7 +108,7 @@ def prepare(config: TrainConfig, backend: Backend, settings: Settings | None, se
     if checkpoint and is_own:
         checkpoints.note(state.step)
     session.claim_folder(resumed_step=state.step if checkpoint else None)
-    padding = pad_token_id(tokenizer)
+    padding = pad_token_id(tokenizer, base_model(model).config.get_text_config().vocab_size)
     loader = StepLoader(plan, data.train, runtime.rank, padding, pin_memory=runtime.device.type == "cuda")
     return Training(config, session, data, padding, plan, loader, num_steps, model, engine, checkpoints, state)
 

@@ -63,6 +63,8 @@ class Report:
     """Rows that were dropped for that reason."""
     num_without_targets: int = 0
     """Rows that were dropped because none of their tokens (within `data.max_seq_len`) counts in the loss."""
+    max_token_id: int = -1
+    """The largest one of all samples."""
     is_open_ended: bool = False
     """The chat template ends the assistant's turns without a special token."""
     faulty: FaultyRows = field(default_factory=FaultyRows)
@@ -72,6 +74,7 @@ class Report:
         self.num_samples += 1
         self.num_tokens += len(sample.input_ids)
         self.num_targets += sample.num_targets
+        self.max_token_id = max(self.max_token_id, *sample.input_ids)
 
     def sentence(self, max_seq_len: int) -> str:
         """All of this for a log."""

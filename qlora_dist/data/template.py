@@ -172,3 +172,12 @@ class ChatTemplate:
         text = self.render([{"role": "user", "content": question}, {"role": "assistant", "content": answer}], None)
         special = re.search("|".join(map(re.escape, self.special_tokens)) or "(?!)", text.rpartition(answer)[2])
         return special and special.group()
+
+
+def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Id of the token that ends the assistant's turns; None if the tokenizer has no template, or that no such token."""
+    try:
+        token = ChatTemplate(tokenizer).end_of_turn if tokenizer.chat_template else None
+    except RowFault:
+        return None
+    return None if token is None else int(tokenizer.convert_tokens_to_ids(token))

@@ -20,6 +20,19 @@ from qlora_dist.model.reader import SafetensorsReader
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
+def num_embeddings(folder: Path, config: ModelConfig) -> int:
+    """Rows of the model's embedding, as its configuration says.
+
+    Raises:
+        ModelError: transformers cannot read the configuration.
+    """
+    try:
+        model_config = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+    except (ValueError, ImportError, KeyError) as error:
+        raise ModelError(f"model.path {folder} cannot be built by transformers: {error}") from None
+    return int(model_config.get_text_config().vocab_size)
+
+
 def build_skeleton(folder: Path, config: ModelConfig) -> PreTrainedModel:
     """Build the causal language model of `folder` with its parameters on meta and its linear layers in 4 bits.
 
