@@ -72,6 +72,20 @@ def no_chat_template(root: Path, settings: dict) -> None:
     (copy_model(root, settings) / "chat_template.jinja").unlink()
 
 
+def template_missing(root: Path, settings: dict) -> None:
+    settings["data"]["chat_template"] = str(root / "no-such.jinja")
+
+
+def template_hostile(root: Path, settings: dict) -> None:
+    (root / "hostile.jinja").write_text("{{ ''.__class__.__mro__ }}")
+    settings["data"]["chat_template"] = str(root / "hostile.jinja")
+
+
+def foreign_tokenizer(root: Path, settings: dict) -> None:
+    file = copy_model(root, settings) / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "vocab_size": 100}))
+
+
 def data_missing(root: Path, settings: dict) -> None:
     settings["data"]["train"] = str(root / "no-such.jsonl")
 
@@ -135,6 +149,9 @@ CASES: list[tuple[Case, tuple[str, ...]]] = [
     (missing_tensor, ("model.layers.1.mlp.up_proj.weight", "config.json asks for")),
     (no_linear_layers, ("GPT2LMHeadModel", "no nn.Linear", "Conv1D")),
     (no_chat_template, ("no chat template", "prompt", "completion")),
+    (template_missing, ("data.chat_template", "no-such.jinja", "No such file", "chatml")),
+    (template_hostile, ("chat.jsonl holds chat messages", "sandbox", "data.chat_template")),
+    (foreign_tokenizer, ("does not belong to the model", "100 rows", "vocab_size")),
     (data_missing, ("data.train", "no-such.jsonl", "does not exist")),
     (one_of_several_missing, ("data.train", "no-such.jsonl", "does not exist")),
     (data_empty, ("data.train", "is empty")),
