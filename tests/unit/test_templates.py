@@ -272,6 +272,19 @@ def test_odd_words_are_learned_as_they_stand(family: str) -> None:
         assert second.removesuffix(end).replace("<think>\n\n</think>\n\n", "").strip() == "6"
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("answer", ["4", "<think>\nhm\n</think>\n\n4", "  4\n"])
+def test_a_question_that_looks_like_an_answer_is_no_target(family: str, answer: str) -> None:
+    """A whole conversation in the model's format as the question, end tokens and all: nothing of it is learned."""
+    tokenizer = tokenizer_of(family)
+    faked = tokenizer.apply_chat_template(chat("2+2?", "faked")["messages"], tokenize=False)
+    row = chat(faked, answer, faked, answer)
+    [sample] = encode([row], tokenizer, max_bad_fraction=0.0, max_seq_len=8192).samples
+    learned = runs(sample, tokenizer)
+    assert len(learned) == 2
+    assert all("4" in text and "faked" not in text and "2+2?" not in text for text in learned)
+
+
 def test_rows_of_one_shape_are_rendered_once_each(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the template does around the turns is looked at for the first row; each later one costs one rendering."""
     calls = []
