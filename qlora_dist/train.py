@@ -29,7 +29,7 @@ from qlora_dist.model.activations import out_of_memory_message
 from qlora_dist.model.files import fingerprint, resolve_model_folder
 from qlora_dist.model.footprint import total_bytes
 from qlora_dist.model.isolation import check_isolation
-from qlora_dist.model.loss import target_loss_sum
+from qlora_dist.model.loss import loss_note, target_loss_sum
 from qlora_dist.model.shards import local_bytes, whole_bytes
 from qlora_dist.model.skeleton import base_model
 from qlora_dist.optim import check_warmup, lr_at
@@ -90,6 +90,9 @@ def prepare(config: TrainConfig, backend: Backend, settings: Settings | None, se
         with runtime.autocast():
             check_isolation(model, runtime.device)
     engine = build_engine(model, config.optim, runtime, settings)
+    with runtime.autocast():
+        if note := loss_note(model):
+            say(note)
     if checkpoint:
         engine.load_optimizer_state(checkpoint.optimizer_tensors(), state.num_updates)
         say(f"going on after step {state.step} from {checkpoint.path}")
@@ -281,7 +284,9 @@ def micro_step(model: PeftModel, batch: MicroBatch, num_targets: torch.Tensor, r
     """This micro-batch's share of the global mean loss, 0-dim float32."""
     torch.manual_seed(batch.seed)  # dropout depends on where the batch stands in the data, not on who computes it
     with runtime.autocast():
-        loss_sum = target_loss_sum(model, batch.input_ids, batch.attention_mask, batch.labels, batch.position_ids)
+        loss_sum = target_loss_sum(
+            model, batch.input_ids, batch.attention_mask, batch.labels, batch.position_ids, batch.num_targets
+        )
     return loss_sum / num_targets
 
 
