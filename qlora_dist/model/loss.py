@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from qlora_dist.config import IGNORE_INDEX
+from qlora_dist.model.shards import shard_group
 from qlora_dist.model.skeleton import base_model
 
 _CHUNK_BYTES = 2**28
@@ -229,6 +230,9 @@ class _HeadLoss:
             return nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
 
         size = rows_per_chunk(self._vocab_size, hidden.element_size())
+        if any(shard_group(param) is not None for param in self._head.parameters()):
+            # Modules inside of it gather their parts whenever they run, which all ranks must do equally often.
+            size = max(1, len(self._rows))
         chunks = zip(self._rows.split(size), self._targets.split(size), strict=True)  # of no rows, one that is empty
         if not torch.is_grad_enabled():
             return sum((loss_of(*chunk) for chunk in chunks), start=hidden.new_zeros((), dtype=torch.float32))
