@@ -158,8 +158,9 @@ def measure(shape: Shape, world_size: int, seq_len: int, recompute: str, is_real
         engine = build_engine(model.train(), OptimConfig(optimizer="adamw"), runtime)
         for _ in range(2):
             ids = torch.zeros(1, seq_len, dtype=torch.int64, device=device)
+            positions = torch.arange(seq_len, device=device).unsqueeze(0)
             with runtime.autocast():  # every token is a target: the most that the head can take
-                loss = target_loss_sum(model, ids, torch.ones_like(ids), ids, num_targets=seq_len - 1)
+                loss = target_loss_sum(model, ids, torch.ones_like(ids), ids, positions, num_targets=seq_len - 1)
             engine.backward(loss, is_last_micro_batch=True)
             engine.update(lr=1e-3, max_grad_norm=1.0)
         between = counter.now
