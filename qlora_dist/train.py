@@ -90,11 +90,10 @@ def prepare(config: TrainConfig, backend: Backend, settings: Settings | None, se
     if checkpoint:
         checkpoint.check(belongs_to, is_own)
         checkpoint.load_adapter(model)
-    if config.data.packing:
-        with runtime.autocast():
-            check_isolation(model, runtime.device)
     engine = build_engine(model, config.optim, runtime, settings)
-    with runtime.autocast():
+    with runtime.autocast():  # both run the model, which some engines prepare for that
+        if config.data.packing:
+            check_isolation(model, runtime.device)
         if note := loss_note(model):
             say(note)
     if checkpoint:
