@@ -37,6 +37,9 @@ FAMILIES = {
     "granite, by six": ("GraniteConfig", {**GROUPED, "logits_scaling": 6.0}, LogitsForm(scale=pytest.approx(1 / 6))),
     "phi, with a bias": ("PhiConfig", GROUPED, LogitsForm()),
     "gpt_neox": ("GPTNeoXConfig", COMMON, LogitsForm()),
+    "falcon_h1": ("FalconH1Config", {**GROUPED, "lm_head_multiplier": 0.03, "mamba_d_ssm": 32, "mamba_n_heads": 4,
+                                     "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1},
+                  LogitsForm(scale=pytest.approx(0.03))),
     "recurrent_gemma": ("RecurrentGemmaConfig", {**GROUPED, "lru_width": 32, "num_hidden_layers": 3},
                         LogitsForm(cap=30.0)),
 }  # fmt: skip
