@@ -18,13 +18,13 @@ class Activations:
     kept: int
     """For backward, over all layers."""
     working: int
-    """Of the layer that is being recomputed."""
+    """Of the layer at work in backward: what it recomputes, and its widest matrix, dequantised."""
     loss: int
     """One chunk of logits, and the gradients of the rows that have targets."""
 
     @property
     def total(self) -> int:
-        """At the peak: the loss is made at the end of forward, a layer is recomputed after that."""
+        """At the peak: the loss is made at the end of forward, and is gone when backward reaches a layer."""
         return self.kept + max(self.working, self.loss)
 
 
@@ -49,7 +49,8 @@ def activations_of(
     recomputed = min(num_recomputed, layers)
     kept = (layers - recomputed) * layer + recomputed * num_tokens * element_size * hidden
     loss = loss_bytes(num_targets, model.vocab_size, hidden, element_size)
-    return Activations(kept, layer if recomputed else 0, loss)
+    working = (layer if recomputed else 0) + hidden * width * element_size
+    return Activations(kept, working, loss)
 
 
 def num_recomputed_layers(recompute: str | int, num_layers: int) -> int:

@@ -51,7 +51,9 @@ def test_the_formula_is_what_pytorch_counts() -> None:
         2 * length * (i * o + i * RANK) for i, o in (MATRICES[name] for name in ("q_proj", "k_proj", "v_proj"))
     )
     attention = 12 * LAYERS * HEADS * HEAD_DIM * hidden_pairs
-    assert operations(model, batch) == counter.get_total_flops() - attention + spared
+    difference = counter.get_total_flops() - attention + spared - operations(model, batch)
+    rotary_angles = 2 * length * HEAD_DIM // 2  # a matrix product in transformers 5.17, no longer one in 5.23
+    assert difference in (0, rotary_angles)
 
 
 def test_the_formula_in_the_words_of_its_documentation() -> None:
