@@ -9,8 +9,8 @@ import torch
 from qlora_dist.assemble import build_model
 from qlora_dist.config import IGNORE_INDEX, AdapterConfig, MemoryConfig, ModelConfig, OptimConfig, TrainConfig
 from qlora_dist.console import Reporter
-from qlora_dist.data.chat import Sample
 from qlora_dist.data.sampler import MicroBatch, collate
+from qlora_dist.data.samples import Sample
 from qlora_dist.model import loss as loss_module
 from qlora_dist.model.loss import logits_form
 from qlora_dist.parallel import build_engine, engine_settings
