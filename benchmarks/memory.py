@@ -26,7 +26,6 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -128,6 +127,7 @@ def measure(shape: Shape, world_size: int, seq_len: int, recompute: str, is_real
     from qlora_dist.config import AdapterConfig, MemoryConfig, ModelConfig, OptimConfig, ParallelConfig
     from qlora_dist.model.adapters import add_adapters
     from qlora_dist.model.loading import materialize
+    from qlora_dist.model.loss import LogitsForm, target_loss_sum
     from qlora_dist.model.nf4 import dynamic_code, four_bit_code
     from qlora_dist.model.recompute import apply_recompute
     from qlora_dist.model.shards import local_bytes
@@ -150,14 +150,17 @@ def measure(shape: Shape, world_size: int, seq_len: int, recompute: str, is_real
     # Tensors without contents cannot answer: there is one sample in the row, and the gradient is finite.
     one_sample = mock.patch("transformers.masking_utils.find_packed_sequence_indices", return_value=None)
     is_finite = mock.patch.object(torch.Tensor, "isfinite", return_value=True)
+    plain_logits = mock.patch("qlora_dist.model.loss.logits_form", return_value=LogitsForm())
     pretended = nullcontext() if is_real else FakeTensorMode(allow_non_fake_inputs=True)
-    with one_sample, is_finite, pretended, StorageCounter() as counter:
+    with one_sample, is_finite, plain_logits, pretended, StorageCounter() as counter:
         materialize(model, device, device)
         held = counter.now
         engine = build_engine(model.train(), OptimConfig(optimizer="adamw"), runtime)
         for _ in range(2):
-            with runtime.autocast():
-                loss = all_targets_loss(model, torch.zeros(1, seq_len, dtype=torch.int64, device=device))
+            ids = torch.zeros(1, seq_len, dtype=torch.int64, device=device)
+            positions = torch.arange(seq_len, device=device).unsqueeze(0)
+            with runtime.autocast():  # every token is a target: the most that the head can take
+                loss = target_loss_sum(model, ids, torch.ones_like(ids), ids, positions, num_targets=seq_len - 1)
             engine.backward(loss, is_last_micro_batch=True)
             engine.update(lr=1e-3, max_grad_norm=1.0)
         between = counter.now
@@ -166,12 +169,6 @@ def measure(shape: Shape, world_size: int, seq_len: int, recompute: str, is_real
     if is_real and device.type == "cuda":
         row["cuda_peak_gib"] = torch.cuda.max_memory_allocated(device) / GIB
     return {name: round(value, 4) for name, value in row.items()}
-
-
-def all_targets_loss(model: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
-    """The program's loss when every token is a target: the most that the head can take."""
-    logits = model(input_ids=input_ids, use_cache=False).logits.squeeze(0).float()
-    return nn.functional.cross_entropy(logits, input_ids[0], reduction="sum")
 
 
 def write_model_config(shape: Shape, folder: Path, seq_len: int) -> None:

@@ -199,6 +199,8 @@ class LoggingConfig:
     """Log every N optimizer steps."""
     tensorboard: bool = True
     """Write TensorBoard event files."""
+    profile_steps: int | None = None
+    """Trace this many optimizer steps after the first two, on rank 0, into `output_dir/profile`; null: none."""
 
 
 @dataclass(frozen=True)
@@ -450,6 +452,7 @@ _AT_LEAST_ONE = {
     "adapter.rank", "data.max_seq_len", "optim.max_steps", "optim.micro_batch_size", "optim.grad_accum_steps",
     "eval.every", "eval.max_batches", "logging.every", "parallel.replicas", "parallel.check_every",
     "parallel.hang_timeout_seconds", "checkpoint.every", "checkpoint.keep", "optim.max_skipped_steps",
+    "logging.profile_steps",
 }  # fmt: skip
 _POSITIVE = {"adapter.alpha", "optim.lr", "optim.max_grad_norm", "optim.epochs", "optim.lora_plus_ratio"}
 _NOT_NEGATIVE = {"optim.warmup_steps", "optim.weight_decay", "seed", "memory.recompute"}

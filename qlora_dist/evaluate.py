@@ -47,7 +47,9 @@ def evaluate(
         alive()
         batch = collate([samples[i] for i in indices], pad_token_id).to(runtime.device)
         with runtime.autocast():
-            sums[0] += target_loss_sum(model, batch.input_ids, batch.attention_mask, batch.labels)
+            sums[0] += target_loss_sum(
+                model, batch.input_ids, batch.attention_mask, batch.labels, num_targets=batch.num_targets
+            )
         sums[1] += batch.num_targets
     model.train(was_training)
     loss_sum, num_targets = runtime.sum_over_ranks(sums).tolist()

@@ -58,13 +58,15 @@ class StepMetrics:
     num_target_tokens: int
     tokens_per_second: float
     """`num_tokens` over `step_seconds`."""
+    target_tokens_per_second: float
     step_seconds: float
     data_wait_seconds: float
     """Part of `step_seconds` in which the loop waited for its micro-batches; the largest over ranks."""
     peak_memory_gib: float
     """Largest over ranks: allocated on the GPU, or resident in host memory on CPU, since the start."""
     mfu: float | None
-    """Model FLOPs utilisation; null until the peak of the device is measured."""
+    """Model FLOPs utilisation: the arithmetic that training needs (see `model/flops.py`) per second, over what all
+    ranks' devices were measured to multiply at best (`peak.py`)."""
     epoch: float
     num_skipped_steps: int
     """Steps so far that updated nothing, because their gradient was not finite."""
@@ -121,7 +123,14 @@ class Recorder:
     """
 
     def __init__(
-        self, folder: Path, config: LoggingConfig, runtime: Runtime, reporter: Reporter, num_steps: int, first_step: int
+        self,
+        folder: Path,
+        config: LoggingConfig,
+        runtime: Runtime,
+        reporter: Reporter,
+        num_steps: int,
+        first_step: int,
+        peak_flops: float | None = None,
     ) -> None:
         self._config = config
         self._runtime = runtime
@@ -132,6 +141,9 @@ class Recorder:
         self._waited_before = 0.0
         self._window_steps = 0
         self._window_tokens = torch.zeros((), device=runtime.device)
+        self._window_targets = torch.zeros((), device=runtime.device)
+        self._window_flops = 0
+        self._peak_flops = peak_flops
         self._window_started = time.perf_counter()
         self._seconds_per_step: list[float] = []
         self._losses: deque[float] = deque(maxlen=20)
@@ -147,34 +159,48 @@ class Recorder:
             self._writer.close()
 
     def step(
-        self, step: int, lr: float, sums: StepSums, epoch: float, num_skipped_steps: int, waited_seconds: float = 0.0
+        self,
+        step: int,
+        lr: float,
+        sums: StepSums,
+        epoch: float,
+        num_skipped_steps: int,
+        waited_seconds: float = 0.0,
+        flops: int = 0,
     ) -> None:
         """One optimizer step is done; writes a row when `logging.every` says so.
 
         Args:
             waited_seconds: for micro-batches, on this rank, since the start.
+            flops: useful operations of this rank in the step.
         """
         self._window_steps += 1
         self._window_tokens += sums.num_tokens
+        self._window_targets += sums.num_targets
+        self._window_flops += flops
         if step % self._config.every and step != self._num_steps:
             return
-        loss = self._runtime.sum_over_ranks(sums.loss)
+        summed = self._runtime.sum_over_ranks(torch.stack([sums.loss, sums.loss.new_tensor(self._window_flops)]))
         peak = self._runtime.max_over_ranks(peak_memory_gib(self._runtime.device))
         waited = self._runtime.max_over_ranks(waited_seconds - self._waited_before)
-        values = torch.stack([loss, sums.grad_norm, sums.num_tokens, sums.num_targets, self._window_tokens]).tolist()
+        values = torch.stack(
+            [sums.grad_norm, sums.num_tokens, sums.num_targets, self._window_tokens, self._window_targets, *summed]
+        ).tolist()
+        grad_norm, num_tokens, num_targets, window_tokens, window_targets, loss, flops = values
         seconds = time.perf_counter() - self._window_started
         row = StepMetrics(
             step=step,
-            loss=values[0],
-            grad_norm=values[1],
+            loss=loss,
+            grad_norm=grad_norm,
             lr=lr,
-            num_tokens=int(values[2]),
-            num_target_tokens=int(values[3]),
-            tokens_per_second=values[4] / seconds,
+            num_tokens=int(num_tokens),
+            num_target_tokens=int(num_targets),
+            tokens_per_second=window_tokens / seconds,
+            target_tokens_per_second=window_targets / seconds,
             step_seconds=seconds / self._window_steps,
             data_wait_seconds=waited / self._window_steps,
             peak_memory_gib=peak,
-            mfu=None,
+            mfu=flops / seconds / self._peak_flops if self._peak_flops else None,
             epoch=epoch,
             num_skipped_steps=num_skipped_steps,
         )
@@ -214,6 +240,8 @@ class Recorder:
     def _restart_window(self) -> None:
         self._window_steps = 0
         self._window_tokens.zero_()
+        self._window_targets.zero_()
+        self._window_flops = 0
         self._window_started = time.perf_counter()
 
 

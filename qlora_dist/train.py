@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -27,13 +28,16 @@ from qlora_dist.inputs import load_inputs
 from qlora_dist.metrics import Recorder, StepSums
 from qlora_dist.model.activations import out_of_memory_message
 from qlora_dist.model.files import fingerprint, resolve_model_folder
+from qlora_dist.model.flops import Flops, flops_of
 from qlora_dist.model.footprint import total_bytes
 from qlora_dist.model.isolation import check_isolation
-from qlora_dist.model.loss import target_loss_sum
+from qlora_dist.model.loss import loss_note, target_loss_sum
 from qlora_dist.model.shards import local_bytes, whole_bytes
 from qlora_dist.model.skeleton import base_model
 from qlora_dist.optim import check_warmup, lr_at
 from qlora_dist.parallel import Backend, Engine, Settings, build_engine, check_in_sync, choose_backend, engine_settings
+from qlora_dist.peak import peak_flops
+from qlora_dist.profiler import StepProfiler
 from qlora_dist.run_folder import check_run_folder, identity
 from qlora_dist.runtime import Runtime, start_runtime
 from qlora_dist.session import Session
@@ -87,10 +91,12 @@ def prepare(config: TrainConfig, backend: Backend, settings: Settings | None, se
     if checkpoint:
         checkpoint.check(belongs_to, is_own)
         checkpoint.load_adapter(model)
-    if config.data.packing:
-        with runtime.autocast():
-            check_isolation(model, runtime.device)
     engine = build_engine(model, config.optim, runtime, settings)
+    with runtime.autocast():  # both run the model, which some engines prepare for that
+        if config.data.packing:
+            check_isolation(model, runtime.device)
+        if note := loss_note(model):
+            say(note)
     if checkpoint:
         engine.load_optimizer_state(checkpoint.optimizer_tensors(), state.num_updates)
         say(f"going on after step {state.step} from {checkpoint.path}")
@@ -138,10 +144,12 @@ class Training:
         """
         runtime, reporter = self.session.runtime, self.session.reporter
         first_step = self.state.step + 1
-        logging = self.config.logging
+        folder, logging, peak = self.session.folder, self.config.logging, peak_flops(runtime)
+        profiler = StepProfiler(folder / "profile", logging.profile_steps if runtime.is_main else None, reporter)
         with (
             self.loader,
-            Recorder(self.session.folder, logging, runtime, reporter, self.num_steps, first_step) as recorder,
+            Recorder(folder, logging, runtime, reporter, self.num_steps, first_step, peak) as recorder,
+            profiler,
         ):
             self.model.train()
             try:
@@ -149,6 +157,7 @@ class Training:
                 while self.state.step < self.num_steps:
                     self.step(recorder)
                     self.look_back(recorder)
+                    profiler.step()
             except Stopped:
                 self.save()
                 raise
@@ -165,8 +174,8 @@ class Training:
         except torch.OutOfMemoryError as error:
             raise TrainingError(self._too_large(batches)) from error
         state.count_step(self.plan.after_step(state.num_samples_seen), sums.is_finite)
-        epoch, waited = self.plan.epoch_at(state.num_samples_seen), self.loader.wait_seconds
-        recorder.step(state.step, lr, sums, epoch, state.num_skipped_steps, waited)
+        epoch, flops = self.plan.epoch_at(state.num_samples_seen), sum(map(self._useful_flops, batches))
+        recorder.step(state.step, lr, sums, epoch, state.num_skipped_steps, self.loader.wait_seconds, flops)
         if state.num_skipped_in_a_row:
             self._consider_skipped_step()
         if is_due(state.step, self.config.parallel.check_every):
@@ -218,6 +227,14 @@ class Training:
         if state.best_step not in (None, 0, state.step):
             best = self.checkpoints.path(state.best_step) / "adapter"
             say(f"the evaluation loss was best after step {state.best_step} ({state.best_eval_loss:.4f}): {best}")
+
+    @cached_property
+    def _flops(self) -> Flops:
+        return flops_of(self.model)
+
+    def _useful_flops(self, batch: MicroBatch) -> int:
+        """Operations that this micro-batch needs."""
+        return self._flops.of(batch.attention_mask, batch.position_ids, batch.num_tokens, batch.num_targets)
 
     def _too_large(self, batches: Sequence[MicroBatch]) -> str:
         """What to change when the largest of these micro-batches did not fit."""
@@ -282,7 +299,9 @@ def micro_step(model: PeftModel, batch: MicroBatch, num_targets: torch.Tensor, r
     """This micro-batch's share of the global mean loss, 0-dim float32."""
     torch.manual_seed(batch.seed)  # dropout depends on where the batch stands in the data, not on who computes it
     with runtime.autocast():
-        loss_sum = target_loss_sum(model, batch.input_ids, batch.attention_mask, batch.labels, batch.position_ids)
+        loss_sum = target_loss_sum(
+            model, batch.input_ids, batch.attention_mask, batch.labels, batch.position_ids, batch.num_targets
+        )
     return loss_sum / num_targets
 
 

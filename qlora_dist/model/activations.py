@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qlora_dist.config import TrainConfig
+from qlora_dist.model.loss import loss_bytes
 
 GIB = 2**30
 
@@ -17,13 +18,14 @@ class Activations:
     kept: int
     """For backward, over all layers."""
     working: int
-    """Of the layer that is being recomputed."""
-    logits: int
+    """Of the layer at work in backward: what it recomputes, and its widest matrix, dequantised."""
+    loss: int
+    """One chunk of logits, and the gradients of the rows that have targets."""
 
     @property
     def total(self) -> int:
-        """At the peak: logits live at the end of forward, a recomputed layer after they are gone."""
-        return self.kept + max(self.working, self.logits)
+        """At the peak: the loss is made at the end of forward, and is gone when backward reaches a layer."""
+        return self.kept + max(self.working, self.loss)
 
 
 def activations_of(
@@ -32,8 +34,7 @@ def activations_of(
     """Activations of a decoder, from its dimensions.
 
     A layer keeps, per token, 8 vectors of d_model (inputs of norms and projections, residuals), 2 of the key-value
-    width and 4 of the MLP's width, in the compute type; a recomputed one keeps its input. A target's logits exist in
-    the compute type, in float32, as log-probabilities and as their gradient. The counts were fitted to
+    width and 4 of the MLP's width, in the compute type; a recomputed one keeps its input. The counts were fitted to
     `benchmarks/memory.py`, which follows every storage.
 
     Args:
@@ -47,7 +48,9 @@ def activations_of(
     layer = num_tokens * element_size * (8 * hidden + 2 * key_value + 4 * width)
     recomputed = min(num_recomputed, layers)
     kept = (layers - recomputed) * layer + recomputed * num_tokens * element_size * hidden
-    return Activations(kept, layer if recomputed else 0, num_targets * model.vocab_size * (element_size + 3 * 4))
+    loss = loss_bytes(num_targets, model.vocab_size, hidden, element_size)
+    working = (layer if recomputed else 0) + hidden * width * element_size
+    return Activations(kept, working, loss)
 
 
 def num_recomputed_layers(recompute: str | int, num_layers: int) -> int:

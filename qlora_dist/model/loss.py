@@ -1,16 +1,56 @@
-"""The loss: a sum over target tokens, so that it can be divided once by their number over all ranks."""
+"""The loss: a sum over target tokens, so that it can be divided once by their number over all ranks.
+
+The logits of all tokens at once are the largest tensors of a training step: in float32, as log-probabilities and as
+their gradient they take 12 bytes per token and vocabulary entry, 6 GiB for 4,096 tokens and a vocabulary of 128k. Here
+only target tokens get logits, a bounded number at a time, and each piece is turned into its part of the gradient of the
+hidden states before the next one is made.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from peft import PeftModel
 from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from qlora_dist.config import IGNORE_INDEX
+from qlora_dist.model.shards import shard_group
 from qlora_dist.model.skeleton import base_model
+
+_CHUNK_BYTES = 2**28
+"""What the logits of one chunk may take. With a vocabulary of 128k that is 204 rows in bfloat16: enough for a GPU to
+spend as long multiplying with the head's weights as reading them."""
+
+
+@dataclass(frozen=True)
+class LogitsForm:
+    """What a model makes of the output z of its head: scale * z, or cap * tanh(scale * z / cap)."""
+
+    scale: float = 1.0
+    """Cohere, Granite, Falcon-H1 and others multiply or divide their logits."""
+    cap: float | None = None
+    """Soft-capping, Gemma 2 (https://arxiv.org/abs/2408.00118, section 2)."""
+
+    def __call__(self, raw: torch.Tensor) -> torch.Tensor:
+        """Logits of what the head returned, elementwise; in float32 unless nothing is done to them."""
+        if self == LogitsForm():
+            return raw
+        logits = raw.float() * self.scale
+        return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
+
+    def times_slope(self, gradient: torch.Tensor, raw: torch.Tensor) -> torch.Tensor:
+        """Gradient of what the head returned, from that of the logits, in place."""
+        if self.cap is not None:
+            gradient.mul_(1 - torch.tanh(raw.float() * (self.scale / self.cap)) ** 2)
+        return gradient if self.scale == 1 else gradient.mul_(self.scale)
 
 
 def target_loss_sum(
@@ -19,6 +59,7 @@ def target_loss_sum(
     attention_mask: torch.Tensor,
     labels: torch.Tensor,
     position_ids: torch.Tensor | None = None,
+    num_targets: int | None = None,
 ) -> torch.Tensor:
     """Summed next-token cross-entropy over target tokens, in float32.
 
@@ -26,34 +67,246 @@ def target_loss_sum(
         input_ids, attention_mask, labels: (batch, seq_len) int64; labels are aligned with input_ids and shifted here.
         position_ids: (batch, seq_len) int64 of packed rows: they begin at 0 in each sample, which is how the model's
             attention tells samples apart. The mask of padding is not used then.
+        num_targets: labels that are targets, first column aside. Without it, the device is waited for to count them.
 
     Returns:
-        0-dim float32, zero when there is no target.
+        0-dim float32, zero when there is no target. The first call for a model takes a forward of a few tokens more.
     """
-    targets = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)  # (batch, seq_len), aligned with logits
-    is_target = targets != IGNORE_INDEX
-    with _head_sees_only(base_model(model).get_output_embeddings(), is_target):
-        if position_ids is None:
-            output = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-        else:  # with any mask, transformers would not look at the positions, and samples would see each other
-            output = model(input_ids=input_ids, position_ids=position_ids, use_cache=False)
-    logits = output.logits.squeeze(0).float()  # (num_targets, vocab)
-    return nn.functional.cross_entropy(logits, targets[is_target], reduction="sum")
+    form = logits_form(model)
+    targets = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()  # (batch * seq_len,), as logits
+    if position_ids is None:
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+    else:  # with any mask, transformers would not look at the positions, and samples would see each other
+        inputs = {"input_ids": input_ids, "position_ids": position_ids}
+    if form is None:
+        logits = model(**inputs, use_cache=False).logits.flatten(0, 1).float()
+        return nn.functional.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
+    rows = _where(targets != IGNORE_INDEX, num_targets)
+    base = base_model(model)
+    head, vocab_size = base.get_output_embeddings(), base.get_input_embeddings().num_embeddings
+    with _head_returns(head, _HeadLoss(head, rows, targets[rows], form, vocab_size)) as losses:
+        model(**inputs, use_cache=False)
+    return losses[0]
+
+
+def _where(mask: torch.Tensor, number: int | None) -> torch.Tensor:
+    """Indices of what is true; (number,) int64."""
+    if number is None:
+        return mask.nonzero().squeeze(1)
+    return torch.nonzero_static(mask, size=number).squeeze(1)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What the model does with its head: asked of the model itself, since each family has code of its own for it.
+
+_forms: WeakKeyDictionary[nn.Module, LogitsForm | None] = WeakKeyDictionary()
+_PROBE_LENGTH = 4
+
+
+def logits_form(model: nn.Module) -> LogitsForm | None:
+    """What this model makes of its head's output, or None when that is something else; all ranks ask together.
+
+    The first time, a forward of a few tokens is run in which the head answers with given values. Scale and cap are read
+    off the logits that come out, and must account for all of them.
+    """
+    base = base_model(model)
+    if base not in _forms:
+        _forms[base] = _ask(model)
+    return _forms[base]
+
+
+def loss_note(model: nn.Module) -> str | None:
+    """What to tell the user of this model's loss, if anything; all ranks ask together."""
+    if logits_form(model) is not None:
+        return None
+    return (
+        f"{type(base_model(model)).__name__} makes something of its own of the logits (neither scaling nor "
+        "soft-capping), so its own code computes them for all tokens at once: 12 bytes per token and vocabulary entry."
+    )
+
+
+@torch.no_grad()
+def _ask(model: nn.Module) -> LogitsForm | None:
+    head = base_model(model).get_output_embeddings()
+    if head is None:
+        return None
+    seen: list[tuple[Any, torch.Tensor]] = []  # (shape of the hidden states, values given in place of logits)
+
+    def answer(_: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+        seen.append((inputs[0].shape[:-1] if inputs else None, _given_values(output)))
+        return seen[-1][1]
+
+    hook = head.register_forward_hook(answer)
+    was_training = model.training
+    model.eval()
+    ids = torch.arange(_PROBE_LENGTH, device=_device(model)).unsqueeze(0)
+    try:
+        found = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+    finally:
+        hook.remove()
+        model.train(was_training)
+    if len(seen) != 1 or seen[0][0] != ids.shape or seen[0][1].shape != found.shape:
+        return None
+    return _form_between(seen[0][1], found)
+
+
+_LANDMARKS = (1.0, 1e6, 1e7)
+
+
+def _given_values(like: torch.Tensor) -> torch.Tensor:
+    """Float32 values from small to large, different in each row; the first ones of the first row are landmarks."""
+    values = torch.linspace(-300, 300, like.numel(), device=like.device).roll(like.shape[-1] // 2)
+    values[: len(_LANDMARKS)] = values.new_tensor(_LANDMARKS)[: len(values)]
+    return values.reshape(like.shape)
+
+
+def _form_between(given: torch.Tensor, found: torch.Tensor) -> LogitsForm | None:
+    """The form that makes `found` of `given`."""
+    one, large, larger = found.flatten()[: len(_LANDMARKS)].tolist()
+    form = LogitsForm(scale=one)
+    if large == larger > abs(one):  # so far out that tanh is 1
+        scale = large * math.atanh(one / large)
+        form = LogitsForm(scale=1.0 if abs(scale - 1) < 1e-6 else scale, cap=large)
+    is_form = torch.allclose(form(given), found.float(), rtol=1e-5, atol=1e-5)
+    return form if is_form else None
+
+
+def _device(model: nn.Module) -> torch.device:
+    """Where the model runs; its buffers are never offloaded."""
+    return next((tensor.device for tensor in model.buffers()), next(model.parameters()).device)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The loss in the head's place. Its hooks run around it: sharding engines have gathered its weights by then.
 
 
 @contextmanager
-def _head_sees_only(head: nn.Module, rows: torch.Tensor) -> Iterator[None]:
-    """Let the output head compute logits of some positions only: (batch, seq_len, d_model) becomes (1, n, d_model).
+def _head_returns(head: nn.Module, loss: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """Let the head compute a loss from its input; yields the list in which it will be.
 
-    On chat data one token in ten is a target, and the head is a fifth of a small model's parameters. Whatever a family
-    does to its logits afterwards (soft-capping, scaling) works on each row by itself, so the model's own code still
-    does it.
+    The model goes on with a single number, which nobody looks at.
+    """
+    losses: list[torch.Tensor] = []
+
+    def keep(_: nn.Module, __: Any, output: torch.Tensor) -> torch.Tensor:
+        losses.append(output)
+        return output.detach().reshape(1, 1, 1)
+
+    own = head.__dict__.get("forward")
+    head.forward = loss
+    hook = head.register_forward_hook(keep)  # the last of its hooks: what sharding engines tie to the output is kept
+    try:
+        yield losses
+    finally:
+        hook.remove()
+        del head.forward
+        if own is not None:
+            head.forward = own
+
+
+class _HeadLoss:
+    """Hidden states (batch, seq_len, d_model) to the summed loss of some rows of them."""
+
+    def __init__(
+        self, head: nn.Module, rows: torch.Tensor, targets: torch.Tensor, form: LogitsForm, vocab_size: int
+    ) -> None:
+        self._head, self._forward, self._vocab_size = head, head.forward, vocab_size
+        self._rows, self._targets, self._form = rows, targets, form
+
+    @torch.compiler.disable
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        hidden = hidden.flatten(0, 1)
+        if _is_frozen_linear(self._head):
+            keep_gradient = hidden.requires_grad and torch.is_grad_enabled()
+            weight, bias = self._head.weight, self._head.bias
+            return _FrozenHead.apply(hidden, self._rows, self._targets, weight, bias, self._form, keep_gradient)
+        return self._followed_by_autograd(hidden)
+
+    def _followed_by_autograd(self, hidden: torch.Tensor) -> torch.Tensor:
+        """For a head that learns, or is none of PyTorch's: its logits are computed again in backward, by chunks."""
+
+        def loss_of(rows: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+            logits = self._form(self._forward(hidden.index_select(0, rows).unsqueeze(0)).squeeze(0))
+            return nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
+
+        size = rows_per_chunk(self._vocab_size, hidden.element_size())
+        if any(shard_group(param) is not None for param in self._head.parameters()):
+            # Modules inside of it gather their parts whenever they run, which all ranks must do equally often.
+            size = max(1, len(self._rows))
+        chunks = zip(self._rows.split(size), self._targets.split(size), strict=True)  # of no rows, one that is empty
+        if not torch.is_grad_enabled():
+            return sum((loss_of(*chunk) for chunk in chunks), start=hidden.new_zeros((), dtype=torch.float32))
+        losses = [checkpoint(loss_of, *chunk, use_reentrant=False) for chunk in chunks]
+        return torch.stack(losses).sum()
+
+
+def _is_frozen_linear(head: nn.Module) -> bool:
+    is_linear = isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward
+    return is_linear and not any(param.requires_grad for param in head.parameters())
+
+
+def rows_per_chunk(vocab_size: int, element_size: int) -> int:
+    """Rows whose logits are made at once: each takes its type's size, and twice that of float32, per entry."""
+    return max(1, _CHUNK_BYTES // (vocab_size * (element_size + 2 * 4)))
+
+
+def loss_bytes(num_targets: int, vocab_size: int, hidden_size: int, element_size: int) -> int:
+    """Bytes that the loss of a frozen head takes at its peak: one chunk of logits, and the rows' gradients."""
+    rows = min(num_targets, rows_per_chunk(vocab_size, element_size))
+    return rows * vocab_size * (element_size + 2 * 4) + num_targets * hidden_size * element_size
+
+
+def _loss_and_gradient(raw: torch.Tensor, targets: torch.Tensor, form: LogitsForm, with_gradient: bool) -> torch.Tensor:
+    """Summed loss of some rows, 0-dim float32; turns what the head returned into its gradient, if that is wanted.
+
+    With p = softmax(logits) and y the target, d loss / d logits = p - onehot(y).
 
     Args:
-        rows: (batch, seq_len) bool, the n positions to keep.
+        raw: (rows, vocab), overwritten.
+        targets: (rows,) int64.
     """
-    handle = head.register_forward_pre_hook(lambda _, inputs: (inputs[0][rows].unsqueeze(0),))
-    try:
-        yield
-    finally:
-        handle.remove()
+    log_p = torch.log_softmax(form(raw), dim=1, dtype=torch.float32)
+    targets = targets.unsqueeze(1)
+    loss = -log_p.gather(1, targets).sum()
+    if with_gradient:
+        gradient = log_p.exp_().scatter_add_(1, targets, torch.full_like(targets, -1, dtype=torch.float32))
+        raw.copy_(form.times_slope(gradient, raw))
+    return loss
+
+
+class _FrozenHead(torch.autograd.Function):
+    """Loss of a linear head without a gradient of its own; keeps the gradient of its input instead of any logits."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,  # (num_tokens, d_model)
+        rows: torch.Tensor,  # (num_targets,) int64
+        targets: torch.Tensor,  # (num_targets,) int64
+        weight: torch.Tensor,  # (vocab, d_model)
+        bias: torch.Tensor | None,  # (vocab,)
+        form: LogitsForm,
+        keep_gradient: bool,
+    ) -> torch.Tensor:  # 0-dim float32
+        loss = hidden.new_zeros((), dtype=torch.float32)
+        gradient = hidden.new_empty((len(rows), hidden.shape[1])) if keep_gradient else None
+        size = rows_per_chunk(weight.shape[0], hidden.element_size())
+        for start in range(0, len(rows), size):
+            chunk = slice(start, start + size)
+            raw = nn.functional.linear(hidden.index_select(0, rows[chunk]), weight, bias)
+            loss += _loss_and_gradient(raw, targets[chunk], form, keep_gradient)
+            if gradient is not None:
+                gradient[chunk] = raw @ weight
+            del raw  # before the next one is made
+        if gradient is not None:
+            ctx.save_for_backward(gradient, rows)
+            ctx.num_tokens = len(hidden)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        gradient, rows = ctx.saved_tensors
+        to_hidden = gradient.new_zeros((ctx.num_tokens, gradient.shape[1]))
+        to_hidden.index_copy_(0, rows, gradient * grads[0])  # a 0-dim factor on the device: nothing waits for it
+        return to_hidden, None, None, None, None, None, None

@@ -1,6 +1,7 @@
 """Samples in one row do not see each other: losses and gradients are those of the samples alone."""
 
 import dataclasses
+from importlib.util import find_spec
 from pathlib import Path
 from unittest import mock
 
@@ -18,6 +19,7 @@ from qlora_dist.model.isolation import check_isolation
 from qlora_dist.model.loss import target_loss_sum
 from qlora_dist.runtime import start_runtime
 from tests.distributed.test_families import FAMILIES, families  # noqa: F401
+from tests.support.command import run_rows
 from tests.support.processes import run_on_processes
 from tests.support.training import lasting_rows, train_here
 
@@ -95,19 +97,27 @@ def train_packed(root: Path, model: Path, data: Path, backend: str, processes: i
         "optim": {"epochs": 2, "lr": 2e-3, "grad_accum_steps": 4 // processes},
         "checkpoint": {"every": 3},
         "parallel": {"backend": backend},
-        "logging": {"tensorboard": False},
+        "logging": {"tensorboard": False, "profile_steps": 1},
     }
     assert not train_here(root / f"{backend}-{processes}", settings, stop_after=5)
     assert train_here(root / f"{backend}-{processes}", settings)
 
 
 def test_packed_runs_are_equal_on_any_number_of_ranks(tmp_path: Path, tiny_llama: Path, chat_file: Path) -> None:
-    """One process, two under fsdp: the same losses, through a stop; every token of every epoch is seen once."""
-    for backend, processes in (("single", 1), ("fsdp", 2)):
+    """One process, two under fsdp and zero3: the same losses, through a stop; every token of every epoch is seen once.
+    What was measured on the way makes sense, and rank 0 alone left a trace."""
+    runs = [("single", 1), ("fsdp", 2)] + [("zero3", 2)] * (find_spec("deepspeed") is not None)
+    for backend, processes in runs:
         run_on_processes(train_packed, processes, tmp_path, tiny_llama, chat_file, backend, processes)
-    one, two = lasting_rows(tmp_path / "single-1"), lasting_rows(tmp_path / "fsdp-2")
-    assert len(one) == len(two)
-    for row, reference in zip(two, one, strict=True):
-        assert row == pytest.approx(reference, rel=1e-5)
+    one, *others = (lasting_rows(tmp_path / f"{backend}-{processes}") for backend, processes in runs)
+    for other in others:
+        assert len(one) == len(other)
+        for row, reference in zip(other, one, strict=True):
+            assert row == pytest.approx(reference, rel=1e-5)
     tokens = sum(row["num_tokens"] for row in one if "loss" in row)
     assert tokens == 2 * 2153  # what the notes say of the file, twice
+    for row in run_rows(tmp_path / "fsdp-2"):
+        if "loss" in row:
+            assert 0 < row["mfu"] < 1
+            assert 0 < row["target_tokens_per_second"] < row["tokens_per_second"]
+    assert {file.name.partition(".")[0] for file in (tmp_path / "fsdp-2" / "profile").iterdir()} == {"rank0"}

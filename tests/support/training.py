@@ -42,7 +42,10 @@ def train_here(folder: Path, settings: dict, stop_after: int | None = None, stop
 
 def lasting_rows(folder: Path) -> list[dict]:
     """The rows of metrics.jsonl without what depends on the machine's mood."""
-    moods = ("tokens_per_second", "step_seconds", "peak_memory_gib", "seconds", "mfu", "data_wait_seconds")
+    moods = (
+        "tokens_per_second", "target_tokens_per_second", "step_seconds", "peak_memory_gib", "seconds", "mfu",
+        "data_wait_seconds",
+    )  # fmt: skip
     return [{key: value for key, value in row.items() if key not in moods} for row in run_rows(folder)]
 
 

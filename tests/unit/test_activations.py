@@ -19,15 +19,27 @@ def dimensions(shape: dict) -> SimpleNamespace:
 
 
 def test_the_formula_agrees_with_what_was_counted() -> None:
-    """For 7B to 70B on 1 to 16 ranks it gives between 70 and 100 % of what the memory benchmark counted beyond the
-    state between two steps; gathered layers and dequantised weights are the rest."""
+    """For 7B to 70B on 1 to 16 ranks it gives between 65 and 100 % of what the memory benchmark counted beyond the
+    state between two steps; gathered layers are the rest."""
     counted = json.loads((ROOT / "benchmarks" / "results" / "memory.json").read_text())
     assert len(counted["runs"]) == 25
     for run in counted["runs"]:
         model = dimensions(counted["shapes"][run["shape"]])
         tokens = counted["seq_len"] * counted["micro_batch_size"]
         estimate = activations_of(model, tokens, tokens, model.num_hidden_layers, element_size=2).total / GIB
-        assert 0.7 <= estimate / (run["peak_gib"] - run["between_steps_gib"]) <= 1.0, run
+        assert 0.65 <= estimate / (run["peak_gib"] - run["between_steps_gib"]) <= 1.0, run
+
+
+def test_targets_cost_a_chunk_of_logits_at_most() -> None:
+    """Where the loss is the peak, it grows with the targets by their gradients only, once a chunk of logits is full."""
+    model = dimensions({"hidden": 64, "layers": 2, "heads": 4, "kv_heads": 4, "intermediate": 128, "vocab": 128256})
+    none, some, many, more = (
+        activations_of(model, 16384, num_targets, 2, element_size=2).loss for num_targets in (0, 100, 4096, 16384)
+    )
+    assert none == 0
+    assert some == 100 * (128256 * 10 + 64 * 2)
+    assert many <= 2**28 + 4096 * 64 * 2
+    assert more - many == (16384 - 4096) * 64 * 2
 
 
 LLAMA_7B = dimensions(

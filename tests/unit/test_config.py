@@ -58,6 +58,7 @@ IMPOSSIBLE = {
     "eval.every": (0,),
     "eval.max_batches": (0,),
     "logging.every": (0,),
+    "logging.profile_steps": (0, -1),
     "parallel.replicas": (0, -1),
     "parallel.check_every": (0, -1),
     "parallel.hang_timeout_seconds": (0, -1),

@@ -10,8 +10,8 @@ from qlora_dist.metrics import EvalMetrics, StepMetrics
 
 STEP = StepMetrics(
     step=120, loss=1.23449, grad_norm=0.4321, lr=1.8e-4, num_tokens=4100, num_target_tokens=900,
-    tokens_per_second=5119.6, step_seconds=0.8149, data_wait_seconds=0.0, peak_memory_gib=21.4,
-    mfu=None, epoch=0.5, num_skipped_steps=0,
+    tokens_per_second=5119.6, target_tokens_per_second=500.0, step_seconds=0.8149, data_wait_seconds=0.0,
+    peak_memory_gib=21.4, mfu=None, epoch=0.5, num_skipped_steps=0,
 )  # fmt: skip
 EVAL = EvalMetrics(step=120, eval_loss=0.5, eval_perplexity=1.64872, num_target_tokens=12345, seconds=2.04, epoch=0.5)
 STEP_TEXT = "step 120/1000 | loss 1.2345 | grad 0.432 | lr 1.80e-04 | 5,120 tok/s | mem 21.40 GiB | 0.81 s"

@@ -16,14 +16,16 @@ from qlora_dist.metrics import EvalMetrics, MetricsWriter, Recorder, StepMetrics
 from qlora_dist.runtime import Runtime, start_runtime
 
 DOCUMENTED = {
-    "step", "loss", "grad_norm", "lr", "num_tokens", "num_target_tokens", "tokens_per_second", "step_seconds",
-    "data_wait_seconds", "peak_memory_gib", "mfu", "epoch", "num_skipped_steps",
+    "step", "loss", "grad_norm", "lr", "num_tokens", "num_target_tokens", "tokens_per_second",
+    "target_tokens_per_second", "step_seconds", "data_wait_seconds", "peak_memory_gib", "mfu", "epoch",
+    "num_skipped_steps",
 }  # fmt: skip
 """The fields that docs/adapter.md promises to readers of metrics.jsonl."""
 
 STEP = StepMetrics(
     step=3, loss=1.5, grad_norm=0.25, lr=2e-4, num_tokens=100, num_target_tokens=40, tokens_per_second=50.0,
-    step_seconds=2.0, data_wait_seconds=0.25, peak_memory_gib=0.5, mfu=None, epoch=0.75, num_skipped_steps=1,
+    target_tokens_per_second=20.0, step_seconds=2.0, data_wait_seconds=0.25, peak_memory_gib=0.5, mfu=None, epoch=0.75,
+    num_skipped_steps=1,
 )  # fmt: skip
 EVAL = EvalMetrics(step=3, eval_loss=0.5, eval_perplexity=1.6487, num_target_tokens=7, seconds=0.1, epoch=0.75)
 
@@ -62,7 +64,8 @@ def test_a_step_is_one_json_object_with_the_documented_fields(tmp_path: Path) ->
     assert set(row) == DOCUMENTED
     assert row == {
         "step": 3, "loss": 1.5, "grad_norm": 0.25, "lr": 2e-4, "num_tokens": 100, "num_target_tokens": 40,
-        "tokens_per_second": 50.0, "step_seconds": 2.0, "data_wait_seconds": 0.25, "peak_memory_gib": 0.5,
+        "tokens_per_second": 50.0, "target_tokens_per_second": 20.0, "step_seconds": 2.0, "data_wait_seconds": 0.25,
+        "peak_memory_gib": 0.5,
         "mfu": None, "epoch": 0.75, "num_skipped_steps": 1,
     }  # fmt: skip
 
@@ -115,6 +118,24 @@ def test_tensorboard_can_be_left_out(tmp_path: Path) -> None:
 
 
 # -- recording
+
+
+def test_rates_count_their_own_tokens_and_utilisation_their_operations(tmp_path: Path) -> None:
+    """Targets per second are of targets; MFU is the operations of the window over what its seconds offered, and null
+    when no peak is known."""
+    for peak in (1e6, None):
+        folder = tmp_path / str(peak)
+        folder.mkdir()
+        config = LoggingConfig(every=2, tensorboard=False)
+        with Recorder(folder, config, runtime(), Reporter(False), 4, 1, peak) as recorder:
+            for step in range(1, 5):
+                tokens = sums(loss=1, num_tokens=100 * step, num_targets=step)
+                recorder.step(step, 0.1, tokens, epoch=0.0, num_skipped_steps=0, flops=1000 * step)
+        for row, targets, flops in zip(rows(folder), (3, 7), (3000, 7000), strict=True):
+            seconds = 2 * row["step_seconds"]
+            assert row["target_tokens_per_second"] * seconds == pytest.approx(targets)
+            expected = None if peak is None else pytest.approx(flops / 1e6 / seconds)
+            assert row["mfu"] == expected
 
 
 @pytest.mark.parametrize(("every", "logged"), [(1, [1, 2, 3, 4, 5]), (2, [2, 4, 5]), (3, [3, 5]), (5, [5]), (10, [5])])
@@ -238,7 +259,7 @@ def test_peak_memory_of_the_host_is_what_the_kernel_says() -> None:
 def test_a_loss_that_is_not_finite_is_null(tmp_path: Path) -> None:
     """JSON has no NaN: strict readers must be able to read the rows of a run that went wrong."""
     writer = MetricsWriter(tmp_path, LoggingConfig(tensorboard=False))
-    writer.write(StepMetrics(1, float("nan"), float("inf"), 1.0, 1, 1, 1.0, 1.0, 0.0, 1.0, None, 0.0, 0))
+    writer.write(StepMetrics(1, float("nan"), float("inf"), 1.0, 1, 1, 1.0, 1.0, 1.0, 0.0, 1.0, None, 0.0, 0))
     writer.close()
     row = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=lambda name: pytest.fail(name))
     assert row["loss"] is None
