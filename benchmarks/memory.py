@@ -128,6 +128,7 @@ def measure(shape: Shape, world_size: int, seq_len: int, recompute: str, is_real
     from qlora_dist.model.adapters import add_adapters
     from qlora_dist.model.loading import materialize
     from qlora_dist.model.loss import LogitsForm, target_loss_sum
+    from qlora_dist.model.lora_linear import fuse_adapters
     from qlora_dist.model.nf4 import dynamic_code, four_bit_code
     from qlora_dist.model.recompute import apply_recompute
     from qlora_dist.model.shards import local_bytes
@@ -141,6 +142,7 @@ def measure(shape: Shape, world_size: int, seq_len: int, recompute: str, is_real
         write_model_config(shape, Path(folder), seq_len)
         skeleton = build_skeleton(Path(folder), ModelConfig(path=folder))
     model = add_adapters(skeleton, AdapterConfig(rank=RANK), "base")
+    fuse_adapters(model)
     apply_recompute(decoder_layers(model), MemoryConfig(recompute=recompute))  # type: ignore[arg-type]
     shard_skeleton(model, "fsdp", ParallelConfig(), runtime)
     device = runtime.device

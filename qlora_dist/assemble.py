@@ -21,6 +21,7 @@ from qlora_dist.model.adapters import (
 from qlora_dist.model.dora import init_magnitudes
 from qlora_dist.model.files import looks_like_hub_name, resolve_model_folder
 from qlora_dist.model.loading import checkpoint_bytes, load_base_weights, materialize
+from qlora_dist.model.lora_linear import fuse_adapters
 from qlora_dist.model.recompute import apply_recompute
 from qlora_dist.model.skeleton import build_skeleton, decoder_layers
 from qlora_dist.parallel import Backend, Settings, check_fits, shard_skeleton, verify_base, whole_layers
@@ -57,6 +58,8 @@ def build_model(
     saved_adapter = None if config.adapter.path is None else Path(config.adapter.path)
     if saved_adapter is not None:
         check_adapter_fits(model, saved_adapter)
+    if unfused := fuse_adapters(model):
+        reporter.say(unfused)
     apply_recompute(decoder_layers(model), config.memory)
     check_fits(model, backend, config.parallel, runtime)
     home = shard_skeleton(model, backend, config.parallel, runtime, settings)
@@ -87,6 +90,7 @@ def load_trained(
     if (folder / "generation_config.json").is_file():
         skeleton.generation_config = GenerationConfig.from_pretrained(folder)
     model = wrap_with_saved_adapter(skeleton, adapter_folder)
+    fuse_adapters(model)
     materialize(model, runtime.device, runtime.device)
     with reporter.loading(checkpoint_bytes(folder), len(decoder_layers(model))) as on_progress:
         load_base_weights(model, folder, runtime.device, on_progress)

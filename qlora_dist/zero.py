@@ -26,6 +26,7 @@ from torch import nn
 from qlora_dist.config import OptimConfig, TrainConfig
 from qlora_dist.errors import ConfigError
 from qlora_dist.model.adapters import adapter_parameters, lora_layers
+from qlora_dist.model.lora_linear import FusedLinear
 from qlora_dist.model.shards import local_range, whole_shape, whole_tensor
 from qlora_dist.model.skeleton import decoder_layers
 from qlora_dist.moments import Moments, Piece
@@ -63,8 +64,8 @@ def partition_skeleton(model: PeftModel, settings: Settings, runtime: Runtime) -
         if len(fresh) > 0:
             deepspeed.zero.Init(module=fresh, config_dict_or_path=settings)
     for layer in lora_layers(model):
-        if layer.lora_variant:
-            # A variant's forward reads the parameters of the modules in it, which are gathered only while these run.
+        if layer.lora_variant or isinstance(layer, FusedLinear):
+            # Their forward reads the parameters of the modules in it, which are gathered only while these run.
             for param in layer.parameters():
                 deepspeed.zero.register_external_parameter(layer, param)
 

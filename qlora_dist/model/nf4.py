@@ -175,13 +175,24 @@ def _frozen(*shape: int, dtype: torch.dtype) -> nn.Parameter:
     return nn.Parameter(torch.empty(*shape, dtype=dtype, device="meta"), requires_grad=False)
 
 
-@cache
+@torch.compiler.assume_constant_result
 def four_bit_code(quant_type: str, device: torch.device) -> torch.Tensor:
     """The 16 values of a 4-bit type, (16,) float32."""
+    return _four_bit_code(quant_type, device)
+
+
+@torch.compiler.assume_constant_result
+def dynamic_code(device: torch.device) -> torch.Tensor:
+    """The 256 values of a quantised quantisation constant, (256,) float32."""
+    return _dynamic_code(device)
+
+
+# Apart, because the compiler looks into what is cached: it would trace how the values are made.
+@cache
+def _four_bit_code(quant_type: str, device: torch.device) -> torch.Tensor:
     return bnb_functional.get_4bit_type(quant_type, device=device)
 
 
 @cache
-def dynamic_code(device: torch.device) -> torch.Tensor:
-    """The 256 values of a quantised quantisation constant, (256,) float32."""
+def _dynamic_code(device: torch.device) -> torch.Tensor:
     return bnb_functional.create_dynamic_map().to(device)
