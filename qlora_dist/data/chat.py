@@ -9,21 +9,24 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from qlora_dist.config import IGNORE_INDEX
 from qlora_dist.data.formats import Conversation, PlainText, RowFault
+from qlora_dist.data.long_text import Span, is_long, long_ids, long_ids_and_spans
 from qlora_dist.data.samples import Sample
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-_Span = tuple[int, int]
-"""First and past-last character of a part of a text."""
 
 
 def tokenize(
     contents: Sequence[Conversation | PlainText],
     tokenizer: PreTrainedTokenizerBase,
     train_on: Literal["completions", "all"],
+    num_tokens: int | None = None,
 ) -> list[Sample | RowFault]:
-    """The sample of each content, or why there is none. Tokenizers work in parallel on what they get at once."""
+    """The sample of each content, or why there is none. Tokenizers work in parallel on what they get at once.
+
+    Args:
+        num_tokens: the first so many of a sample are all that matters: what lies far beyond them may be missing.
+    """
     drafts: list[_Draft | RowFault] = []
     for content in contents:
         try:
@@ -31,8 +34,8 @@ def tokenize(
         except RowFault as fault:
             drafts.append(fault)
     good = [draft for draft in drafts if isinstance(draft, _Draft)]
-    openings = iter(_opening_ids([draft.opening for draft in good], tokenizer))
-    texts = iter(_ids_and_offsets([draft.text for draft in good], tokenizer))
+    openings = iter(_opening_ids([draft.opening for draft in good], tokenizer, num_tokens))
+    texts = iter(_ids_and_offsets([draft.text for draft in good], tokenizer, num_tokens))
     return [
         _sample(draft, next(openings), *next(texts), tokenizer, train_on) if isinstance(draft, _Draft) else draft
         for draft in drafts
@@ -47,7 +50,7 @@ class _Draft:
     """Gets the start token where the tokenizer sets one. It is tokenised apart, so that the border is exact."""
     text: str
     """Is tokenised as it stands."""
-    spans: list[_Span] | None = None
+    spans: list[Span] | None = None
     """Parts of the text that are targets; None for plain text, where all that is not a prompt is."""
 
 
@@ -64,7 +67,7 @@ def _sample(
     draft: _Draft,
     opening: list[int],
     text: list[int],
-    offsets: list[_Span],
+    offsets: list[Span],
     tokenizer: PreTrainedTokenizerBase,
     train_on: Literal["completions", "all"],
 ) -> Sample:
@@ -88,10 +91,24 @@ def plain_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return _opening_ids([text], tokenizer)[0]
 
 
-def _opening_ids(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+def _opening_ids(
+    texts: list[str], tokenizer: PreTrainedTokenizerBase, num_tokens: int | None = None
+) -> list[list[int]]:
     if not any(texts):
         return [[] for _ in texts]
-    return [_opened(list(ids), tokenizer) for ids in tokenizer(texts, verbose=False).input_ids]
+    whole = [text for text in texts if not is_long(text, num_tokens)]
+    ids = iter(tokenizer(whole, verbose=False).input_ids if whole else [])
+    return [
+        _opened(_long_opening(text, tokenizer, num_tokens) if is_long(text, num_tokens) else list(next(ids)), tokenizer)
+        for text in texts
+    ]
+
+
+def _long_opening(text: str, tokenizer: PreTrainedTokenizerBase, num_tokens: int | None) -> list[int]:
+    """With the special tokens that the tokenizer puts around any text."""
+    around, alone = tokenizer("a").input_ids, tokenizer("a", add_special_tokens=False).input_ids
+    first = next(i for i in range(len(around)) if around[i : i + len(alone)] == alone)
+    return [*around[:first], *long_ids(text, tokenizer, num_tokens), *around[first + len(alone) :]]
 
 
 def _opened(input_ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -102,11 +119,17 @@ def _opened(input_ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[in
     return input_ids
 
 
-def _ids_and_offsets(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[tuple[list[int], list[_Span]]]:
+def _ids_and_offsets(
+    texts: list[str], tokenizer: PreTrainedTokenizerBase, num_tokens: int | None = None
+) -> list[tuple[list[int], list[Span]]]:
     if not any(texts):
         return [([], []) for _ in texts]
-    encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    return list(zip(encoded["input_ids"], encoded["offset_mapping"], strict=True))
+    whole = [text for text in texts if not is_long(text, num_tokens)]
+    encoded = tokenizer(whole or [""], add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    pairs = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+    return [
+        long_ids_and_spans(text, tokenizer, num_tokens) if is_long(text, num_tokens) else next(pairs) for text in texts
+    ]
 
 
 def _check_characters(text: str) -> None:
@@ -193,14 +216,12 @@ def _without_separator(turn: str, tokenizer: PreTrainedTokenizerBase) -> str:
 def _render(
     content: Conversation, num_messages: int, tokenizer: PreTrainedTokenizerBase, add_generation_prompt: bool = False
 ) -> str:
-    from jinja2 import TemplateError
-
     messages: list[dict[str, Any]] = content.messages[:num_messages]
     try:
         text = tokenizer.apply_chat_template(
             messages, tools=content.tools, tokenize=False, add_generation_prompt=add_generation_prompt
         )
-    except (TemplateError, ValueError, TypeError, KeyError) as error:
+    except Exception as error:  # noqa: BLE001 - a template is a program, and this one came with a model
         roles = ", ".join(message["role"] for message in messages)
         raise RowFault(
             "refused by the chat template", f"the model's chat template refuses this conversation ({roles}): {error}."
