@@ -72,7 +72,7 @@ def run(tmp_path: Path, tiny_llama: Path, chat_file: Path) -> dict:
         "output_dir": str(tmp_path / "out"),
         "model": {"path": str(tiny_llama)},
         "adapter": {"rank": 2},
-        "data": {"train": str(chat_file), "max_seq_len": 64, "cache_dir": str(tmp_path / "cache")},
+        "data": {"train": str(chat_file), "max_seq_len": 64, "packing": False, "cache_dir": str(tmp_path / "cache")},
         "optim": {"max_steps": 1},
         "logging": {"tensorboard": False},
     }
@@ -670,6 +670,7 @@ def be_rank(rank: int, world_size: int, port: int, before: Callable[[], None] | 
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size),
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
     )  # fmt: skip
+    mock.patch("qlora_dist.failure._PATIENCE_SECONDS", 1).start()
     if before is not None:
         before()
 
