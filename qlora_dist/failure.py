@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import time
 import traceback
@@ -24,7 +25,7 @@ def exit_code_after(error: Exception) -> int:
     something to say.
     """
     if isinstance(error, Echo):
-        time.sleep(_PATIENCE_SECONDS)
+        _let_others_speak()
         return _exit_code(error.error)
     is_user_error = isinstance(error, QloraDistError)
     if _is_first_to_fail():
@@ -52,8 +53,13 @@ def _is_first_to_fail() -> bool:
                 return True
     if os.environ.get("LOCAL_RANK", "0") == "0":
         return True
-    time.sleep(_PATIENCE_SECONDS)
+    _let_others_speak()
     return False
+
+
+def _let_others_speak() -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a launcher's, that all has been said; no request to stop any more
+    time.sleep(_PATIENCE_SECONDS)
 
 
 def _crash_report(error: Exception) -> str:
