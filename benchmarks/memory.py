@@ -127,8 +127,8 @@ def measure(shape: Shape, world_size: int, seq_len: int, recompute: str, is_real
     from qlora_dist.config import AdapterConfig, MemoryConfig, ModelConfig, OptimConfig, ParallelConfig
     from qlora_dist.model.adapters import add_adapters
     from qlora_dist.model.loading import materialize
-    from qlora_dist.model.loss import LogitsForm, target_loss_sum
     from qlora_dist.model.lora_linear import fuse_adapters
+    from qlora_dist.model.loss import LogitsForm, target_loss_sum
     from qlora_dist.model.nf4 import dynamic_code, four_bit_code
     from qlora_dist.model.recompute import apply_recompute
     from qlora_dist.model.shards import local_bytes

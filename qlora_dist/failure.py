@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import time
 import traceback
 from pathlib import Path
 
-from qlora_dist.errors import EXIT_USER_ERROR, QloraDistError
+from qlora_dist.errors import EXIT_USER_ERROR, Echo, QloraDistError
 
 EXIT_CRASH = 1
 
-
 _PATIENCE_SECONDS = 10.0
+"""A launcher ends all processes as soon as one has ended: one with nothing to say leaves the others so much time."""
 
 
 def exit_code_after(error: Exception) -> int:
@@ -23,13 +24,20 @@ def exit_code_after(error: Exception) -> int:
     When one process fails, the others soon fail too, in the collective where they waited for it. Only the first has
     something to say.
     """
+    if isinstance(error, Echo):
+        _let_others_speak()
+        return _exit_code(error.error)
     is_user_error = isinstance(error, QloraDistError)
     if _is_first_to_fail():
         sys.stdout.flush()
         sys.stderr.write(f"error: {_rank_prefix()}{error}\n" if is_user_error else _crash_report(error))
         sys.stderr.flush()
         tell_launcher(str(error) if is_user_error else f"{type(error).__name__}: {error}")
-    return EXIT_USER_ERROR if is_user_error else EXIT_CRASH
+    return _exit_code(error)
+
+
+def _exit_code(error: Exception) -> int:
+    return EXIT_USER_ERROR if isinstance(error, QloraDistError) else EXIT_CRASH
 
 
 def _is_first_to_fail() -> bool:
@@ -45,8 +53,13 @@ def _is_first_to_fail() -> bool:
                 return True
     if os.environ.get("LOCAL_RANK", "0") == "0":
         return True
-    time.sleep(_PATIENCE_SECONDS)  # a launcher ends all processes as soon as one has ended: let the first one speak
+    _let_others_speak()
     return False
+
+
+def _let_others_speak() -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a launcher's, that all has been said; no request to stop any more
+    time.sleep(_PATIENCE_SECONDS)
 
 
 def _crash_report(error: Exception) -> str:

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, set_seed
 from torch import distributed as dist
 
-from qlora_dist.errors import QloraDistError
+from qlora_dist.errors import Echo, QloraDistError
 
 Made = TypeVar("Made")
 
@@ -43,6 +43,9 @@ class Runtime:
         """Call `make` on each node's first process before the others, so that these find what it left on the disk.
 
         They wait as long as it takes, beyond the patience of other collectives; an error ends the wait, on all ranks.
+
+        Raises:
+            Echo: `make` failed in another process.
         """
         if self.world_size == 1:
             return make()
@@ -50,9 +53,11 @@ class Runtime:
         made, error = _tried(make) if self.local_rank == 0 else (None, None)
         errors: list[Exception | None] = [None] * self.world_size
         dist.all_gather_object(errors, error, group=patient)
-        for one in (error, *errors):
+        if error is not None:
+            raise error
+        for one in errors:
             if one is not None:
-                raise one
+                raise Echo(one)
         return make() if made is None else made
 
     def sum_over_ranks(self, tensor: torch.Tensor) -> torch.Tensor:

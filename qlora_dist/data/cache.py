@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, TextIO
 from qlora_dist.config import DataConfig
 from qlora_dist.data.encode import Report, encode_rows
 from qlora_dist.data.samples import SampleStore, SampleWriter
-from qlora_dist.data.sources import fingerprint, load_rows
+from qlora_dist.data.sources import fingerprint, load_rows, stamp
 from qlora_dist.durable import remove, sync_folder, sync_tree
 from qlora_dist.errors import DataError
 
@@ -56,10 +56,11 @@ def tokenized(
         DataError: see `load_rows`, `encode_rows` and `Report.check`; or the cache folder cannot be written.
     """
     show(f"looking for {path} among tokenised data")
+    before = stamp(path, key)
     folder = cache_folder(config) / _digest(path, key, tokenizer, config)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        source = _open(folder) or _build(folder, path, key, tokenizer, config, show)
+        source = _open(folder) or _build(folder, path, key, tokenizer, config, show, before)
     except OSError as error:
         raise DataError(
             f"tokenised data cannot be written to {folder.parent} ({error.strerror or error}). Set data.cache_dir to "
@@ -93,7 +94,7 @@ def _digest(path: str, key: str, tokenizer: PreTrainedTokenizerBase, config: Dat
     return hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:32]
 
 
-_CODE = ("sources", "formats", "template", "sketch", "turns", "chat", "encode", "samples")
+_CODE = ("sources", "formats", "template", "sketch", "turns", "chat", "long_text", "encode", "samples")
 """The modules that decide what is in the cache."""
 
 
@@ -102,7 +103,7 @@ def _open(folder: Path) -> TokenizedSource | None:
     try:
         values = json.loads((folder / _REPORT).read_text("utf-8"))
         return TokenizedSource(SampleStore(folder, values["digest"]), Report.from_json(values["report"]))
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
@@ -113,6 +114,7 @@ def _build(
     tokenizer: PreTrainedTokenizerBase,
     config: DataConfig,
     show: Callable[[str], None],
+    before: object,
 ) -> TokenizedSource:
     with _locked(folder, path, show) as lock:
         if (source := _open(folder)) is not None:  # somebody else has built it meanwhile
@@ -127,6 +129,8 @@ def _build(
                 show(text)
 
             _fill(partial, path, key, tokenizer, config, tell)
+            if stamp(path, key) != before:
+                raise DataError(f"{key} {path} changed while it was read. Start again when nothing writes to it.")
             sync_tree(partial)
             remove(folder)
             os.replace(partial, folder)

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Literal
 
 from qlora_dist.config import IGNORE_INDEX
 from qlora_dist.data.formats import Conversation, PlainText, RowFault
+from qlora_dist.data.long_text import Span, is_long, long_ids, long_ids_and_spans
 from qlora_dist.data.samples import Sample
 from qlora_dist.data.template import ChatTemplate
-from qlora_dist.data.turns import Span, TurnFinder
+from qlora_dist.data.turns import TurnFinder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -21,8 +22,13 @@ def tokenize(
     contents: Sequence[Conversation | PlainText],
     turns: TurnFinder,
     train_on: Literal["completions", "all"],
+    num_tokens: int | None = None,
 ) -> list[Sample | RowFault]:
-    """The sample of each content, or why there is none. Tokenizers work in parallel on what they get at once."""
+    """The sample of each content, or why there is none. Tokenizers work in parallel on what they get at once.
+
+    Args:
+        num_tokens: the first so many of a sample are all that matters: what lies far beyond them may be missing.
+    """
     tokenizer = turns.template.tokenizer
     drafts: list[_Draft | RowFault] = []
     for content in contents:
@@ -31,8 +37,8 @@ def tokenize(
         except RowFault as fault:
             drafts.append(fault)
     good = [draft for draft in drafts if isinstance(draft, _Draft)]
-    openings = iter(_opening_ids([draft.opening for draft in good], tokenizer))
-    texts = iter(_ids_and_offsets([draft.text for draft in good], tokenizer))
+    openings = iter(_opening_ids([draft.opening for draft in good], tokenizer, num_tokens))
+    texts = iter(_ids_and_offsets([draft.text for draft in good], tokenizer, num_tokens))
     return [
         _sample(draft, next(openings), *next(texts), turns.template, train_on) if isinstance(draft, _Draft) else draft
         for draft in drafts
@@ -98,10 +104,24 @@ def plain_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return _opening_ids([text], tokenizer)[0]
 
 
-def _opening_ids(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+def _opening_ids(
+    texts: list[str], tokenizer: PreTrainedTokenizerBase, num_tokens: int | None = None
+) -> list[list[int]]:
     if not any(texts):
         return [[] for _ in texts]
-    return [_opened(list(ids), tokenizer) for ids in tokenizer(texts, verbose=False).input_ids]
+    whole = [text for text in texts if not is_long(text, num_tokens)]
+    ids = iter(tokenizer(whole, verbose=False).input_ids if whole else [])
+    return [
+        _opened(_long_opening(text, tokenizer, num_tokens) if is_long(text, num_tokens) else list(next(ids)), tokenizer)
+        for text in texts
+    ]
+
+
+def _long_opening(text: str, tokenizer: PreTrainedTokenizerBase, num_tokens: int | None) -> list[int]:
+    """With the special tokens that the tokenizer puts around any text."""
+    around, alone = tokenizer("a").input_ids, tokenizer("a", add_special_tokens=False).input_ids
+    first = next(i for i in range(len(around)) if around[i : i + len(alone)] == alone)
+    return [*around[:first], *long_ids(text, tokenizer, num_tokens), *around[first + len(alone) :]]
 
 
 def _opened(input_ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -112,14 +132,20 @@ def _opened(input_ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[in
     return input_ids
 
 
-def _ids_and_offsets(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[tuple[list[int], list[Span]]]:
+def _ids_and_offsets(
+    texts: list[str], tokenizer: PreTrainedTokenizerBase, num_tokens: int | None = None
+) -> list[tuple[list[int], list[Span]]]:
     if not any(texts):
         return [([], []) for _ in texts]
+    whole = [text for text in texts if not is_long(text, num_tokens)]
     encoded = tokenizer(
-        texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False,
+        whole or [""], add_special_tokens=False, return_offsets_mapping=True, verbose=False,
         return_attention_mask=False, return_token_type_ids=False,
     )  # fmt: skip
-    return list(zip(encoded["input_ids"], encoded["offset_mapping"], strict=True))
+    pairs = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+    return [
+        long_ids_and_spans(text, tokenizer, num_tokens) if is_long(text, num_tokens) else next(pairs) for text in texts
+    ]
 
 
 def _check_characters(text: str) -> None:

@@ -5,11 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import chain, islice
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from qlora_dist.config import DataConfig
 from qlora_dist.data.chat import tokenize
-from qlora_dist.data.formats import COLUMNS, Conversation, Format, Layout, PlainText, RowFault, format_of, read_row
+from qlora_dist.data.formats import (
+    COLUMNS,
+    Conversation,
+    Format,
+    Layout,
+    PlainText,
+    RowFault,
+    format_of,
+    listed,
+    read_row,
+)
 from qlora_dist.data.samples import Sample
 from qlora_dist.data.sources import Row
 from qlora_dist.data.template import ChatTemplate, check_chat_template
@@ -117,7 +127,8 @@ class Report:
             DataError: more than `data.max_bad_fraction` of the rows are faulty (with the number of the first), or no
                 row is left.
         """
-        if self.faulty.num_rows > config.max_bad_fraction * self.num_rows:
+        # Not a product: 0.29 * 100 is less than 29.
+        if self.num_rows and self.faulty.num_rows / self.num_rows > config.max_bad_fraction:
             raise DataError(
                 f"{self.faulty.first_message} In all, {self.faulty.num_rows:,} of {self.num_rows:,} rows are faulty, "
                 f"more than data.max_bad_fraction ({config.max_bad_fraction:g}) lets pass: {self.faulty}."
@@ -132,7 +143,8 @@ class Report:
 
 
 _BATCH = 256
-"""Rows that are tokenised at once."""
+"""Rows that are tokenised at once, or fewer where they are long."""
+_BATCH_CHARS = 2**22
 
 
 def encode_rows(
@@ -155,13 +167,13 @@ def encode_rows(
     format, rows = recognise_format(rows, config.format)
     report = Report(path, format)
     turns = TurnFinder(ChatTemplate(tokenizer))
-    while batch := list(islice(rows, _BATCH)):
-        contents = [_content(row, report, turns.template) for row in batch]
-        samples = iter(tokenize([c for c in contents if not isinstance(c, RowFault)], turns, config.train_on))
-        for row, content in zip(batch, contents, strict=True):
+    for batch in _batches((row.where, _content(row, report, turns.template)) for row in rows):
+        good = [content for _, content in batch if not isinstance(content, RowFault)]
+        samples = iter(tokenize(good, turns, config.train_on, _num_needed(report, config)))
+        for where, content in batch:
             result = content if isinstance(content, RowFault) else next(samples)
             if isinstance(result, RowFault):
-                report.faulty.add(result, row.where)
+                report.faulty.add(result, where)
                 continue
             for sample in _within_limit(result, report, config, tokenizer.bos_token_id):
                 report.count(sample)
@@ -171,7 +183,31 @@ def encode_rows(
     return report
 
 
-def _content(row: Row, report: Report, template: ChatTemplate) -> Conversation | PlainText | RowFault:
+_Content: TypeAlias = "Conversation | PlainText | RowFault"
+_Placed: TypeAlias = "tuple[str, _Content]"
+"""What a row says, after where it stands."""
+
+
+def _batches(contents: Iterable[_Placed]) -> Iterator[list[_Placed]]:
+    batch: list[_Placed] = []
+    num_chars = 0
+    for where, content in contents:
+        batch.append((where, content))
+        num_chars += 0 if isinstance(content, RowFault) else content.num_chars
+        if len(batch) == _BATCH or num_chars >= _BATCH_CHARS:
+            yield batch
+            batch, num_chars = [], 0
+    if batch:
+        yield batch
+
+
+def _num_needed(report: Report, config: DataConfig) -> int | None:
+    """Tokens at the start of a sample that decide what `_within_limit` makes of it; None: all."""
+    loses_end = config.too_long in ("truncate_end", "drop") or (config.too_long == "split" and report.layout != "text")
+    return config.max_seq_len + 1 if loses_end else None
+
+
+def _content(row: Row, report: Report, template: ChatTemplate) -> _Content:
     try:
         content = read_row(row.values, report.format)
         if report.layout is None:
@@ -186,6 +222,8 @@ def _content(row: Row, report: Report, template: ChatTemplate) -> Conversation |
             )
     except RowFault as fault:
         return fault
+    except RecursionError:
+        return RowFault("nested too deep", "a value is nested too deep. Flatten or remove it.")
     return content
 
 
@@ -241,9 +279,9 @@ def recognise_format(rows: Iterable[Row], asked: Literal["auto"] | Format) -> tu
         return found, chain(first, rest)
     formats = list(COLUMNS) if asked == "auto" else [asked]
     needed = "; or ".join(" and ".join(f"`{column}`" for column in COLUMNS[format]) for format in formats)
-    columns = ", ".join(f"`{column}`" for column in first[0].values) or "no columns"
     raise DataError(
-        f"{first[0].where} has the columns {columns}, but data.format: {asked} needs {needed}. Rename the columns."
+        f"{first[0].where} has the columns {listed(first[0].values)}, but data.format: {asked} needs {needed}. "
+        "Rename the columns."
     )
 
 

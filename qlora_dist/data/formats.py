@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Literal
 
 Format = Literal["messages", "sharegpt", "prompt_completion", "alpaca", "text"]
@@ -53,6 +54,11 @@ class Conversation:
     def layout(self) -> Layout:
         return "messages"
 
+    @property
+    def num_chars(self) -> int:
+        """Of what is said, without what the template adds."""
+        return sum(len(message["content"]) for message in self.messages)
+
 
 @dataclass(frozen=True)
 class PlainText:
@@ -65,6 +71,11 @@ class PlainText:
     @property
     def layout(self) -> Layout:
         return "prompt_completion" if self.prompt else "text"
+
+    @property
+    def num_chars(self) -> int:
+        """Of the prompt and the text."""
+        return len(self.prompt) + len(self.text)
 
 
 def format_of(columns: Iterable[str]) -> Format | None:
@@ -89,7 +100,7 @@ def read_row(row: Mapping[str, Any], format: Format) -> Conversation | PlainText
             )
         raise RowFault(
             f"no `{missing[0]}`",
-            f"no column `{missing[0]}` (the row has {_listed(row)}), which data.format: {format} needs.",
+            f"no column `{missing[0]}` (the row has {listed(row)}), which data.format: {format} needs.",
         )
     return _READERS[format](row)
 
@@ -275,5 +286,7 @@ def _from_json(text: Any, kind: type, what: str) -> Any:
     return value
 
 
-def _listed(row: Mapping[str, Any]) -> str:
-    return ", ".join(f"`{column}`" for column in row) or "no columns"
+def listed(columns: Collection[str]) -> str:
+    """The first columns for a message, and how many there are when these are not all."""
+    names = ", ".join(f"`{column:.40}`" for column in islice(columns, 10)) or "no columns"
+    return names if len(columns) <= 10 else f"{names} and others, {len(columns):,} in all"

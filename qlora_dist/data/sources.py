@@ -12,9 +12,11 @@ import gzip
 import hashlib
 import io
 import json
+import os
 import re
 import sys
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,9 +42,16 @@ def find_files(path: str, key: str) -> tuple[Path, ...]:
     A path that exists is never read as a pattern. Cheap, reads nothing.
 
     Raises:
-        DataError: naming the config key `key` and the path: nothing is there, or it is empty, of an unknown kind, or
-            of several kinds.
+        DataError: naming the config key `key` and the path: nothing is there, or it is empty, of an unknown kind, of
+            several kinds, or not ours to look at.
     """
+    try:
+        return _find_files(path, key)
+    except OSError as error:
+        raise DataError(_unreadable(path, key, error)) from None
+
+
+def _find_files(path: str, key: str) -> tuple[Path, ...]:
     place = Path(path)
     if place.is_dir():
         files = [file for file in sorted(place.iterdir()) if _kind(file) and file.name not in _BESIDE_DATA]
@@ -50,8 +59,8 @@ def find_files(path: str, key: str) -> tuple[Path, ...]:
     elif place.exists():
         files = [place]
     else:
-        matches = sorted(glob.glob(path, recursive=True)) if glob.has_magic(path) else []
-        files = [Path(match) for match in matches if Path(match).is_file()]
+        matches = _matches(path) if glob.has_magic(path) else set()
+        files = [file for file in map(Path, sorted(matches)) if file.is_file()]
         missing = f"{key} {path} does not exist. Give the path of a {_kinds()} file, a folder of them, or a pattern."
     if not files:
         raise DataError(missing)
@@ -76,6 +85,20 @@ def find_files(path: str, key: str) -> tuple[Path, ...]:
     return tuple(files)
 
 
+def _matches(pattern: str) -> set[str]:
+    """As `glob.glob`, but `**` does not go through links to folders, which may lead in circles."""
+    stars = re.search(r"(^|(?<=/))\*\*(/|$)", pattern)
+    if stars is None:
+        return set(glob.glob(pattern))
+    before, after = pattern[: stars.start()], pattern[stars.end() :]
+    found: set[str] = set()
+    for top in glob.glob(before) if before else ["."]:
+        for folder, inner, _ in os.walk(top):
+            inner[:] = [name for name in inner if not name.startswith(".")]
+            found |= _matches(os.path.join(glob.escape(folder), after or "*"))
+    return found
+
+
 def check_source(path: str, key: str) -> None:
     """Refuse a source that is not there, before anything slow is done; the hub is not asked.
 
@@ -93,7 +116,7 @@ def is_hub_name(path: str) -> bool:
         _HUB_NAME.match(path) is not None
         and _kind(Path(name)) is None
         and Path(name).suffix.lower() not in _OPENERS
-        and not Path(path).exists()
+        and not os.path.exists(path)
         and not Path(name).parent.exists()  # then it is a file's name with a mistake in it
     )
 
@@ -125,9 +148,31 @@ def fingerprint(path: str, key: str) -> str:
         return str(_hub_table(path, key)._fingerprint)
     digest = hashlib.sha256()
     for file in find_files(path, key):
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest() + str(file).encode())
+        try:
+            with file.open("rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest() + str(file).encode())
+        except OSError as error:
+            raise DataError(_unreadable(str(file), key, error)) from None
     return digest.hexdigest()
+
+
+def stamp(path: str, key: str) -> object:
+    """What differs when a file of a source is written to, added or taken away; cheap.
+
+    Raises:
+        DataError: see `find_files`.
+    """
+    if is_hub_name(path):
+        return None
+    found = [(file, file.stat()) for file in find_files(path, key)]
+    return [(str(file), status.st_ino, status.st_size, status.st_mtime_ns) for file, status in found]
+
+
+def _unreadable(path: str, key: str, error: OSError) -> str:
+    return (
+        f"{key} {path} cannot be read ({error.strerror or error}). See that the file is there, and that it and the "
+        "folders around it may be read by you."
+    )
 
 
 def _tables(path: str, key: str) -> Iterator[tuple[str, Iterator[dict[str, Any]]]]:
@@ -182,6 +227,25 @@ def _open_plain(file: Path) -> BinaryIO:
     return file.open("rb")
 
 
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise ValueError(f"an object has more than one {twice!r:.40}, keep one")
+    return values
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)
+
+
+def _json_fault(error: ValueError | RecursionError) -> tuple[int, str, str]:
+    """The line, the column in words, and what is wrong."""
+    if isinstance(error, json.JSONDecodeError):
+        return error.lineno, f", column {error.colno}", error.msg
+    # Besides names that come twice: a number of more digits than Python reads.
+    return 1, "", "nested too deep" if isinstance(error, RecursionError) else str(error).partition(":")[0]
+
+
 def _json_rows(file: Path, key: str) -> Iterator[dict[str, Any]]:
     """Objects of a JSON array, or one a line; whatever the suffix says, people swap them."""
     lines = _lines(file, key)
@@ -193,13 +257,11 @@ def _json_rows(file: Path, key: str) -> Iterator[dict[str, Any]]:
             yield from _array_rows("\n" * (number - 1) + line + "".join(rest for _, rest in lines), file, key)
             return
         try:
-            row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            what = (
-                f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else "nested too deep"
-            )
+            row = _DECODER.decode(line)
+        except (ValueError, RecursionError) as error:
+            _, column, what = _json_fault(error)
             raise DataError(
-                f"{key} {file}, line {number}: not valid JSON ({what}). Each line must be one JSON object."
+                f"{key} {file}, line {number}: not valid JSON ({what}{column}). Each line must be one JSON object."
             ) from None
         if not isinstance(row, dict):
             raise DataError(
@@ -211,9 +273,9 @@ def _json_rows(file: Path, key: str) -> Iterator[dict[str, Any]]:
 
 def _array_rows(text: str, file: Path, key: str) -> Iterator[dict[str, Any]]:
     try:
-        rows = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        line, what = (error.lineno, error.msg) if isinstance(error, json.JSONDecodeError) else (1, "nested too deep")
+        rows = _DECODER.decode(text)
+    except (ValueError, RecursionError) as error:
+        line, _, what = _json_fault(error)
         raise DataError(
             f"{key} {file}, line {line}: the JSON array that starts the file is broken here ({what}). "
             "The file may have been cut off. Write it again, or one object a line (.jsonl)."
@@ -252,9 +314,10 @@ def _csv_rows(file: Path, key: str) -> Iterator[dict[str, Any]]:
 
 
 def _check_columns(names: list[str], file: Path, key: str) -> None:
-    twice = sorted({name for name in names if names.count(name) > 1})
+    twice = sorted(name for name, count in Counter(names).items() if count > 1)
     if twice:
-        raise DataError(f"{key} {file} has more than one column {', '.join(map(repr, twice))}. Rename or remove one.")
+        others = f" (and {len(twice) - 1:,} others)" if len(twice) > 1 else ""
+        raise DataError(f"{key} {file} has more than one column {twice[0]!r:.40}{others}. Rename or remove one.")
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -24,6 +26,32 @@ def run_command(
         [*command, *map(str, arguments)],
         capture_output=True, text=True, timeout=timeout, cwd=cwd or ROOT, env=environment, check=False,
     )  # fmt: skip
+
+
+def run_forked(
+    *arguments: str | Path, timeout: float = 60, before: Callable[[], None] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """`run_command` without the seconds that imports take: in a process that is forked from one with all of them.
+
+    Args:
+        before: is called in that process first; may replace parts of the program. Picklable.
+    """
+    from tests.support.processes import exit_code_of
+
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = Path(folder) / "out", Path(folder) / "err"
+        code = exit_code_of(_main, [str(argument) for argument in arguments], out, err, before, timeout=timeout)
+        return subprocess.CompletedProcess(arguments, code, out.read_text(), err.read_text())
+
+
+def _main(arguments: list[str], out: Path, err: Path, before: Callable[[], None] | None) -> None:
+    from qlora_dist.cli import main
+
+    for descriptor, file in ((1, out), (2, err)):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), descriptor)
+    if before is not None:
+        before()
+    main(arguments)
 
 
 def run_rows(run_folder: Path) -> list[dict]:
