@@ -27,6 +27,7 @@ from qlora_dist.evaluate import evaluate
 from qlora_dist.inputs import load_inputs
 from qlora_dist.metrics import Recorder, StepSums
 from qlora_dist.model.activations import out_of_memory_message
+from qlora_dist.model.attention import attention_note
 from qlora_dist.model.files import fingerprint, resolve_model_folder
 from qlora_dist.model.flops import Flops, flops_of
 from qlora_dist.model.footprint import total_bytes
@@ -100,6 +101,7 @@ def prepare(config: TrainConfig, backend: Backend, settings: Settings | None, se
     if checkpoint:
         engine.load_optimizer_state(checkpoint.optimizer_tensors(), state.num_updates)
         say(f"going on after step {state.step} from {checkpoint.path}")
+    say(attention_note(model, config.model, is_packed=config.data.packing))
     say(
         f"{backend}, {runtime.world_size} x {runtime.device.type}: this rank holds {local_bytes(model) / 2**20:,.0f} "
         f"of {whole_bytes(model) / 2**20:,.0f} MiB | {num_steps:,} steps of {plan.global_batch_size:,} rows"

@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from qlora_dist.config import IGNORE_INDEX
+from qlora_dist.model.attention import model_inputs
 from qlora_dist.model.shards import shard_group
 from qlora_dist.model.skeleton import base_model
 
@@ -74,10 +75,7 @@ def target_loss_sum(
     """
     form = logits_form(model)
     targets = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()  # (batch * seq_len,), as logits
-    if position_ids is None:
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
-    else:  # with any mask, transformers would not look at the positions, and samples would see each other
-        inputs = {"input_ids": input_ids, "position_ids": position_ids}
+    inputs = model_inputs(model, input_ids, attention_mask, position_ids)
     if form is None:
         logits = model(**inputs, use_cache=False).logits.flatten(0, 1).float()
         return nn.functional.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")

@@ -10,6 +10,7 @@ from accelerate import init_empty_weights
 from peft import PeftModel
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.utils import is_flash_attn_2_available
 
 from qlora_dist.config import ModelConfig
 from qlora_dist.errors import ModelError
@@ -46,7 +47,7 @@ def build_skeleton(folder: Path, config: ModelConfig) -> PreTrainedModel:
     try:
         model_config = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
         formats = _stored_formats(folder, model_config, config)
-        attention = {} if config.attention == "auto" else {"attn_implementation": config.attention}
+        attention = _attention(config)
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(
                 model_config, dtype=DTYPES[config.dtype], trust_remote_code=config.trust_remote_code, **attention
@@ -102,6 +103,18 @@ def quantize_skeleton(model: PreTrainedModel, formats: Mapping[str, QuantFormat]
             model.set_submodule(name, quantized)
     # peft asks the model, not the layer, whether it may find 4-bit layers.
     model.is_loaded_in_4bit = True
+
+
+def _attention(config: ModelConfig) -> dict[str, str]:
+    """The implementation to ask for; none leaves it to the model, which takes SDPA if it can.
+
+    On a GPU with the package flash-attn, its kernels: they are the ones that skip what packed samples must not see,
+    where SDPA computes it and masks it out. They know 16-bit types only.
+    """
+    if config.attention != "auto":
+        return {"attn_implementation": config.attention}
+    is_there = torch.cuda.is_available() and is_flash_attn_2_available()
+    return {"attn_implementation": "flash_attention_2"} if is_there and config.dtype == "bfloat16" else {}
 
 
 def _stored_formats(folder: Path, model_config: PreTrainedConfig, config: ModelConfig) -> dict[str, QuantFormat] | None:

@@ -14,6 +14,7 @@ from qlora_dist.console import Reporter
 from qlora_dist.data.sampler import MicroBatch, collate
 from qlora_dist.data.samples import Sample, join
 from qlora_dist.errors import ModelError
+from qlora_dist.model import attention
 from qlora_dist.model.adapters import adapter_parameters
 from qlora_dist.model.isolation import check_isolation
 from qlora_dist.model.loss import target_loss_sum
@@ -65,6 +66,10 @@ def compare_all_families(folders: dict[str, Path]) -> None:
         expected = gradients(model, alone)
         found = gradients(model, [loss_of(model, collate([join(samples[:3]), join(samples[3:])], 0))])
         assert (found - expected).norm() <= 1e-5 * expected.norm(), family
+
+        with mock.patch.object(attention, "_BY_LENGTHS", model.config._attn_implementation):  # both rows as one
+            behind_each_other = loss_of(model, collate([join(samples[:3]), join(samples[3:])], 0))
+        assert abs(behind_each_other / sum(alone) - 1) <= 1e-5, family
 
         leaking = collate([join(only_targets_of(samples, 2)[:3])], 0)
         positions = torch.arange(leaking.input_ids.shape[1]).unsqueeze(0)
