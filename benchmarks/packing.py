@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import random
 import statistics
 import subprocess
 import sys
@@ -25,9 +24,10 @@ from typing import Any
 import yaml
 
 ROOT = Path(__file__).parents[1]
-PREPARED = ROOT / "runs" / "prepared"
-MODEL = PREPARED / "SmolLM2-135M-Instruct"
-TEXT = PREPARED / "stdlib-docstrings" / "train.jsonl"
+sys.path.insert(0, str(ROOT))
+from benchmarks.conversations import MODEL, check_prepared, write_conversations  # noqa: E402
+from benchmarks.machine import describe_machine  # noqa: E402
+
 NUM_ROWS = 20_000
 MEDIAN_WORDS, SIGMA = 36, 0.9
 """Of an answer, log-normal: with the questions, a median of about 190 tokens a conversation and a long tail."""
@@ -52,20 +52,16 @@ def main() -> None:
     parser.add_argument("--tokenize", choices=TOKENIZING, help=argparse.SUPPRESS)  # one contender, in this process
     parser.add_argument("--rows", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if not MODEL.is_dir() or not TEXT.is_file():
-        sys.exit(f"{MODEL} or {TEXT} is missing. Run `make demo` first.")
+    check_prepared()
     if options.tokenize is not None:
         options.out.write_text(json.dumps(tokenize(options.tokenize, options.rows)), encoding="utf-8")
         return
-    sys.path.insert(0, str(ROOT))
-    from benchmarks.machine import describe_machine
-
     machine = describe_machine()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
         rows = folder / "chats.jsonl"
-        write_conversations(rows)
+        write_conversations(rows, NUM_ROWS, MEDIAN_WORDS, SIGMA)
         result = {
             "machine": machine,
             "settings": {
@@ -80,30 +76,6 @@ def main() -> None:
     out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(tables(result))
     print(f"written to {out}")
-
-
-def write_conversations(file: Path) -> None:
-    """Conversations of one to four exchanges, whose words are those of the demo's data."""
-    words = " ".join(
-        message["content"]
-        for line in TEXT.read_text(encoding="utf-8").splitlines()
-        for message in json.loads(line)["messages"]
-    ).split()
-    rng = random.Random(0)
-
-    def said(median: float) -> str:
-        count = max(1, round(rng.lognormvariate(0, SIGMA) * median))
-        start = rng.randrange(len(words) - 1)
-        return " ".join((words[start:] + words)[:count])
-
-    with file.open("w", encoding="utf-8") as out:
-        for _ in range(NUM_ROWS):
-            exchanges = rng.choices([1, 2, 3, 4], weights=[70, 15, 10, 5])[0]
-            messages = []
-            for _ in range(exchanges):
-                messages.append({"role": "user", "content": said(MEDIAN_WORDS / 3)})
-                messages.append({"role": "assistant", "content": said(MEDIAN_WORDS)})
-            out.write(json.dumps({"messages": messages}) + "\n")
 
 
 def fill(rows: Path, max_seq_len: int) -> dict[str, float]:

@@ -30,9 +30,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 ROOT = Path(__file__).parents[1]
-PREPARED = ROOT / "runs" / "prepared"
-MODEL = PREPARED / "SmolLM2-135M-Instruct"
-TEXT = PREPARED / "stdlib-docstrings" / "train.jsonl"
+sys.path.insert(0, str(ROOT))
+from benchmarks.conversations import MODEL, check_prepared, write_long_conversations  # noqa: E402
+from benchmarks.machine import describe_machine  # noqa: E402
+
 SEQ_LEN, ROWS = 512, 2
 """Each micro-batch is 2 x 512 tokens, every row full."""
 STRONG_ROWS = 4
@@ -71,18 +72,14 @@ def main() -> None:
     if options.worker is not None:
         work(options.worker)
         return
-    if not MODEL.is_dir() or not TEXT.is_file():
-        sys.exit(f"{MODEL} or {TEXT} is missing. Run `make demo` first.")
-    sys.path.insert(0, str(ROOT))
-    from benchmarks.machine import describe_machine
-
+    check_prepared()
     machine = describe_machine()
     counts = options.processes or ([n for n in (1, 2, 4, 8) if n <= machine["num_gpus"]] or [1, 2, 4])
     cases = [Case(mode, "single", n) for mode in options.modes for n in counts]
     cases += [Case(mode, b, n) for mode in options.modes for b in BACKENDS for n in counts if n > 1]
     runs: dict[Case, list[dict[str, Any]]] = {case: [] for case in cases}
     with tempfile.TemporaryDirectory() as name:
-        write_rows(Path(name) / "rows.jsonl")
+        write_long_conversations(Path(name) / "rows.jsonl")
         for case in [*cases, *reversed(cases)]:
             print(f"{case.mode}, {case.processes} x {case.backend} ...", flush=True)
             runs[case].append(run(case, Path(name), options.steps))
@@ -97,20 +94,6 @@ def main() -> None:
     plot(result["runs"], out.with_suffix(".png"))
     print(table(result["runs"]))
     print(f"written to {out}")
-
-
-def write_rows(file: Path) -> None:
-    """Conversations that are longer than a row, out of the demo's data."""
-    words = " ".join(
-        message["content"]
-        for line in TEXT.read_text(encoding="utf-8").splitlines()
-        for message in json.loads(line)["messages"]
-    ).split()
-    with file.open("w", encoding="utf-8") as out:
-        for start in range(0, len(words) - 700, 100):
-            asked, answered = " ".join(words[start : start + 60]), " ".join(words[start + 60 : start + 700])
-            turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
-            out.write(json.dumps({"messages": turns}) + "\n")
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -1,10 +1,12 @@
-"""Training throughput beside what people run today: the same model, data, batches and LoRA settings.
+"""The training step beside what people run today, and what each of its parts gives.
 
-    python benchmarks/step.py                    # needs what `make demo` prepared; about ten minutes on two cores
+    python benchmarks/step.py                    # needs what `make demo` prepared; fifteen minutes on two cores
+    python benchmarks/step.py --check            # two contenders, against the committed result; fails on a 15 % loss
 
-Each contender runs in a fresh process on the demo's data, in the order A B C C B A. Counted are non-padding tokens
-over the time of all optimizer steps but the first two. The first losses must agree, or the comparison compares
-nothing. Writes benchmarks/results/step_DEVICE.json.
+Every contender trains the same 4-bit model with the same LoRA settings on the same token ids and loss masks in the same
+order, 2 x 512 tokens a step, no padding, each in a fresh process, forwards through the list and then backwards. Rates
+leave the first two steps out. The losses of the first step must agree, or the comparison compares nothing. Writes
+benchmarks/results/step_DEVICE.json.
 """
 
 from __future__ import annotations
@@ -17,145 +19,205 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import torch
 import yaml
 
 ROOT = Path(__file__).parents[1]
-PREPARED = ROOT / "runs" / "prepared"
-MODEL = PREPARED / "SmolLM2-135M-Instruct"
-DATA = PREPARED / "stdlib-docstrings" / "train.jsonl"
-NUM_WARMUP = 2
-RANK, ALPHA, LR, MAX_SEQ_LEN = 16, 32, 1e-3, 384
-MICRO_BATCH_SIZE, GRAD_ACCUM_STEPS, WORLD_SIZE = 4, 1, 2
-"""The demo's batch: four rows per micro-batch, one micro-batch, two processes."""
+sys.path.insert(0, str(ROOT))
+from benchmarks.conversations import MODEL, check_prepared, write_long_conversations  # noqa: E402
+from benchmarks.machine import describe_machine  # noqa: E402
 
-CONTENDERS = {
-    "qlora_dist, 2 processes, fsdp": "one thread each: what the demo runs",
-    "qlora_dist, 1 process": "two threads, twice the accumulation",
-    "HF Trainer": "as its tutorials do: prepare_model_for_kbit_training, two threads",
-    "HF Trainer, no upcast": "the same without prepare_model_for_kbit_training",
+NUM_WARMUP = 2
+RANK, ALPHA, LR, SEQ_LEN, ROWS = 16, 32, 1e-4, 512, 2
+THREADS = 2
+LOST = 0.15
+"""Share of the lead over TRL whose loss `--check` reports."""
+
+
+@dataclass(frozen=True)
+class Ours:
+    """This program with some of its parts taken out again."""
+
+    recompute: str = "none"
+    is_loss_chunked: bool = True
+    is_fused: bool = True
+
+
+BASE, WHOLE = "TRL, defaults", "qlora_dist"
+CONTENDERS: dict[str, Ours | None] = {
+    BASE: None,
+    "TRL, no recompute": None,
+    "HF Trainer, no recompute": None,
+    "plain loop: peft's layers, all logits, all layers recomputed": Ours("full", is_loss_chunked=False, is_fused=False),
+    "+ nothing recomputed": Ours(is_loss_chunked=False, is_fused=False),
+    "+ loss of target rows, in chunks": Ours(is_fused=False),
+    f"+ fused 4-bit layers = {WHOLE}": Ours(),
+    f"{WHOLE}, all layers recomputed": Ours("full"),
 }
+"""None: another program, see `run_other`."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=12, help="optimizer steps of each run")
+    parser.add_argument("--steps", type=int, default=8, help="optimizer steps of each run")
     parser.add_argument("--out", type=Path, default=None, help="JSON file to write")
+    parser.add_argument("--check", action="store_true", help="compare a short run with the committed result")
     parser.add_argument("--contender", choices=CONTENDERS, help=argparse.SUPPRESS)  # run one, in this process
+    parser.add_argument("--rows", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if not MODEL.is_dir() or not DATA.is_file():
-        sys.exit(f"{MODEL} or {DATA} is missing. Run `make demo` first.")
+    check_prepared()
     if options.contender is not None:
-        run_hf_trainer(options.steps, options.out, upcast=options.contender == "HF Trainer")
+        run_here(options.contender, options.rows, options.steps, options.out)
         return
-    sys.path.insert(0, str(ROOT))
-    from benchmarks.machine import describe_machine
-
     machine = describe_machine()
-    runs: dict[str, list[list[dict[str, float]]]] = {name: [] for name in CONTENDERS}
-    for name in [*CONTENDERS, *reversed(CONTENDERS)]:
-        print(f"{name} ...", flush=True)
-        runs[name].append(run_contender(name, options.steps))
-    result = {"machine": machine, "settings": settings(options.steps), "contenders": summarise(runs)}
-    out = options.out or ROOT / "benchmarks" / "results" / f"step_{'cuda' if machine['num_gpus'] else 'cpu'}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
+    kept = ROOT / "benchmarks" / "results" / f"step_{'cuda' if machine['num_gpus'] else 'cpu'}.json"
+    if options.check:
+        check(kept, options.steps)
+        return
+    result = {"machine": machine, "settings": settings(options.steps), "contenders": compare(CONTENDERS, options.steps)}
+    out = options.out or kept
     out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(table(result))
+    print(table(result["contenders"]))
     print(f"written to {out}")
 
 
 def settings(steps: int) -> dict[str, Any]:
     """What all contenders share."""
     return {
-        "model": MODEL.name, "data": DATA.parent.name, "rank": RANK, "alpha": ALPHA, "target_modules": "all-linear",
-        "dtype": "bfloat16", "quantization": "nf4", "double_quant": True, "recompute": "none",
-        "global_batch_size": MICRO_BATCH_SIZE * GRAD_ACCUM_STEPS * WORLD_SIZE, "micro_batch_size": MICRO_BATCH_SIZE,
-        "max_seq_len": MAX_SEQ_LEN, "lr": LR, "optimizer": "adamw", "steps": steps, "warmup_steps_dropped": NUM_WARMUP,
+        "model": MODEL.name, "rank": RANK, "alpha": ALPHA, "target_modules": "all-linear", "dtype": "bfloat16",
+        "quantization": "nf4", "double_quant": True, "tokens_per_step": f"{ROWS} x {SEQ_LEN}", "threads": THREADS,
+        "steps": steps, "warmup_steps_dropped": NUM_WARMUP,
     }  # fmt: skip
 
 
-def run_contender(name: str, steps: int) -> list[dict[str, float]]:
-    """One fresh process (group); returns a row per optimizer step: loss, seconds, num_tokens."""
-    with tempfile.TemporaryDirectory() as folder:
-        if name.startswith("qlora_dist"):
-            return run_ours(Path(folder), steps, processes=2 if "2 processes" in name else 1)
-        out = Path(folder) / "rows.json"
-        _call([sys.executable, __file__, "--contender", name, "--steps", str(steps), "--out", str(out)], threads=2)
-        return json.loads(out.read_text(encoding="utf-8"))
+def check(kept: Path, steps: int) -> None:
+    """Compare the lead over TRL with the committed one.
+
+    Raises:
+        SystemExit: it has become smaller by more than 15 %.
+    """
+    whole = next(name for name, ours in CONTENDERS.items() if ours == Ours())
+    before = json.loads(kept.read_text(encoding="utf-8"))["contenders"][whole]["times_trl"]
+    now = compare({name: CONTENDERS[name] for name in (BASE, whole)}, steps)[whole]["times_trl"]
+    verdict = f"{now:g} times TRL at its defaults; {kept.name} says {before:g}"
+    if now < (1 - LOST) * before:
+        raise SystemExit(f"slower: {verdict}, and {LOST:.0%} less is too much.")
+    print(f"as quick as before: {verdict}")
 
 
-def run_ours(folder: Path, steps: int, processes: int) -> list[dict[str, float]]:
-    """`qlora_dist train` through the command line, on CPU or GPU as the machine has it."""
-    config = {
-        "output_dir": str(folder / "run"),
-        "model": {"path": str(MODEL)},
-        "adapter": {"rank": RANK, "alpha": ALPHA},
-        "data": {"train": str(DATA), "max_seq_len": MAX_SEQ_LEN, "packing": False},
-        "optim": {
-            "lr": LR, "schedule": "constant", "max_steps": steps, "max_grad_norm": 1.0,
-            "micro_batch_size": MICRO_BATCH_SIZE, "grad_accum_steps": GRAD_ACCUM_STEPS * WORLD_SIZE // processes,
-        },
-        "memory": {"recompute": "none"},
-        "logging": {"tensorboard": False},
-    }  # fmt: skip
-    (folder / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
-    launcher = [] if processes == 1 else [
-        "-m", "accelerate.commands.launch", "--config_file", str(ROOT / "launch" / "cpu_2.yaml"),
-    ]  # fmt: skip
-    command = [sys.executable, *launcher, "-m", "qlora_dist", "train", str(folder / "config.yaml")]
-    _call(command, threads=2 // processes)
-    lines = (folder / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line) for line in lines]
-    return [{"loss": r["loss"], "seconds": r["step_seconds"], "num_tokens": r["num_tokens"]} for r in rows]
+def compare(contenders: dict[str, Ours | None], steps: int) -> dict[str, Any]:
+    """Run all, forwards and backwards; rate, spread and losses of each."""
+    runs: dict[str, list[list[dict[str, float]]]] = {name: [] for name in contenders}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_long_conversations(folder / "rows.jsonl")
+        for contender in [*contenders, *reversed(contenders)]:
+            print(f"{contender} ...", flush=True)
+            runs[contender].append(run(contender, folder, steps))
+    return summarise(runs)
 
 
-def run_hf_trainer(steps: int, out: Path, upcast: bool) -> None:
-    """A plain transformers Trainer with peft on the same micro-batches in the same order."""
-    import torch
-    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+def run(contender: str, folder: Path, steps: int) -> list[dict[str, float]]:
+    """One contender in a fresh process; a row for each optimizer step: loss, seconds, num_tokens."""
+    out = folder / "steps.json"
+    command = [sys.executable, __file__, "--contender", contender, "--steps", str(steps),
+               "--rows", str(folder / "rows.jsonl"), "--out", str(out)]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": str(THREADS), "HF_HUB_OFFLINE": "1",
+                   "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(folder / "cache")}  # fmt: skip
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"{contender} ended with {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+    return list(json.loads(out.read_text(encoding="utf-8")))
+
+
+def run_here(contender: str, rows: Path, steps: int, out: Path) -> None:
+    """Train in this process and write what was measured."""
+    ours = CONTENDERS[contender]
+    measured = run_other(contender, rows, steps) if ours is None else run_ours(ours, rows, steps)
+    out.write_text(json.dumps(measured), encoding="utf-8")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# This program.
+
+
+def run_ours(ours: Ours, rows: Path, steps: int) -> list[dict[str, float]]:
+    """What `qlora-dist train` does, with the parts that `ours` names."""
+    from qlora_dist import assemble
+    from qlora_dist import train as train_module
+    from qlora_dist.config import load_config
+    from qlora_dist.noise import quiet_third_parties
+
+    quiet_third_parties()
+    with tempfile.TemporaryDirectory() as name:
+        config = {
+            "output_dir": f"{name}/run",
+            "model": {"path": str(MODEL)},
+            "adapter": {"rank": RANK, "alpha": ALPHA},
+            "data": {"train": str(rows), "max_seq_len": SEQ_LEN, "packing": False},
+            "optim": {"lr": LR, "schedule": "constant", "max_steps": steps, "micro_batch_size": ROWS},
+            "memory": {"recompute": ours.recompute},
+            "checkpoint": {"every": None},
+            "logging": {"tensorboard": False},
+        }  # fmt: skip
+        file = Path(name) / "config.yaml"
+        file.write_text(yaml.safe_dump(config), encoding="utf-8")
+        with ExitStack() as patches:
+            if not ours.is_fused:
+                patches.enter_context(mock.patch.object(assemble, "fuse_adapters", return_value=None))
+            if not ours.is_loss_chunked:
+                patches.enter_context(mock.patch.object(train_module, "target_loss_sum", all_logits))
+            train_module.train(load_config(file))
+        logged = [json.loads(line) for line in (Path(name) / "run" / "metrics.jsonl").read_text("utf-8").splitlines()]
+    return [{"loss": r["loss"], "seconds": r["step_seconds"], "num_tokens": r["num_tokens"]} for r in logged]
+
+
+def all_logits(model: Any, input_ids: Any, attention_mask: Any, labels: Any, *_: Any, **__: Any) -> torch.Tensor:
+    """The loss as everybody computes it: logits of all tokens, in float32."""
+    logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits.float()
+    shifted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), shifted.flatten(), reduction="sum")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Others.
+
+
+def run_other(contender: str, rows: Path, steps: int) -> list[dict[str, float]]:
+    """A trainer of TRL or transformers on the same samples, in the order in which this program takes them."""
+    from datasets import Dataset
+    from peft import LoraConfig
     from torch.utils.data import SequentialSampler
-    from transformers import (
-        AutoModelForCausalLM,
-        AutoTokenizer,
-        BitsAndBytesConfig,
-        Trainer,
-        TrainerCallback,
-        TrainingArguments,
-    )
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback
 
     from qlora_dist.config import DataConfig
     from qlora_dist.data.dataset import load_dataset
-    from qlora_dist.data.sampler import SampleOrder, collate
+    from qlora_dist.data.sampler import SampleOrder
 
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    samples = load_dataset(DataConfig(train=str(DATA), max_seq_len=MAX_SEQ_LEN, packing=False), tokenizer, seed=0).train
-    per_step = MICRO_BATCH_SIZE * GRAD_ACCUM_STEPS * WORLD_SIZE
-    ordered = [samples[i] for i in SampleOrder((len(samples),), seed=0).between(0, steps * per_step)]
-
+    samples = load_dataset(DataConfig(train=str(rows), max_seq_len=SEQ_LEN, packing=False), tokenizer, seed=0).train
+    chosen = [samples[i] for i in SampleOrder((len(samples),), seed=0).between(0, steps * ROWS)]
+    table = Dataset.from_list([{"input_ids": s.input_ids, "labels": s.labels} for s in chosen])
     quantization = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
     )  # fmt: skip
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.bfloat16, quantization_config=quantization)
-    if upcast:
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     lora = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
-    model = get_peft_model(model, lora)
-
-    class InOrder(Trainer):
-        def _get_train_sampler(self, *_: Any) -> SequentialSampler:
-            return SequentialSampler(ordered)
-
-    def to_batch(rows: list[Any]) -> dict[str, torch.Tensor]:
-        batch = collate(rows, tokenizer.pad_token_id)
-        return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "labels": batch.labels}
 
     class Clock(TrainerCallback):
-        def on_train_begin(self, *_: Any, **__: Any) -> None:
-            self.times = [time.perf_counter()]
+        def __init__(self) -> None:
+            self.times: list[float] = []
             self.losses: list[float] = []
+
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            self.times.append(time.perf_counter())
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
             self.times.append(time.perf_counter())
@@ -166,24 +228,53 @@ def run_hf_trainer(steps: int, out: Path, upcast: bool) -> None:
 
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
-        arguments = TrainingArguments(
-            output_dir=folder, max_steps=steps, per_device_train_batch_size=MICRO_BATCH_SIZE,
-            gradient_accumulation_steps=GRAD_ACCUM_STEPS * WORLD_SIZE, learning_rate=LR,
-            lr_scheduler_type="constant", bf16=True, use_cpu=not torch.cuda.is_available(), logging_steps=1,
-            save_strategy="no", report_to="none", disable_tqdm=True, remove_unused_columns=False, max_grad_norm=1.0,
-        )  # fmt: skip
-        InOrder(model, arguments, data_collator=to_batch, train_dataset=ordered, callbacks=[clock]).train()
+        common = {
+            "output_dir": folder, "max_steps": steps, "per_device_train_batch_size": ROWS, "learning_rate": LR,
+            "lr_scheduler_type": "constant", "use_cpu": not torch.cuda.is_available(), "logging_steps": 1,
+            "save_strategy": "no", "report_to": "none", "disable_tqdm": True,
+        }  # fmt: skip
+        kind, keywords = trainer_of(contender, model, lora, tokenizer, common)
+
+        class InOrder(kind):  # type: ignore[misc, valid-type]
+            def _get_train_sampler(self, *_: Any, **__: Any) -> SequentialSampler:
+                return SequentialSampler(table)
+
+        InOrder(train_dataset=table, callbacks=[clock], **keywords).train()
     seconds = [later - earlier for earlier, later in zip(clock.times, clock.times[1:], strict=False)]
-    tokens = [sum(len(s.input_ids) for s in ordered[i * per_step : (i + 1) * per_step]) for i in range(steps)]
-    rows = [
-        {"loss": loss, "seconds": second, "num_tokens": count}
-        for loss, second, count in zip(clock.losses, seconds, tokens, strict=True)
+    return [
+        {"loss": loss, "seconds": second, "num_tokens": ROWS * SEQ_LEN}
+        for loss, second in zip(clock.losses, seconds, strict=True)
     ]
-    out.write_text(json.dumps(rows), encoding="utf-8")
+
+
+def trainer_of(
+    contender: str, model: Any, lora: Any, tokenizer: Any, common: dict[str, Any]
+) -> tuple[type, dict[str, Any]]:
+    """The class of a contender's trainer, and how it is made."""
+    if contender.startswith("TRL"):
+        from trl import SFTConfig, SFTTrainer
+
+        tuned = {} if contender == BASE else {"gradient_checkpointing": False}
+        arguments = SFTConfig(max_length=SEQ_LEN, **tuned, **common)
+        return SFTTrainer, {
+            "model": model, "args": arguments, "processing_class": tokenizer, "peft_config": lora,
+        }  # fmt: skip
+    from peft import get_peft_model
+    from transformers import Trainer, TrainingArguments
+
+    adapted = get_peft_model(model, lora)
+    for param in adapted.parameters():
+        if param.requires_grad:
+            param.data = param.data.to(torch.bfloat16)
+    return Trainer, {"model": adapted, "args": TrainingArguments(bf16=True, **common)}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The report.
 
 
 def summarise(runs: dict[str, list[list[dict[str, float]]]]) -> dict[str, Any]:
-    """Median and spread of tokens/s of each contender, and its first loss.
+    """Median and spread of tokens/s of each contender, and its losses.
 
     Raises:
         SystemExit: the first losses differ by more than 1 %, so the contenders do not compute the same thing.
@@ -193,40 +284,29 @@ def summarise(runs: dict[str, list[list[dict[str, float]]]]) -> dict[str, Any]:
     for name, repeats in runs.items():
         if abs(repeats[0][0]["loss"] / reference - 1) > 0.01:
             sys.exit(f"{name}: first loss {repeats[0][0]['loss']:.4f} is not the {reference:.4f} of the others.")
-        rates = [
-            sum(row["num_tokens"] for row in rows[NUM_WARMUP:]) / sum(row["seconds"] for row in rows[NUM_WARMUP:])
-            for rows in repeats
-        ]
+        rates = [[row["num_tokens"] / row["seconds"] for row in rows[NUM_WARMUP:]] for rows in repeats]
         result[name] = {
-            "what": CONTENDERS[name],
-            "tokens_per_second": round(statistics.median(rates), 1),
-            "tokens_per_second_of_each_run": [round(rate, 1) for rate in rates],
+            "tokens_per_second": round(statistics.median(rate for each in rates for rate in each), 1),
+            "tokens_per_second_of_each_run": [round(statistics.median(each), 1) for each in rates],
             "first_loss": round(repeats[0][0]["loss"], 4),
             "last_loss": round(repeats[0][-1]["loss"], 4),
         }
-    base = result["HF Trainer"]["tokens_per_second"]
+    base = result[BASE]["tokens_per_second"]
     for row in result.values():
-        row["times_hf_trainer"] = round(row["tokens_per_second"] / base, 2)
+        row["times_trl"] = round(row["tokens_per_second"] / base, 2)
     return result
 
 
-def table(result: dict[str, Any]) -> str:
+def table(contenders: dict[str, Any]) -> str:
     """The result as Markdown."""
-    lines = ["| contender | tokens/s | runs | x HF Trainer | first, last loss |", "|---|---|---|---|---|"]
-    for name, row in result["contenders"].items():
+    lines = ["| contender | tokens/s | each run | x TRL | loss, first and last |", "|---|---|---|---|---|"]
+    for name, row in contenders.items():
         each = ", ".join(f"{rate:g}" for rate in row["tokens_per_second_of_each_run"])
         lines.append(
-            f"| {name} | {row['tokens_per_second']:g} | {each} | {row['times_hf_trainer']:g} | "
+            f"| {name} | {row['tokens_per_second']:g} | {each} | {row['times_trl']:g} | "
             f"{row['first_loss']:.4f}, {row['last_loss']:.4f} |"
         )
     return "\n".join(lines)
-
-
-def _call(command: list[str], threads: int) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(f"{' '.join(command)}\nended with {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
 
 
 if __name__ == "__main__":
