@@ -1,0 +1,63 @@
+"""The attention that a model runs with: chosen by itself, and told."""
+
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+import torch
+
+from qlora_dist.config import ModelConfig
+from qlora_dist.model import attention, skeleton
+
+
+@pytest.mark.parametrize(
+    ("asked", "dtype", "has_gpu", "has_package", "expected"),
+    [
+        ("auto", "bfloat16", True, True, {"attn_implementation": "flash_attention_2"}),
+        ("auto", "float32", True, True, {}),  # its kernels know 16-bit types only
+        ("auto", "bfloat16", False, True, {}),
+        ("auto", "bfloat16", True, False, {}),
+        ("eager", "bfloat16", True, True, {"attn_implementation": "eager"}),
+    ],
+)
+def test_flash_attention_is_taken_where_it_can_be(
+    asked: str, dtype: str, has_gpu: bool, has_package: bool, expected: dict
+) -> None:
+    """On a GPU, in 16 bits, with the package; a choice of the user's stands, and else the model chooses."""
+    with (
+        mock.patch.object(torch.cuda, "is_available", return_value=has_gpu),
+        mock.patch.object(skeleton, "is_flash_attn_2_available", return_value=has_package),
+    ):
+        assert skeleton._attention(ModelConfig("m", dtype=dtype, attention=asked)) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "asked", "is_packed", "expected"),
+    [
+        ("sdpa", "auto", True, "attention: sdpa (chosen by model.attention: auto); samples in a packed row are kept "
+                               "apart by a mask over the row"),
+        ("flash_attention_2", "flash_attention_2", True, "attention: flash_attention_2; samples in a packed row are "
+                               "kept apart by their lengths, with variable-length kernels"),
+        ("eager", "eager", False, "attention: eager"),
+    ],
+)  # fmt: skip
+def test_the_log_says_which_it_is(name: str, asked: str, is_packed: bool, expected: str) -> None:
+    """Its name, who chose it, and how it keeps packed samples apart."""
+    config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(_attn_implementation=name))
+    with mock.patch.object(attention, "base_model", return_value=SimpleNamespace(config=config)):
+        note = attention.attention_note(torch.nn.Module(), ModelConfig("m", attention=asked), is_packed=is_packed)
+    assert note == expected
+
+
+def test_packed_rows_follow_each_other_for_variable_length_kernels() -> None:
+    """One row of all tokens, in which positions still begin anew; other kinds keep the rows, and take no mask."""
+    ids, positions = torch.arange(6).view(2, 3), torch.tensor([[0, 1, 0], [0, 1, 2]])
+    mask = torch.ones_like(ids)
+    with mock.patch.object(attention, "_implementation", return_value="flash_attention_2"):
+        inputs = attention.model_inputs(torch.nn.Module(), ids, mask, positions)
+    assert inputs["input_ids"].tolist() == [[0, 1, 2, 3, 4, 5]]
+    assert inputs["position_ids"].tolist() == [[0, 1, 0, 0, 1, 2]]
+    assert set(inputs) == {"input_ids", "position_ids"}
+    with mock.patch.object(attention, "_implementation", return_value="sdpa"):
+        assert attention.model_inputs(torch.nn.Module(), ids, mask, positions)["input_ids"] is ids
+        assert set(attention.model_inputs(torch.nn.Module(), ids, mask, None)) == {"input_ids", "attention_mask"}
