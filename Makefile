@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 
-.PHONY: help setup demo test test-slow check format bench clean
+.PHONY: help setup demo test test-slow check format bench bench-check clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -43,6 +43,9 @@ $(VENV)/.bench: $(INSTALLED)
 
 bench: $(VENV)/.bench  ## throughput beside what people use today (after `make demo`)
 	$(BIN)/python benchmarks/step.py
+
+bench-check: $(VENV)/.bench  ## fail when the lead over TRL has shrunk by more than 15 % (after `make demo`)
+	$(BIN)/python benchmarks/step.py --check
 
 clean:  ## remove what was installed and what runs left
 	rm -rf $(VENV) runs *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
