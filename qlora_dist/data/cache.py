@@ -56,11 +56,11 @@ def tokenized(
         DataError: see `load_rows`, `encode_rows` and `Report.check`; or the cache folder cannot be written.
     """
     show(f"looking for {path} among tokenised data")
-    before = stamp(path, key)
-    folder = cache_folder(config) / _digest(path, key, tokenizer, config)
+    request = _Request(path, key, tokenizer, config, stamp(path, key))
+    folder = cache_folder(config) / request.digest()
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        source = _open(folder) or _build(folder, path, key, tokenizer, config, show, before)
+        source = _open(folder) or _build(folder, request, show)
     except OSError as error:
         raise DataError(
             f"tokenised data cannot be written to {folder.parent} ({error.strerror or error}). Set data.cache_dir to "
@@ -77,21 +77,52 @@ def cache_folder(config: DataConfig) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "qlora_dist"
 
 
-def _digest(path: str, key: str, tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> str:
-    import tokenizers
-    import transformers
+@dataclass(frozen=True)
+class _Request:
+    """What somebody wants to have tokenised."""
 
-    # The code itself instead of a version number that somebody would have to remember to raise.
-    code = [(Path(__file__).parent / f"{name}.py").read_text("utf-8") for name in _CODE]
-    made_from = {
-        "path": path,  # messages name it
-        "data": fingerprint(path, key),
-        "tokenizer": [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, tokenizer.bos_token_id,
-                      tokenizer.eos_token_id],
-        "settings": [config.format, config.max_seq_len, config.too_long, config.train_on],
-        "code": [*code, transformers.__version__, tokenizers.__version__],
-    }  # fmt: skip
-    return hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:32]
+    path: str
+    key: str
+    tokenizer: PreTrainedTokenizerBase
+    config: DataConfig
+    stamp: object
+    """Of the files, from before anything was read."""
+
+    def digest(self) -> str:
+        """Of all that decides what the samples are."""
+        import tokenizers
+        import transformers
+
+        # The code itself instead of a version number that somebody would have to remember to raise.
+        code = [(Path(__file__).parent / f"{name}.py").read_text("utf-8") for name in _CODE]
+        tokenizer, config = self.tokenizer, self.config
+        made_from = {
+            "path": self.path,  # messages name it
+            "data": fingerprint(self.path, self.key),
+            "tokenizer": [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, tokenizer.bos_token_id,
+                          tokenizer.eos_token_id],
+            "settings": [config.format, config.max_seq_len, config.too_long, config.train_on],
+            "code": [*code, transformers.__version__, tokenizers.__version__],
+        }  # fmt: skip
+        return hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:32]
+
+    def fill(self, folder: Path, show: Callable[[str], None]) -> None:
+        """Tokenise into an empty folder.
+
+        Raises:
+            DataError: see `tokenized`; or the files changed while they were read.
+        """
+        writer = SampleWriter(folder)
+        rows = load_rows(self.path, self.key)
+        report = encode_rows(
+            rows, self.tokenizer, self.config, self.path, writer.add,
+            lambda num_rows: show(f"tokenising {self.path}: {num_rows:,} rows"),
+        )  # fmt: skip
+        digest = writer.close()
+        report.check(self.config)
+        if stamp(self.path, self.key) != self.stamp:
+            raise DataError(f"{self.key} {self.path} changed while it was read. Start again when nothing writes to it.")
+        (folder / _REPORT).write_text(json.dumps({"digest": digest, "report": report.to_json()}), "utf-8")
 
 
 _CODE = ("sources", "formats", "template", "sketch", "turns", "chat", "long_text", "encode", "samples")
@@ -107,16 +138,8 @@ def _open(folder: Path) -> TokenizedSource | None:
         return None
 
 
-def _build(
-    folder: Path,
-    path: str,
-    key: str,
-    tokenizer: PreTrainedTokenizerBase,
-    config: DataConfig,
-    show: Callable[[str], None],
-    before: object,
-) -> TokenizedSource:
-    with _locked(folder, path, show) as lock:
+def _build(folder: Path, request: _Request, show: Callable[[str], None]) -> TokenizedSource:
+    with _locked(folder, request.path, show) as lock:
         if (source := _open(folder)) is not None:  # somebody else has built it meanwhile
             return source
         for leftover in folder.parent.glob(f".{folder.name}-*"):
@@ -128,9 +151,7 @@ def _build(
                 _leave_word(lock, text)
                 show(text)
 
-            _fill(partial, path, key, tokenizer, config, tell)
-            if stamp(path, key) != before:
-                raise DataError(f"{key} {path} changed while it was read. Start again when nothing writes to it.")
+            request.fill(partial, tell)
             sync_tree(partial)
             remove(folder)
             os.replace(partial, folder)
@@ -140,22 +161,6 @@ def _build(
     source = _open(folder)
     assert source is not None
     return source
-
-
-def _fill(
-    folder: Path,
-    path: str,
-    key: str,
-    tokenizer: PreTrainedTokenizerBase,
-    config: DataConfig,
-    show: Callable[[str], None],
-) -> None:
-    writer = SampleWriter(folder)
-    rows = load_rows(path, key)
-    report = encode_rows(rows, tokenizer, config, path, writer.add, lambda n: show(f"tokenising {path}: {n:,} rows"))
-    digest = writer.close()
-    report.check(config)
-    (folder / _REPORT).write_text(json.dumps({"digest": digest, "report": report.to_json()}), "utf-8")
 
 
 @contextmanager
