@@ -149,8 +149,11 @@ def fingerprint(path: str, key: str) -> str:
     digest = hashlib.sha256()
     for file in find_files(path, key):
         try:
+            contents = hashlib.sha256()
             with file.open("rb") as stream:
-                digest.update(hashlib.file_digest(stream, "sha256").digest() + str(file).encode())
+                while block := stream.read(2**20):
+                    contents.update(block)
+            digest.update(contents.digest() + str(file).encode())
         except OSError as error:
             raise DataError(_unreadable(str(file), key, error)) from None
     return digest.hexdigest()

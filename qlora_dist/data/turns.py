@@ -15,11 +15,9 @@ from functools import cached_property
 from itertools import accumulate
 
 from qlora_dist.data.formats import Conversation, RowFault
+from qlora_dist.data.long_text import Span
 from qlora_dist.data.sketch import MARK, OPEN_THOUGHTS, Sketch, marked, sketch_of, unmarked
 from qlora_dist.data.template import ChatTemplate
-
-Span = tuple[int, int]
-"""First and past-last character of a part of a text."""
 
 _MOST_OUTLINES = 4096
 """Outlines that are kept, some kilobytes each."""
