@@ -14,6 +14,7 @@ from transformers.utils import is_flash_attn_2_available
 
 from qlora_dist.config import ModelConfig
 from qlora_dist.errors import ModelError
+from qlora_dist.model.cpu_attention import use_cpu_attention
 from qlora_dist.model.nf4 import QuantFormat, QuantizedLinear
 from qlora_dist.model.prequantized import is_prequantized, stored_formats
 from qlora_dist.model.reader import SafetensorsReader
@@ -54,6 +55,8 @@ def build_skeleton(folder: Path, config: ModelConfig) -> PreTrainedModel:
             )
     except (ValueError, ImportError, KeyError) as error:
         raise ModelError(f"model.path {folder} cannot be built by transformers: {error}") from None
+    if config.attention == "auto" and config.dtype == "bfloat16" and not torch.cuda.is_available():
+        use_cpu_attention(model)
     model.tie_weights()  # each parameter was put on meta by itself
     model.requires_grad_(False)
     layers = decoder_layers(model)
