@@ -9,13 +9,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qlora_dist.config import ModelConfig
+from qlora_dist.model.cpu_attention import NAME
 from qlora_dist.model.loading import load_base_weights, materialize
 from qlora_dist.model.skeleton import build_skeleton
 
 
 def load_here(folder: Path, **config: object):
-    """The base model of `folder` as this program loads it, without adapters."""
+    """The base model of `folder` as this program loads it, without adapters; with the attention of `load_there`."""
     model = build_skeleton(folder, ModelConfig(path=str(folder), **config))
+    if model.config._attn_implementation == NAME:
+        model.set_attn_implementation("sdpa")
     materialize(model, torch.device("cpu"), torch.device("cpu"))
     load_base_weights(model, folder, torch.device("cpu"))
     return model.eval()
