@@ -76,6 +76,19 @@ def measure() -> dict[str, Any]:
     return result
 
 
+def measure_apart(threads: int) -> dict[str, Any]:
+    """The rates of this machine now, in a fresh process of so many threads; without links."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "limits.json"
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        command = [sys.executable, __file__, "--processes", "1", "--out", str(out)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        if done.returncode:
+            sys.exit(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-4000:]}")
+        measured = json.loads(out.read_text(encoding="utf-8"))
+    return {name: value for name, value in measured.items() if name != "machine"}
+
+
 def rate(work: float, run: Callable[[], object], device: torch.device) -> float:
     """`work` per second, the median of several loops; to four digits."""
 

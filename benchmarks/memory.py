@@ -1,6 +1,6 @@
 """What a training step takes of each rank's memory, for 7B to 70B shapes on 1 to 16 ranks, without so many GPUs.
 
-    python benchmarks/memory.py                  # about five minutes on two cores
+    python benchmarks/memory.py                  # about fifteen minutes on two cores
 
 One process plays rank 0 of N: a pretended process group answers its collectives, FSDP2 cuts the model for N ranks, and
 two whole training steps run on tensors that have a shape and no contents. Every storage is counted from where it is
@@ -8,7 +8,7 @@ made to where it goes, so the peak is that of this program's own code: shards, g
 gradients and optimizer state. What an allocator adds to it (rounding, fragments) and the CUDA context are not in it.
 
 Before that, the same count is taken of a small model with real tensors, which must agree; on a GPU the allocator's own
-peak is recorded beside it. Writes results/memory.json.
+peak is recorded beside it. Writes results/memory.json, and a plot of the peak by row length beside it.
 """
 
 from __future__ import annotations
@@ -16,11 +16,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import tempfile
 import weakref
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -31,8 +34,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+from benchmarks.machine import describe_machine  # noqa: E402
+
 WORLD_SIZES = (1, 2, 4, 8, 16)
 SEQ_LEN = 2048
+SEQ_LENS = (512, 1024, 2048, 4096, 8192, 16384)
+RECOMPUTE = ("full", "none")
+BY_LENGTH = (("7B", 1), ("65B", 2))
+"""Shapes and numbers of ranks for which the length of the row is varied."""
 RANK = 16
 GIB = 2**30
 
@@ -58,6 +68,16 @@ SHAPES = {
     "70B": Shape(8192, 28672, 80, 64, 8),
 }
 SMALL = Shape(512, 1408, 4, 8, 4, 2048)
+
+
+@dataclasses.dataclass
+class Part:
+    """Bytes of a part of the step."""
+
+    before: int = 0
+    """Held when it begins."""
+    beyond: int = 0
+    """The most that it takes on top of that."""
 
 
 class StorageCounter(TorchDispatchMode):
@@ -94,6 +114,15 @@ class StorageCounter(TorchDispatchMode):
                 self._add(leaf.untyped_storage())
         return result
 
+    @contextmanager
+    def counting(self, part: Part) -> Iterator[None]:
+        """Count a part of the step by itself as well."""
+        peak_so_far, part.before = self.peak, self.now
+        self.peak = self.now
+        yield
+        part.beyond = self.peak - part.before
+        self.peak = max(self.peak, peak_so_far)
+
     def _add(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
         if key not in self._sizes:
@@ -117,23 +146,63 @@ def measure(shape: Shape, world_size: int, seq_len: int, recompute: str, is_real
     Args:
         is_real: compute on real tensors instead of on shapes; their values are whatever the memory held.
     """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from qlora_dist.config import OptimConfig
+    from qlora_dist.model.loading import materialize
+    from qlora_dist.model.loss import LogitsForm, _HeadLoss, target_loss_sum
+    from qlora_dist.model.shards import local_bytes
+    from qlora_dist.parallel import build_engine
+
+    model, runtime = describe(shape, world_size, seq_len, recompute)
+    device = runtime.device
+    # Tensors without contents cannot answer: there is one sample in the row, and the gradient is finite.
+    one_sample = mock.patch("transformers.masking_utils.find_packed_sequence_indices", return_value=None)
+    is_finite = mock.patch.object(torch.Tensor, "isfinite", return_value=True)
+    plain_logits = mock.patch("qlora_dist.model.loss.logits_form", return_value=LogitsForm())
+    pretended = nullcontext() if is_real else FakeTensorMode(allow_non_fake_inputs=True)
+    head_loss, of_loss = _HeadLoss.__call__, Part()
+
+    def counted_loss(loss: _HeadLoss, hidden: torch.Tensor) -> torch.Tensor:
+        with counter.counting(of_loss):
+            return head_loss(loss, hidden)
+
+    watched_loss = mock.patch.object(_HeadLoss, "__call__", counted_loss)
+    with one_sample, is_finite, plain_logits, watched_loss, pretended, StorageCounter() as counter:
+        materialize(model, device, device)
+        held = counter.now
+        engine = build_engine(model.train(), OptimConfig(optimizer="adamw"), runtime)
+        for _ in range(2):
+            ids = torch.zeros(1, seq_len, dtype=torch.int64, device=device)
+            positions = torch.arange(seq_len, device=device).unsqueeze(0)
+            with runtime.autocast():  # every token is a target: the most that the head can take
+                loss = target_loss_sum(model, ids, torch.ones_like(ids), ids, positions, num_targets=seq_len - 1)
+            engine.backward(loss, is_last_micro_batch=True)
+            engine.update(lr=1e-3, max_grad_norm=1.0)
+        between = counter.now
+    row = {"parameters_gib": local_bytes(model) / GIB, "after_loading_gib": held / GIB,
+           "between_steps_gib": between / GIB, "before_loss_gib": of_loss.before / GIB,
+           "loss_gib": of_loss.beyond / GIB, "peak_gib": counter.peak / GIB}  # fmt: skip
+    if is_real and device.type == "cuda":
+        row["cuda_peak_gib"] = torch.cuda.max_memory_allocated(device) / GIB
+    return {name: round(value, 4) for name, value in row.items()}
+
+
+def describe(shape: Shape, world_size: int, seq_len: int, recompute: str) -> tuple[Any, Any]:
+    """The model as rank 0 of `world_size` describes it, on meta and in shards; and that rank's runtime."""
     from qlora_dist.noise import quiet_third_parties
 
     quiet_third_parties()
     from torch import distributed as dist
-    from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    from qlora_dist.config import AdapterConfig, MemoryConfig, ModelConfig, OptimConfig, ParallelConfig
+    from qlora_dist.config import AdapterConfig, MemoryConfig, ModelConfig, ParallelConfig
     from qlora_dist.model.adapters import add_adapters
-    from qlora_dist.model.loading import materialize
     from qlora_dist.model.lora_linear import fuse_adapters
-    from qlora_dist.model.loss import LogitsForm, target_loss_sum
     from qlora_dist.model.nf4 import dynamic_code, four_bit_code
     from qlora_dist.model.recompute import apply_recompute
-    from qlora_dist.model.shards import local_bytes
     from qlora_dist.model.skeleton import build_skeleton, decoder_layers
-    from qlora_dist.parallel import build_engine, shard_skeleton
+    from qlora_dist.parallel import shard_skeleton
     from qlora_dist.runtime import start_runtime
 
     runtime = dataclasses.replace(start_runtime(seed=0, dtype="bfloat16"), world_size=world_size)
@@ -149,28 +218,7 @@ def measure(shape: Shape, world_size: int, seq_len: int, recompute: str, is_real
     dynamic_code(device), four_bit_code("nf4", device)  # made once per process, from their values
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    # Tensors without contents cannot answer: there is one sample in the row, and the gradient is finite.
-    one_sample = mock.patch("transformers.masking_utils.find_packed_sequence_indices", return_value=None)
-    is_finite = mock.patch.object(torch.Tensor, "isfinite", return_value=True)
-    plain_logits = mock.patch("qlora_dist.model.loss.logits_form", return_value=LogitsForm())
-    pretended = nullcontext() if is_real else FakeTensorMode(allow_non_fake_inputs=True)
-    with one_sample, is_finite, plain_logits, pretended, StorageCounter() as counter:
-        materialize(model, device, device)
-        held = counter.now
-        engine = build_engine(model.train(), OptimConfig(optimizer="adamw"), runtime)
-        for _ in range(2):
-            ids = torch.zeros(1, seq_len, dtype=torch.int64, device=device)
-            positions = torch.arange(seq_len, device=device).unsqueeze(0)
-            with runtime.autocast():  # every token is a target: the most that the head can take
-                loss = target_loss_sum(model, ids, torch.ones_like(ids), ids, positions, num_targets=seq_len - 1)
-            engine.backward(loss, is_last_micro_batch=True)
-            engine.update(lr=1e-3, max_grad_norm=1.0)
-        between = counter.now
-    row = {"parameters_gib": local_bytes(model) / GIB, "after_loading_gib": held / GIB,
-           "between_steps_gib": between / GIB, "peak_gib": counter.peak / GIB}  # fmt: skip
-    if is_real and device.type == "cuda":
-        row["cuda_peak_gib"] = torch.cuda.max_memory_allocated(device) / GIB
-    return {name: round(value, 4) for name, value in row.items()}
+    return model, runtime
 
 
 def write_model_config(shape: Shape, folder: Path, seq_len: int) -> None:
@@ -189,17 +237,32 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "memory.json")
     parser.add_argument("--worker", help=argparse.SUPPRESS)  # arguments of `measure` as JSON, result on stdout
     options = parser.parse_args()
-    sys.path.insert(0, str(ROOT))
     if options.worker:
         arguments = json.loads(options.worker)
         row = measure(Shape(**arguments.pop("shape")), **arguments)
         sys.stdout.write("\n" + json.dumps(row) + "\n")
         sys.stdout.flush()
-        import os
-
         os._exit(0)  # a pretended process group cannot be taken down
-    from benchmarks.machine import describe_machine
+    check = check_against_real_tensors()
+    runs = run_all([(name, n, SEQ_LEN, "full") for name in SHAPES for n in WORLD_SIZES])
+    by_length = run_all([(*case, seq_len, how) for case in BY_LENGTH for how in RECOMPUTE for seq_len in SEQ_LENS])
+    result = {
+        "machine": describe_machine(), "seq_len": SEQ_LEN, "micro_batch_size": 1, "adapter_rank": RANK,
+        "optimizer": "adamw, float32", "recompute": "full", "shapes": {n: vars(s) for n, s in SHAPES.items()},
+        "check": check, "runs": runs, "by_length": by_length,
+    }  # fmt: skip
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    plot(by_length, options.out.with_suffix(".png"))
+    print(f"{table(runs)}\n\n{table_by_length(by_length)}\nwritten to {options.out}")
 
+
+def check_against_real_tensors() -> dict[str, dict[str, float]]:
+    """Count a small model both ways.
+
+    Raises:
+        SystemExit: the two differ.
+    """
     check = {
         kind: in_process(SMALL, 2, 512, "full", is_real=kind == "real tensors") for kind in ("real tensors", "shapes")
     }
@@ -207,22 +270,18 @@ def main() -> None:
     print(f"check on a small model: peak {real:.4f} GiB with real tensors, {pretended:.4f} from shapes", flush=True)
     if abs(real - pretended) > 0.02 * real:
         sys.exit("the two differ by more than 2 %: the figures from shapes would mean nothing")
-    runs = []
-    for name, shape in SHAPES.items():
-        for world_size in WORLD_SIZES:
-            row = in_process(shape, world_size, SEQ_LEN, "full", is_real=False)
-            runs.append({"shape": name, "world_size": world_size, **row})
-            print(f"{name:>4} N={world_size:<3} {row['parameters_gib']:7.2f} GiB of parameters, "
-                  f"peak {row['peak_gib']:7.2f} GiB", flush=True)  # fmt: skip
-    result = {
-        "machine": describe_machine(), "seq_len": SEQ_LEN, "micro_batch_size": 1, "adapter_rank": RANK,
-        "optimizer": "adamw, float32", "recompute": "full", "shapes": {n: vars(s) for n, s in SHAPES.items()},
-        "check": check, "runs": runs,
-    }  # fmt: skip
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(table(runs))
-    print(f"written to {options.out}")
+    return check
+
+
+def run_all(cases: list[tuple[str, int, int, str]]) -> list[dict[str, Any]]:
+    """A row for each shape, number of ranks, row length and `memory.recompute`."""
+    rows = []
+    for name, world_size, seq_len, recompute in cases:
+        row = in_process(SHAPES[name], world_size, seq_len, recompute, is_real=False)
+        rows.append({"shape": name, "world_size": world_size, "seq_len": seq_len, "recompute": recompute, **row})
+        print(f"{name:>4} N={world_size:<3} {seq_len:>6} tokens, recompute {recompute}: parameters "
+              f"{row['parameters_gib']:7.2f} GiB, peak {row['peak_gib']:7.2f} GiB", flush=True)  # fmt: skip
+    return rows
 
 
 def in_process(shape: Shape, world_size: int, seq_len: int, recompute: str, is_real: bool) -> dict[str, float]:
@@ -243,6 +302,51 @@ def table(runs: list[dict[str, Any]]) -> str:
         cells = [f"{r['peak_gib']:.1f} ({r['parameters_gib']:.1f})" for r in runs if r["shape"] == name]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def table_by_length(rows: list[dict[str, Any]]) -> str:
+    """Peak GiB by row length, and in brackets what the loss takes beyond what is held when it begins, in Markdown."""
+    lines = [
+        "| | memory.recompute | " + " | ".join(f"{n:,}" for n in SEQ_LENS) + " |",
+        "|---" * (len(SEQ_LENS) + 2) + "|",
+    ]
+    for (name, world_size), recompute in product(BY_LENGTH, RECOMPUTE):
+        cells = [f"{r['peak_gib']:.1f} ({r['loss_gib']:.2f})" for r in chosen(rows, name, recompute)]
+        lines.append(f"| {name}, N = {world_size} | {recompute} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def chosen(rows: list[dict[str, Any]], name: str, recompute: str) -> list[dict[str, Any]]:
+    """The rows of one curve, by length."""
+    return [row for row in rows if (row["shape"], row["recompute"]) == (name, recompute)]
+
+
+def plot(rows: list[dict[str, Any]], file: Path) -> None:
+    """Peak by row length, a panel for each shape, with the memory of common GPUs for comparison."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, len(BY_LENGTH), figsize=(5 * len(BY_LENGTH), 3.8))
+    for panel, (name, world_size) in zip(panels, BY_LENGTH, strict=True):
+        for recompute in RECOMPUTE:
+            curve = chosen(rows, name, recompute)
+            panel.plot([r["seq_len"] for r in curve], [r["peak_gib"] for r in curve], marker="o",
+                       label=f"recompute: {recompute}")  # fmt: skip
+        held, loss = curve[0]["between_steps_gib"], [row["loss_gib"] for row in curve]
+        panel.axhline(held, color="grey", linestyle=":", label="between two steps")
+        panel.plot(SEQ_LENS, loss, color="black", linestyle="--", label="the loss alone")
+        for size in (24, 80):
+            panel.axhline(size, color="tab:red", linewidth=0.8, alpha=0.6)
+            panel.text(SEQ_LENS[0], size, f"{size} GiB", color="tab:red", fontsize=8, va="bottom")
+        panel.set(title=f"{name}, one rank of {world_size}", xlabel="tokens in the row", ylabel="GiB", yscale="log")
+        panel.set_xscale("log", base=2)
+        panel.set_xticks(SEQ_LENS, [f"{n:,}" for n in SEQ_LENS], fontsize=8)
+        panel.grid(alpha=0.3)
+    panels[0].legend(frameon=False, fontsize=8)
+    figure.tight_layout()
+    figure.savefig(file, dpi=130)
 
 
 if __name__ == "__main__":

@@ -3,10 +3,16 @@
     python benchmarks/scaling.py                 # needs what `make demo` prepared; half an hour on two cores
 
 Each process has one thread (on a GPU machine: one GPU). Weak scaling keeps the work of a process, strong scaling that
-of a step. Beside each run of N processes, N processes that do not know of each other train the same at the same time:
-what these lose is the machine's (shared memory bandwidth, shared cores), and only what is lost beyond that is
-communication. In one extra step every collective is counted. Runs go through the list forwards, then backwards.
-Writes benchmarks/results/scaling_DEVICE.json and .png.
+of a step. Three things say where the rest goes:
+
+- Beside each run of N processes, N processes that do not know of each other train the same at the same time. What these
+  lose is the machine's (shared memory bandwidth, shared cores); what is lost beyond that is communication.
+- On the CPU the time that the main thread spends in collectives is measured in every step, waiting for other ranks
+  included. The rank that waits least comes near to what the transfer itself takes; the others wait for that one, too.
+- In one extra step every collective is counted.
+
+The rates are also held against the machine's limits, measured in between. Runs go through the list forwards, then
+backwards; a rate is the median over steps. Writes benchmarks/results/scaling_DEVICE.json and .png.
 """
 
 from __future__ import annotations
@@ -18,7 +24,9 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,16 +34,20 @@ from unittest import mock
 
 import torch
 import yaml
+from torch import distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
+from benchmarks.bound import work_of_folder  # noqa: E402
 from benchmarks.conversations import MODEL, check_prepared, write_long_conversations  # noqa: E402
+from benchmarks.limits import measure_apart  # noqa: E402
 from benchmarks.machine import describe_machine  # noqa: E402
 
 SEQ_LEN, ROWS = 512, 2
 """Each micro-batch is 2 x 512 tokens, every row full."""
+ADAPTER_RANK = 16
 STRONG_ROWS = 4
 """Rows of a step when the work of a step is kept."""
 NUM_WARMUP, COUNTED_STEP = 2, 2
@@ -78,16 +90,21 @@ def main() -> None:
     cases = [Case(mode, "single", n) for mode in options.modes for n in counts]
     cases += [Case(mode, b, n) for mode in options.modes for b in BACKENDS for n in counts if n > 1]
     runs: dict[Case, list[dict[str, Any]]] = {case: [] for case in cases}
+    limits = [measure_apart(threads=1)]
     with tempfile.TemporaryDirectory() as name:
         write_long_conversations(Path(name) / "rows.jsonl")
-        for case in [*cases, *reversed(cases)]:
-            print(f"{case.mode}, {case.processes} x {case.backend} ...", flush=True)
-            runs[case].append(run(case, Path(name), options.steps))
+        for order in (cases, cases[::-1]):
+            for case in order:
+                print(f"{case.mode}, {case.processes} x {case.backend} ...", flush=True)
+                runs[case].append(run(case, Path(name), options.steps))
+            limits.append(measure_apart(threads=1))
     result: dict[str, Any] = {
         "machine": machine,
-        "settings": {"model": MODEL.name, "tokens_per_micro_batch": SEQ_LEN * ROWS, "rank": 16, "recompute": "none",
-                     "steps": options.steps, "warmup_steps_dropped": NUM_WARMUP, "strong_rows": STRONG_ROWS},
-        "runs": summarise(runs),
+        "settings": {"model": MODEL.name, "tokens_per_micro_batch": SEQ_LEN * ROWS, "rank": ADAPTER_RANK,
+                     "recompute": "none", "steps": options.steps, "warmup_steps_dropped": NUM_WARMUP,
+                     "strong_rows": STRONG_ROWS},
+        "limits": limits,
+        "runs": summarise(runs, limits),
     }  # fmt: skip
     out = options.out or ROOT / "benchmarks" / "results" / f"scaling_{'cuda' if machine['num_gpus'] else 'cpu'}.json"
     out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
@@ -112,10 +129,12 @@ def run(case: Case, folder: Path, steps: int) -> dict[str, Any]:
                 sys.exit(f"{case} ended with {process.returncode}:\n{output[-4000:]}")
         logged = [rows_of(place / "run") for place in places]
         counted = json.loads((places[0] / "run" / "counted.json").read_text("utf-8"))
-    rates = [sum(row["num_tokens"] for row in rows) / sum(row["step_seconds"] for row in rows) for rows in logged]
+        waited = [json.loads(file.read_text("utf-8")) for file in sorted((places[0] / "run").glob("waited.*.json"))]
     return {
-        "tokens_per_second": sum(rates),
+        "tokens_per_second": sum(statistics.median(row["tokens_per_second"] for row in rows) for rows in logged),
         "peak_memory_gib": max(row["peak_memory_gib"] for rows in logged for row in rows),
+        "target_share": sum(row["num_target_tokens"] for row in logged[0]) / sum(r["num_tokens"] for r in logged[0]),
+        "waiting_share_of_each_rank": waited,
         **counted,
     }
 
@@ -133,7 +152,7 @@ def start(case: Case, folder: Path, rows: Path, steps: int, processes: int) -> s
     config = {
         "output_dir": str(folder / "run"),
         "model": {"path": str(MODEL)},
-        "adapter": {"rank": 16, "alpha": 32},
+        "adapter": {"rank": ADAPTER_RANK, "alpha": 32},
         "data": {"train": str(rows), "max_seq_len": SEQ_LEN, "packing": False, "cache_dir": str(rows.parent / "cache")},
         "optim": {"lr": 1e-4, "max_steps": steps, "micro_batch_size": micro_batch_size,
                   "grad_accum_steps": grad_accum_steps},
@@ -153,31 +172,57 @@ def start(case: Case, folder: Path, rows: Path, steps: int, processes: int) -> s
 
 
 def work(file: Path) -> None:
-    """Train as the file says; in one step count every collective of this process."""
+    """Train as the file says; in one step count every collective of this process, in later ones time them."""
     from qlora_dist import train as train_module
     from qlora_dist.config import load_config
     from qlora_dist.noise import quiet_third_parties
 
     quiet_third_parties()
-    config = load_config(file)
-    train_step, done = train_module.train_step, 0
+    config, rank = load_config(file), os.environ.get("RANK", "0")
+    folder, train_step, clock = Path(config.output_dir), train_module.train_step, WaitingClock()
+    ends: list[tuple[float, float]] = []
 
     def step(model: Any, *arguments: Any) -> Any:
-        nonlocal done
-        done += 1
-        if done != COUNTED_STEP:
-            return train_step(model, *arguments)
-        with CollectiveCounter() as counter:
+        with CollectiveCounter() if len(ends) == COUNTED_STEP - 1 else nullcontext() as counter:
             sums = train_step(model, *arguments)
-        if int(os.environ.get("RANK", "0")) == 0:
+        ends.append((time.perf_counter(), clock.seconds))
+        if counter is not None and rank == "0":
             found = {"bytes_on_the_wire": dict(counter.sent), "expected_bytes": expected_bytes(model, config)}
-            (Path(config.output_dir) / "counted.json").write_text(json.dumps(found), "utf-8")
+            (folder / "counted.json").write_text(json.dumps(found), "utf-8")
         return sums
 
-    with mock.patch.object(train_module, "train_step", step):
+    with mock.patch.object(train_module, "train_step", step), clock:
         train_module.train(config)
+    if not torch.cuda.is_available():  # there, the host does not wait: collectives queue up on the device
+        (started, waited_before), (ended, waited) = ends[NUM_WARMUP - 1], ends[-1]
+        share = (waited - waited_before) / (ended - started)
+        (folder / f"waited.{rank}.json").write_text(json.dumps(round(share, 4)), "utf-8")
     sys.stdout.flush()
     os._exit(0)  # a gloo process may abort on the way out
+
+
+class WaitingClock:
+    """Seconds that this process has waited for collectives since the clock was started: its own and its peers' part."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def __enter__(self) -> WaitingClock:
+        wait = dist.Work.wait
+
+        def timed(*arguments: Any) -> Any:
+            started = time.perf_counter()
+            try:
+                return wait(*arguments)
+            finally:
+                self.seconds += time.perf_counter() - started
+
+        self._patch = mock.patch.object(dist.Work, "wait", timed)
+        self._patch.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._patch.stop()
 
 
 class CollectiveCounter(TorchDispatchMode):
@@ -206,27 +251,34 @@ class CollectiveCounter(TorchDispatchMode):
 def expected_bytes(model: Any, config: Any) -> dict[str, int]:
     """What a rank should send in a step.
 
-    Sharded: per micro-batch every decoder layer is gathered twice (forward, backward) and the rest of the model once;
-    gradients of adapters are reduced to their shards once a step. Replicated: one all-reduce of them a step.
+    Replicated: one all-reduce of the adapters' gradients. Sharded: they are reduced to their shards, and per
+    micro-batch parameters are gathered. `fsdp` gathers every decoder layer twice (forward, backward) and the rest of
+    the model once. `zero3` gathers what each module has of its own for its forward and again for its backward, which
+    the input embedding alone does not have; an embedding that is tied to the output head is gathered three times.
+
     `one_gather_of_quantized` is the part of the 4-bit matrices and their constants, 0.516 bytes per weight.
     """
     from qlora_dist.model.nf4 import QuantizedLinear
     from qlora_dist.model.shards import whole_bytes, whole_shape
-    from qlora_dist.model.skeleton import decoder_layers
+    from qlora_dist.model.skeleton import base_model, decoder_layers
 
     world = int(os.environ.get("WORLD_SIZE", "1"))
     share = (world - 1) / world
     adapters = sum(4 * whole_shape(p).numel() for p in model.parameters() if p.requires_grad)
     if config.parallel.backend in ("single", "ddp"):
         return {"gather": 0, "reduce": round(2 * adapters * share)}
-    layers = sum(whole_bytes(layer) for layer in decoder_layers(model))
-    rest = whole_bytes(model) - layers
+    whole, layers = whole_bytes(model), sum(whole_bytes(layer) for layer in decoder_layers(model))
+    gathered = 2 * layers + (whole - layers)
+    if config.parallel.backend == "zero3":
+        base = base_model(model)
+        embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
+        gathered = 2 * whole + whole_bytes(embedding) * (1 if embedding.weight is head.weight else -1)
     matrices = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
     quantized = sum(
         whole_shape(p).numel() * p.element_size() for module in matrices for p in module.parameters(recurse=False)
     )
     return {
-        "gather": round(config.optim.grad_accum_steps * (2 * layers + rest) * share),
+        "gather": round(config.optim.grad_accum_steps * gathered * share),
         "reduce": round(adapters * share),
         "one_gather_of_quantized": round(quantized * share),
         "weights": sum(module.in_features * module.out_features for module in matrices),
@@ -237,9 +289,13 @@ def expected_bytes(model: Any, config: Any) -> dict[str, int]:
 # The report.
 
 
-def summarise(runs: dict[Case, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+def summarise(runs: dict[Case, list[dict[str, Any]]], limits: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """A row for each case: rate, efficiency against one process, and how much of what is missing is communication."""
     rate = {case: statistics.median(r["tokens_per_second"] for r in repeats) for case, repeats in runs.items()}
+    target_share = next(iter(runs.values()))[0]["target_share"]
+    most = work_of_folder(
+        MODEL, ADAPTER_RANK, ROWS, SEQ_LEN, round(ROWS * SEQ_LEN * target_share)
+    ).most_tokens_per_second(limits)
     rows = []
     for case, repeats in runs.items():
         one = rate[Case(case.mode, "single", 1)]
@@ -251,50 +307,96 @@ def summarise(runs: dict[Case, list[dict[str, Any]]]) -> list[dict[str, Any]]:
             "efficiency": round(rate[case] / (one * case.processes), 3),
             "efficiency_without_communication": round(control / (one * case.processes), 3),
             "communication_share": round(max(0.0, 1 - rate[case] / control), 3),
+            "waiting_share_of_each_rank": [r["waiting_share_of_each_rank"] for r in repeats],
+            "share_of_limit": round(rate[case] / (most * case.processes), 3),
             "peak_memory_gib": round(max(r["peak_memory_gib"] for r in repeats), 3),
             "bytes_on_the_wire": repeats[0]["bytes_on_the_wire"],
             "expected_bytes": repeats[0]["expected_bytes"],
+            "bytes_of_formula": of_formula(repeats[0]["bytes_on_the_wire"], repeats[0]["expected_bytes"]),
         })  # fmt: skip
     return rows
+
+
+def of_formula(sent: dict[str, int], expected: dict[str, int]) -> float | None:
+    """Bytes that were counted, over those of the formula."""
+    total = expected["gather"] + expected["reduce"]
+    return round(sum(sent.values()) / total, 3) if total else None
+
+
+def waiting(row: dict[str, Any]) -> tuple[float, float] | None:
+    """Share of the time in collectives of the rank that waited least, and on average over ranks; medians of runs."""
+    repeats = [shares for shares in row["waiting_share_of_each_rank"] if shares]
+    if not repeats:
+        return None
+    return statistics.median(map(min, repeats)), statistics.median(map(statistics.mean, repeats))
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The result as Markdown."""
     lines = [
-        "| scaling | backend | processes | tokens/s | efficiency | without communication | communication | peak GiB |",
-        "|---|---|---|---|---|---|---|---|",
+        "| scaling | backend | processes | tokens/s | each run | efficiency | without communication | communication | "
+        "waiting, least, mean | bytes, of the formula | peak GiB | of the limit |",
+        "|---" * 12 + "|",
     ]
-    lines += [
-        f"| {row['mode']} | {row['backend']} | {row['processes']} | {row['tokens_per_second']:g} | "
-        f"{row['efficiency']:.0%} | {row['efficiency_without_communication']:.0%} | "
-        f"{row['communication_share']:.0%} | {row['peak_memory_gib']:.2f} |"
-        for row in rows
-    ]
+    for row in rows:
+        each = ", ".join(f"{rate:g}" for rate in row["of_each_run"])
+        waited = waiting(row) if row["backend"] != "single" else None
+        lines.append(
+            f"| {row['mode']} | {row['backend']} | {row['processes']} | {row['tokens_per_second']:g} | {each} | "
+            f"{row['efficiency']:.0%} | {row['efficiency_without_communication']:.0%} | "
+            f"{row['communication_share']:.0%} | {'' if waited is None else '{:.1%}, {:.1%}'.format(*waited)} | "
+            f"{'' if row['bytes_of_formula'] is None else format(row['bytes_of_formula'], '.3f')} | "
+            f"{row['peak_memory_gib']:.2f} | {row['share_of_limit']:.0%} |"
+        )
     return "\n".join(lines)
 
 
 def plot(rows: list[dict[str, Any]], file: Path) -> None:
-    """Efficiency over process counts, a panel for each kind of scaling."""
+    """For each kind of scaling, efficiency over process counts, and what each run's time went to."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     modes = list(dict.fromkeys(row["mode"] for row in rows))
-    figure, panels = pyplot.subplots(1, len(modes), figsize=(5 * len(modes), 3.6), sharey=True, squeeze=False)
-    for panel, mode in zip(panels[0], modes, strict=True):
-        for backend in dict.fromkeys(row["backend"] for row in rows):
-            points = [(r["processes"], r["efficiency"]) for r in rows if (r["mode"], r["backend"]) == (mode, backend)]
-            label = "no communication" if backend == "single" else backend
-            panel.plot(*zip(*sorted({(1, 1.0), *points}), strict=True), marker="o", label=label,
-                       linestyle="--" if backend == "single" else "-")  # fmt: skip
-        panel.set(title=f"{mode} scaling", xlabel="processes", ylim=(0, 1.1))
-        panel.set_xticks(sorted({row["processes"] for row in rows}))
-        panel.grid(alpha=0.3)
+    figure, panels = pyplot.subplots(2, len(modes), figsize=(5.5 * len(modes), 7), squeeze=False)
+    for (above, below), mode in zip(panels.T, modes, strict=True):
+        mine = [row for row in rows if row["mode"] == mode]
+        plot_efficiency(above, mine, mode)
+        plot_losses(below, [row for row in mine if row["processes"] > 1 and row["backend"] != "single"])
     panels[0][0].set_ylabel("tokens/s per process, of one alone")
-    panels[0][-1].legend(frameon=False)
-    figure.tight_layout()
+    panels[0][0].legend(frameon=False, loc="lower left")
+    figure.legend(*panels[1][0].get_legend_handles_labels(), frameon=False, loc="lower center", ncol=3, fontsize=9)
+    figure.tight_layout(rect=(0, 0.04, 1, 1))
     figure.savefig(file, dpi=130)
+
+
+def plot_efficiency(panel: Any, rows: list[dict[str, Any]], mode: str) -> None:
+    """A line for each backend, dashed for processes that do not know of each other."""
+    for backend in dict.fromkeys(row["backend"] for row in rows):
+        points = {(1, 1.0), *((row["processes"], row["efficiency"]) for row in rows if row["backend"] == backend)}
+        alone = backend == "single"
+        panel.plot(*zip(*sorted(points), strict=True), marker="o", label="no communication" if alone else backend,
+                   color="grey" if alone else None, linestyle="--" if alone else "-")  # fmt: skip
+    panel.set(title=f"{mode} scaling", xlabel="processes", ylim=(0, 1.1))
+    panel.set_xticks(sorted({row["processes"] for row in rows}))
+    panel.grid(alpha=0.3)
+
+
+def plot_losses(panel: Any, rows: list[dict[str, Any]]) -> None:
+    """A bar for each run: what is left of the rate of processes alone, what the machine takes, what communication."""
+    names = [f"{row['processes']} x {row['backend']}" for row in rows]
+    kept = [min(1.0, row["efficiency"]) for row in rows]
+    machine = [max(0.0, 1 - max(row["efficiency"], row["efficiency_without_communication"])) for row in rows]
+    rest = [max(0.0, 1 - one - other) for one, other in zip(kept, machine, strict=True)]
+    panel.barh(names, kept, color="tab:green", alpha=0.7, label="efficiency")
+    panel.barh(names, rest, left=kept, color="tab:orange", label="lost to communication")
+    panel.barh(names, machine, left=[a + b for a, b in zip(kept, rest, strict=True)], color="lightgrey",
+               label="lost without it, too")  # fmt: skip
+    for place, share in enumerate(kept):
+        panel.text(share - 0.01, place, f"{share:.0%}", ha="right", va="center", fontsize=8)
+    panel.set(xlim=(0, 1), xlabel="share of the rate of as many processes, each alone")
+    panel.invert_yaxis()
 
 
 if __name__ == "__main__":

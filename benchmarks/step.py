@@ -5,8 +5,9 @@
 
 Every contender trains the same 4-bit model with the same LoRA settings on the same token ids and loss masks in the same
 order, 2 x 512 tokens a step, no padding, each in a fresh process, forwards through the list and then backwards. Rates
-leave the first two steps out. The losses of the first step must agree, or the comparison compares nothing. Writes
-benchmarks/results/step_DEVICE.json.
+leave the first two steps out. The losses of the first step must agree, or the comparison compares nothing. The rates of
+the machine are measured before, between and after, and every contender's is held against the bound that they give for
+this step with nothing recomputed. Writes benchmarks/results/step_DEVICE.json and .png.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -30,7 +32,9 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
+from benchmarks.bound import work_of_folder  # noqa: E402
 from benchmarks.conversations import MODEL, check_prepared, write_long_conversations  # noqa: E402
+from benchmarks.limits import measure_apart  # noqa: E402
 from benchmarks.machine import describe_machine  # noqa: E402
 
 NUM_WARMUP = 2
@@ -80,10 +84,12 @@ def main() -> None:
     if options.check:
         check(kept, options.steps)
         return
-    result = {"machine": machine, "settings": settings(options.steps), "contenders": compare(CONTENDERS, options.steps)}
+    contenders, limits = compare(CONTENDERS, options.steps, with_limits=True)
+    result = {"machine": machine, "settings": settings(options.steps), "limits": limits, "contenders": contenders}
     out = options.out or kept
     out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(table(result["contenders"]))
+    plot(contenders, out.with_suffix(".png"))
+    print(table(contenders))
     print(f"written to {out}")
 
 
@@ -104,23 +110,28 @@ def check(kept: Path, steps: int) -> None:
     """
     whole = next(name for name, ours in CONTENDERS.items() if ours == Ours())
     before = json.loads(kept.read_text(encoding="utf-8"))["contenders"][whole]["times_trl"]
-    now = compare({name: CONTENDERS[name] for name in (BASE, whole)}, steps)[whole]["times_trl"]
+    now = compare({name: CONTENDERS[name] for name in (BASE, whole)}, steps)[0][whole]["times_trl"]
     verdict = f"{now:g} times TRL at its defaults; {kept.name} says {before:g}"
     if now < (1 - LOST) * before:
         raise SystemExit(f"slower: {verdict}, and {LOST:.0%} less is too much.")
     print(f"as quick as before: {verdict}")
 
 
-def compare(contenders: dict[str, Ours | None], steps: int) -> dict[str, Any]:
-    """Run all, forwards and backwards; rate, spread and losses of each."""
+def compare(
+    contenders: dict[str, Ours | None], steps: int, with_limits: bool = False
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Run all, forwards and backwards; rate, spread and losses of each, and the machine's rates meanwhile."""
     runs: dict[str, list[list[dict[str, float]]]] = {name: [] for name in contenders}
+    limits = [measure_apart(THREADS)] if with_limits else []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_long_conversations(folder / "rows.jsonl")
-        for contender in [*contenders, *reversed(contenders)]:
-            print(f"{contender} ...", flush=True)
-            runs[contender].append(run(contender, folder, steps))
-    return summarise(runs)
+        for order in (list(contenders), list(contenders)[::-1]):
+            for contender in order:
+                print(f"{contender} ...", flush=True)
+                runs[contender].append(run(contender, folder, steps))
+            limits += [measure_apart(THREADS)] if with_limits else []
+    return summarise(runs, limits), limits
 
 
 def run(contender: str, folder: Path, steps: int) -> list[dict[str, float]]:
@@ -175,7 +186,8 @@ def run_ours(ours: Ours, rows: Path, steps: int) -> list[dict[str, float]]:
                 patches.enter_context(mock.patch.object(train_module, "target_loss_sum", all_logits))
             train_module.train(load_config(file))
         logged = [json.loads(line) for line in (Path(name) / "run" / "metrics.jsonl").read_text("utf-8").splitlines()]
-    return [{"loss": r["loss"], "seconds": r["step_seconds"], "num_tokens": r["num_tokens"]} for r in logged]
+    names = {"loss": "loss", "seconds": "step_seconds", "num_tokens": "num_tokens", "num_targets": "num_target_tokens"}
+    return [{name: row[source] for name, source in names.items()} for row in logged]
 
 
 def all_logits(model: Any, input_ids: Any, attention_mask: Any, labels: Any, *_: Any, **__: Any) -> torch.Tensor:
@@ -273,8 +285,8 @@ def trainer_of(
 # The report.
 
 
-def summarise(runs: dict[str, list[list[dict[str, float]]]]) -> dict[str, Any]:
-    """Median and spread of tokens/s of each contender, and its losses.
+def summarise(runs: dict[str, list[list[dict[str, float]]]], limits: list[dict[str, Any]]) -> dict[str, Any]:
+    """Median and spread of tokens/s of each contender, its losses, and with `limits` its share of the bound.
 
     Raises:
         SystemExit: the first losses differ by more than 1 %, so the contenders do not compute the same thing.
@@ -291,22 +303,61 @@ def summarise(runs: dict[str, list[list[dict[str, float]]]]) -> dict[str, Any]:
             "first_loss": round(repeats[0][0]["loss"], 4),
             "last_loss": round(repeats[0][-1]["loss"], 4),
         }
-    base = result[BASE]["tokens_per_second"]
+    base, bound = result[BASE]["tokens_per_second"], at_the_bound(runs, limits)
     for row in result.values():
         row["times_trl"] = round(row["tokens_per_second"] / base, 2)
+        row["share_of_limit"] = round(row["tokens_per_second"] / bound, 3) if bound else None
     return result
+
+
+def at_the_bound(runs: dict[str, list[list[dict[str, float]]]], limits: list[dict[str, Any]]) -> float | None:
+    """Tokens per second of a step that takes no more than it must, at the rates of the machine."""
+    if not limits:
+        return None
+    ours = next(name for name, parts in CONTENDERS.items() if parts == Ours())
+    num_targets = statistics.mean(row["num_targets"] for row in runs[ours][0])
+    return work_of_folder(MODEL, RANK, ROWS, SEQ_LEN, round(num_targets)).most_tokens_per_second(limits)
 
 
 def table(contenders: dict[str, Any]) -> str:
     """The result as Markdown."""
-    lines = ["| contender | tokens/s | each run | x TRL | loss, first and last |", "|---|---|---|---|---|"]
+    lines = [
+        "| contender | tokens/s | each run | x TRL | of the limit | loss, first and last |",
+        "|---|---|---|---|---|---|",
+    ]
     for name, row in contenders.items():
         each = ", ".join(f"{rate:g}" for rate in row["tokens_per_second_of_each_run"])
         lines.append(
-            f"| {name} | {row['tokens_per_second']:g} | {each} | {row['times_trl']:g} | "
+            f"| {name} | {row['tokens_per_second']:g} | {each} | {row['times_trl']:g} | {row['share_of_limit']:.0%} | "
             f"{row['first_loss']:.4f}, {row['last_loss']:.4f} |"
         )
     return "\n".join(lines)
+
+
+def plot(contenders: dict[str, Any], file: Path) -> None:
+    """A bar for each contender, with the rates of its runs as points and what the bound allows as a line."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panel = pyplot.subplots(figsize=(8.5, 4))
+    names = ["\n".join(textwrap.wrap(name, 42)) for name in contenders]
+    rates = [row["tokens_per_second"] for row in contenders.values()]
+    colors = ["tab:grey" if CONTENDERS[name] is None else "tab:blue" for name in contenders]
+    panel.barh(names, rates, color=colors, alpha=0.8)
+    for place, row in enumerate(contenders.values()):
+        each = row["tokens_per_second_of_each_run"]
+        panel.plot(each, [place] * len(each), "|", color="black", markersize=8)
+        panel.text(max(each) * 1.02, place, f"{row['times_trl']:g} x", va="center", fontsize=9)
+    bound = rates[0] / next(iter(contenders.values()))["share_of_limit"]
+    panel.axvline(bound, color="tab:red", linestyle="--")
+    panel.set_title("dashed: the least work of a step at the rates of this machine", fontsize=9, color="tab:red")
+    panel.set(xlabel="tokens/s (marks: each run; x: of TRL at its defaults)")
+    panel.invert_yaxis()
+    panel.grid(axis="x", alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(file, dpi=130)
 
 
 if __name__ == "__main__":

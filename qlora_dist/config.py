@@ -37,8 +37,9 @@ class ModelConfig:
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Compute type. Master adapters are always float32."""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
-    """Attention implementation; `auto` takes flash_attention_2 on a GPU where its package is installed, blocks of queries
-    on a CPU in bfloat16, else the model's own choice, which is sdpa for most. The log says which."""
+    """Attention implementation; `auto` takes flash_attention_2 on a GPU where its package is installed, blocks of
+    queries on a CPU in bfloat16, else the model's own choice: sdpa for most, eager for one that soft-caps its attention
+    scores (Gemma 2), which sdpa cannot do. The log says which."""
     trust_remote_code: bool = False
     """Allow Python code shipped with the model to run."""
 

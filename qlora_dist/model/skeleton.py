@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.utils import is_flash_attn_2_available
 
 from qlora_dist.config import ModelConfig
-from qlora_dist.errors import ModelError
+from qlora_dist.errors import ConfigError, ModelError
 from qlora_dist.model.cpu_attention import use_cpu_attention
 from qlora_dist.model.nf4 import QuantFormat, QuantizedLinear
 from qlora_dist.model.prequantized import is_prequantized, stored_formats
@@ -43,12 +43,13 @@ def build_skeleton(folder: Path, config: ModelConfig) -> PreTrainedModel:
     Raises:
         ModelError: the architecture is unknown, has no linear layers in its decoder layers, or is stored in a
             quantised form that cannot be trained.
-        ConfigError: the folder holds 4-bit weights of another kind than `config` asks for.
+        ConfigError: the folder holds 4-bit weights of another kind than `config` asks for, or the attention that it
+            asks for would not compute what the model's does.
     """
     try:
         model_config = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
         formats = _stored_formats(folder, model_config, config)
-        attention = _attention(config)
+        attention = _attention(config, model_config)
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(
                 model_config, dtype=DTYPES[config.dtype], trust_remote_code=config.trust_remote_code, **attention
@@ -108,16 +109,24 @@ def quantize_skeleton(model: PreTrainedModel, formats: Mapping[str, QuantFormat]
     model.is_loaded_in_4bit = True
 
 
-def _attention(config: ModelConfig) -> dict[str, str]:
+def _attention(config: ModelConfig, model_config: PreTrainedConfig) -> dict[str, str]:
     """The implementation to ask for; none leaves it to the model, which takes SDPA if it can.
 
     On a GPU with the package flash-attn, its kernels: they are the ones that skip what packed samples must not see,
-    where SDPA computes it and masks it out. They know 16-bit types only.
+    where SDPA computes it and masks it out. They know 16-bit types only. SDPA does not know soft-capped scores (Gemma
+    2), and in some versions of transformers (5.17) leaves the cap out without a word.
     """
+    cap = getattr(model_config.get_text_config(), "attn_logit_softcapping", None)
+    if config.attention == "sdpa" and cap is not None:
+        raise ConfigError(
+            f"model.attention is sdpa, which cannot soft-cap attention scores (attn_logit_softcapping is {cap:g} in "
+            "this model). Use auto, eager or flash_attention_2."
+        )
     if config.attention != "auto":
         return {"attn_implementation": config.attention}
-    is_there = torch.cuda.is_available() and is_flash_attn_2_available()
-    return {"attn_implementation": "flash_attention_2"} if is_there and config.dtype == "bfloat16" else {}
+    if torch.cuda.is_available() and is_flash_attn_2_available() and config.dtype == "bfloat16":
+        return {"attn_implementation": "flash_attention_2"}
+    return {} if cap is None else {"attn_implementation": "eager"}
 
 
 def _stored_formats(folder: Path, model_config: PreTrainedConfig, config: ModelConfig) -> dict[str, QuantFormat] | None:

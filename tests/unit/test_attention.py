@@ -1,34 +1,50 @@
 """The attention that a model runs with: chosen by itself, and told."""
 
+from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 import torch
+from transformers import Gemma2Config
 
 from qlora_dist.config import ModelConfig
+from qlora_dist.errors import ConfigError
 from qlora_dist.model import attention, skeleton
+from tests.distributed.test_families import families  # noqa: F401
 
 
 @pytest.mark.parametrize(
-    ("asked", "dtype", "has_gpu", "has_package", "expected"),
+    ("asked", "dtype", "has_gpu", "has_package", "cap", "expected"),
     [
-        ("auto", "bfloat16", True, True, {"attn_implementation": "flash_attention_2"}),
-        ("auto", "float32", True, True, {}),  # its kernels know 16-bit types only
-        ("auto", "bfloat16", False, True, {}),
-        ("auto", "bfloat16", True, False, {}),
-        ("eager", "bfloat16", True, True, {"attn_implementation": "eager"}),
+        ("auto", "bfloat16", True, True, None, {"attn_implementation": "flash_attention_2"}),
+        ("auto", "bfloat16", True, True, 50.0, {"attn_implementation": "flash_attention_2"}),
+        ("auto", "float32", True, True, None, {}),  # its kernels know 16-bit types only
+        ("auto", "bfloat16", False, True, None, {}),
+        ("auto", "bfloat16", True, False, None, {}),
+        ("auto", "bfloat16", True, False, 50.0, {"attn_implementation": "eager"}),
+        ("eager", "bfloat16", True, True, None, {"attn_implementation": "eager"}),
+        ("sdpa", "bfloat16", True, True, None, {"attn_implementation": "sdpa"}),
     ],
 )
 def test_flash_attention_is_taken_where_it_can_be(
-    asked: str, dtype: str, has_gpu: bool, has_package: bool, expected: dict
+    asked: str, dtype: str, has_gpu: bool, has_package: bool, cap: float | None, expected: dict
 ) -> None:
-    """On a GPU, in 16 bits, with the package; a choice of the user's stands, and else the model chooses."""
+    """On a GPU, in 16 bits, with the package; a choice of the user's stands, and else the model chooses, unless it
+    would choose SDPA and leave out the cap of its scores."""
     with (
         mock.patch.object(torch.cuda, "is_available", return_value=has_gpu),
         mock.patch.object(skeleton, "is_flash_attn_2_available", return_value=has_package),
     ):
-        assert skeleton._attention(ModelConfig("m", dtype=dtype, attention=asked)) == expected
+        model = Gemma2Config(attn_logit_softcapping=cap)
+        found = skeleton._attention(ModelConfig("m", dtype=dtype, attention=asked), model)
+    assert found == expected
+
+
+def test_sdpa_is_refused_where_it_would_leave_out_the_cap(families: dict[str, Path]) -> None:  # noqa: F811
+    """Gemma 2 soft-caps its attention scores, which SDPA does not know of; transformers 5.17 would not say so."""
+    with pytest.raises(ConfigError, match=r"model.attention is sdpa.*attn_logit_softcapping is 50.*Use auto, eager"):
+        skeleton.build_skeleton(families["gemma2"], ModelConfig("m", attention="sdpa"))
 
 
 @pytest.mark.parametrize(

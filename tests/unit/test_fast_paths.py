@@ -1,0 +1,198 @@
+"""Everything fast at once computes what everything plain does, in each family: loss, logits and all gradients.
+
+Plain: 4-bit weights expanded and multiplied by PyTorch's own autograd, peft's layers around them, eager attention, each
+sample by itself, logits of all tokens, nothing recomputed. Fast: what a run does. (tests/distributed does it on ranks.)
+"""
+
+import statistics
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from peft import PeftModel
+
+from qlora_dist import assemble
+from qlora_dist.config import IGNORE_INDEX, AdapterConfig, MemoryConfig, ModelConfig, TrainConfig
+from qlora_dist.console import Reporter
+from qlora_dist.data.sampler import MicroBatch, collate
+from qlora_dist.data.samples import Sample, join
+from qlora_dist.model.adapters import adapter_parameters, lora_layers
+from qlora_dist.model.lora_linear import FusedLinear
+from qlora_dist.model.nf4 import QuantizedLinear
+from qlora_dist.model.skeleton import decoder_layers
+from qlora_dist.runtime import Runtime, start_runtime
+from qlora_dist.train import micro_step
+from tests.distributed.test_families import FAMILIES, families  # noqa: F401
+
+SAMPLES = [
+    Sample(ids, [IGNORE_INDEX] * 3 + ids[3:])
+    for length in (17, 5, 26)
+    for ids in [torch.randint(3, 300, (length,), generator=torch.Generator().manual_seed(length)).tolist()]
+]
+NUM_TARGETS = torch.tensor(float(sum(sample.num_targets for sample in SAMPLES)))
+ALONE = [collate([sample], pad_token_id=0) for sample in SAMPLES]
+PACKED = collate([join(SAMPLES)], pad_token_id=0)
+PADDED = collate(SAMPLES, pad_token_id=0, seed=7)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What is compared."""
+
+    loss: float
+    gradient: torch.Tensor
+    """Of all adapters, in one float64 vector."""
+    logits: torch.Tensor
+    """Of the first sample, in eval mode."""
+    logits_without: torch.Tensor
+    """The same with the adapter switched off."""
+
+    def distance(self, other: "Found") -> float:
+        """Largest relative distance of loss, gradient and logits from the other's."""
+        tensors = ((self.gradient, other.gradient), (self.logits, other.logits),
+                   (self.logits_without, other.logits_without))  # fmt: skip
+        return max(abs(self.loss / other.loss - 1), *(relative(*pair) for pair in tensors))
+
+
+def relative(one: torch.Tensor, other: torch.Tensor) -> float:
+    return ((one - other).norm() / other.norm()).item()
+
+
+@pytest.fixture(scope="module")
+def runtime() -> Runtime:
+    """One process on the CPU."""
+    return replace(start_runtime(seed=0, dtype="float32"), device=torch.device("cpu"))
+
+
+def build(
+    folder: Path, runtime: Runtime, *, dropout: float = 0.0, recompute: str = "none", attention: str = "auto"
+) -> PeftModel:
+    """A model as a run builds it, in train mode, with adapters that do something."""
+    config = TrainConfig(
+        model=ModelConfig(path=str(folder), dtype=str(runtime.compute_dtype).removeprefix("torch."),
+                          attention=attention),
+        adapter=AdapterConfig(rank=4, dropout=dropout), memory=MemoryConfig(recompute=recompute),
+    )  # fmt: skip
+    model = assemble.build_model(config, folder, "single", runtime, Reporter(is_main=False)).train()
+    generator = torch.Generator().manual_seed(0)
+    for name, param in adapter_parameters(model).items():
+        if ".lora_B." in name:
+            torch.nn.init.normal_(param, std=0.05, generator=generator)
+    return model
+
+
+def results(model: PeftModel, losses: Iterator[torch.Tensor], runtime: Runtime) -> Found:
+    """Backward of all losses; then logits, for which the model leaves train mode and its adapter for a while."""
+    model.zero_grad()
+    total = 0.0
+    for loss in losses:
+        loss.backward()
+        total += loss.item()
+    gradient = torch.cat([param.grad.flatten().double() for param in adapter_parameters(model).values()])
+    with_adapter = logits(model, runtime)
+    with model.disable_adapter():
+        return Found(total, gradient, with_adapter, logits(model, runtime))
+
+
+def logits(model: PeftModel, runtime: Runtime) -> torch.Tensor:
+    """Of the first sample, in eval mode."""
+    model.eval()
+    with torch.no_grad(), runtime.autocast():
+        found = model(input_ids=torch.tensor([SAMPLES[0].input_ids])).logits.double()
+    model.train()
+    return found
+
+
+@contextmanager
+def plain_layers() -> Iterator[None]:
+    """Models compute as peft composes them, on weights that are expanded for PyTorch's own linear layer."""
+
+    def forward(layer: QuantizedLinear, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(x, layer.dequantized().to(x.dtype), layer.bias)
+
+    with (
+        mock.patch.object(assemble, "fuse_adapters", return_value=None),
+        mock.patch.object(QuantizedLinear, "forward", forward),
+    ):
+        yield
+
+
+def plain(folder: Path, runtime: Runtime, batches: list[MicroBatch], dropout: float = 0.0) -> Found:
+    """Everything plain."""
+
+    def loss(batch: MicroBatch) -> torch.Tensor:
+        torch.manual_seed(batch.seed)
+        with runtime.autocast():
+            logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+        targets = batch.labels[:, 1:].flatten()
+        all_but_last = logits[:, :-1].flatten(0, 1).float()
+        return torch.nn.functional.cross_entropy(all_but_last, targets, reduction="sum") / NUM_TARGETS
+
+    with plain_layers():
+        model = build(folder, runtime, dropout=dropout, attention="eager")
+        assert not any(isinstance(layer, FusedLinear) for layer in lora_layers(model))
+        return results(model, map(loss, batches), runtime)
+
+
+def fast(model: PeftModel, runtime: Runtime, batch: MicroBatch) -> Found:
+    """As `train_step` does it."""
+    return results(model, iter([micro_step(model, batch, NUM_TARGETS, runtime)]), runtime)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_float32_is_the_plain_way(families: dict[str, Path], runtime: Runtime, family: str) -> None:  # noqa: F811
+    """Packed, fused, in chunks, recomputed or not: within 1e-5 of each sample by itself, with and without the adapter;
+    and the same bits again after evaluation, and after the adapter was off."""
+    expected = plain(families[family], runtime, ALONE)
+    for recompute in ("none", "full", 1):
+        model = build(families[family], runtime, recompute=recompute)
+        assert all(isinstance(layer, FusedLinear) for layer in lora_layers(model))
+        found, again = (fast(model, runtime, PACKED) for _ in range(2))
+        assert found.distance(expected) <= 1e-5, recompute
+        assert relative(found.logits, found.logits_without) > 0.01, "the adapter does something"
+        assert again.distance(found) == 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_dropout_drops_the_same(families: dict[str, Path], runtime: Runtime, family: str) -> None:  # noqa: F811
+    """With dropout the plain and the fast way drop the same values, recomputed or not: within 1e-5 in float32."""
+    expected = plain(families[family], runtime, [PADDED], dropout=0.3)
+    for recompute in ("none", "full"):
+        model = build(families[family], runtime, dropout=0.3, recompute=recompute)
+        assert fast(model, runtime, PADDED).distance(expected) <= 1e-5, recompute
+    undropped = fast(build(families[family], runtime), runtime, PADDED)
+    assert relative(undropped.gradient, expected.gradient) > 0.01
+
+
+def test_bfloat16_is_as_exact_as_the_plain_way(families: dict[str, Path], runtime: Runtime) -> None:  # noqa: F811
+    """In bfloat16 the fast way is no further from the plain float32 gradients than the plain bfloat16 one, on average
+    over the families, with dropout or without; after evaluation and with another recomputation it has the same bits."""
+    in_bfloat16 = replace(runtime, compute_dtype=torch.bfloat16)
+    ratios = {}
+    for (name, folder), dropout in product(families.items(), (0.0, 0.3)):
+        batches, batch = ([PADDED], PADDED) if dropout else (ALONE, PACKED)
+        exact = plain(folder, runtime, batches, dropout)
+        rounded = plain(folder, in_bfloat16, batches, dropout)
+        model = build(folder, in_bfloat16, dropout=dropout)
+        found, again = (fast(model, in_bfloat16, batch) for _ in range(2))
+        recomputed = fast(build(folder, in_bfloat16, dropout=dropout, recompute="full"), in_bfloat16, batch)
+        assert again.distance(found) == recomputed.distance(found) == 0, name
+        ratios[name, dropout] = relative(found.gradient, exact.gradient) / relative(rounded.gradient, exact.gradient)
+    assert statistics.mean(ratios.values()) <= 1.1, ratios
+    assert max(ratios.values()) <= 1.3, ratios
+
+
+def test_compiled_layers_are_the_plain_way(families: dict[str, Path], runtime: Runtime) -> None:  # noqa: F811
+    """A recomputed decoder layer that the compiler has traced: within 1e-5, and the same bits after evaluation."""
+    expected = plain(families["llama"], runtime, ALONE)
+    model = build(families["llama"], runtime, recompute="full")
+    torch.compiler.reset()
+    decoder_layers(model)[0].compile(backend="aot_eager")
+    found, again = (fast(model, runtime, PACKED) for _ in range(2))
+    assert found.distance(expected) <= 1e-5
+    assert again.distance(found) == 0
