@@ -189,7 +189,7 @@ def run(cases: list[Case], device: str, ends: float) -> Iterator[tuple[str, dict
                 began = time.monotonic()
                 row = worker.next_row(left[0].limit_seconds)
                 yield left.pop(0).name, {**row, "seconds": round(time.monotonic() - began, 1)}
-                if worker.is_over or time.monotonic() > ends:
+                if worker.is_over or is_device_lost(row) or time.monotonic() > ends:
                     break
 
 
@@ -287,7 +287,8 @@ def attempt(case: Case) -> dict[str, Any]:
 
 def is_device_lost(row: dict[str, Any]) -> bool:
     """Whether an error has left the GPU unusable for this process."""
-    return any(word in str(row.get("not measured", "")) for word in ("CUDA error", "cuDNN error", "NCCL", "illegal"))
+    reason = str(row.get("not measured", ""))
+    return any(words in reason for words in ("CUDA error", "CUDA driver error", "cuDNN error", "NCCL error"))
 
 
 # --------------------------------------------------------------------------------------------------------------------
