@@ -219,7 +219,8 @@ def shard_skeleton(
     if backend in ("single", "ddp"):
         return runtime.device
     if not dist.is_initialized():  # one process: sharding still needs a group, of itself
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        communicator = "cpu:gloo,cuda:nccl" if runtime.device.type == "cuda" else "gloo"
+        dist.init_process_group(communicator, store=dist.HashStore(), rank=0, world_size=1)
     if backend == "zero3":
         assert settings is not None
         partition_skeleton(model, settings, runtime)

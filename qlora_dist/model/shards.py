@@ -81,7 +81,9 @@ def whole_tensor(param: nn.Parameter) -> torch.Tensor:
         flat = part.new_empty(part.numel() * dist.get_world_size())
         dist.all_gather_into_tensor(flat, part)
         return flat[: param.ds_numel].view(param.ds_shape)
-    return param.full_tensor() if isinstance(param, DTensor) else param.detach()
+    if isinstance(param, DTensor):  # shards may be offloaded as well
+        return param.detach().to(param.device_mesh.device_type).full_tensor()
+    return param.detach()
 
 
 def whole_shape(param: torch.Tensor) -> torch.Size:

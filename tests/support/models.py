@@ -1,4 +1,4 @@
-"""Models loaded by this program and by transformers, on the CPU in one process, and folders to load."""
+"""Models loaded by this program and by transformers, whole in one process, and folders to load."""
 
 import json
 import shutil
@@ -14,13 +14,13 @@ from qlora_dist.model.loading import load_base_weights, materialize
 from qlora_dist.model.skeleton import build_skeleton
 
 
-def load_here(folder: Path, **config: object):
+def load_here(folder: Path, device: torch.device = torch.device("cpu"), **config: object):  # noqa: B008 - immutable
     """The base model of `folder` as this program loads it, without adapters; with the attention of `load_there`."""
     model = build_skeleton(folder, ModelConfig(path=str(folder), **config))
     if model.config._attn_implementation == NAME:
         model.set_attn_implementation("sdpa")
-    materialize(model, torch.device("cpu"), torch.device("cpu"))
-    load_base_weights(model, folder, torch.device("cpu"))
+    materialize(model, device, device)
+    load_base_weights(model, folder, device)
     return model.eval()
 
 

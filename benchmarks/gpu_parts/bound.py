@@ -1,0 +1,107 @@
+"""How quick a step can be at best on this device: the arithmetic and the traffic that no implementation avoids.
+
+    seconds >= F / f + D / d + (L + E) / c
+
+F   operations of `qlora_dist/model/flops.py`: 4 P per token for the frozen linear layers, 12 w for each attended pair
+    and layer, 4 d V per target token for the head. f: what a large bfloat16 product reaches here.
+D   bytes that dequantisation reads and writes, 0.516 + 2 per weight and pass; two passes, forward and for the gradient
+    of the input. d: the rate of bitsandbytes' kernel here.
+L   what LoRA adds. Its products are thin, so that their time is that of reading and writing: per token and layer x (in)
+    is read for A x and for dA, the gradient (out) for g B and for dB, and the output (out) and dx (in) are read and
+    written once more when the adapter's part is added: 4 (in + out) elements. (Where 6 P_lora / f is longer, that.)
+E   elementwise work, if each of these is one kernel: per token and layer, in elements, forward 8 d for adding to the
+    stream and normalising it, twice; 2 (d + kv) for the rotation; 3 i for the product of the MLP's two halves; backward
+    8 d, 2 (d + kv) and 5 i.  d: hidden width, kv: width of the keys, i: of the MLP.
+c   bytes per second of a copy here, read and written.
+
+Every recomputed layer adds a forward: 2 P, 4 w, one pass of dequantisation, and its share of E and L. Not counted, so
+that no step can be quicker: softmax, the loss beyond its products, the optimizer, launches.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import nn
+
+from benchmarks.limits import copy_gib_per_second, dequantize_gib_per_second, gemm_tflops
+from qlora_dist.data.sampler import MicroBatch
+from qlora_dist.model.adapters import lora_layers
+from qlora_dist.model.flops import flops_of
+from qlora_dist.model.nf4 import QuantizedLinear
+from qlora_dist.model.skeleton import base_model
+
+GIB = 2**30
+_ELEMENT = 2  # bytes of a bfloat16
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What this device was measured to do, per second."""
+
+    flops: float
+    dequantized_bytes: float
+    copied_bytes: float
+
+
+@cache
+def measured_rates(device: torch.device) -> Rates:
+    """Some seconds, once in a process; with matrices that the GPU's cache does not hold."""
+    is_gpu = device.type == "cuda"
+    size = 8192 if is_gpu else 512
+    rates = Rates(
+        flops=gemm_tflops(size, size, size, torch.bfloat16, device) * 1e12,
+        dequantized_bytes=dequantize_gib_per_second(size, device) * GIB,
+        copied_bytes=copy_gib_per_second(2**30 if is_gpu else 2**25, device) * GIB,
+    )
+    if is_gpu:
+        torch.cuda.empty_cache()
+    return rates
+
+
+def bound_seconds(model: nn.Module, batch: MicroBatch, rates: Rates, recomputed_share: float = 0.0) -> float:
+    """The least time of a step on one micro-batch.
+
+    Args:
+        recomputed_share: of the layers, how many compute their forward twice.
+    """
+    config = base_model(model).config.get_text_config()
+    num_weights = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, QuantizedLinear))
+    lora = [(layer.in_features, layer.out_features, _rank(layer)) for layer in lora_layers(model)]
+    kv = config.hidden_size * config.num_key_value_heads // config.num_attention_heads
+    tokens = batch.num_tokens
+    forwards = 1 + recomputed_share
+
+    flops = flops_of(model)
+    frozen = flops.of(batch.attention_mask, batch.position_ids, tokens, batch.num_targets)
+    lora_flops = 6 * tokens * sum(rank * (inner + outer) for inner, outer, rank in lora)
+    linear, head = 4 * num_weights * tokens, flops.per_target * batch.num_targets
+    pairs = frozen - lora_flops - linear - head  # 12 w for each: 4 w of them forward
+    arithmetic = (linear / 2 + pairs / 3) * forwards + linear / 2 + pairs * 2 / 3 + head
+
+    dequantized = 2.516 * num_weights * (1 + forwards)
+    rotated = 2 * (config.hidden_size + kv)
+    elementwise_forward = 8 * config.hidden_size + rotated + 3 * config.intermediate_size
+    elementwise_backward = 8 * config.hidden_size + rotated + 5 * config.intermediate_size
+    elementwise = tokens * config.num_hidden_layers * (elementwise_forward * forwards + elementwise_backward) * _ELEMENT
+    # Forward reads x, and reads and writes the output; the rest is backward's.
+    lora_elements = sum((inner + 2 * outer) * forwards + 3 * inner + 2 * outer for inner, outer, _ in lora)
+    lora_seconds = max(tokens * lora_elements * _ELEMENT / rates.copied_bytes, lora_flops / rates.flops)
+    return (
+        arithmetic / rates.flops
+        + dequantized / rates.dequantized_bytes
+        + lora_seconds
+        + elementwise / rates.copied_bytes
+    )
+
+
+def arithmetic_seconds(model: nn.Module, batch: MicroBatch, rates: Rates) -> float:
+    """The time of the useful operations alone: its share of a step is the model FLOPs utilisation."""
+    useful = flops_of(model).of(batch.attention_mask, batch.position_ids, batch.num_tokens, batch.num_targets)
+    return useful / rates.flops
+
+
+def _rank(layer: nn.Module) -> int:
+    return int(next(iter(layer.r.values())))

@@ -1,0 +1,163 @@
+"""The same model trained by what people run today: transformers and peft in a plain loop, and TRL."""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.gpu_parts.models import SHARED_ABOVE, make_batch, random_matrix
+from benchmarks.gpu_parts.steps import NUM_WARMUP, reset_peak, row_of, timed, wait
+from benchmarks.memory import Shape
+
+
+def hf_loop(shape: Mapping[str, int], rows: int, seq_len: int, *, rank: int = 64, recompute: str) -> dict[str, Any]:
+    """transformers' model with bitsandbytes' and peft's layers, bfloat16 adapters, nothing upcast, fused AdamW."""
+    device = _device()
+    reset_peak(device)
+    model = hf_model(Shape(**shape), seq_len, device)
+    if recompute == "full":
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    adapted = _adapted(model, rank).train()
+    trained = [param for param in adapted.parameters() if param.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.0, fused=True)
+    batch = make_batch(shape["vocab"], rows, seq_len).to(device)
+    reset_peak(device)
+
+    def step() -> float:
+        loss = adapted(
+            input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels, use_cache=False
+        ).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return float(loss.item())
+
+    seconds, losses = timed(step, device)
+    return row_of(seconds, losses, batch.num_tokens, device)
+
+
+def trl(shape: Mapping[str, int], rows: int, seq_len: int, *, rank: int = 64, defaults: bool) -> dict[str, Any]:
+    """TRL's SFTTrainer.
+
+    Args:
+        defaults: as it is; else with nothing recomputed.
+    """
+    from datasets import Dataset
+    from peft import LoraConfig
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast, TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    device = _device()
+    reset_peak(device)
+    model = hf_model(Shape(**shape), seq_len, device)
+    raw = Tokenizer(models.WordLevel({"<unk>": 0, "<eos>": 1}, unk_token="<unk>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<eos>", pad_token="<eos>", unk_token="<unk>")
+    ids = make_batch(shape["vocab"], rows, seq_len).input_ids.tolist()
+    num_steps = NUM_WARMUP + 4
+    times: list[float] = []
+    losses: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            times.append(wait(device))
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
+            if "loss" in logs:
+                losses.append(float(logs["loss"]))
+
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = SFTConfig(
+            output_dir=folder, max_length=seq_len, max_steps=num_steps, per_device_train_batch_size=rows,
+            learning_rate=1e-4, lr_scheduler_type="constant", use_cpu=device.type == "cpu", logging_steps=1,
+            save_strategy="no", report_to="none", disable_tqdm=True,
+            **({} if defaults else {"gradient_checkpointing": False}),
+        )  # fmt: skip
+        SFTTrainer(
+            model=model, args=arguments, processing_class=tokenizer, callbacks=[Clock()],
+            train_dataset=Dataset.from_list([{"input_ids": row, "labels": row} for row in ids * num_steps]),
+            peft_config=LoraConfig(r=rank, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
+        ).train()  # fmt: skip
+    seconds = [later - earlier for earlier, later in itertools.pairwise(times)][NUM_WARMUP:]
+    return row_of(seconds, losses, rows * seq_len, device)
+
+
+@torch.no_grad()
+def hf_model(shape: Shape, seq_len: int, device: torch.device) -> nn.Module:
+    """A Llama as `from_pretrained` leaves it with `load_in_4bit`, NF4 and double quantisation; random weights."""
+    import bitsandbytes as bnb
+    from accelerate import init_empty_weights
+    from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+    from transformers.quantizers import AutoHfQuantizer
+
+    config = LlamaConfig(
+        hidden_size=shape.hidden, intermediate_size=shape.intermediate, num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads, vocab_size=shape.vocab,
+        max_position_embeddings=seq_len, tie_word_embeddings=False,
+    )  # fmt: skip
+    with init_empty_weights(include_buffers=False):
+        model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
+    model.requires_grad_(False)
+    generator = torch.Generator(device).manual_seed(0)
+    made: dict[object, Any] = {}
+    for name, module in list(model.named_modules()):
+        if type(module) is nn.Linear and name != "lm_head":
+            size = (module.out_features, module.in_features)
+            key: object = size if size[0] * size[1] > SHARED_ABOVE else name  # as in this program's model
+            if key not in made:
+                made[key] = bnb.functional.quantize_4bit(
+                    random_matrix(size, generator), quant_type="nf4", compress_statistics=True
+                )
+            model.set_submodule(name, _linear4bit(size, *made[key]))
+        else:
+            for leaf, param in list(module.named_parameters(recurse=False)):
+                is_matrix = param.ndim == 2
+                value = random_matrix(tuple(param.shape), generator) if is_matrix else torch.ones(param.shape)
+                module._parameters[leaf] = nn.Parameter(value.to(device, torch.bfloat16), requires_grad=False)
+    model.to(device)  # the buffers
+    model.is_loaded_in_4bit = model.is_quantized = True
+    model.config.quantization_config = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )  # fmt: skip
+    model.hf_quantizer = AutoHfQuantizer.from_config(model.config.quantization_config)
+    model.quantization_method = model.hf_quantizer.quantization_config.quant_method
+    return model
+
+
+def _linear4bit(size: tuple[int, int], packed: torch.Tensor, state: Any) -> nn.Module:
+    """bitsandbytes' layer with bytes of its own; the constants are shared, they are small."""
+    import bitsandbytes as bnb
+
+    layer = bnb.nn.Linear4bit(
+        size[1], size[0], bias=False, compute_dtype=torch.bfloat16, compress_statistics=True, quant_type="nf4",
+        device="meta",
+    )  # fmt: skip
+    layer.weight = bnb.nn.Params4bit(
+        packed.clone(), requires_grad=False, quant_state=state, compress_statistics=True, quant_type="nf4",
+        module=layer, bnb_quantized=True,
+    )  # fmt: skip
+    layer.quant_state = state
+    layer.support_avx512bf16_for_cpu = False  # in eval mode it would repack the weight, which then cannot be trained
+    return layer
+
+
+def _adapted(model: nn.Module, rank: int) -> nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    lora = LoraConfig(r=rank, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    adapted = get_peft_model(model, lora, autocast_adapter_dtype=False)
+    for param in adapted.parameters():
+        if param.requires_grad:
+            param.data = param.data.to(torch.bfloat16)
+    return adapted
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,0 +1,12 @@
+"""Tests that need a GPU: `python -m pytest tests/gpu`. Without one each is skipped, before anything is made for it."""
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True, scope="session")
+def device() -> torch.device:
+    """The GPU."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    return torch.device("cuda", 0)

@@ -1,0 +1,63 @@
+"""4-bit weights on the GPU: the bytes that bitsandbytes makes there, and those of a 4-bit checkpoint."""
+
+from pathlib import Path
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from qlora_dist.model.nf4 import QuantFormat, QuantizedLinear
+from qlora_dist.quantize import quantize
+from tests.support.models import load_here
+
+
+def four_bit_layers(model: torch.nn.Module) -> dict[str, QuantizedLinear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_quantising_on_load_makes_the_bytes_of_bitsandbytes(
+    double_quant: bool, device: torch.device, tiny_llama: Path
+) -> None:
+    """Packed weights and constants are those that `quantize_4bit` makes of the whole matrix on the same GPU."""
+    layers = four_bit_layers(load_here(tiny_llama, device, double_quant=double_quant))
+    stored = load_file(tiny_llama / "model.safetensors")
+    assert len(layers) == 21
+    for name, layer in layers.items():
+        packed, state = bnb.functional.quantize_4bit(
+            stored[f"{name}.weight"].to(device), quant_type="nf4", compress_statistics=double_quant
+        )
+        assert layer.weight.device.type == device.type
+        assert torch.equal(layer.weight, packed), name
+        assert torch.equal(layer.absmax, state.absmax), name
+        if double_quant:
+            assert torch.equal(layer.absmax_scale, state.state2.absmax), name
+            assert torch.equal(layer.absmax_offset[0], state.offset), name
+        assert torch.equal(layer.dequantized(), bnb.functional.dequantize_4bit(packed, state)), name
+
+
+def test_the_cpu_quantises_to_nearly_the_same(device: torch.device, tiny_llama: Path) -> None:
+    """A value on the border of two codes may fall to either side, and a mean is summed in another order: no more than
+    one value in a thousand differs, and none by more than one step between codes."""
+    there, here = (four_bit_layers(load_here(tiny_llama, where)) for where in (device, torch.device("cpu")))
+    for name, layer in there.items():
+        codes = [
+            torch.stack([packed.flatten() >> 4, packed.flatten() & 15]).int()
+            for packed in (layer.weight.cpu(), here[name].weight)
+        ]
+        step = (codes[0] - codes[1]).abs()
+        assert step.max() <= 1, name
+        assert (step > 0).float().mean() <= 1e-3, name
+        weights = [one.dequantized().cpu().float() for one in (layer, here[name])]
+        assert (weights[0] - weights[1]).norm() <= 0.01 * weights[1].norm(), name
+
+
+def test_a_4_bit_checkpoint_has_the_same_bytes_on_both(device: torch.device, tiny_llama: Path, tmp_path: Path) -> None:
+    """What was quantised once is loaded as it is, wherever to."""
+    quantize(str(tiny_llama), str(tmp_path / "nf4"), QuantFormat())
+    there, here = (load_here(tmp_path / "nf4", where) for where in (device, torch.device("cpu")))
+    expected = dict(here.named_parameters())
+    assert {param.device.type for param in there.parameters()} == {device.type}
+    for name, param in there.named_parameters():
+        assert torch.equal(param.cpu(), expected[name]), name
