@@ -24,8 +24,6 @@ _TRACING = {
     # and one for all others, with a mask and without, for one row and for several. Beyond torch's limit of 8 layers
     # would silently run as they are.
     "recompile_limit": 64,
-    # Else the code of one sharded layer is taken for the next without asking whether they are of one kind.
-    "skip_fsdp_guards": False,
 }
 
 
@@ -74,7 +72,7 @@ def _compile(layer: nn.Module) -> None:
         if not hidden_states.requires_grad:
             # The first layer's input. A gradient of it is of no use, but costs less than a code of its own.
             hidden_states = hidden_states.detach().requires_grad_()
-        with _dynamo.config.patch(**_TRACING):  # type: ignore[attr-defined]
+        with _dynamo.config.patch(**_TRACING):
             return compiled(hidden_states, *args, **kwargs)
 
     layer.forward = forward
