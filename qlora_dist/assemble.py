@@ -18,7 +18,9 @@ from qlora_dist.model.adapters import (
     load_adapter_weights,
     wrap_with_saved_adapter,
 )
+from qlora_dist.model.compile import compile_layers
 from qlora_dist.model.dora import init_magnitudes
+from qlora_dist.model.elementwise import lighten
 from qlora_dist.model.files import looks_like_hub_name, resolve_model_folder
 from qlora_dist.model.loading import checkpoint_bytes, load_base_weights, materialize
 from qlora_dist.model.lora_linear import fuse_adapters
@@ -47,6 +49,7 @@ def build_model(
 
     Raises:
         ModelError, ConfigError: the folder, its weights or the adapter's targets cannot be used.
+        LaunchError: `memory.compile` is set and nothing can be compiled here.
         CheckpointError: the adapter at `adapter.path` does not fit the model.
     """
     is_hub_name = looks_like_hub_name(config.model.path)
@@ -60,6 +63,11 @@ def build_model(
         check_adapter_fits(model, saved_adapter)
     if unfused := fuse_adapters(model):
         reporter.say(unfused)
+    if config.memory.compile:  # which fuses more when it sees single operations
+        compile_layers(decoder_layers(model), runtime.device)
+        reporter.say("decoder layers: compiled in the first steps, which take longer")
+    else:
+        lighten(model)
     apply_recompute(decoder_layers(model), config.memory)
     check_fits(model, backend, config.parallel, runtime)
     home = shard_skeleton(model, backend, config.parallel, runtime, settings)

@@ -175,6 +175,8 @@ class MemoryConfig:
     recompute: Literal["auto", "full", "none"] | int = "auto"
     """Decoder layers whose activations are recomputed in backward: all (`full`, also what `auto` means today), `none`,
     or the first N."""
+    compile: bool = False
+    """Let torch.compile make one code of each kind of decoder layer; the first steps then take a minute longer."""
 
 
 @dataclass(frozen=True)
@@ -505,15 +507,16 @@ def _hint(key: str) -> Any:
     return typing.get_type_hints(_sections()[section] if section else TrainConfig)[leaf]
 
 
-def check_backend_reads(parallel: ParallelConfig, backend: str) -> None:
+def check_backend_reads(config: TrainConfig, backend: str) -> None:
     """Refuse settings that the backend would ignore.
 
     Raises:
         ConfigError: naming the setting and the backends that read it.
     """
     for key, is_set, readers in (
-        ("parallel.replicas", parallel.replicas > 1, ("fsdp",)),
-        ("parallel.cpu_offload", parallel.cpu_offload, ("fsdp", "zero3")),
+        ("parallel.replicas", config.parallel.replicas > 1, ("fsdp",)),
+        ("parallel.cpu_offload", config.parallel.cpu_offload, ("fsdp", "zero3")),
+        ("memory.compile", config.memory.compile, ("single", "ddp", "fsdp", "zero2")),
     ):
         if is_set and backend not in readers:
             raise ConfigError(
@@ -552,7 +555,7 @@ def _check_contradictions(config: TrainConfig) -> None:
     if config.adapter.path is not None:
         check_agreement(config.adapter.path, read_saved_adapter(config.adapter.path), flatten(config))
     if config.parallel.backend != "auto":
-        check_backend_reads(config.parallel, config.parallel.backend)
+        check_backend_reads(config, config.parallel.backend)
     if not config.has_eval and (config.eval.every is not None or config.eval.max_batches is not None):
         raise ConfigError(
             "eval.every or eval.max_batches is set, but there is nothing to evaluate on. "

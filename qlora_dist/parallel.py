@@ -59,7 +59,7 @@ def choose_backend(config: TrainConfig) -> Backend:
             f"parallel.deepspeed_config is {config.parallel.deepspeed_config}, but the backend is {backend}, which "
             "does not read it. Remove it, or set parallel.backend: zero2 or zero3."
         )
-    check_backend_reads(config.parallel, backend)
+    check_backend_reads(config, backend)
     return backend
 
 

@@ -1,0 +1,80 @@
+"""Sharded models train compiled as they do without the compiler."""
+
+from pathlib import Path
+
+import torch
+
+from qlora_dist.assemble import build_model
+from qlora_dist.config import AdapterConfig, MemoryConfig, ModelConfig, OptimConfig, TrainConfig
+from qlora_dist.console import Reporter
+from qlora_dist.data.chat import Sample
+from qlora_dist.data.sampler import collate
+from qlora_dist.model.shards import local_bytes, whole_bytes
+from qlora_dist.parallel import build_engine
+from qlora_dist.runtime import Runtime, start_runtime
+from qlora_dist.train import train_step
+from tests.support.compiled import without_kernels
+from tests.support.processes import run_on_processes
+
+WAYS = {  # backend, compiled, recomputed
+    "ddp": ("ddp", True, "none"),
+    "fsdp": ("fsdp", True, "none"),
+    "fsdp, first layer recomputing": ("fsdp", True, 1),
+}
+
+
+def train(folder: Path, way: tuple, runtime: Runtime) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Losses and final adapter of two steps of two accumulated micro-batches."""
+    backend, is_compiled, recompute = way
+    config = TrainConfig(
+        model=ModelConfig(path=str(folder), dtype="float32"), adapter=AdapterConfig(rank=4),
+        memory=MemoryConfig(recompute=recompute, compile=is_compiled), optim=OptimConfig(lr=1e-2),
+    )  # fmt: skip
+    model = build_model(config, folder, backend, runtime, Reporter(is_main=False)).train()
+    engine = build_engine(model, config.optim, runtime)
+    generator = torch.Generator().manual_seed(runtime.rank)
+    rows = [torch.randint(3, 300, (length,), generator=generator).tolist() for length in (20, 20)]
+    batches = [collate([Sample(ids, ids)], pad_token_id=0) for ids in rows]
+    losses = []
+    for _ in range(2):
+        sums = train_step(model, engine, batches, 1e-2, 1.0, runtime)
+        losses.append(runtime.sum_over_ranks(sums.loss).item())
+    if backend == "fsdp":
+        assert local_bytes(model) <= 0.55 * whole_bytes(model), "what was gathered is let go of"
+    return losses, engine.whole_adapter()
+
+
+def compare(folders: list[Path]) -> None:
+    runtime = start_runtime(seed=0, dtype="float32")
+    for folder in folders:
+        expected_losses, expected = train(folder, ("ddp", False, "none"), runtime)
+        for name, way in WAYS.items():
+            with without_kernels():
+                losses, found = train(folder, way, runtime)
+            for loss, expected_loss in zip(losses, expected_losses, strict=True):
+                assert abs(loss / expected_loss - 1) <= 1e-6, (folder.name, name)
+            for key, tensor in expected.items():
+                assert (found[key] - tensor).norm() <= 1e-5 * tensor.norm(), (folder.name, name, key)
+
+
+def test_backends_train_compiled(tiny_llama: Path, tmp_path: Path) -> None:
+    """On two ranks float32 losses and adapters are those of uncompiled `ddp`, also of layers of two kinds in turn."""
+    run_on_processes(compare, 2, [tiny_llama, of_two_kinds(tmp_path)])
+
+
+def of_two_kinds(folder: Path) -> Path:
+    """A tiny random Cohere 2: its layers of sliding attention rotate queries and keys, those of full attention do not,
+    which is decided in the layer by what kind it is."""
+    from transformers import Cohere2Config, Cohere2ForCausalLM
+
+    torch.manual_seed(0)
+    config = Cohere2Config(
+        vocab_size=320, hidden_size=64, intermediate_size=112, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, pad_token_id=0, sliding_window=8,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+    )  # fmt: skip
+    model = Cohere2ForCausalLM(config)
+    for param in model.parameters():
+        torch.nn.init.normal_(param, std=0.1)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    return folder

@@ -1,0 +1,64 @@
+"""Adapted models with compiled layers, and their gradients."""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from unittest import mock
+
+import torch
+from peft import PeftModel
+
+from qlora_dist.assemble import build_model
+from qlora_dist.config import AdapterConfig, MemoryConfig, ModelConfig, TrainConfig
+from qlora_dist.console import Reporter
+from qlora_dist.data.chat import Sample
+from qlora_dist.data.sampler import collate
+from qlora_dist.model import compile as compile_module
+from qlora_dist.model.adapters import adapter_parameters
+from qlora_dist.runtime import Runtime
+from qlora_dist.train import micro_step
+
+LENGTHS = ((12, 20), (20, 17))
+
+
+def without_kernels() -> AbstractContextManager:
+    """Traces and differentiates layers as the real compiler does, and runs the operations one by one: in seconds."""
+    return mock.patch.dict(compile_module._COMPILER, {"backend": "aot_eager", "options": None})
+
+
+def build(
+    folder: Path, runtime: Runtime, adapter: AdapterConfig | None = None, memory: MemoryConfig | None = None
+) -> PeftModel:
+    """A whole model in train mode, in the type of `runtime`, whose adapters have an effect."""
+    dtype = "float32" if runtime.compute_dtype == torch.float32 else "bfloat16"
+    config = TrainConfig(
+        model=ModelConfig(path=str(folder), dtype=dtype),
+        adapter=adapter or AdapterConfig(rank=4), memory=memory or MemoryConfig("none"),
+    )  # fmt: skip
+    model = build_model(config, folder, "single", runtime, Reporter(is_main=False)).train()
+    generator = torch.Generator().manual_seed(0)
+    for name, param in adapter_parameters(model).items():
+        if ".lora_B." in name:
+            torch.nn.init.normal_(param, std=0.05, generator=generator)
+    return model
+
+
+def gradient(
+    model: PeftModel, runtime: Runtime, batches: Sequence[Sequence[int]] = LENGTHS
+) -> tuple[float, torch.Tensor]:
+    """Loss, and gradient of all adapters in one vector, of accumulated micro-batches.
+
+    Args:
+        batches: the lengths of each micro-batch's rows.
+    """
+    model.zero_grad()
+    generator = torch.Generator().manual_seed(1)
+    loss, num_targets = 0.0, torch.tensor(float(sum(map(sum, batches))))
+    for lengths in batches:
+        rows = [torch.randint(3, 300, (length,), generator=generator).tolist() for length in lengths]
+        micro_loss = micro_step(
+            model, collate([Sample(ids, ids) for ids in rows], pad_token_id=0), num_targets, runtime
+        )
+        micro_loss.backward()
+        loss += micro_loss.item()
+    return loss, torch.cat([param.grad.flatten() for param in adapter_parameters(model).values()])

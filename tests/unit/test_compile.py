@@ -1,0 +1,89 @@
+"""Compiled layers compute what they compute as they are, from as few codes as there are kinds of calls."""
+
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from torch import _dynamo
+from torch._dynamo.utils import counters
+
+from qlora_dist.config import AdapterConfig, MemoryConfig
+from qlora_dist.errors import LaunchError
+from qlora_dist.model import compile as compile_module
+from qlora_dist.model.adapters import adapter_parameters
+from qlora_dist.model.compile import check_compiler
+from qlora_dist.runtime import Runtime, start_runtime
+from tests.support.compiled import build, gradient, without_kernels
+
+
+@pytest.fixture(scope="module")
+def runtime() -> Runtime:
+    return start_runtime(seed=0, dtype="float32")
+
+
+def tracing_settings() -> dict:
+    return {name: getattr(_dynamo.config, name) for name in compile_module._TRACING}
+
+
+@pytest.mark.parametrize(
+    ("dropout", "recompute"), [(0.0, "none"), (0.0, "full"), (0.3, "full")], ids=["plain", "recomputing", "dropout"]
+)
+def test_compiled_gradients_are_the_same(tiny_llama: Path, runtime: Runtime, dropout: float, recompute: str) -> None:
+    """Loss and gradients of float32 agree within 1e-5; dropout drops the same elements."""
+    adapter = AdapterConfig(rank=4, dropout=dropout)
+    plain = gradient(build(tiny_llama, runtime, adapter, MemoryConfig(recompute)), runtime)
+    before = tracing_settings()
+    with without_kernels():
+        compiled = gradient(build(tiny_llama, runtime, adapter, MemoryConfig(recompute, compile=True)), runtime)
+    assert tracing_settings() == before, "what layers need of torch is set for nothing else"
+    assert abs(compiled[0] / plain[0] - 1) <= 1e-6
+    assert (compiled[1] - plain[1]).norm() <= 1e-5 * plain[1].norm()
+
+
+def test_layers_share_their_code(tiny_llama: Path, runtime: Runtime) -> None:
+    """Rows of many lengths, with padding and without, evaluation in between: four codes for all layers, no breaks."""
+    torch.compiler.reset()
+    with without_kernels():
+        model = build(tiny_llama, runtime, memory=MemoryConfig("none", compile=True))
+        counters.clear()
+        for lengths in ((12, 20), (9, 31), (7, 7), (16, 16)):
+            gradient(model, runtime, [lengths])
+            model.eval()
+            with torch.no_grad():
+                model(input_ids=torch.ones(1, 5, dtype=torch.long), use_cache=False)
+            model.train()
+    assert 1 <= counters["stats"]["unique_graphs"] <= 4
+    assert not counters["graph_break"]
+
+
+def test_evaluation_is_not_compiled(tiny_llama: Path, runtime: Runtime) -> None:
+    """In eval mode, or without gradients, layers run as they are."""
+    with without_kernels():
+        model = build(tiny_llama, runtime, memory=MemoryConfig("none", compile=True))
+        torch.compiler.reset()
+        counters.clear()
+        ids = torch.ones(1, 5, dtype=torch.long)
+        model.eval()(input_ids=ids, use_cache=False)
+        with torch.no_grad():
+            model.train()(input_ids=ids, use_cache=False)
+        assert not counters["frames"]
+        model(input_ids=ids, use_cache=False)
+    assert counters["frames"]["ok"]
+
+
+def test_names_stay_what_they_are(tiny_llama: Path, runtime: Runtime) -> None:
+    """Adapters are saved under the names of peft."""
+    with without_kernels():
+        compiled = build(tiny_llama, runtime, memory=MemoryConfig(compile=True))
+    assert list(adapter_parameters(compiled)) == list(adapter_parameters(build(tiny_llama, runtime)))
+
+
+def test_a_machine_that_cannot_compile_is_refused() -> None:
+    """Without a compiler, the message says what is missing and how to go on without it."""
+    with (
+        mock.patch("torch._inductor.cpp_builder.get_cpp_compiler", side_effect=RuntimeError("No working C++ compiler")),
+        mock.patch.dict(compile_module._COMPILER, options={"fx_graph_cache": False}),
+        pytest.raises(LaunchError, match=r"memory\.compile is true.*No working C\+\+ compiler.*memory\.compile: false"),
+    ):
+        check_compiler(torch.device("cpu"))

@@ -1,0 +1,146 @@
+"""Norms and gated MLPs as one function each compute what their modules compute, and keep less of it."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
+from transformers.models.llama.configuration_llama import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
+
+from qlora_dist.config import AdapterConfig, ModelConfig
+from qlora_dist.model.adapters import add_adapters
+from qlora_dist.model.elementwise import lighten
+from qlora_dist.model.skeleton import build_skeleton
+
+WIDTH = 96
+
+
+def norm(kind: type[nn.Module] = LlamaRMSNorm, dtype: torch.dtype = torch.float32) -> nn.Module:
+    module = kind(WIDTH, eps=1e-5).to(dtype).requires_grad_(False)
+    module.weight.copy_(torch.randn(WIDTH, generator=torch.Generator().manual_seed(0)))
+    return module
+
+
+def mlp(activation: str = "silu", dtype: torch.dtype = torch.float32) -> nn.Module:
+    torch.manual_seed(0)
+    config = LlamaConfig(hidden_size=WIDTH, intermediate_size=160, hidden_act=activation)
+    return LlamaMLP(config).to(dtype).requires_grad_(False)
+
+
+def is_lightened(module: nn.Module) -> bool:
+    return "forward" in vars(module)
+
+
+def results(module: Callable, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output, and gradient of the input for a fixed gradient of the output."""
+    generator = torch.Generator().manual_seed(1)
+    x = (3 * torch.randn(2, 50, WIDTH, generator=generator)).to(torch.bfloat16).to(dtype).requires_grad_()
+    out = module(x)
+    out.backward(torch.randn(out.shape, generator=generator).to(torch.bfloat16).to(out.dtype))
+    return out.detach(), x.grad
+
+
+def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+@pytest.mark.parametrize("make", [norm, mlp])
+def test_float32_is_the_same(make: Callable) -> None:
+    """The output has the same bits, and the gradient agrees within 1e-6."""
+    module = make()
+    out, grad = results(module, torch.float32)
+    lighten(module)
+    assert is_lightened(module)
+    found_out, found_grad = results(module, torch.float32)
+    assert torch.equal(found_out, out)
+    assert distance(found_grad, grad) <= 1e-6
+
+
+@pytest.mark.parametrize("make", [norm, mlp])
+def test_bfloat16_is_as_exact(make: Callable) -> None:
+    """The output has the same bits, and the gradient is no further from float32 than that of single operations."""
+    module = make(dtype=torch.bfloat16)
+    _, exact = results(module.float(), torch.float32)
+    out, plain = results(module.bfloat16(), torch.bfloat16)
+    lighten(module)
+    found_out, found = results(module, torch.bfloat16)
+    assert torch.equal(found_out, out)
+    assert distance(plain, exact) > 0
+    assert distance(found, exact) <= 1.02 * distance(plain, exact)
+
+
+@pytest.mark.parametrize("kind", [Gemma2RMSNorm, Olmo2RMSNorm])
+def test_other_norms_are_left_alone(kind: type[nn.Module]) -> None:
+    """One that multiplies by 1 + w, and one that rounds after the weight instead of before it."""
+    module = kind(WIDTH).bfloat16().requires_grad_(False)
+    module.weight.copy_(torch.randn(WIDTH))
+    lighten(module)
+    assert not is_lightened(module)
+
+
+def test_other_activations_are_left_alone() -> None:
+    """An MLP gated by GELU, and one that does something else with the same parts."""
+
+    class Other(LlamaMLP):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.down_proj(self.act_fn(self.up_proj(x)) * self.gate_proj(x))
+
+    gelu, other = mlp("gelu_pytorch_tanh"), Other(LlamaConfig(hidden_size=WIDTH, intermediate_size=160))
+    assert isinstance(other.act_fn, type(ACT2FN["silu"]))
+    for module in (gelu, other):
+        lighten(module)
+        assert not is_lightened(module)
+
+
+def test_a_norm_that_learns_is_left_alone() -> None:
+    """The function here has no gradient of the weight."""
+    module = norm().requires_grad_(True)
+    lighten(module)
+    assert not is_lightened(module)
+
+
+def kept_bytes(module: Callable, x: torch.Tensor) -> int:
+    """Bytes that autograd keeps of a forward, without the module's parameters."""
+    sizes: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        module(x)
+    return sum(sizes.values())
+
+
+def test_less_is_kept() -> None:
+    """A norm keeps its input in the input's type; SwiGLU keeps gate and up, and no third tensor."""
+    x = torch.randn(10, WIDTH).bfloat16().requires_grad_()
+    module = norm(dtype=torch.bfloat16)
+    lighten(module)
+    assert kept_bytes(module, x) <= 10 * WIDTH * 2 + 10 * 4 + WIDTH * 2
+
+    gate, up = (torch.randn(10, WIDTH).bfloat16().requires_grad_() for _ in range(2))
+    gated = mlp()
+    gated.gate_proj, gated.up_proj = (nn.Identity() for _ in range(2))
+    gated.gate_proj.forward, gated.up_proj.forward = (lambda x, y=y: y * 1 for y in (gate, up))
+    gated.down_proj = nn.Identity()
+    before = kept_bytes(gated, x)
+    lighten(gated)
+    assert before - kept_bytes(gated, x) == 10 * WIDTH * 2
+
+
+def test_whole_models_are_lightened_by_their_parts(tiny_llama: Path) -> None:
+    """All norms and MLPs of a Llama, with no weights yet and adapters on it; parameters keep their names."""
+    skeleton = build_skeleton(tiny_llama, ModelConfig(path=str(tiny_llama)))
+    model = add_adapters(skeleton, AdapterConfig(rank=2), "base")
+    names = list(model.state_dict())
+    lighten(model)
+    kinds = [type(module).__name__ for module in model.modules() if is_lightened(module)]
+    assert sorted(kinds) == ["LlamaMLP"] * 3 + ["LlamaRMSNorm"] * 7
+    assert list(model.state_dict()) == names
