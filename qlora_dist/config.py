@@ -172,9 +172,14 @@ class ParallelConfig:
 
 @dataclass(frozen=True)
 class MemoryConfig:
-    recompute: Literal["auto", "full", "none"] | int = "auto"
-    """Decoder layers whose activations are recomputed in backward: all (`full`, also what `auto` means today), `none`,
-    or the first N."""
+    recompute: Literal["auto", "full", "selective", "none"] | int = "auto"
+    """What backward computes again: all of every layer (`full`), only what is quick, such as norms and activation
+    functions (`selective`), nothing (`none`), or all of the first N layers. `auto` does as little as memory allows."""
+    budget_gib: float | None = None
+    """What a rank may use for everything, in GiB, with `recompute: auto`; null: what its device has free."""
+    offload_activations: bool = False
+    """Keep in host memory what a GPU keeps for backward; `recompute: auto` then means `full`, which leaves the least to
+    copy."""
     compile: bool = False
     """Let torch.compile make one code of each kind of decoder layer; the first steps then take a minute longer."""
 
@@ -458,7 +463,14 @@ _AT_LEAST_ONE = {
     "parallel.hang_timeout_seconds", "checkpoint.every", "checkpoint.keep", "optim.max_skipped_steps",
     "logging.profile_steps",
 }  # fmt: skip
-_POSITIVE = {"adapter.alpha", "optim.lr", "optim.max_grad_norm", "optim.epochs", "optim.lora_plus_ratio"}
+_POSITIVE = {
+    "adapter.alpha",
+    "optim.lr",
+    "optim.max_grad_norm",
+    "optim.epochs",
+    "optim.lora_plus_ratio",
+    "memory.budget_gib",
+}
 _NOT_NEGATIVE = {"optim.warmup_steps", "optim.weight_decay", "seed", "memory.recompute"}
 _FRACTION = {"adapter.dropout", "data.eval_fraction", "data.max_bad_fraction", "optim.warmup_ratio"}
 
@@ -556,6 +568,17 @@ def _check_contradictions(config: TrainConfig) -> None:
         check_agreement(config.adapter.path, read_saved_adapter(config.adapter.path), flatten(config))
     if config.parallel.backend != "auto":
         check_backend_reads(config, config.parallel.backend)
+    memory = config.memory
+    if memory.budget_gib is not None and (memory.recompute != "auto" or memory.offload_activations):
+        why = (
+            "memory.offload_activations is true"
+            if memory.recompute == "auto"
+            else f"memory.recompute is {memory.recompute}"
+        )
+        raise ConfigError(
+            f"memory.budget_gib is {memory.budget_gib:g}, but {why}, so nothing is chosen by it. Remove "
+            "memory.budget_gib, or set memory.recompute: auto and memory.offload_activations: false."
+        )
     if not config.has_eval and (config.eval.every is not None or config.eval.max_batches is not None):
         raise ConfigError(
             "eval.every or eval.max_batches is set, but there is nothing to evaluate on. "

@@ -17,6 +17,7 @@ from peft import PeftModel
 
 from qlora_dist.adapter_folder import Recipe, save_adapter
 from qlora_dist.assemble import build_model
+from qlora_dist.budget import RecomputeBudget
 from qlora_dist.checkpoint import Checkpoints, Identity, TrainState, adapter_shapes, choose_checkpoint
 from qlora_dist.config import TrainConfig
 from qlora_dist.data.dataset import Dataset
@@ -33,6 +34,8 @@ from qlora_dist.model.flops import Flops, flops_of
 from qlora_dist.model.footprint import total_bytes
 from qlora_dist.model.isolation import check_isolation
 from qlora_dist.model.loss import loss_note, target_loss_sum
+from qlora_dist.model.offload import check_offload
+from qlora_dist.model.recompute import recompute_of
 from qlora_dist.model.shards import local_bytes, whole_bytes
 from qlora_dist.model.skeleton import base_model
 from qlora_dist.optim import check_warmup, lr_at
@@ -66,6 +69,7 @@ def train(config: TrainConfig) -> None:
 def prepare(config: TrainConfig, backend: Backend, settings: Settings | None, session: Session) -> Training | None:
     """Everything before the first step: data, checkpoint, model, engine; None when the run is finished already."""
     runtime, say = session.runtime, session.reporter.say
+    check_offload(config.memory, runtime.device)
     model_folder = runtime.main_first(lambda: resolve_model_folder(config.model.path))
     tokenizer, data = load_inputs(config, model_folder, session.reporter, runtime.main_first)
     say("\n".join(data.notes))
@@ -107,6 +111,9 @@ def prepare(config: TrainConfig, backend: Backend, settings: Settings | None, se
         f"of {whole_bytes(model) / 2**20:,.0f} MiB | {num_steps:,} steps of {plan.global_batch_size:,} rows"
     )
 
+    budget = RecomputeBudget(config, model, runtime, say)
+    budget.choose()
+
     def write_adapter(path: Path, tensors: dict[str, torch.Tensor]) -> None:
         save_adapter(path, model, tensors, tokenizer, Recipe(config.model, data.layout))
 
@@ -118,7 +125,9 @@ def prepare(config: TrainConfig, backend: Backend, settings: Settings | None, se
     session.claim_folder(resumed_step=state.step if checkpoint else None)
     padding = pad_token_id(tokenizer, base_model(model).config.get_text_config().vocab_size)
     loader = StepLoader(plan, data.train, runtime.rank, padding, pin_memory=runtime.device.type == "cuda")
-    return Training(config, session, data, padding, plan, loader, num_steps, model, engine, checkpoints, state)
+    return Training(
+        config, session, data, padding, plan, loader, num_steps, model, engine, budget, checkpoints, state
+    )  # fmt: skip
 
 
 @dataclass
@@ -134,6 +143,7 @@ class Training:
     num_steps: int
     model: PeftModel
     engine: Engine
+    budget: RecomputeBudget
     checkpoints: Checkpoints
     state: TrainState
     """Everything that a resumed run goes on from, besides tensors."""
@@ -172,9 +182,13 @@ class Training:
         batches = self.loader.take(state.num_samples_seen)
         lr = lr_at(state.step + 1, self.num_steps, optim)
         try:
-            sums = train_step(self.model, self.engine, batches, lr, optim.max_grad_norm, runtime, self.session.alive)
+            with self.budget.measuring():
+                sums = train_step(
+                    self.model, self.engine, batches, lr, optim.max_grad_norm, runtime, self.session.alive
+                )  # fmt: skip
         except torch.OutOfMemoryError as error:
             raise TrainingError(self._too_large(batches)) from error
+        self.budget.after_step(batches)
         state.count_step(self.plan.after_step(state.num_samples_seen), sums.is_finite)
         epoch, flops = self.plan.epoch_at(state.num_samples_seen), sum(map(self._useful_flops, batches))
         recorder.step(state.step, lr, sums, epoch, state.num_skipped_steps, self.loader.wait_seconds, flops)
@@ -244,7 +258,7 @@ class Training:
         rows, length = batch.input_ids.shape
         runtime, model = self.session.runtime, base_model(self.model).config.get_text_config()
         return out_of_memory_message(
-            self.config, model, rows=rows, length=length, num_targets=batch.num_targets,
+            self.config, model, recompute_of(self.model), rows=rows, length=length, num_targets=batch.num_targets,
             is_sharded=local_bytes(self.model) < whole_bytes(self.model),
             device_bytes=total_bytes(runtime.device),
         )  # fmt: skip

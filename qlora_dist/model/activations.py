@@ -3,12 +3,77 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from qlora_dist.config import TrainConfig
 from qlora_dist.model.loss import loss_bytes
 
 GIB = 2**30
+
+Policy = Literal["none", "selective", "full"]
+"""What a layer recomputes in backward: nothing, what is quick (see `selective.py`), or all of it from its input."""
+
+
+@dataclass(frozen=True)
+class Recompute:
+    """How the decoder layers get what backward needs: the first ones `full`, the next `selective`, the rest `none`.
+
+    The first layers recompute most, because what they keep lives longest.
+    """
+
+    num_layers: int
+    num_selective: int = 0
+    num_full: int = 0
+
+    def policy(self, number: int) -> Policy:
+        """What layer `number`, from 0, does."""
+        if number < self.num_full:
+            return "full"
+        return "selective" if number < self.num_full + self.num_selective else "none"
+
+    def __str__(self) -> str:
+        return f"{self.num_selective} of {self.num_layers} layers selectively, {self.num_full} fully"
+
+
+def fixed_recompute(setting: str | int, num_layers: int) -> Recompute:
+    """What `memory.recompute` stands for; of `auto`, what a run begins with before the memory is known."""
+    if isinstance(setting, int):
+        return Recompute(num_layers, num_full=min(setting, num_layers))
+    if setting == "none":
+        return Recompute(num_layers)
+    return Recompute(num_layers, num_layers) if setting == "selective" else Recompute(num_layers, 0, num_layers)
+
+
+@dataclass(frozen=True)
+class LayerBytes:
+    """What one decoder layer keeps of a micro-batch for backward, under each policy."""
+
+    none: int
+    selective: int
+    full: int
+
+    def kept(self, recompute: Recompute) -> int:
+        """By all layers."""
+        num_others = recompute.num_layers - recompute.num_selective - recompute.num_full
+        return (
+            num_others * self.none + recompute.num_selective * self.selective + recompute.num_full * self.full
+        )  # fmt: skip
+
+    def least_recompute(self, room: int, num_layers: int, again: int) -> Recompute:
+        """The least recomputation with which what all layers keep fits into `room` bytes.
+
+        A byte is freed at half the cost by recomputing selectively (`benchmarks/recompute.py`), so all layers do that
+        before any recomputes fully. When nothing fits, all recompute fully.
+
+        Args:
+            again: bytes that have to fit too where a layer recomputes fully: all that it makes again.
+        """
+        selective = (Recompute(num_layers, number) for number in range(num_layers + 1))
+        full = (Recompute(num_layers, num_layers - number, number) for number in range(1, num_layers))
+        for choice in (*selective, *full):
+            if self.kept(choice) + (again if choice.num_full else 0) <= room:
+                return choice
+        return Recompute(num_layers, 0, num_layers)
 
 
 @dataclass(frozen=True)
@@ -28,64 +93,73 @@ class Activations:
         return self.kept + max(self.working, self.loss)
 
 
-def activations_of(
-    model: Any, num_tokens: int, num_targets: int, num_recomputed: int, element_size: int
-) -> Activations:
-    """Activations of a decoder, from its dimensions.
+def layer_bytes(model: Any, num_tokens: int, element_size: int) -> LayerBytes:
+    """What a decoder layer keeps, from its dimensions.
 
-    A layer keeps, per token, 8 vectors of d_model (inputs of norms and projections, residuals), 2 of the key-value
-    width and 4 of the MLP's width, in the compute type; a recomputed one keeps its input. The counts were fitted to
-    `benchmarks/memory.py`, which follows every storage.
+    Per token and in the compute type: 8 vectors of d_model (inputs of norms and projections, residuals), 2 of the
+    key-value width and 4 of the MLP's width. Half of those of d_model and of the MLP remain when norms, activation
+    functions and products are made again; a fully recomputed layer keeps its input. Fitted to `benchmarks/memory.py`,
+    which follows every storage.
 
     Args:
         model: the text part of a transformers config.
         num_tokens: padding included.
     """
-    hidden, layers = model.hidden_size, model.num_hidden_layers
-    heads = model.num_attention_heads
+    hidden, heads = model.hidden_size, model.num_attention_heads
     key_value = hidden * (getattr(model, "num_key_value_heads", None) or heads) // heads
     width = getattr(model, "intermediate_size", None) or 4 * hidden
-    layer = num_tokens * element_size * (8 * hidden + 2 * key_value + 4 * width)
-    recomputed = min(num_recomputed, layers)
-    kept = (layers - recomputed) * layer + recomputed * num_tokens * element_size * hidden
+    token = num_tokens * element_size
+    none = token * (8 * hidden + 2 * key_value + 4 * width)
+    return LayerBytes(none, token * (4 * hidden + 2 * key_value + 2 * width), token * hidden)
+
+
+def activations_of(
+    model: Any, num_tokens: int, num_targets: int, recompute: Recompute, element_size: int
+) -> Activations:
+    """Activations of a decoder, from its dimensions; arguments as in :func:`layer_bytes`."""
+    hidden = model.hidden_size
+    width = getattr(model, "intermediate_size", None) or 4 * hidden
+    layer = layer_bytes(model, num_tokens, element_size)
     loss = loss_bytes(num_targets, model.vocab_size, hidden, element_size)
-    working = (layer if recomputed else 0) + hidden * width * element_size
-    return Activations(kept, working, loss)
-
-
-def num_recomputed_layers(recompute: str | int, num_layers: int) -> int:
-    """Layers that `memory.recompute` stands for."""
-    if isinstance(recompute, int):
-        return min(recompute, num_layers)
-    return 0 if recompute == "none" else num_layers
+    working = (layer.none if recompute.num_full else 0) + hidden * width * element_size
+    return Activations(layer.kept(recompute), working, loss)
 
 
 def out_of_memory_message(
-    config: TrainConfig, model: Any, *, rows: int, length: int, num_targets: int, is_sharded: bool, device_bytes: int
+    config: TrainConfig,
+    model: Any,
+    recompute: Recompute,
+    *,
+    rows: int,
+    length: int,
+    num_targets: int,
+    is_sharded: bool,
+    device_bytes: int,
 ) -> str:
     """What was too large, and what each possible change would save, largest first.
 
     Args:
+        recompute: what the layers did.
         rows, length: shape of the micro-batch that did not fit.
         is_sharded: whether this rank holds only a part of the base.
     """
     element_size = 2 if config.model.dtype == "bfloat16" else 4
-    num_recomputed = num_recomputed_layers(config.memory.recompute, model.num_hidden_layers)
+    everything = fixed_recompute("full", recompute.num_layers)
 
-    def total(rows: int, length: int, num_recomputed: int) -> int:
+    def total(rows: int, length: int, recompute: Recompute) -> int:
         share = num_targets * rows * length // max(1, num_tokens)
-        return activations_of(model, rows * length, share, num_recomputed, element_size).total
+        return activations_of(model, rows * length, share, recompute, element_size).total
 
     num_tokens = rows * length
-    now = total(rows, length, num_recomputed)
+    now = total(rows, length, recompute)
     changes = []
-    if num_recomputed < model.num_hidden_layers:
-        changes.append((now - total(rows, length, model.num_hidden_layers), "memory.recompute: full"))
+    if recompute != everything:
+        changes.append((now - total(rows, length, everything), "memory.recompute: full"))
     if rows > 1:
         accum = config.optim.grad_accum_steps * -(-rows // (rows // 2))
         text = f"optim.micro_batch_size: {rows // 2} with grad_accum_steps: {accum} (the same result)"
-        changes.append((now - total(rows // 2, length, num_recomputed), text))
-    changes.append((now - total(rows, length // 2, num_recomputed), f"data.max_seq_len: {length // 2}"))
+        changes.append((now - total(rows // 2, length, recompute), text))
+    changes.append((now - total(rows, length // 2, recompute), f"data.max_seq_len: {length // 2}"))
     advice = "; ".join(f"{text} saves about {saved / GIB:.1f} GiB" for saved, text in sorted(changes, reverse=True))
     if not is_sharded:
         advice += "; parallel.backend: fsdp on more GPUs shards the weights"

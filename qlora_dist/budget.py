@@ -1,0 +1,178 @@
+"""`memory.recompute: auto`: as little recomputation as the memory allows, from a formula at first, then from a step.
+
+Before the first optimizer step the peak is estimated: what is held already, plus optimizer state, gathered layers and
+activations by their dimensions (`model/activations.py`). In that step the last layer's saved tensors are counted under
+each policy and the true peak is read. What the peak exceeds the counted activations by will be there under any policy;
+the rest follows from the counts. All ranks decide by the one with the least room.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+
+from qlora_dist.config import TrainConfig
+from qlora_dist.data.sampler import MicroBatch
+from qlora_dist.model.activations import GIB, LayerBytes, Recompute, activations_of, layer_bytes
+from qlora_dist.model.adapters import adapter_parameters
+from qlora_dist.model.footprint import free_bytes
+from qlora_dist.model.recompute import Survey, recompute_of, set_recompute
+from qlora_dist.model.shards import local_bytes, local_part, whole_bytes
+from qlora_dist.model.skeleton import base_model, decoder_layers
+from qlora_dist.runtime import Runtime
+
+_RESERVE = 0.05
+"""Share of the budget that is left free: allocators lose some memory between their blocks."""
+_STATE_BYTES = {"adamw": 8, "adamw_8bit": 2, "paged_adamw_8bit": 2, "paged_adamw_32bit": 8}
+"""Optimizer state per adapter parameter."""
+
+
+class RecomputeBudget:
+    """Chooses what layers recompute, once the model is loaded, and again after the first step.
+
+    All ranks call every method alike. With another setting than `auto` nothing is chosen.
+    """
+
+    def __init__(self, config: TrainConfig, model: PeftModel, runtime: Runtime, say: Callable[[str], None]) -> None:
+        self._config, self._model, self._runtime, self._say = config, model, runtime, say
+        # Offloaded activations do not fill the device: recomputing all layers leaves the least to copy.
+        self._is_auto = config.memory.recompute == "auto" and not config.memory.offload_activations
+        self._meter = MemoryMeter(runtime.device)
+        self._limit = self._room = 0
+        self._num_steps = 0
+        self._layer = LayerBytes(0, 0, 0)
+        self._survey: Survey | None = None
+
+    def choose(self) -> None:
+        """By the formula; called when everything but optimizer state and activations is in memory."""
+        if not self._is_auto:
+            return
+        runtime, optim = self._runtime, self._config.optim
+        dimensions = base_model(self._model).config.get_text_config()
+        num_tokens, element_size = self._largest_micro_batch, runtime.compute_dtype.itemsize
+        self._limit = memory_limit(self._config.memory.budget_gib, self._meter, runtime)
+        num_adapted = sum(local_part(param).numel() for param in adapter_parameters(self._model).values())
+        later = num_adapted * _STATE_BYTES[optim.optimizer]
+        if local_bytes(self._model) < whole_bytes(self._model):  # gradients of shards; the layer at work and the next
+            later += num_adapted * 4 + 2 * max(map(whole_bytes, decoder_layers(self._model)))
+        nothing = Recompute(len(decoder_layers(self._model)))
+        activations = activations_of(dimensions, num_tokens, num_tokens, nothing, element_size)
+        self._room = self._limit - self._meter.held() - later - (activations.total - activations.kept)
+        self._layer = layer_bytes(dimensions, num_tokens, element_size)
+        self._agree()
+        choice = self._layer.least_recompute(self._room, nothing.num_layers, again=self._layer.none)
+        set_recompute(self._model, choice)
+        self._say(f"recompute: {self._described(choice)} (chosen by memory.recompute: auto)")
+
+    def measuring(self) -> ExitStack:
+        """A context for an optimizer step."""
+        stack = ExitStack()
+        if self._is_auto:
+            self._num_steps += 1
+            if self._is_looking:
+                self._meter.restart()
+            if self._num_steps == 1:
+                self._survey = stack.enter_context(Survey(self._model))
+        return stack
+
+    def after_step(self, batches: Sequence[MicroBatch]) -> None:
+        """Choose again by what the step took: after the first one, and later when it was more than allowed."""
+        if not self._is_auto or not self._is_looking:
+            return
+        now = recompute_of(self._model)
+        seen = max(batch.input_ids.numel() for batch in batches)
+        if self._survey is not None and self._survey.result is not None:
+            found, scale = self._survey.result, self._largest_micro_batch / seen
+            self._layer = LayerBytes(*(int(size * scale) for size in (found.none, found.selective, found.full)))
+        peak = self._meter.peak()
+        if self._survey is not None and now.policy(now.num_layers - 1) == "selective":
+            peak -= self._layer.none - self._layer.selective  # the surveyed layer kept everything
+        self._survey = None
+        beside = peak - int(self._layer.kept(now) * seen / self._largest_micro_batch)
+        # What one layer makes again is in that peak already, if there was one that did.
+        self._room, again = self._limit - beside, 0 if now.num_full else self._layer.none
+        self._agree()
+        choice = self._layer.least_recompute(self._room, now.num_layers, again)
+        if choice != now and (self._num_steps == 1 or self._layer.kept(now) > self._room):
+            set_recompute(self._model, choice)
+            self._say(
+                f"recompute: {self._described(choice)}, from the next step on (by what step {self._num_steps} took)"
+            )
+
+    @property
+    def _is_looking(self) -> bool:
+        """Whether this step's memory is looked at: steps 1, 2, 4, 8 and so on."""
+        return self._num_steps & (self._num_steps - 1) == 0
+
+    @property
+    def _largest_micro_batch(self) -> int:
+        """Tokens, padding included."""
+        return self._config.optim.micro_batch_size * self._config.data.max_seq_len
+
+    def _agree(self) -> None:
+        """Take the least room and the largest layer of all ranks, so that they decide alike."""
+        mine = [-self._room, self._layer.none, self._layer.selective, self._layer.full]
+        agreed = self._runtime.max_of_each(torch.tensor(mine, dtype=torch.int64, device=self._runtime.device))
+        room, *layer = agreed.tolist()
+        self._room, self._layer = -room, LayerBytes(*layer)
+
+    def _described(self, choice: Recompute) -> str:
+        total = self._limit - self._room + self._layer.kept(choice)
+        text = f"{choice}: about {total / GIB:.2f} of {self._limit / GIB:.2f} GiB"
+        return text + (", which may be too little" if total > self._limit else "")
+
+
+def memory_limit(budget_gib: float | None, meter: MemoryMeter, runtime: Runtime) -> int:
+    """Bytes that this rank may take at its peak, what it holds already included."""
+    num_ranks = runtime.local_world_size if runtime.device.type == "cpu" else 1
+    limit = meter.held() + (free_bytes(runtime.device) + meter.unused()) // num_ranks
+    if budget_gib is not None:
+        limit = min(limit, int(budget_gib * GIB))
+    return int(limit * (1 - _RESERVE))
+
+
+class MemoryMeter:
+    """Memory of this process: allocated on its GPU, or resident on the host when it has none."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._highest = 0
+
+    def held(self) -> int:
+        """Bytes now."""
+        if self._device.type == "cuda":
+            return torch.cuda.memory_allocated(self._device)
+        return _status("VmRSS")
+
+    def unused(self) -> int:
+        """Bytes that the allocator has taken from the device and not given to anybody."""
+        if self._device.type == "cuda":
+            return torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
+        return 0
+
+    def restart(self) -> None:
+        """Look for the peak from here on."""
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+            return
+        with suppress(OSError):  # not allowed in every container: the peak is then that of the whole life
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+    def peak(self) -> int:
+        """Most bytes since the restart."""
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device)
+        return _status("VmHWM")
+
+
+def _status(key: str) -> int:
+    """A line of /proc/self/status, in bytes; zero where there is no such file."""
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:")), 0)
