@@ -100,7 +100,7 @@ def all_parts(is_small: bool) -> dict[str, list[Case]]:
         ],
         "exactness": [
             *(exact_as(way) for way in ("fused layers", "loss in chunks", "recompute: full", "recompute: selective",
-                                        "attention: eager", "attention: flash_attention_2", "all of it")),
+                                        "attention: sdpa", "attention: flash_attention_2", "all of it")),
             Case("one fused layer", "exactness.of_layer",
                  dict(zip(("inner", "outer", "tokens", "rank"), layer, strict=True))),
         ],
@@ -310,8 +310,8 @@ def in_short(row: dict[str, Any]) -> str:
 def table(result: dict[str, Any]) -> str:
     """The steps, and then what was found to be exact, as Markdown."""
     lines = [
-        "| model | setting | tokens/s | seconds/step | MFU | of the bound | counting recompute | peak, reserved GiB |",
-        "|---|---|---|---|---|---|---|---|",
+        "| model | setting | tokens/s | s/step | MFU | of the bound | with recompute | peak, reserved GiB | loss |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     checks = ["| check | | result |", "|---|---|---|"]
     for part, rows in result["parts"].items():
@@ -323,10 +323,10 @@ def table(result: dict[str, Any]) -> str:
                 memory = "" if None in peaks else f"{max(peaks[0], row.get('build_peak_gib') or 0):.2f}, {peaks[1]:.2f}"
                 lines.append(
                     f"| {part} | {name} | {row['tokens_per_second']:,.0f} | {row['seconds_per_step']:.4g} | "
-                    f"{' | '.join(shares)} | {memory} |"
+                    f"{' | '.join(shares)} | {memory} | {row['first_loss']:.4f} → {row['last_loss']:.4f} |"
                 )
             elif part[0].isdigit() or part == "peers":
-                lines.append(f"| {part} | {name} | not measured: {row['not measured']} | | | | | |")
+                lines.append(f"| {part} | {name} | not measured: {row['not measured']} | | | | | | |")
             else:
                 checks.append(f"| {part} | {name} | {verdict(row)} |")
     return "\n".join([*lines, "", *checks])

@@ -18,7 +18,7 @@ from tests.support.training import train_here
 def run(tmp_path: Path, tiny_llama: Path, chat_file: Path) -> dict:
     """Settings of eight steps."""
     return {
-        "model": {"path": str(tiny_llama)},
+        "model": {"path": str(tiny_llama), "attention": "eager"},  # SDPA's backward adds in any order
         "adapter": {"rank": 64},  # enough for paged state to be paged
         "data": {"train": str(chat_file), "max_seq_len": 128, "cache_dir": str(tmp_path / "cache")},
         "optim": {"lr": 5e-3, "max_steps": 8, "micro_batch_size": 2, "schedule": "constant"},
@@ -31,7 +31,8 @@ def run(tmp_path: Path, tiny_llama: Path, chat_file: Path) -> dict:
     "changes",
     [
         {},
-        {"model": {"attention": "eager"}, "memory": {"recompute": "none"}},
+        {"model": {"attention": "sdpa"}},
+        {"memory": {"recompute": "none"}},
         {"adapter": {"dropout": 0.1}},
         {"adapter": {"use_dora": True}},
         {"optim": {"optimizer": "adamw_8bit"}},
@@ -41,14 +42,14 @@ def run(tmp_path: Path, tiny_llama: Path, chat_file: Path) -> dict:
     ids=str,
 )
 def test_a_stopped_run_goes_on_where_it_was(changes: dict, run: dict, device: torch.device, tmp_path: Path) -> None:
-    """Its losses are those of the run that was left in peace, up to the order in which attention adds; they fall."""
+    """Its losses are those of the run that was left in peace, and they fall."""
     settings = {**run, **{section: {**run.get(section, {}), **keys} for section, keys in changes.items()}}
     assert train_here(tmp_path / "whole", settings)
     assert not train_here(tmp_path / "stopped", settings, stop_after=5)
     assert train_here(tmp_path / "stopped", settings)
     whole, stopped = losses(tmp_path / "whole"), losses(tmp_path / "stopped")
     assert len(whole) == len(stopped) == 8
-    assert stopped == pytest.approx(whole, rel=2e-3)
+    assert stopped == pytest.approx(whole, rel=1e-2 if "model" in changes else 1e-3)
     assert min(whole[5:]) < 0.9 * whole[0]
     assert (tmp_path / "stopped" / "adapter" / "adapter_model.safetensors").is_file()
 
