@@ -14,7 +14,8 @@ import torch
 from benchmarks.gpu_parts.bound import arithmetic_seconds, bound_seconds, measured_rates
 from benchmarks.gpu_parts.models import build, make_batch, make_config
 from benchmarks.memory import Shape
-from qlora_dist.model.activations import num_recomputed_layers
+from qlora_dist.budget import RecomputeBudget
+from qlora_dist.model.recompute import recompute_of
 from qlora_dist.parallel import build_engine
 from qlora_dist.runtime import start_runtime
 from qlora_dist.train import train_step
@@ -61,15 +62,19 @@ def ours(
     build_seconds, build_peak = time.perf_counter() - started, peak_gib(device)
     reset_peak(device)
 
+    budget = RecomputeBudget(config, adapted, runtime, said.append)
+    budget.choose()
+
     def step() -> float:
-        sums = train_step(adapted, engine, [batch], config.optim.lr, config.optim.max_grad_norm, runtime)
+        with budget.measuring():
+            sums = train_step(adapted, engine, [batch], config.optim.lr, config.optim.max_grad_norm, runtime)
+        budget.after_step([batch])
         return sums.loss.item()
 
     tokens = batch.num_tokens
     row = row_of(*timed(step, device, num_steps), tokens, device)
     seconds = row["seconds_per_step"]
-    layers = shape["layers"]
-    share = num_recomputed_layers(config.memory.recompute, layers) / layers if _is_whole(config) else 0.0
+    share = recompute_of(adapted).num_full / shape["layers"]  # what is recomputed selectively multiplies nothing again
     bound = bound_seconds(adapted, batch, rates)
     return {
         **row,
@@ -82,11 +87,6 @@ def ours(
         "rates": vars(rates),
         "said": said,
     }  # fmt: skip
-
-
-def _is_whole(config: Any) -> bool:
-    """Whether a recomputed layer computes its whole forward again, as far as can be told beforehand."""
-    return config.memory.recompute not in ("auto", "selective")
 
 
 def timed(
