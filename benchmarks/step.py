@@ -5,7 +5,7 @@
 
 Every contender trains the same 4-bit model with the same LoRA settings on the same token ids and loss masks in the same
 order, 2 x 512 tokens a step, no padding, each in a fresh process, forwards through the list and then backwards. Rates
-leave the first two steps out. The losses of the first step must agree, or the comparison compares nothing. Writes
+leave the first two steps out, and with them what is compiled in these. The losses of the first step must agree, or the comparison compares nothing. Writes
 benchmarks/results/step_DEVICE.json.
 """
 
@@ -47,6 +47,8 @@ class Ours:
     recompute: str = "none"
     is_loss_chunked: bool = True
     is_fused: bool = True
+    is_light: bool = True
+    is_compiled: bool = False
 
 
 BASE, WHOLE = "TRL, defaults", "qlora_dist"
@@ -54,10 +56,12 @@ CONTENDERS: dict[str, Ours | None] = {
     BASE: None,
     "TRL, no recompute": None,
     "HF Trainer, no recompute": None,
-    "plain loop: peft's layers, all logits, all layers recomputed": Ours("full", is_loss_chunked=False, is_fused=False),
-    "+ nothing recomputed": Ours(is_loss_chunked=False, is_fused=False),
-    "+ loss of target rows, in chunks": Ours(is_fused=False),
-    f"+ fused 4-bit layers = {WHOLE}": Ours(),
+    "plain loop: peft's layers, all logits, all layers recomputed": Ours("full", False, False, False),
+    "+ nothing recomputed": Ours("none", False, False, False),
+    "+ loss of target rows, in chunks": Ours(is_fused=False, is_light=False),
+    "+ fused 4-bit layers": Ours(is_light=False),
+    f"+ norms and SwiGLU as one function each = {WHOLE}": Ours(),
+    f"{WHOLE}, layers compiled": Ours(is_compiled=True),
     f"{WHOLE}, all layers recomputed": Ours("full"),
 }
 """None: another program, see `run_other`."""
@@ -162,7 +166,7 @@ def run_ours(ours: Ours, rows: Path, steps: int) -> list[dict[str, float]]:
             "adapter": {"rank": RANK, "alpha": ALPHA},
             "data": {"train": str(rows), "max_seq_len": SEQ_LEN, "packing": False},
             "optim": {"lr": LR, "schedule": "constant", "max_steps": steps, "micro_batch_size": ROWS},
-            "memory": {"recompute": ours.recompute},
+            "memory": {"recompute": ours.recompute, "compile": ours.is_compiled},
             "checkpoint": {"every": None},
             "logging": {"tensorboard": False},
         }  # fmt: skip
@@ -171,6 +175,8 @@ def run_ours(ours: Ours, rows: Path, steps: int) -> list[dict[str, float]]:
         with ExitStack() as patches:
             if not ours.is_fused:
                 patches.enter_context(mock.patch.object(assemble, "fuse_adapters", return_value=None))
+            if not ours.is_light:
+                patches.enter_context(mock.patch.object(assemble, "lighten"))
             if not ours.is_loss_chunked:
                 patches.enter_context(mock.patch.object(train_module, "target_loss_sum", all_logits))
             train_module.train(load_config(file))
