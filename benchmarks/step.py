@@ -5,9 +5,9 @@
 
 Every contender trains the same 4-bit model with the same LoRA settings on the same token ids and loss masks in the same
 order, 2 x 512 tokens a step, no padding, each in a fresh process, forwards through the list and then backwards. Rates
-leave the first two steps out. The losses of the first step must agree, or the comparison compares nothing. The rates of
-the machine are measured before, between and after, and every contender's is held against the bound that they give for
-this step with nothing recomputed. Writes benchmarks/results/step_DEVICE.json and .png.
+leave the first two steps out, and with them what is compiled in these. The losses of the first step must agree, or the
+comparison compares nothing. The rates of the machine are measured before, between and after, and every contender's is
+held against the bound that they give for this step with nothing recomputed. Writes benchmarks/results/step_DEVICE.json and .png.
 """
 
 from __future__ import annotations
@@ -51,6 +51,9 @@ class Ours:
     recompute: str = "none"
     is_loss_chunked: bool = True
     is_fused: bool = True
+    is_light: bool = True
+    attention: str = "auto"
+    is_compiled: bool = False
 
 
 BASE, WHOLE = "TRL, defaults", "qlora_dist"
@@ -58,10 +61,13 @@ CONTENDERS: dict[str, Ours | None] = {
     BASE: None,
     "TRL, no recompute": None,
     "HF Trainer, no recompute": None,
-    "plain loop: peft's layers, all logits, all layers recomputed": Ours("full", is_loss_chunked=False, is_fused=False),
-    "+ nothing recomputed": Ours(is_loss_chunked=False, is_fused=False),
-    "+ loss of target rows, in chunks": Ours(is_fused=False),
-    f"+ fused 4-bit layers = {WHOLE}": Ours(),
+    "plain loop: peft's layers, all logits, all layers recomputed": Ours("full", False, False, False, "sdpa"),
+    "+ nothing recomputed": Ours("none", False, False, False, "sdpa"),
+    "+ loss of target rows, in chunks": Ours("none", True, False, False, "sdpa"),
+    "+ fused 4-bit layers": Ours("none", True, True, False, "sdpa"),
+    "+ norms and SwiGLU as one function each": Ours("none", attention="sdpa"),
+    f"+ attention in blocks = {WHOLE}": Ours(),
+    f"{WHOLE}, layers compiled": Ours(is_compiled=True),
     f"{WHOLE}, all layers recomputed": Ours("full"),
 }
 """None: another program, see `run_other`."""
@@ -169,11 +175,11 @@ def run_ours(ours: Ours, rows: Path, steps: int) -> list[dict[str, float]]:
     with tempfile.TemporaryDirectory() as name:
         config = {
             "output_dir": f"{name}/run",
-            "model": {"path": str(MODEL)},
+            "model": {"path": str(MODEL), "attention": ours.attention},
             "adapter": {"rank": RANK, "alpha": ALPHA},
             "data": {"train": str(rows), "max_seq_len": SEQ_LEN, "packing": False},
             "optim": {"lr": LR, "schedule": "constant", "max_steps": steps, "micro_batch_size": ROWS},
-            "memory": {"recompute": ours.recompute},
+            "memory": {"recompute": ours.recompute, "compile": ours.is_compiled},
             "checkpoint": {"every": None},
             "logging": {"tensorboard": False},
         }  # fmt: skip
@@ -182,6 +188,8 @@ def run_ours(ours: Ours, rows: Path, steps: int) -> list[dict[str, float]]:
         with ExitStack() as patches:
             if not ours.is_fused:
                 patches.enter_context(mock.patch.object(assemble, "fuse_adapters", return_value=None))
+            if not ours.is_light:
+                patches.enter_context(mock.patch.object(assemble, "lighten"))
             if not ours.is_loss_chunked:
                 patches.enter_context(mock.patch.object(train_module, "target_loss_sum", all_logits))
             train_module.train(load_config(file))

@@ -464,6 +464,7 @@ def test_the_edge_of_a_rule_is_allowed(file: Path, key: str, value: float) -> No
         ({"parallel.replicas": 2, "parallel.backend": "zero3"}, ("parallel.replicas", "parallel.backend")),
         ({"parallel.cpu_offload": True, "parallel.backend": "ddp"}, ("parallel.cpu_offload", "parallel.backend")),
         ({"parallel.cpu_offload": True, "parallel.backend": "zero2"}, ("parallel.cpu_offload", "parallel.backend")),
+        ({"memory.compile": True, "parallel.backend": "zero3"}, ("memory.compile", "parallel.backend")),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(
