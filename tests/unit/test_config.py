@@ -55,6 +55,7 @@ IMPOSSIBLE = {
     "optim.grad_accum_steps": (0,),
     "optim.lora_plus_ratio": (0, -1),
     "memory.recompute": (-1,),
+    "memory.budget_gib": (0, -1, float("inf"), float("nan")),
     "eval.every": (0,),
     "eval.max_batches": (0,),
     "logging.every": (0,),
@@ -155,7 +156,7 @@ _entries = st.builds(Source, _text, st.floats(min_value=0, exclude_min=True, all
     modules=st.one_of(st.just("all-linear"), st.lists(_text, min_size=1).map(tuple)),
     lr=st.floats(min_value=0, exclude_min=True, allow_infinity=False),
     max_grad_norm=st.none() | st.floats(min_value=1e-300, allow_infinity=False),
-    recompute=st.sampled_from(["auto", "full", "none"]) | st.integers(0, 100),
+    recompute=st.sampled_from(["auto", "full", "selective", "none"]) | st.integers(0, 100),
     tensorboard=st.booleans(),
     sources=_text | st.lists(_entries, min_size=1, unique_by=lambda source: os.path.abspath(source.path)).map(tuple),
     eval_files=st.none() | _text | st.lists(_text, min_size=1, unique_by=os.path.abspath).map(tuple),
@@ -333,9 +334,9 @@ def test_a_malformed_override_is_refused(file: Path, arguments: list[str], messa
         ("optim.schedule", "1", "linear, cosine or constant"),
         ("adapter.target_modules", "[]", "all-linear or a list of names"),
         ("adapter.target_modules", "[[a]]", "all-linear or a list of names"),
-        ("memory.recompute", "some", "auto, full or none or a whole number"),
-        ("memory.recompute", "true", "auto, full or none or a whole number"),
-        ("memory.recompute", "1.5", "auto, full or none or a whole number"),
+        ("memory.recompute", "some", "auto, full, selective or none or a whole number"),
+        ("memory.recompute", "true", "auto, full, selective or none or a whole number"),
+        ("memory.recompute", "1.5", "auto, full, selective or none or a whole number"),
     ],
 )
 def test_a_value_of_the_wrong_type_is_refused(file: Path, key: str, value: str, rule: str) -> None:
@@ -463,6 +464,11 @@ def test_the_edge_of_a_rule_is_allowed(file: Path, key: str, value: float) -> No
         ({"parallel.replicas": 2, "parallel.backend": "single"}, ("parallel.replicas", "parallel.backend")),
         ({"parallel.replicas": 2, "parallel.backend": "zero3"}, ("parallel.replicas", "parallel.backend")),
         ({"parallel.cpu_offload": True, "parallel.backend": "ddp"}, ("parallel.cpu_offload", "parallel.backend")),
+        ({"memory.budget_gib": 3, "memory.recompute": "full"}, ("memory.budget_gib", "memory.recompute")),
+        (
+            {"memory.budget_gib": 3, "memory.offload_activations": True},
+            ("memory.budget_gib", "memory.offload_activations"),
+        ),
         ({"parallel.cpu_offload": True, "parallel.backend": "zero2"}, ("parallel.cpu_offload", "parallel.backend")),
     ],
 )
