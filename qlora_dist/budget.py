@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ from qlora_dist.data.sampler import MicroBatch
 from qlora_dist.model.activations import GIB, LayerBytes, Recompute, activations_of, layer_bytes
 from qlora_dist.model.adapters import adapter_parameters
 from qlora_dist.model.footprint import free_bytes
-from qlora_dist.model.recompute import Survey, recompute_of, set_recompute
+from qlora_dist.model.recompute import Survey, is_compiled, recompute_of, set_recompute
 from qlora_dist.model.shards import local_bytes, local_part, whole_bytes
 from qlora_dist.model.skeleton import base_model, decoder_layers
 from qlora_dist.runtime import Runtime
@@ -65,6 +66,8 @@ class RecomputeBudget:
         activations = activations_of(dimensions, num_tokens, num_tokens, nothing, element_size)
         self._room = self._limit - self._meter.held() - later - (activations.total - activations.kept)
         self._layer = layer_bytes(dimensions, num_tokens, element_size)
+        if is_compiled(self._model):
+            self._layer = replace(self._layer, selective=self._layer.none)
         self._agree()
         choice = self._layer.least_recompute(self._room, nothing.num_layers, again=self._layer.none)
         set_recompute(self._model, choice)

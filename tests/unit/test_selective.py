@@ -15,9 +15,9 @@ from qlora_dist.config import AdapterConfig, MemoryConfig, ModelConfig, TrainCon
 from qlora_dist.console import Reporter
 from qlora_dist.data.sampler import collate
 from qlora_dist.data.samples import Sample
-from qlora_dist.model.activations import Recompute
+from qlora_dist.model.activations import LayerBytes, Recompute
 from qlora_dist.model.adapters import adapter_parameters
-from qlora_dist.model.recompute import Survey, recompute_of, set_recompute
+from qlora_dist.model.recompute import LayerForward, Survey, recompute_of, set_recompute
 from qlora_dist.model.selective import SelectiveForward
 from qlora_dist.runtime import Runtime, start_runtime
 from qlora_dist.train import micro_step
@@ -49,7 +49,8 @@ def loss_and_gradient(model, runtime: Runtime, length: int = 40) -> tuple[torch.
     """Of one micro-batch of two rows; 0-dim, and one vector."""
     model.zero_grad()
     rows = [torch.randint(3, 300, (length,), generator=torch.Generator().manual_seed(n)).tolist() for n in range(2)]
-    loss = micro_step(model, collate([Sample(ids, ids) for ids in rows], 0), torch.tensor(float(2 * length)), runtime)
+    batch = collate([Sample(ids, ids) for ids in rows], pad_token_id=0).to(runtime.device)
+    loss = micro_step(model, batch, torch.tensor(float(2 * length), device=runtime.device), runtime)
     loss.backward()
     return loss.detach(), torch.cat([param.grad.flatten() for param in adapter_parameters(model).values()])
 
@@ -179,6 +180,19 @@ def test_memory_that_is_written_to_shared_or_used_again(function) -> None:
     inputs = torch.randn(8, 8, generator=generator), torch.randn(8, 8, generator=generator)
     expected = gradient_of(function, *inputs, selectively=False)
     assert all(map(torch.equal, gradient_of(function, *inputs, selectively=True), expected))
+
+
+def test_compiled_layers_stay_compiled() -> None:
+    """They run as they are where others recompute selectively, and are not counted."""
+    from torch._dynamo.testing import CompileCounter
+
+    layer, counter = nn.Linear(8, 8), CompileCounter()
+    layer.forward = torch.compile(layer.forward, backend=counter)
+    forward = LayerForward(layer, "selective", None)
+    forward.surveyed = LayerBytes(0, 0, 0)
+    forward(torch.ones(2, 8)).sum().backward()
+    assert counter.frame_count == 1
+    assert forward.surveyed == LayerBytes(0, 0, 0)
 
 
 def test_a_change_behind_the_layer_is_noticed() -> None:
