@@ -63,7 +63,8 @@ class StepMetrics:
     data_wait_seconds: float
     """Part of `step_seconds` in which the loop waited for its micro-batches; the largest over ranks."""
     peak_memory_gib: float
-    """Largest over ranks: allocated on the GPU, or resident in host memory on CPU, since the start."""
+    """Largest over ranks: allocated on the GPU, or resident in host memory on CPU, since the start; with
+    `memory.recompute: auto`, whose measuring begins there, since the first step."""
     mfu: float | None
     """Model FLOPs utilisation: the arithmetic that training needs (see `model/flops.py`) per second, over what all
     ranks' devices were measured to multiply at best (`peak.py`)."""
@@ -139,6 +140,7 @@ class Recorder:
         self._writer = MetricsWriter(folder, config, first_step) if runtime.is_main else None
         self._stack = ExitStack()
         self._waited_before = 0.0
+        self._peak_gib = 0.0
         self._window_steps = 0
         self._window_tokens = torch.zeros((), device=runtime.device)
         self._window_targets = torch.zeros((), device=runtime.device)
@@ -181,7 +183,8 @@ class Recorder:
         if step % self._config.every and step != self._num_steps:
             return
         summed = self._runtime.sum_over_ranks(torch.stack([sums.loss, sums.loss.new_tensor(self._window_flops)]))
-        peak = self._runtime.max_over_ranks(peak_memory_gib(self._runtime.device))
+        # The larger of both, because `budget.py` lets the device forget its peak now and then.
+        self._peak_gib = max(self._peak_gib, self._runtime.max_over_ranks(peak_memory_gib(self._runtime.device)))
         waited = self._runtime.max_over_ranks(waited_seconds - self._waited_before)
         values = torch.stack(
             [sums.grad_norm, sums.num_tokens, sums.num_targets, self._window_tokens, self._window_targets, *summed]
@@ -199,7 +202,7 @@ class Recorder:
             target_tokens_per_second=window_targets / seconds,
             step_seconds=seconds / self._window_steps,
             data_wait_seconds=waited / self._window_steps,
-            peak_memory_gib=peak,
+            peak_memory_gib=self._peak_gib,
             mfu=flops / seconds / self._peak_flops if self._peak_flops else None,
             epoch=epoch,
             num_skipped_steps=num_skipped_steps,

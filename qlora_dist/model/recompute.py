@@ -50,9 +50,15 @@ class Survey:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.result = self._forward.surveyed
-        """Of the largest micro-batch; None when there was no forward."""
+        found = self._forward.surveyed
+        self.result = found if found is not None and found.none > 0 else None
+        """Of the largest micro-batch; None when nothing could be counted."""
         self._forward.surveyed = None
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether the layers run compiled code, which decides by itself what is quick enough to compute again."""
+    return all(forward.is_compiled for forward in _forwards(model))
 
 
 class LayerForward:
@@ -62,6 +68,8 @@ class LayerForward:
     def __init__(self, layer: nn.Module, policy: Policy, offload: Offload | None) -> None:
         self._layer, self._plain, self._offload = layer, layer.forward, offload
         self.policy = policy
+        # torch.compile stands aside, without a word, while an operation is watched: no selective policy then.
+        self.is_compiled = hasattr(layer.forward, "_torchdynamo_orig_callable")
         self.surveyed: LayerBytes | None = None
         """The largest found so far, while a survey goes on."""
 
@@ -74,12 +82,12 @@ class LayerForward:
             return self._run(store.keep, args, kwargs)
 
     def _run(self, keep: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self.surveyed is None and self.policy == "none":
+        is_survey = self.surveyed is not None and not self.is_compiled
+        if not is_survey and (self.policy == "none" or (self.policy == "selective" and self.is_compiled)):
             return self._plain(*args, **kwargs)
-        if self.surveyed is None and self.policy == "full":
+        if not is_survey and self.policy == "full":
             # Non-reentrant: needs no input gradient, and hides nothing from autograd or the compiler.
             return checkpoint(self._plain, *args, use_reentrant=False, **kwargs)
-        is_survey = self.surveyed is not None
         with SelectiveForward(_tensors((args[1:], kwargs)), keep, is_survey) as forward:
             result = self._plain(*args, **kwargs)
         if is_survey:

@@ -4,9 +4,18 @@ import json
 from types import SimpleNamespace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from qlora_dist.config import MemoryConfig, OptimConfig, ParallelConfig, TrainConfig
-from qlora_dist.model.activations import GIB, activations_of, num_recomputed_layers, out_of_memory_message
+from qlora_dist.model.activations import (
+    GIB,
+    LayerBytes,
+    Recompute,
+    activations_of,
+    fixed_recompute,
+    out_of_memory_message,
+)
 from tests.support.command import ROOT
 
 
@@ -26,7 +35,12 @@ def test_the_formula_agrees_with_what_was_counted() -> None:
     for run in counted["runs"]:
         model = dimensions(counted["shapes"][run["shape"]])
         tokens = counted["seq_len"] * counted["micro_batch_size"]
-        estimate = activations_of(model, tokens, tokens, model.num_hidden_layers, element_size=2).total / GIB
+        estimate = (
+            activations_of(
+                model, tokens, tokens, fixed_recompute("full", model.num_hidden_layers), element_size=2
+            ).total
+            / GIB
+        )
         assert 0.65 <= estimate / (run["peak_gib"] - run["between_steps_gib"]) <= 1.0, run
 
 
@@ -34,7 +48,8 @@ def test_targets_cost_a_chunk_of_logits_at_most() -> None:
     """Where the loss is the peak, it grows with the targets by their gradients only, once a chunk of logits is full."""
     model = dimensions({"hidden": 64, "layers": 2, "heads": 4, "kv_heads": 4, "intermediate": 128, "vocab": 128256})
     none, some, many, more = (
-        activations_of(model, 16384, num_targets, 2, element_size=2).loss for num_targets in (0, 100, 4096, 16384)
+        activations_of(model, 16384, num_targets, Recompute(2, 0, 2), element_size=2).loss
+        for num_targets in (0, 100, 4096, 16384)
     )
     assert none == 0
     assert some == 100 * (128256 * 10 + 64 * 2)
@@ -55,6 +70,7 @@ def advice(backend: str, recompute: str | int, rows: int) -> str:
     return out_of_memory_message(
         config,
         LLAMA_7B,
+        fixed_recompute(recompute, LLAMA_7B.num_hidden_layers),
         rows=rows,
         length=4096,
         num_targets=rows * 4096,
@@ -82,7 +98,26 @@ def test_advice_leaves_out_what_is_done_already() -> None:
     assert "parallel.cpu_offload: true" in text
 
 
-@pytest.mark.parametrize(("recompute", "expected"), [("none", 0), ("full", 32), ("auto", 32), (5, 5), (99, 32)])
-def test_recompute_as_a_number_of_layers(recompute: str | int, expected: int) -> None:
-    """Every value of memory.recompute stands for a number of layers."""
-    assert num_recomputed_layers(recompute, 32) == expected
+@pytest.mark.parametrize(
+    ("recompute", "expected"),
+    [("none", (0, 0)), ("full", (0, 32)), ("selective", (32, 0)), ("auto", (0, 32)), (5, (0, 5)), (99, (0, 32))],
+)
+def test_recompute_as_numbers_of_layers(recompute: str | int, expected: tuple[int, int]) -> None:
+    """Every value of memory.recompute stands for a number of layers under each policy; the first ones recompute."""
+    found = fixed_recompute(recompute, 32)
+    assert (found.num_selective, found.num_full) == expected
+    mixed = Recompute(4, num_selective=2, num_full=1)
+    assert [mixed.policy(number) for number in range(4)] == ["full", "selective", "selective", "none"]
+
+
+@given(st.integers(1, 40), st.tuples(*[st.integers(1, 10**9)] * 3), st.integers(0, 10**10), st.integers(0, 10**10))
+def test_more_room_never_means_more_recomputation(num_layers: int, sizes: tuple, room: int, more: int) -> None:
+    """What is chosen fits wherever anything does, and with more room no layer recomputes more."""
+    layer = LayerBytes(*sorted(sizes, reverse=True))
+    tight, ample = (layer.least_recompute(size, num_layers, again=layer.none) for size in (room, room + more))
+    order = ["none", "selective", "full"]
+    for number in range(num_layers):
+        assert order.index(ample.policy(number)) <= order.index(tight.policy(number))
+    least = layer.kept(Recompute(num_layers, 0, num_layers)) + layer.none
+    assert layer.kept(tight) <= max(room, least)
+    assert layer.least_recompute(num_layers * layer.none, num_layers, again=0) == Recompute(num_layers)

@@ -1,0 +1,189 @@
+"""What recomputation costs and frees, and what `memory.recompute: auto` makes of three budgets.
+
+    python benchmarks/recompute.py               # needs what `make demo` prepared; half an hour on two cores
+
+SmolLM2-135M with LoRA of rank 16 on 2 x 512 tokens a step. First every fixed setting, each in a fresh process, forwards
+through the list and then backwards; then `auto` under each budget in the same way. A budget is what a rank may take for
+everything. Rates and peaks leave out the first steps, in which `auto` corrects itself; its peak in those is given
+apart. All losses must be the same to the bit. Writes benchmarks/results/recompute_DEVICE.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import yaml
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+from benchmarks.conversations import MODEL, check_prepared, write_long_conversations  # noqa: E402
+from benchmarks.machine import describe_machine  # noqa: E402
+
+NUM_WARMUP = 3
+"""Steps that do not count: `auto` corrects itself after the first and the second."""
+SEQ_LEN, ROWS, THREADS, NUM_LAYERS = 512, 2, 2, 30
+FIXED = ("none", 10, 20, "selective", "full")
+BUDGETS = {"tight": 0.15, "middle": 0.6, "ample": 1.6}
+"""Where each budget lies between the peaks of `full` (0) and `none` (1)."""
+GIB = 2**30
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=9, help="optimizer steps of each run")
+    parser.add_argument("--out", type=Path, default=None, help="JSON file to write")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)  # settings as JSON, run in this process
+    parser.add_argument("--rows", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    check_prepared()
+    if options.worker is not None:
+        measured = measure(json.loads(options.worker), options.rows, options.steps)
+        options.out.write_text(json.dumps(measured), encoding="utf-8")
+        return
+    machine = describe_machine()
+    out = options.out or ROOT / "benchmarks" / "results" / f"recompute_{'cuda' if machine['num_gpus'] else 'cpu'}.json"
+    with tempfile.TemporaryDirectory() as name:
+        write_long_conversations(Path(name) / "rows.jsonl")
+        fixed = compare({str(value): {"recompute": value} for value in FIXED}, Path(name), options.steps)
+        low, high = fixed["full"]["peak_gib"], fixed["none"]["peak_gib"]
+        budgets = {kind: round(low + where * (high - low), 2) for kind, where in BUDGETS.items()}
+        settings = {kind: {"recompute": "auto", "budget_gib": budget} for kind, budget in budgets.items()}
+        chosen = compare(settings, Path(name), options.steps)
+    check_losses([*fixed.values(), *chosen.values()])
+    result = {
+        "machine": machine,
+        "settings": {"model": MODEL.name, "rank": 16, "tokens_per_step": f"{ROWS} x {SEQ_LEN}", "threads": THREADS,
+                     "steps": options.steps, "warmup_steps_dropped": NUM_WARMUP},
+        "budgets_gib": budgets, "fixed": fixed, "auto": chosen,
+    }  # fmt: skip
+    out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(table(result))
+    print(f"written to {out}")
+
+
+def compare(settings: dict[str, dict[str, Any]], folder: Path, steps: int) -> dict[str, dict[str, Any]]:
+    """Run all, forwards and backwards; rate, peak and losses of each."""
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in settings}
+    for name in [*settings, *reversed(settings)]:
+        print(f"{name} ...", flush=True)
+        runs[name].append(run(settings[name], folder, steps))
+    return {name: summarise(repeats) for name, repeats in runs.items()}
+
+
+def run(memory: dict[str, Any], folder: Path, steps: int) -> dict[str, Any]:
+    """One setting in a fresh process."""
+    out = folder / "measured.json"
+    command = [sys.executable, __file__, "--worker", json.dumps(memory), "--steps", str(steps),
+               "--rows", str(folder / "rows.jsonl"), "--out", str(out)]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": str(THREADS), "HF_HUB_OFFLINE": "1",
+                   "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(folder / "cache")}  # fmt: skip
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"{memory} ended with {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+    return dict(json.loads(out.read_text(encoding="utf-8")))
+
+
+def measure(memory: dict[str, Any], rows: Path, steps: int) -> dict[str, Any]:
+    """Train in this process: seconds, peak and recomputation of each step, and the losses."""
+    from qlora_dist import train as train_module
+    from qlora_dist.budget import MemoryMeter
+    from qlora_dist.config import load_config
+    from qlora_dist.model.recompute import recompute_of
+    from qlora_dist.noise import quiet_third_parties
+
+    quiet_third_parties()
+    train_step = train_module.train_step
+    measured: list[dict[str, Any]] = []
+
+    def timed(model: Any, *arguments: Any) -> Any:
+        now, meter = recompute_of(model), MemoryMeter(arguments[4].device)
+        forget_peak(arguments[4].device)
+        started = time.perf_counter()
+        sums = train_step(model, *arguments)
+        measured.append({"seconds": time.perf_counter() - started, "peak_gib": meter.peak() / GIB,
+                         "num_selective": now.num_selective, "num_full": now.num_full})  # fmt: skip
+        return sums
+
+    with tempfile.TemporaryDirectory() as name:
+        config = {
+            "output_dir": f"{name}/run",
+            "model": {"path": str(MODEL)},
+            "data": {"train": str(rows), "max_seq_len": SEQ_LEN, "packing": False},
+            "optim": {"lr": 1e-4, "schedule": "constant", "max_steps": steps, "micro_batch_size": ROWS},
+            "memory": memory,
+            "checkpoint": {"every": None},
+            "logging": {"tensorboard": False},
+        }  # fmt: skip
+        file = Path(name) / "config.yaml"
+        file.write_text(yaml.safe_dump(config), encoding="utf-8")
+        with mock.patch.object(train_module, "train_step", timed):
+            train_module.train(load_config(file))
+        logged = [json.loads(line) for line in (Path(name) / "run" / "metrics.jsonl").read_text("utf-8").splitlines()]
+    return {"steps": measured, "losses": [row["loss"] for row in logged]}
+
+
+def forget_peak(device: torch.device) -> None:
+    """Look for the peak from here on. Nothing is given back to the operating system, which would cost time."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def summarise(repeats: list[dict[str, Any]]) -> dict[str, Any]:
+    """Median rate and largest peak after the first steps, the largest peak in them, and what was recomputed."""
+    counted = [run["steps"][NUM_WARMUP:] for run in repeats]
+    rates = [[ROWS * SEQ_LEN / step["seconds"] for step in steps] for steps in counted]
+    last = counted[0][-1]
+    return {
+        "tokens_per_second": round(statistics.median(rate for each in rates for rate in each), 1),
+        "tokens_per_second_of_each_run": [round(statistics.median(each), 1) for each in rates],
+        "peak_gib": round(max(step["peak_gib"] for steps in counted for step in steps), 3),
+        "first_peak_gib": round(max(s["peak_gib"] for run in repeats for s in run["steps"][:NUM_WARMUP]), 3),
+        "num_selective": last["num_selective"],
+        "num_full": last["num_full"],
+        "losses": repeats[0]["losses"],
+    }
+
+
+def check_losses(rows: list[dict[str, Any]]) -> None:
+    """End the program when what was recomputed can be seen in the losses.
+
+    Raises:
+        SystemExit: two runs differ.
+    """
+    if any(row["losses"] != rows[0]["losses"] for row in rows):
+        sys.exit(f"the losses depend on what is recomputed: {[row['losses'] for row in rows]}")
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result as Markdown: `auto` under each budget, beside the fixed settings that fit."""
+    lines = ["| budget, GiB | setting | selectively, fully | tokens/s | each run | peak, GiB | in the first steps |",
+             "|---|---|---|---|---|---|---|"]  # fmt: skip
+    for kind, budget in result["budgets_gib"].items():
+        fitting = {name: row for name, row in result["fixed"].items() if row["peak_gib"] <= budget}
+        best = max(row["tokens_per_second"] for row in fitting.values())
+        for name, row in {**fitting, "auto": result["auto"][kind]}.items():
+            rate = f"{row['tokens_per_second']:g}"
+            share = f" ({row['tokens_per_second'] / best:.0%} of the best)" if name == "auto" else ""
+            each = ", ".join(f"{value:g}" for value in row["tokens_per_second_of_each_run"])
+            lines.append(
+                f"| {kind}, {budget:g} | {name} | {row['num_selective']}, {row['num_full']} | {rate}{share} | {each} | "
+                f"{row['peak_gib']:.2f} | {row['first_peak_gib']:.2f} |"
+            )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

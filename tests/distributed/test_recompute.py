@@ -1,0 +1,144 @@
+"""What is recomputed, on two ranks: chosen alike by both, and without a trace in what is trained."""
+
+from itertools import pairwise
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+
+from qlora_dist import assemble
+from qlora_dist.budget import MemoryMeter, RecomputeBudget
+from qlora_dist.config import AdapterConfig, DataConfig, MemoryConfig, ModelConfig, OptimConfig, TrainConfig
+from qlora_dist.console import Reporter
+from qlora_dist.data.sampler import collate
+from qlora_dist.data.samples import Sample
+from qlora_dist.model.activations import GIB, LayerBytes, Recompute, layer_bytes
+from qlora_dist.model.recompute import recompute_of
+from qlora_dist.model.skeleton import base_model
+from qlora_dist.parallel import build_engine, engine_settings
+from qlora_dist.runtime import Runtime, start_runtime
+from qlora_dist.train import train_step
+from tests.support.processes import run_on_processes
+
+LENGTH = 48
+NUM_LAYERS = 3
+
+
+def train(folder: Path, backend: str, recompute: str | int, runtime: Runtime) -> tuple[list[float], dict]:
+    """Losses and final adapter of two steps of two accumulated micro-batches, with dropout."""
+    config = TrainConfig(
+        model=ModelConfig(path=str(folder), dtype="bfloat16"), adapter=AdapterConfig(rank=4, dropout=0.2),
+        memory=MemoryConfig(recompute=recompute), optim=OptimConfig(lr=1e-2, grad_accum_steps=2),
+        data=DataConfig(max_seq_len=LENGTH),
+    )  # fmt: skip
+    settings = engine_settings(config, backend)
+    model = assemble.build_model(config, folder, backend, runtime, Reporter(is_main=False), settings).train()
+    engine = build_engine(model, config.optim, runtime, settings)
+    budget = RecomputeBudget(config, model, runtime, lambda _: None)
+    budget.choose()
+    generator = torch.Generator().manual_seed(runtime.rank)
+    rows = [torch.randint(3, 300, (LENGTH,), generator=generator).tolist() for _ in range(2)]
+    batches = [collate([Sample(ids, ids)], pad_token_id=0) for ids in rows]
+    losses, choices = [], []
+    for _ in range(2):
+        with budget.measuring():
+            sums = train_step(model, engine, batches, 1e-2, 1.0, runtime)
+        budget.after_step(batches)
+        losses.append(runtime.sum_over_ranks(sums.loss).item())
+        choices.append(recompute_of(model))
+    if recompute == "auto":
+        assert choices[0] == Recompute(NUM_LAYERS), "a tiny model fits"
+    return losses, {name: tensor.clone() for name, tensor in engine.whole_adapter().items()}
+
+
+def compare_policies(folder: Path, backend: str, settings: tuple[str | int, ...]) -> None:
+    runtime = start_runtime(seed=0, dtype="bfloat16")
+    expected_losses, expected = train(folder, backend, "none", runtime)
+    for recompute in settings:
+        losses, found = train(folder, backend, recompute, runtime)
+        assert losses == expected_losses, recompute
+        for name, tensor in expected.items():
+            assert torch.equal(found[name], tensor), (recompute, name)
+
+
+def test_training_has_the_same_bits_under_every_policy(tiny_llama: Path) -> None:
+    """On two sharded ranks, with accumulation and dropout, losses and adapters do not depend on `memory.recompute`."""
+    run_on_processes(compare_policies, 2, tiny_llama, "fsdp", ("selective", 1, "auto"))
+
+
+def test_zero3_has_the_same_bits_under_every_policy(tiny_llama: Path) -> None:
+    """Where parameters are whole only while their module runs, nothing is made again from them."""
+    pytest.importorskip("deepspeed", reason="deepspeed is an optional dependency")
+    run_on_processes(compare_policies, 2, tiny_llama, "zero3", ("selective",))
+
+
+class PretendedMeter(MemoryMeter):
+    """Memory of a process that holds `base` bytes, and in a step what its layers keep on top."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self.base, self.layer, self.model = 0, LayerBytes(0, 0, 0), None
+
+    def held(self) -> int:
+        return self.base
+
+    def restart(self) -> None:
+        pass
+
+    def peak(self) -> int:
+        choice = recompute_of(self.model)
+        return self.base + self.layer.kept(choice) + (self.layer.none if choice.num_full else 0)
+
+
+def choices_of(folder: Path, runtime: Runtime, num_layers_less: int) -> list[Recompute]:
+    """What is chosen before and after two steps, when layers turn out to take twice what the formula says, and the
+    limit is what three of them take that keep everything.
+
+    Args:
+        num_layers_less: layers that the second rank has less room for.
+    """
+    config = TrainConfig(
+        model=ModelConfig(path=str(folder), dtype="float32"), adapter=AdapterConfig(rank=4),
+        data=DataConfig(max_seq_len=LENGTH),
+    )  # fmt: skip
+    model = assemble.build_model(config, folder, "ddp", runtime, Reporter(is_main=False)).train()
+    by_formula = layer_bytes(base_model(model).config, LENGTH, element_size=4)
+    layer = LayerBytes(*(2 * size for size in vars(by_formula).values()))
+    said: list[str] = []
+    limit = mock.patch("qlora_dist.budget.memory_limit", return_value=GIB + NUM_LAYERS * layer.none)
+    with mock.patch("qlora_dist.budget.MemoryMeter", PretendedMeter), limit:
+        budget = RecomputeBudget(config, model, runtime, said.append)
+        meter = budget._meter
+        meter.model, meter.layer = model, layer
+        meter.base = GIB + runtime.rank * num_layers_less * layer.none
+        budget.choose()
+    choices = [recompute_of(model)]
+    batch = collate([Sample([1] * LENGTH, [1] * LENGTH)], pad_token_id=0)
+    for _ in range(2):
+        with budget.measuring():
+            pass
+        if budget._survey is not None:
+            budget._survey.result = layer
+        budget.after_step([batch])
+        choices.append(recompute_of(model))
+    assert said[0].startswith(f"recompute: {choices[0]}: about ")
+    assert said[0].endswith("(chosen by memory.recompute: auto)")
+    changes = [later for earlier, later in pairwise(choices) if later != earlier]
+    assert [line.split(": about")[0] for line in said[1:]] == [f"recompute: {choice}" for choice in changes]
+    return choices
+
+
+def choose_together(folder: Path) -> None:
+    runtime = start_runtime(seed=0, dtype="float32")
+    for num_layers_less, expected in ((0, Recompute(3)), (1, Recompute(3, 3)), (2, Recompute(3, 0, 3))):
+        mine = choices_of(folder, runtime, num_layers_less)
+        everybodys: list = [None, None]
+        torch.distributed.all_gather_object(everybodys, mine)
+        assert everybodys[0] == everybodys[1], num_layers_less
+        assert mine[1] == mine[2] == expected, (num_layers_less, mine)
+
+
+def test_all_ranks_choose_by_the_one_with_the_least_room(tiny_llama: Path) -> None:
+    """Ranks that hold unlike amounts decide alike, before and after the first step; the log says what, and changes."""
+    run_on_processes(choose_together, 2, tiny_llama)

@@ -1,0 +1,207 @@
+"""Selective recomputation: which bytes it keeps, what it computes again, and that nobody can tell from the results."""
+
+import dataclasses
+from pathlib import Path
+from unittest import mock
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from torch import nn
+
+from benchmarks.memory import StorageCounter
+from qlora_dist import assemble
+from qlora_dist.config import AdapterConfig, MemoryConfig, ModelConfig, TrainConfig
+from qlora_dist.console import Reporter
+from qlora_dist.data.sampler import collate
+from qlora_dist.data.samples import Sample
+from qlora_dist.model.activations import LayerBytes, Recompute
+from qlora_dist.model.adapters import adapter_parameters
+from qlora_dist.model.recompute import LayerForward, Survey, recompute_of, set_recompute
+from qlora_dist.model.selective import SelectiveForward
+from qlora_dist.runtime import Runtime, start_runtime
+from qlora_dist.train import micro_step
+from tests.distributed.test_families import families  # noqa: F401
+
+CHOICES = [Recompute(2), Recompute(2, 2), Recompute(2, 0, 2), Recompute(2, 1, 1), Recompute(2, 1, 0)]
+
+
+@pytest.fixture(scope="module")
+def runtime() -> Runtime:
+    return start_runtime(seed=0, dtype="float32")
+
+
+def build(folder: Path, runtime: Runtime, dropout: float = 0.0, attention: str = "auto"):
+    """A model in training mode whose adapters' B is not zero."""
+    dtype = str(runtime.compute_dtype).removeprefix("torch.")
+    config = TrainConfig(
+        model=ModelConfig(path=str(folder), dtype=dtype, attention=attention),
+        adapter=AdapterConfig(rank=4, dropout=dropout), memory=MemoryConfig(recompute="none"),
+    )  # fmt: skip
+    model = assemble.build_model(config, folder, "single", runtime, Reporter(is_main=False)).train()
+    for name, param in adapter_parameters(model).items():
+        if ".lora_B." in name:
+            nn.init.normal_(param, std=0.05, generator=torch.Generator().manual_seed(0))
+    return model
+
+
+def loss_and_gradient(model, runtime: Runtime, length: int = 40) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of one micro-batch of two rows; 0-dim, and one vector."""
+    model.zero_grad()
+    rows = [torch.randint(3, 300, (length,), generator=torch.Generator().manual_seed(n)).tolist() for n in range(2)]
+    batch = collate([Sample(ids, ids) for ids in rows], pad_token_id=0).to(runtime.device)
+    loss = micro_step(model, batch, torch.tensor(float(2 * length), device=runtime.device), runtime)
+    loss.backward()
+    return loss.detach(), torch.cat([param.grad.flatten() for param in adapter_parameters(model).values()])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_every_family_has_the_same_bits_under_every_policy(
+    families: dict[str, Path],  # noqa: F811
+    runtime: Runtime,
+    dtype: str,
+    dropout: float,
+) -> None:
+    """Loss and gradients do not depend on what is recomputed, bit for bit, dropout included; and policies change from
+    step to step without building anything again."""
+    runtime = dataclasses.replace(runtime, compute_dtype=getattr(torch, dtype))
+    for name, folder in families.items():
+        model = build(folder, runtime, dropout)
+        expected = loss_and_gradient(model, runtime)
+        assert expected[1].norm() > 0
+        for choice in CHOICES:
+            set_recompute(model, choice)
+            assert recompute_of(model) == choice
+            found = loss_and_gradient(model, runtime)
+            assert all(map(torch.equal, found, expected)), (name, choice)
+
+
+def test_eager_attention_has_the_same_bits(families: dict[str, Path], runtime: Runtime) -> None:  # noqa: F811
+    """Attention out of single operations is recomputed as far as it is quick: its products run once."""
+    model = build(families["qwen3"], runtime, attention="eager")
+    expected = loss_and_gradient(model, runtime)
+    set_recompute(model, Recompute(2, 2))
+    assert all(map(torch.equal, loss_and_gradient(model, runtime), expected))
+
+
+def test_products_run_once(tiny_llama: Path, runtime: Runtime) -> None:
+    """Selectively, no 4-bit product is computed again; fully, all are."""
+    model = build(tiny_llama, runtime)
+    loss_and_gradient(model, runtime)  # the first one asks the model for more
+    with mock.patch.object(bnb, "matmul_4bit", wraps=bnb.matmul_4bit) as product:
+        counts = []
+        for choice in (Recompute(3), Recompute(3, 3), Recompute(3, 0, 3)):
+            set_recompute(model, choice)
+            product.reset_mock()
+            loss_and_gradient(model, runtime)
+            counts.append(product.call_count)
+    assert counts[0] == counts[1] == 3 * 7
+    assert counts[2] == 2 * counts[0]
+
+
+def test_what_is_kept_is_what_was_counted(tiny_llama: Path, runtime: Runtime) -> None:
+    """What a survey counts for each policy is, to the byte, what storages take that are alive after forward, and
+    selectively that is about half in bfloat16."""
+    runtime = dataclasses.replace(runtime, compute_dtype=torch.bfloat16)
+    model = build(tiny_llama, runtime)
+    ids = torch.arange(3, 259).reshape(2, 128)
+    with Survey(model) as survey, runtime.autocast():
+        model(input_ids=ids, use_cache=False)
+
+    outputs = []
+
+    def alive(*choice: int) -> int:
+        set_recompute(model, Recompute(3, *choice))
+        with runtime.autocast(), StorageCounter() as counter:
+            outputs.append(model(input_ids=ids, use_cache=False))
+            now = counter.now
+        outputs.clear()
+        return now
+
+    layer = survey.result
+    # Not the first layer: its input needs no gradient, and its norm keeps nothing.
+    assert alive(1) - alive(3) == 2 * (layer.none - layer.selective)
+    assert alive(0, 1) - alive(0, 3) == 2 * (layer.none - layer.full)
+    assert layer.full == ids.numel() * 64 * 2
+    assert 0.4 < layer.selective / layer.none < 0.6
+
+
+def test_forward_without_gradients_keeps_nothing(tiny_llama: Path, runtime: Runtime) -> None:
+    """In evaluation policies do nothing."""
+    model = build(tiny_llama, runtime).eval()
+    set_recompute(model, Recompute(3, 3))
+    with mock.patch.object(SelectiveForward, "__enter__", side_effect=AssertionError), torch.no_grad():
+        model(input_ids=torch.arange(9).unsqueeze(0))
+
+
+def gradient_of(function, *inputs: torch.Tensor, selectively: bool) -> list[torch.Tensor]:
+    inputs = tuple(tensor.detach().clone().requires_grad_() for tensor in inputs)
+    if selectively:
+        with SelectiveForward(()) as forward:
+            result = function(*inputs)
+        assert forward.kept[1] < forward.kept[0], "otherwise nothing is recomputed, and nothing tested"
+    else:
+        result = function(*inputs)
+    result.sum().backward()
+    return [tensor.grad for tensor in inputs]
+
+
+def written_after_it_was_read(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    hidden = x @ w
+    product = (2 * hidden).sin() @ w + (hidden * 3).sin().exp() @ w
+    hidden += 1  # what the recomputation begins with
+    return product
+
+
+def result_written_to(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    hidden = x @ w
+    shifted = hidden * 3
+    shifted.add_(hidden)  # no longer what the multiplication gave
+    return (shifted.sin() @ w) + (hidden.cos().exp() @ w)
+
+
+def views(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    gate, up = (x @ w).chunk(2, dim=-1)
+    inner = (nn.functional.silu(gate) * up).view(2, -1, 4).transpose(0, 1)
+    return torch.cat([inner, inner.exp()], dim=-1).reshape(-1, 8) @ w
+
+
+def made_and_dropped(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    for _ in range(8):  # addresses of freed tensors are used again by others
+        x = (x @ w).tanh().mul(2).sin()
+    return x
+
+
+@pytest.mark.parametrize("function", [written_after_it_was_read, result_written_to, views, made_and_dropped])
+def test_memory_that_is_written_to_shared_or_used_again(function) -> None:
+    """What is recomputed is what was there when it was computed first."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(8, 8, generator=generator), torch.randn(8, 8, generator=generator)
+    expected = gradient_of(function, *inputs, selectively=False)
+    assert all(map(torch.equal, gradient_of(function, *inputs, selectively=True), expected))
+
+
+def test_compiled_layers_stay_compiled() -> None:
+    """They run as they are where others recompute selectively, and are not counted."""
+    from torch._dynamo.testing import CompileCounter
+
+    layer, counter = nn.Linear(8, 8), CompileCounter()
+    layer.forward = torch.compile(layer.forward, backend=counter)
+    forward = LayerForward(layer, "selective", None)
+    forward.surveyed = LayerBytes(0, 0, 0)
+    forward(torch.ones(2, 8)).sum().backward()
+    assert counter.frame_count == 1
+    assert forward.surveyed == LayerBytes(0, 0, 0)
+
+
+def test_a_change_behind_the_layer_is_noticed() -> None:
+    """Like autograd, which would refuse it, had it saved the tensor itself."""
+    x = torch.ones(8, 8, requires_grad=True)
+    hidden = x @ torch.eye(8)
+    with SelectiveForward(()):
+        result = hidden.sin().exp() + hidden.mul(2).cos()
+    with torch.no_grad():
+        hidden += 1
+    with pytest.raises(RuntimeError, match=r"in place|inplace"):
+        result.sum().backward()
