@@ -5,8 +5,8 @@
 
 Every contender trains the same 4-bit model with the same LoRA settings on the same token ids and loss masks in the same
 order, 2 x 512 tokens a step, no padding, each in a fresh process, forwards through the list and then backwards. Rates
-leave the first two steps out, and with them what is compiled in these. The losses of the first step must agree, or the comparison compares nothing. Writes
-benchmarks/results/step_DEVICE.json.
+leave the first two steps out, and with them what is compiled in these. The losses of the first step must agree, or the
+comparison compares nothing. Writes benchmarks/results/step_DEVICE.json.
 """
 
 from __future__ import annotations

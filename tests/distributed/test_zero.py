@@ -75,7 +75,7 @@ def runs(request, tmp_path_factory, tiny_llama: Path, chat_file: Path) -> tuple[
 
 
 OUR_LINES = (
-    "step ", "eval at step ", "base model: ", "attention: ", "decoder layers: ", "single, ", "zero2, ", "zero3, ", "adapter written ",
+    "step ", "eval at step ", "base model: ", "attention: ", "single, ", "zero2, ", "zero3, ", "adapter written ",
     "packed ", "/",
 )  # fmt: skip
 """How the lines of a run begin; `/` is the path of the data file."""
