@@ -1,5 +1,6 @@
 """Compiled layers compute what they compute as they are, from as few codes as there are kinds of calls."""
 
+import dataclasses
 from pathlib import Path
 from unittest import mock
 
@@ -42,18 +43,18 @@ def test_compiled_gradients_are_the_same(tiny_llama: Path, runtime: Runtime, dro
 
 
 def test_layers_share_their_code(tiny_llama: Path, runtime: Runtime) -> None:
-    """Rows of many lengths, with padding and without, evaluation in between: four codes for all layers, no breaks."""
+    """Rows of many lengths, evaluation in between: one code for the first length, one for the others, no breaks."""
     torch.compiler.reset()
     with without_kernels():
         model = build(tiny_llama, runtime, memory=MemoryConfig("none", compile=True))
         counters.clear()
-        for lengths in ((12, 20), (9, 31), (7, 7), (16, 16)):
+        for lengths in ((12, 20), (9, 31), (7, 5), (16, 18)):
             gradient(model, runtime, [lengths])
             model.eval()
             with torch.no_grad():
                 model(input_ids=torch.ones(1, 5, dtype=torch.long), use_cache=False)
             model.train()
-    assert 1 <= counters["stats"]["unique_graphs"] <= 4
+    assert counters["stats"]["unique_graphs"] == 2
     assert not counters["graph_break"]
 
 
@@ -61,15 +62,13 @@ def test_evaluation_is_not_compiled(tiny_llama: Path, runtime: Runtime) -> None:
     """In eval mode, or without gradients, layers run as they are."""
     with without_kernels():
         model = build(tiny_llama, runtime, memory=MemoryConfig("none", compile=True))
-        torch.compiler.reset()
-        counters.clear()
-        ids = torch.ones(1, 5, dtype=torch.long)
-        model.eval()(input_ids=ids, use_cache=False)
-        with torch.no_grad():
-            model.train()(input_ids=ids, use_cache=False)
-        assert not counters["frames"]
-        model(input_ids=ids, use_cache=False)
-    assert counters["frames"]["ok"]
+    torch.compiler.reset()
+    counters.clear()
+    ids = torch.ones(1, 5, dtype=torch.long)
+    model.eval()(input_ids=ids, use_cache=False)
+    with torch.no_grad():
+        model.train()(input_ids=ids, use_cache=False)
+    assert not counters["frames"]
 
 
 def test_names_stay_what_they_are(tiny_llama: Path, runtime: Runtime) -> None:
@@ -87,3 +86,17 @@ def test_a_machine_that_cannot_compile_is_refused() -> None:
         pytest.raises(LaunchError, match=r"memory\.compile is true.*No working C\+\+ compiler.*memory\.compile: false"),
     ):
         check_compiler(torch.device("cpu"))
+
+
+@pytest.mark.slow  # the real compiler takes half a minute
+def test_real_code_is_as_exact(tiny_llama: Path, runtime: Runtime) -> None:
+    """With kernels, float32 gradients agree within 1e-5, and bfloat16 is no further from them than without."""
+    torch.compiler.reset()
+    in_bfloat16 = dataclasses.replace(runtime, compute_dtype=torch.bfloat16)
+    compiling = MemoryConfig("none", compile=True)
+    _, exact = gradient(build(tiny_llama, runtime), runtime)
+    _, compiled = gradient(build(tiny_llama, runtime, memory=compiling), runtime)
+    assert 0 < (compiled - exact).norm() <= 1e-5 * exact.norm()
+    _, plain = gradient(build(tiny_llama, in_bfloat16), in_bfloat16)
+    _, compiled = gradient(build(tiny_llama, in_bfloat16, memory=compiling), in_bfloat16)
+    assert (compiled - exact).norm() <= 1.05 * (plain - exact).norm()
