@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.support.command import losses, run_command, write_config
+from tests.support.command import losses, run_ranks, write_config
 
 NUM_STEPS = 20
 
@@ -46,8 +46,8 @@ def runs(request, tmp_path_factory, tiny_llama: Path, chat_file: Path) -> tuple[
             parallel=parallel,
             logging={"tensorboard": False},
         )  # fmt: skip
-        done = run_command("train", config, processes=processes)
-        assert done.returncode == 0, done.stderr
+        for done in run_ranks("train", config, processes=processes):
+            assert done.returncode == 0, done.stderr
     return dtype, folders
 
 

@@ -16,7 +16,7 @@ from qlora_dist import checkpoint as checkpoint_module
 from qlora_dist import train as train_module
 from qlora_dist.checkpoint import complete_steps, newest_checkpoint
 from tests.distributed.test_failures import rank_pid, start, wait_for
-from tests.support.command import run_command, write_config
+from tests.support.command import run_forked, write_config
 from tests.support.processes import exit_code_of, run_on_processes
 from tests.support.training import adapter_bytes, lasting_rows, train_here
 
@@ -132,7 +132,7 @@ def test_a_disk_that_is_full_from_the_start(tmp_path: Path, tiny_llama: Path, ch
     """A checkpoint that cannot be written is noticed at the first step, not after hours, with what to do."""
     disk = small_disk("size=100k")
     config = write_config(tmp_path / "c.yaml", **settings(tiny_llama, chat_file), output_dir=str(disk / "run"))
-    done = run_command("train", config)
+    done = run_forked("train", config)
     assert done.returncode == 2
     assert "the checkpoint cannot be written" in done.stderr
     assert "No space left" in done.stderr
@@ -149,7 +149,7 @@ def test_a_disk_that_fills_up(tmp_path: Path, tiny_llama: Path, chat_file: Path,
     assert exit_code_of(train_with_ballast, disk / "run", run, disk / "ballast") != 0
     assert complete_steps(disk / "run" / "checkpoints") == [3]
     (disk / "ballast").unlink()
-    assert run_command("train", config).returncode == 0
+    assert run_forked("train", config).returncode == 0
     assert adapter_bytes(disk / "run") == adapter_bytes(undisturbed)
 
 
@@ -177,7 +177,7 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, tiny_llama: Path, chat_
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
     for folder in (disk, disk / "run"):
         config = write_config(tmp_path / "c.yaml", **settings(tiny_llama, chat_file), output_dir=str(folder))
-        done = run_command("train", config)
+        done = run_forked("train", config)
         assert done.returncode == 2
         assert f"output_dir {folder}" in done.stderr
         assert "rows" not in done.stdout
@@ -201,7 +201,7 @@ def test_checkpoints_that_were_damaged(
         if damage == "gone":
             file.unlink()
     config = write_config(tmp_path / "c.yaml", **settings(tiny_llama, chat_file), output_dir=str(folder))
-    done = run_command("train", config)
+    done = run_forked("train", config)
     words = {"truncated": "bytes instead of", "gone": "is missing"}.get(damage, "SHA-256 differs")
     assert f"step-{steps[-1]:08d}" in done.stdout
     assert words in done.stdout
@@ -223,7 +223,7 @@ def test_two_runs_on_one_folder(tmp_path: Path, tiny_llama: Path, chat_file: Pat
     process, log = start(config, tmp_path)
     try:
         wait_for(lambda: "step 3/" in log.read_text(), process, log)
-        second = run_command("train", config)
+        second = run_forked("train", config)
         assert second.returncode == 2
         assert "is in use by another run (process " in second.stderr
         assert "rows" not in second.stdout
@@ -235,7 +235,7 @@ def test_two_runs_on_one_folder(tmp_path: Path, tiny_llama: Path, chat_file: Pat
     finally:
         process.kill()
     (tmp_path / "run" / "STOP").touch()
-    third = run_command("train", config)
+    third = run_forked("train", config)
     assert third.returncode == 75, third.stderr
     assert "stopped (file " in third.stdout
 

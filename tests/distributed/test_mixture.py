@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.command import losses, run_command, run_rows, write_config
+from tests.support.command import losses, run_ranks, run_rows, write_config
 
 
 @pytest.fixture
@@ -43,8 +43,8 @@ def test_a_mixture_trains_alike_on_one_process_and_on_three(tmp_path: Path, sett
         settings["optim"]["grad_accum_steps"] = accum
         settings["parallel"] = {"backend": name}
         config = write_config(tmp_path / f"{name}.yaml", **settings)
-        done = run_command("train", config, processes=processes)
-        assert done.returncode == 0, done.stderr
+        for done in run_ranks("train", config, processes=processes):
+            assert done.returncode == 0, done.stderr
         runs[name] = run_rows(tmp_path / name)
     one, three = runs["single"], runs[backend]
     assert [row["epoch"] for row in one] == pytest.approx([0.3, 0.6, 0.9, 1.0])

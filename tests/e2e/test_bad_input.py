@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.command import run_command, write_config
+from tests.support.command import run_command, run_forked, write_config
 
 Case = Callable[[Path, dict], None]
 
@@ -171,7 +171,7 @@ CASES: list[tuple[Case, tuple[str, ...]]] = [
 def test_mistake_is_explained(tmp_path: Path, good: dict, spoil: Case, words: tuple[str, ...]) -> None:
     """The command ends with code 2 and one message that names the place and the remedy; no run folder appears."""
     spoil(tmp_path, good)
-    done = run_command("train", write_config(tmp_path / "config.yaml", **good))
+    done = run_forked("train", write_config(tmp_path / "config.yaml", **good))
     assert done.returncode == 2, done.stderr
     check_message(done.stderr, words)
     assert not Path(good["output_dir"]).exists()
@@ -188,10 +188,10 @@ def check_message(stderr: str, words: tuple[str, ...]) -> None:
 def test_output_folder_of_a_different_run_is_refused(tmp_path: Path, good: dict) -> None:
     """A folder that holds another configuration's run, or other files, is refused and left as it was."""
     out = Path(good["output_dir"])
-    assert run_command("train", write_config(tmp_path / "config.yaml", **good)).returncode == 0
+    assert run_forked("train", write_config(tmp_path / "config.yaml", **good)).returncode == 0
     before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
     good["optim"]["lr"] = 3e-4
-    done = run_command("train", write_config(tmp_path / "config.yaml", **good))
+    done = run_forked("train", write_config(tmp_path / "config.yaml", **good))
     assert done.returncode == 2
     check_message(done.stderr, ("output_dir", "different run", "optim.lr: 0.0002 there, 0.0003 now"))
     assert {file: file.read_bytes() for file in out.rglob("*") if file.is_file()} == before
@@ -199,7 +199,7 @@ def test_output_folder_of_a_different_run_is_refused(tmp_path: Path, good: dict)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
     good["output_dir"] = str(tmp_path / "mine")
-    done = run_command("train", write_config(tmp_path / "config.yaml", **good))
+    done = run_forked("train", write_config(tmp_path / "config.yaml", **good))
     assert done.returncode == 2
     check_message(done.stderr, ("not empty and holds no run", "thesis.txt"))
     assert [file.name for file in (tmp_path / "mine").iterdir()] == ["thesis.txt"]

@@ -6,7 +6,7 @@ from transformers import AutoTokenizer
 
 from qlora_dist.data.template import end_of_turn_id
 from qlora_dist.generate import chat_ids
-from tests.support.command import run_command, write_config
+from tests.support.command import run_forked, write_config
 
 
 def test_the_chosen_template_goes_with_the_adapter(tmp_path: Path, tiny_llama: Path, chat_file: Path) -> None:
@@ -19,14 +19,14 @@ def test_the_chosen_template_goes_with_the_adapter(tmp_path: Path, tiny_llama: P
         "data": {"train": str(chat_file), "chat_template": str(tmp_path / "own.jinja")},
         "optim": {"max_steps": 1}, "logging": {"tensorboard": False},
     }  # fmt: skip
-    done = run_command("train", write_config(tmp_path / "config.yaml", **settings))
+    done = run_forked("train", write_config(tmp_path / "config.yaml", **settings))
     assert done.returncode == 0, done.stderr
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out" / "adapter")
     assert tokenizer.chat_template == template
     prompt = chat_ids([{"role": "user", "content": "fox"}], tokenizer)[0]
     assert tokenizer.decode(prompt) == "user>fox<|endoftext|>assistant>"
     assert end_of_turn_id(tokenizer) == tokenizer.convert_tokens_to_ids("<|endoftext|>") != tokenizer.eos_token_id
-    answer = run_command(
+    answer = run_forked(
         "generate", "--adapter", str(tmp_path / "out" / "adapter"), "--prompt", "fox", "--max-new-tokens", "2"
     )
     assert answer.returncode == 0, answer.stderr

@@ -3,7 +3,6 @@
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +13,7 @@ from unittest import mock
 
 import pytest
 
-from tests.support.command import run_command, run_forked, write_config
+from tests.support.command import run_command, run_ranks, write_config
 from tests.support.data_runs import (
     ASKED,
     CHATS,
@@ -183,27 +182,17 @@ def test_two_runs_that_want_the_same(tmp_path: Path, run: dict) -> None:
 # -- several processes
 
 
-def be_rank(rank: int, world_size: int, port: int, before: Callable[[], None] | None = None) -> None:
-    """Be one of several processes, as a launcher would have started it."""
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size),
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
-    )  # fmt: skip
+def train_on_two(run: dict, before: Callable[[], None] | None = None, **data: object) -> list[Done]:
+    """`train` on two processes, which wait a second for each other's failures."""
+    root = Path(run["output_dir"]).parent
+    config = write_config(root / "config.yaml", **{**run, "data": {**run["data"], **data}})
+    return run_ranks("train", config, processes=2, before=partial(be_impatient, before))
+
+
+def be_impatient(before: Callable[[], None] | None) -> None:
     mock.patch("qlora_dist.failure._PATIENCE_SECONDS", 1).start()
     if before is not None:
         before()
-
-
-def train_on_two(run: dict, before: Callable[[], None] | None = None, **data: object) -> list[Done]:
-    """`train` on two processes."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    root = Path(run["output_dir"]).parent
-    config = write_config(root / "config.yaml", **{**run, "data": {**run["data"], **data}})
-    ranks = [partial(be_rank, rank, 2, port, before) for rank in range(2)]
-    with ThreadPoolExecutor(2) as pool:
-        return list(pool.map(lambda rank: run_forked("train", config, before=rank), ranks))
 
 
 TWO = {

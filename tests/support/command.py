@@ -6,6 +6,8 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -42,6 +44,31 @@ def run_forked(
         out, err = Path(folder) / "out", Path(folder) / "err"
         code = exit_code_of(_main, [str(argument) for argument in arguments], out, err, before, timeout=timeout)
         return subprocess.CompletedProcess(arguments, code, out.read_text(), err.read_text())
+
+
+def run_ranks(
+    *arguments: str | Path, processes: int, timeout: float = 300, before: Callable[[], None] | None = None
+) -> list[subprocess.CompletedProcess[str]]:
+    """`run_forked` in each of several processes, as a launcher would have started them; what became of each."""
+    from tests.support.processes import free_port
+
+    if processes == 1:
+        return [run_forked(*arguments, timeout=timeout, before=before)]
+    port = free_port()
+
+    def run(rank: int) -> subprocess.CompletedProcess[str]:
+        return run_forked(*arguments, timeout=timeout, before=partial(_become, rank, processes, port, before))
+
+    with ThreadPoolExecutor(processes) as pool:
+        return list(pool.map(run, range(processes)))
+
+
+def _become(rank: int, world_size: int, port: int, before: Callable[[], None] | None) -> None:
+    from tests.support.processes import be_rank
+
+    be_rank(rank, world_size, port)
+    if before is not None:
+        before()
 
 
 def _main(arguments: list[str], out: Path, err: Path, before: Callable[[], None] | None) -> None:

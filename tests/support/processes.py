@@ -19,10 +19,9 @@ def run_on_processes(function: Callable[..., None], world_size: int, *arguments:
 
     An assertion that fails on any of them fails the test, with that process's traceback.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    start_processes(_enter, (world_size, port, function, arguments), nprocs=world_size, start_method="forkserver")
+    start_processes(
+        _enter, (world_size, free_port(), function, arguments), nprocs=world_size, start_method="forkserver"
+    )
 
 
 def exit_code_of(function: Callable[..., None], *arguments: Any, timeout: float = 120) -> int:
@@ -37,11 +36,23 @@ def exit_code_of(function: Callable[..., None], *arguments: Any, timeout: float 
     return process.exitcode
 
 
-def _enter(rank: int, world_size: int, port: int, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+def free_port() -> int:
+    """A port of this machine where several processes can meet."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def be_rank(rank: int, world_size: int, port: int) -> None:
+    """Let this process be one of several, as a launcher would have started it."""
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size),
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
     )  # fmt: skip
+
+
+def _enter(rank: int, world_size: int, port: int, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    be_rank(rank, world_size, port)
     _enter_alone(function, arguments)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()

@@ -12,7 +12,7 @@ import qlora_dist.quantize
 from qlora_dist.errors import ModelError
 from qlora_dist.model.nf4 import QuantFormat
 from qlora_dist.quantize import quantize
-from tests.support.command import run_command
+from tests.support.command import run_command, run_forked
 from tests.support.models import load_here, load_there, logits, save_with_transformers, spoiled, tensors_of
 
 
@@ -119,7 +119,7 @@ def test_command_copies_what_belongs_to_the_model(tiny_llama: Path, tmp_path: Pa
     assert {file.stat().st_mode & 0o777 for file in out.iterdir()} == {0o666 & ~umask}
     assert [path.name for path in out.parent.iterdir()] == ["out"]
 
-    again = run_command("quantize", tiny_llama, out)
+    again = run_forked("quantize", tiny_llama, out)
     assert again.returncode == 2
     assert "not empty" in again.stderr
 
