@@ -47,78 +47,108 @@ class Case:
     """A package that may not be installed."""
 
 
+PARTS = (
+    "limits",
+    "7B",
+    "peers",
+    "65B",
+    "exactness",
+    "optimizers",
+    "gather",
+    "13B",
+    "7B compiled",
+    "exactness compiled",
+)
+"""In the order in which they run, what matters most first."""
+
+
 def all_parts(is_small: bool) -> dict[str, list[Case]]:
-    """Parts in the order in which they run, the ones that matter most first."""
-    from benchmarks.memory import SHAPES, Shape
+    """The cases of each part."""
+    cases = {"limits": [Case("rates", "steps.limits")], **speed(is_small), **checks(is_small)}
+    return {part: cases[part] for part in PARTS}
 
-    tiny = vars(Shape(64, 176, 3, 4, 2, 320))
-    shapes = {name: tiny if is_small else vars(shape) for name, shape in SHAPES.items()}
-    exact = tiny if is_small else vars(Shape(1024, 2816, 4, 16, 8, 8192))
+
+def speed(is_small: bool) -> dict[str, list[Case]]:
+    """Steps of this program and of others. Small, all shapes are the same tiny one."""
+    from benchmarks.memory import SHAPES
+
     length, short, rank = (64, 32, 4) if is_small else (2048, 512, 64)
-    layer = [128, 96, 32, 4] if is_small else [4096, 11008, 2048, 64]
 
-    def step(rows: int, limit: int = 60, shape: str = "7B", seq_len: int = length, **keywords: Any) -> dict[str, Any]:
-        arguments = {"shape": shapes[shape], "rows": rows, "seq_len": seq_len, "rank": rank, **keywords}
-        return {"function": "steps.ours", "arguments": arguments, "limit_seconds": limit}
+    def step(
+        name: str, rows: int, recompute: str | int, limit: int = 60, shape: str = "7B", seq_len: int = length,
+        memory: dict[str, Any] | None = None, **keywords: Any,
+    ) -> Case:  # fmt: skip
+        arguments = {"shape": TINY if is_small else vars(SHAPES[shape]), "rows": rows, "seq_len": seq_len,
+                     "rank": rank, "memory": {"recompute": recompute, **(memory or {})}, **keywords}  # fmt: skip
+        return Case(name, "steps.ours", arguments, limit)
 
-    def peer(function: str, rows: int, **keywords: Any) -> dict[str, Any]:
-        arguments = {"shape": shapes["7B"], "rows": rows, "seq_len": length, "rank": rank, **keywords}
-        return {"function": f"peers.{function}", "arguments": arguments, "needs": "trl" if function == "trl" else None}
+    def peer(name: str, rows: int, function: str, **keywords: Any) -> Case:
+        arguments = {"shape": TINY if is_small else vars(SHAPES["7B"]), "rows": rows, "seq_len": length, "rank": rank,
+                     **keywords}  # fmt: skip
+        return Case(name, f"peers.{function}", arguments, needs="trl" if function == "trl" else None)
 
-    def recompute(value: str | int, **keywords: Any) -> dict[str, Any]:
-        return {"recompute": value, **keywords}
-
-    def exact_as(way: str, limit: int = 60) -> Case:
-        needs = "flash_attn" if "flash" in way else None
-        arguments = {"shape": exact, "seq_len": length // 4, "way": way}
-        return Case(way, "exactness.of_models", arguments, limit, needs)
-
+    compiled = {"compile": True}
     return {
-        "limits": [Case("rates", "steps.limits", {}, 60)],
         "7B": [
-            Case("8x2048, full", **step(8, memory=recompute("full"))),
-            Case("8x2048, 16 layers", **step(8, memory=recompute(1 if is_small else 16))),
-            Case("8x2048, selective", **step(8, memory=recompute("selective"))),
-            Case("8x2048, auto", **step(8, memory=recompute("auto"))),
-            Case("4x2048, none", **step(4, memory=recompute("none"))),
-            Case("1x2048, none", **step(1, memory=recompute("none"))),
-            Case("1x2048, full", **step(1, memory=recompute("full"))),
-            Case("8x2048, full, 4 samples a row", **step(8, memory=recompute("full"), samples_per_row=4)),
-            Case("8x2048, 8 layers", **step(8, memory=recompute(1 if is_small else 8))),  # 72 GiB, as counted from shapes
-            Case("8x2048, none", **step(8, memory=recompute("none"))),  # 91 GiB
+            step("8x2048, full", 8, "full"),
+            step("8x2048, 16 layers", 8, 1 if is_small else 16),
+            step("8x2048, selective", 8, "selective"),
+            step("8x2048, auto", 8, "auto"),
+            step("4x2048, none", 4, "none"),
+            step("1x2048, none", 1, "none"),
+            step("1x2048, full", 1, "full"),
+            step("8x2048, full, 4 samples a row", 8, "full", samples_per_row=4),
+            # Counted from shapes: 52 GiB with 16 layers, 91 with none, so some 72 with 8.
+            step("8x2048, 8 layers", 8, 1 if is_small else 8),
+            step("8x2048, none", 8, "none"),
         ],
         "peers": [
-            Case("HF + peft, 8x2048, full", **peer("hf_loop", 8, recompute="full")),
-            Case("HF + peft, 1x2048, none", **peer("hf_loop", 1, recompute="none")),
-            Case("HF + peft, 1x2048, full", **peer("hf_loop", 1, recompute="full")),
-            Case("TRL, 8x2048, defaults", **peer("trl", 8, defaults=True)),
-            Case("TRL, 1x2048, defaults", **peer("trl", 1, defaults=True)),
-            Case("TRL, 1x2048, nothing recomputed", **peer("trl", 1, defaults=False)),
+            peer("HF + peft, 8x2048, full", 8, "hf_loop", recompute="full"),
+            peer("HF + peft, 1x2048, none", 1, "hf_loop", recompute="none"),
+            peer("HF + peft, 1x2048, full", 1, "hf_loop", recompute="full"),
+            peer("TRL, 8x2048, defaults", 8, "trl", defaults=True),
+            peer("TRL, 1x2048, defaults", 1, "trl", defaults=True),
+            peer("TRL, 1x2048, nothing recomputed", 1, "trl", defaults=False),
         ],
         "65B": [
-            Case("1x512, full, adamw_8bit", **step(1, 200, "65B", short, memory=recompute("full"),
-                                                   optimizer="adamw_8bit", num_steps=3)),
+            step("1x512, full, adamw_8bit", 1, "full", 200, "65B", short, optimizer="adamw_8bit", num_steps=3)
         ],
-        "exactness": [
-            *(exact_as(way) for way in ("fused layers", "loss in chunks", "recompute: full", "recompute: selective",
-                                        "attention: sdpa", "attention: flash_attention_2", "all of it")),
-            Case("one fused layer", "exactness.of_layer",
-                 dict(zip(("inner", "outer", "tokens", "rank"), layer, strict=True))),
+        "13B": [step("4x2048, full", 4, "full", shape="13B")],
+        "7B compiled": [
+            step("8x2048, selective", 8, "selective", 150, memory=compiled),
+            step("8x2048, full", 8, "full", 150, memory=compiled),
+            step("1x2048, none", 1, "none", 150, memory=compiled),
         ],
+    }  # fmt: skip
+
+
+def checks(is_small: bool) -> dict[str, list[Case]]:
+    """What is right or wrong."""
+    shape = TINY if is_small else EXACT
+    layer = {"inner": 128, "outer": 96, "tokens": 32, "rank": 4}
+    if not is_small:
+        layer = {"inner": 4096, "outer": 11008, "tokens": 2048, "rank": 64}
+    sizes = {"shape": shape, "seq_len": 16 if is_small else 512}
+
+    def exact(way: str, limit: int = 60) -> Case:
+        needs = "flash_attn" if "flash" in way else None
+        return Case(way, "exactness.of_models", {**sizes, "way": way}, limit, needs)
+
+    ways = ("fused layers", "loss in chunks", "recompute: full", "recompute: selective", "attention: sdpa",
+            "attention: flash_attention_2", "all of it")  # fmt: skip
+    return {
+        "exactness": [*map(exact, ways), Case("one fused layer", "exactness.of_layer", layer)],
         "optimizers": [Case("paged beside unpaged", "optimizers.paged")],
         "gather": [
             Case("bytes by storage type", "gather.storages"),
-            Case("a model under FSDP2", "gather.whole_model", {"shape": exact, "seq_len": length // 4}),
+            Case("a model under FSDP2", "gather.whole_model", sizes),
         ],
-        "13B": [Case("4x2048, full", **step(4, 60, "13B", memory=recompute("full")))],
-        "7B compiled": [
-            Case("8x2048, selective", **step(8, 150, memory=recompute("selective", compile=True))),
-            Case("8x2048, full", **step(8, 150, memory=recompute("full", compile=True))),
-            Case("1x2048, none", **step(1, 150, memory=recompute("none", compile=True))),
-        ],
-        "exactness compiled": [exact_as("compile", 150), exact_as("all of it, compiled", 150)],
-    }  # fmt: skip
+        "exactness compiled": [exact("compile", 150), exact("all of it, compiled", 150)],
+    }
 
+
+TINY = {"hidden": 64, "intermediate": 176, "layers": 3, "heads": 4, "kv_heads": 2, "vocab": 320}
+EXACT = {"hidden": 1024, "intermediate": 2816, "layers": 4, "heads": 16, "kv_heads": 8, "vocab": 8192}
 
 OWN_PROCESS = {"peers", "gather"}
 """Parts whose cases leave something behind in their process: TRL patches models, a process group can be made once."""
@@ -126,7 +156,7 @@ OWN_PROCESS = {"peers", "gather"}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", choices=list(all_parts(is_small=True)), help="all, if not given")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, help="all, if not given")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--small", action="store_true", help="tiny shapes")
     parser.add_argument("--minutes", type=float, default=9.0, help="cases that have not begun by then are left out")
