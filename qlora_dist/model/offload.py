@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from qlora_dist.config import MemoryConfig
 from qlora_dist.errors import ConfigError
@@ -85,8 +86,9 @@ class Offload:
         Args:
             outside: tensors that come from outside of the layer and stay where they are.
         """
-        parameters = self._parameters.setdefault(layer, list(layer.parameters()))
-        store = LayerStore(self, parameters, outside, None if self._last is None else self._last())
+        if layer not in self._parameters:
+            self._parameters[layer] = list(layer.parameters())
+        store = LayerStore(self, self._parameters[layer], outside, None if self._last is None else self._last())
         self._last = weakref.ref(store)
         with torch.autograd.graph.saved_tensors_hooks(store.pack, _unpack):
             yield store
@@ -123,7 +125,7 @@ class LayerStore:
         return lambda: copy.recall().as_strided(shape, stride, offset)
 
     def close(self) -> None:
-        """Forward is over. The addresses of storages mean nothing from here on."""
+        """Forward is over; nothing more is kept."""
         self._copies = {}
 
     def fetch(self) -> None:
@@ -145,6 +147,9 @@ class _Copy:
 
     def __init__(self, store: LayerStore, tensor: torch.Tensor, lane: Any) -> None:
         self._store, self._lane, self._device = store, lane, tensor.device
+        self._address = StorageWeakRef(
+            tensor.untyped_storage()
+        )  # as long as this lives, no other storage gets the same
         num_elements = tensor.untyped_storage().nbytes() // tensor.element_size()
         self._host = lane.to_host(tensor.as_strided((num_elements,), (1,), 0))
         self._there: tuple[torch.Tensor, Any] | None = None

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from qlora_dist.config import MemoryConfig
 from qlora_dist.errors import ConfigError
@@ -21,12 +22,16 @@ class Lane:
     """Host memory of its own, as far as anybody can see."""
 
     def __init__(self) -> None:
-        self.sources: list[torch.Tensor] = []
+        self.sources: list[StorageWeakRef] = []
+        self.sizes: list[int] = []
+        self.addresses: set[int] = set()
         self.events: list[str] = []
         self._copies: list[torch.Tensor] = []
 
     def to_host(self, tensor: torch.Tensor) -> torch.Tensor:
-        self.sources.append(tensor)
+        self.sources.append(StorageWeakRef(tensor.untyped_storage()))
+        self.sizes.append(tensor.numel())
+        self.addresses.add(tensor.data_ptr())
         self._copies.append(tensor.clone())
         return self._copies[-1]
 
@@ -63,9 +68,8 @@ def test_gradients_have_the_same_bits(tiny_llama: Path, runtime: Runtime, choice
     set_recompute(model, choice)
     lane = offloading(model)
     assert all(map(torch.equal, loss_and_gradient(model, runtime), expected))
-    addresses = [tensor.untyped_storage().data_ptr() for tensor in lane.sources]
-    assert len(addresses) == len(set(addresses)) >= 3
-    assert not set(addresses) & {param.untyped_storage().data_ptr() for param in model.parameters()}
+    assert len(lane.sources) == len({source.cdata for source in lane.sources}) >= 3
+    assert not lane.addresses & {param.untyped_storage().data_ptr() for param in model.parameters()}
     assert sum(event.startswith("fetch") for event in lane.events) <= len(lane.sources)
 
 
@@ -77,9 +81,22 @@ def test_inputs_of_recomputed_layers_come_back_one_layer_ahead(tiny_llama: Path,
     set_recompute(model, Recompute(3, 0, 3))
     lane = offloading(model)
     loss_and_gradient(model, runtime)
-    assert [tensor.numel() for tensor in lane.sources] == [2 * 40 * 64] * 3
+    assert lane.sizes == [2 * 40 * 64] * 3
     assert list(dict.fromkeys(lane.events)) == ["fetch 2", "wait 2", "fetch 1", "wait 1", "fetch 0", "wait 0"]
     assert lane.events.index("fetch 1") < lane.events.index("wait 1")
+
+
+@pytest.mark.parametrize("choice", [Recompute(3), Recompute(3, 3), Recompute(3, 0, 3)])
+def test_what_is_offloaded_is_let_go_of(tiny_llama: Path, runtime: Runtime, choice: Recompute) -> None:
+    """Between forward and backward no original is alive, under any policy."""
+    model = build(tiny_llama, runtime)
+    set_recompute(model, choice)
+    lane = offloading(model)
+    loss = model(input_ids=torch.arange(3, 83).reshape(2, 40), use_cache=False).logits.sum()
+    assert loss.requires_grad
+    alive = [size for size, source in zip(lane.sizes, lane.sources, strict=True) if not source.expired()]
+    assert not alive
+    assert len(lane.sources) >= 3
 
 
 def test_small_tensors_stay(tiny_llama: Path, runtime: Runtime) -> None:
@@ -105,8 +122,7 @@ def test_views_share_a_copy() -> None:
     )
     loss.backward()
     assert torch.allclose(x.grad, expected, rtol=1e-6)
-    addresses = [tensor.untyped_storage().data_ptr() for tensor in lane.sources]
-    assert len(addresses) == len(set(addresses))
+    assert len(lane.sources) == len({source.cdata for source in lane.sources})
 
 
 def test_it_is_refused_where_there_is_nothing_to_offload_to() -> None:
@@ -115,3 +131,23 @@ def test_it_is_refused_where_there_is_nothing_to_offload_to() -> None:
         check_offload(MemoryConfig(offload_activations=True), torch.device("cpu"))
     check_offload(MemoryConfig(offload_activations=True), torch.device("cuda"))
     check_offload(MemoryConfig(), torch.device("cpu"))
+
+
+def test_memory_that_is_used_again_is_another_tensor() -> None:
+    """Originals are freed while the layer still runs, and others get their addresses."""
+    lane = Lane()
+    x, w = torch.randn(2, 8, 8, generator=torch.Generator().manual_seed(0))
+    x.requires_grad_()
+
+    def run() -> torch.Tensor:
+        hidden = x
+        for _ in range(32):
+            hidden = (hidden @ w).sin()
+            lane.sources.clear()  # which reserve the addresses
+        return hidden.sum()
+
+    (expected,) = torch.autograd.grad(run(), x)
+    with Offload(lane, min_bytes=1).layer(nn.Identity(), ()):
+        loss = run()
+    loss.backward()
+    assert torch.equal(x.grad, expected)
