@@ -1,94 +1,136 @@
-"""The least time that a micro-batch can take on a device of given rates: what a measured rate is a share of.
+"""How quick a step can be at best on this device: the arithmetic and the traffic that no implementation avoids.
 
-Three things cannot be left out, and follow each other: matrix products (at the rate of a large square one), attention
-(at the best rate of its kernel), and expanding the 4-bit weights, once in forward and once in backward. Layers that are
-recomputed pay for their forward again. Elementwise work, the thinness of the adapters' products, gathers, and the
-optimizer are not in it: what they cost is the distance to the bound.
+    seconds >= F / f + D / d + (L + E) / c
 
-The rates are those of `limits.py`, which are best measured in the same run: on a shared machine they drift.
+F   operations of `qlora_dist/model/flops.py`: 4 P per token for the frozen linear layers, 12 w for each attended pair
+    and layer, 4 d V per target token for the head. f: what a large bfloat16 product reaches here.
+D   bytes that dequantisation reads and writes, 0.516 + 2 per weight and pass; two passes, forward and for the gradient
+    of the input. d: the rate of bitsandbytes' kernel here.
+L   what LoRA adds. Its products are thin, so that their time is that of reading and writing: per token and layer x (in)
+    is read for A x and for dA, the gradient (out) for g B and for dB, and the output (out) and dx (in) are read and
+    written once more when the adapter's part is added: 4 (in + out) elements. (Where 6 P_lora / f is longer, that.)
+E   elementwise work, if each of these is one kernel: per token and layer, in elements, forward 8 d for adding to the
+    stream and normalising it, twice; 2 (d + kv) for the rotation; 3 i for the product of the MLP's two halves; backward
+    8 d, 2 (d + kv) and 5 i.  d: hidden width, kv: width of the keys, i: of the MLP.
+c   bytes per second of a copy here, read and written.
+
+Every recomputed layer adds a forward: 2 P, 4 w, one pass of dequantisation, and its share of E and L. Not counted, so
+that no step can be quicker: softmax, the loss beyond its products, the optimizer, launches.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
+import torch
 from torch import nn
 
-BYTES_PER_WEIGHT = 2.516
-"""Read and written to expand a weight to bfloat16: 4 bits and its constants in, 2 bytes out."""
-KERNEL_OPERATIONS = 14 / 12
-"""What a fused attention kernel computes, of what is needed: backward makes the scores again."""
+from benchmarks.limits import copy_gib_per_second, dequantize_gib_per_second, gemm_tflops
+from qlora_dist.config import AdapterConfig, ModelConfig
+from qlora_dist.data.sampler import MicroBatch
+from qlora_dist.model.adapters import add_adapters, lora_layers
+from qlora_dist.model.flops import flops_of
+from qlora_dist.model.nf4 import QuantizedLinear
+from qlora_dist.model.skeleton import base_model, build_skeleton
+
+GIB = 2**30
+_ELEMENT = 2  # bytes of a bfloat16
 
 
 @dataclass(frozen=True)
-class Work:
-    """What one micro-batch, forward and backward, makes a device do."""
+class Rates:
+    """What this device was measured to do, per second."""
 
-    num_tokens: int
-    gemm_flops: float
-    attention_flops: float
-    """As the kernel computes it: 14 w per pair, see `qlora_dist/model/flops.py` for w."""
-    expanded_weights: float
-    """4-bit weights, times the passes that need them."""
+    flops: float
+    dequantized_bytes: float
+    copied_bytes: float
 
-    def least_seconds(self, limits: Mapping[str, Any]) -> float:
-        """On a device of these rates.
-
-        Args:
-            limits: what `limits.measure` returns.
-        """
-        return (
-            self.gemm_flops / (limits["gemm_tflops"]["bfloat16"] * 1e12)
-            + self.attention_flops / (max(limits["attention_tflops"].values()) * 1e12)
-            + self.expanded_weights * BYTES_PER_WEIGHT / (limits["dequantize_gib_per_second"] * 2**30)
+    @classmethod
+    def of(cls, limits: Mapping[str, Any]) -> Rates:
+        """Of what `limits.measure` returned."""
+        return cls(
+            flops=limits["gemm_tflops"]["bfloat16"] * 1e12,
+            dequantized_bytes=limits["dequantize_gib_per_second"] * GIB,
+            copied_bytes=limits["copy_gib_per_second"] * GIB,
         )
 
-    def most_tokens_per_second(self, measured: Sequence[Mapping[str, Any]]) -> float:
-        """At the bound, over several measurements of the rates of a machine whose speed drifts."""
-        return self.num_tokens * len(measured) / sum(self.least_seconds(limits) for limits in measured)
+
+@cache
+def measured_rates(device: torch.device) -> Rates:
+    """Some seconds, once in a process; with matrices that the GPU's cache does not hold."""
+    is_gpu = device.type == "cuda"
+    size = 8192 if is_gpu else 512
+    rates = Rates(
+        flops=gemm_tflops(size, size, size, torch.bfloat16, device) * 1e12,
+        dequantized_bytes=dequantize_gib_per_second(size, device) * GIB,
+        copied_bytes=copy_gib_per_second(2**30 if is_gpu else 2**25, device) * GIB,
+    )
+    if is_gpu:
+        torch.cuda.empty_cache()
+    return rates
 
 
-def work_of(model: nn.Module, rows: int, seq_len: int, num_targets: int, recomputed: float = 0.0) -> Work:
-    """The work of one micro-batch of full rows with one sample each.
+def bound_seconds(model: nn.Module, batch: MicroBatch, rates: Rates, recomputed_share: float = 0.0) -> float:
+    """The least time of a step on one micro-batch.
 
     Args:
-        model: with adapters; may be on meta or in shards.
-        num_targets: tokens of the micro-batch that have a target, which alone reach the output head.
-        recomputed: share of the layers that compute their forward twice.
+        recomputed_share: of the layers, how many compute their forward twice.
     """
-    from qlora_dist.model.flops import flops_of
-    from qlora_dist.model.nf4 import QuantizedLinear
-    from qlora_dist.model.skeleton import base_model
+    config = base_model(model).config.get_text_config()
+    num_weights = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, QuantizedLinear))
+    lora = [(layer.in_features, layer.out_features, _rank(layer)) for layer in lora_layers(model)]
+    kv = config.hidden_size * config.num_key_value_heads // config.num_attention_heads
+    tokens = batch.num_tokens
+    forwards = 1 + recomputed_share
 
-    flops, base, tokens = flops_of(model), base_model(model), rows * seq_len
-    pairs = {window: rows * _pairs(seq_len, window) for _, window in flops.attention}
-    attention = KERNEL_OPERATIONS * sum(per_pair * pairs[window] for per_pair, window in flops.attention)
-    head = base.get_output_embeddings()
-    in_head = set() if head is None else set(head.modules())
-    layers = [module for module in base.modules() if isinstance(module, nn.Linear) and module not in in_head]
-    forward = sum(2 * layer.in_features * layer.out_features for layer in layers)  # per token, adapters included
-    quantized = [layer for layer in layers if isinstance(layer, QuantizedLinear)]
-    return Work(
-        num_tokens=tokens,
-        gemm_flops=(flops.per_token + recomputed * forward) * tokens + flops.per_target * num_targets,
-        attention_flops=attention * (1 + recomputed * 4 / 14),
-        expanded_weights=(2 + recomputed) * sum(layer.in_features * layer.out_features for layer in quantized),
+    flops = flops_of(model)
+    frozen = flops.of(batch.attention_mask, batch.position_ids, tokens, batch.num_targets)
+    lora_flops = 6 * tokens * sum(rank * (inner + outer) for inner, outer, rank in lora)
+    linear, head = 4 * num_weights * tokens, flops.per_target * batch.num_targets
+    pairs = frozen - lora_flops - linear - head  # 12 w for each: 4 w of them forward
+    arithmetic = (linear / 2 + pairs / 3) * forwards + linear / 2 + pairs * 2 / 3 + head
+
+    dequantized = 2.516 * num_weights * (1 + forwards)
+    rotated = 2 * (config.hidden_size + kv)
+    elementwise_forward = 8 * config.hidden_size + rotated + 3 * config.intermediate_size
+    elementwise_backward = 8 * config.hidden_size + rotated + 5 * config.intermediate_size
+    elementwise = tokens * config.num_hidden_layers * (elementwise_forward * forwards + elementwise_backward) * _ELEMENT
+    # Forward reads x, and reads and writes the output; the rest is backward's.
+    lora_elements = sum((inner + 2 * outer) * forwards + 3 * inner + 2 * outer for inner, outer, _ in lora)
+    lora_seconds = max(tokens * lora_elements * _ELEMENT / rates.copied_bytes, lora_flops / rates.flops)
+    return (
+        arithmetic / rates.flops
+        + dequantized / rates.dequantized_bytes
+        + lora_seconds
+        + elementwise / rates.copied_bytes
     )
 
 
-def work_of_folder(folder: Path, adapter_rank: int, rows: int, seq_len: int, num_targets: int) -> Work:
-    """`work_of` for a model folder with adapters on all linear layers, of which no weights are read."""
-    from qlora_dist.config import AdapterConfig, ModelConfig
-    from qlora_dist.model.adapters import add_adapters
-    from qlora_dist.model.skeleton import build_skeleton
+def most_tokens_per_second(
+    folder: Path, adapter_rank: int, rows: int, seq_len: int, num_targets: int, measured: Sequence[Mapping[str, Any]]
+) -> float:
+    """At the bound, of a model with adapters on all linear layers, on full rows; no weights are read.
 
+    Args:
+        measured: what `limits.measure` returned, several times where the machine's speed drifts.
+    """
     skeleton = build_skeleton(folder, ModelConfig(path=str(folder)))
-    return work_of(add_adapters(skeleton, AdapterConfig(rank=adapter_rank), "base"), rows, seq_len, num_targets)
+    model = add_adapters(skeleton, AdapterConfig(rank=adapter_rank), "base")
+    ids = torch.zeros(rows, seq_len, dtype=torch.int64)
+    batch = MicroBatch(ids, torch.ones_like(ids), ids, None, num_tokens=ids.numel(), num_targets=num_targets)
+    return ids.numel() / mean(bound_seconds(model, batch, Rates.of(limits)) for limits in measured)
 
 
-def _pairs(seq_len: int, window: int | None) -> int:
-    """Pairs of a token and one that it sees, in a row of one sample."""
-    return sum(min(place, window or seq_len) for place in range(1, seq_len + 1))
+def arithmetic_seconds(model: nn.Module, batch: MicroBatch, rates: Rates) -> float:
+    """The time of the useful operations alone: its share of a step is the model FLOPs utilisation."""
+    useful = flops_of(model).of(batch.attention_mask, batch.position_ids, batch.num_tokens, batch.num_targets)
+    return useful / rates.flops
+
+
+def _rank(layer: nn.Module) -> int:
+    return int(next(iter(layer.r.values())))

@@ -40,7 +40,7 @@ from torch.utils._pytree import tree_leaves
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-from benchmarks.bound import work_of_folder  # noqa: E402
+from benchmarks.bound import most_tokens_per_second  # noqa: E402
 from benchmarks.conversations import MODEL, check_prepared, write_long_conversations  # noqa: E402
 from benchmarks.limits import measure_apart  # noqa: E402
 from benchmarks.machine import describe_machine  # noqa: E402
@@ -293,9 +293,8 @@ def summarise(runs: dict[Case, list[dict[str, Any]]], limits: list[dict[str, Any
     """A row for each case: rate, efficiency against one process, and how much of what is missing is communication."""
     rate = {case: statistics.median(r["tokens_per_second"] for r in repeats) for case, repeats in runs.items()}
     target_share = next(iter(runs.values()))[0]["target_share"]
-    most = work_of_folder(
-        MODEL, ADAPTER_RANK, ROWS, SEQ_LEN, round(ROWS * SEQ_LEN * target_share)
-    ).most_tokens_per_second(limits)
+    num_targets = round(ROWS * SEQ_LEN * target_share)
+    most = most_tokens_per_second(MODEL, ADAPTER_RANK, ROWS, SEQ_LEN, num_targets, limits)
     rows = []
     for case, repeats in runs.items():
         one = rate[Case(case.mode, "single", 1)]

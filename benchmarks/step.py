@@ -36,7 +36,7 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-from benchmarks.bound import work_of_folder  # noqa: E402
+from benchmarks.bound import most_tokens_per_second  # noqa: E402
 from benchmarks.conversations import MODEL, check_prepared, write_long_conversations  # noqa: E402
 from benchmarks.limits import measure_apart  # noqa: E402
 from benchmarks.machine import describe_machine  # noqa: E402
@@ -328,7 +328,7 @@ def at_the_bound(runs: dict[str, list[list[dict[str, float]]]], limits: list[dic
         return None
     ours = next(name for name, parts in CONTENDERS.items() if parts == Ours())
     num_targets = statistics.mean(row["num_targets"] for row in runs[ours][0])
-    return work_of_folder(MODEL, RANK, ROWS, SEQ_LEN, round(num_targets)).most_tokens_per_second(limits)
+    return most_tokens_per_second(MODEL, RANK, ROWS, SEQ_LEN, round(num_targets), limits)
 
 
 def table(contenders: dict[str, Any]) -> str:

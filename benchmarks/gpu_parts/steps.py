@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu_parts.bound import arithmetic_seconds, bound_seconds, measured_rates
+from benchmarks.bound import arithmetic_seconds, bound_seconds, measured_rates
 from benchmarks.gpu_parts.models import build, make_batch, make_config
 from benchmarks.memory import Shape
 from qlora_dist.budget import RecomputeBudget

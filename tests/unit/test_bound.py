@@ -1,43 +1,58 @@
-"""The least time of a micro-batch is that of its matrix products, its attention and its weights, and nothing else."""
+"""The least time of a step is the sum of what no implementation avoids, at the rates of the machine."""
 
 from pathlib import Path
 
 import pytest
+import torch
 
-from benchmarks.bound import work_of
-from qlora_dist.config import AdapterConfig, ModelConfig
-from qlora_dist.model.adapters import add_adapters
-from qlora_dist.model.skeleton import build_skeleton
+from benchmarks.bound import GIB, Rates, bound_seconds, most_tokens_per_second
+from benchmarks.gpu_parts.models import build, make_batch, make_config
+from benchmarks.memory import Shape
+from qlora_dist.runtime import start_runtime
 
-ROWS, SEQ_LEN, NUM_TARGETS, RANK = 2, 32, 10, 2
-D, LAYERS, HEADS_WIDTH = 64, 3, 64
-FROZEN = LAYERS * (D * 64 + 2 * D * 32 + 64 * D + 3 * D * 112)  # q, k and v of two heads of four, o; gate, up, down
-LORA = LAYERS * RANK * (D + 64 + 2 * (D + 32) + 64 + D + 3 * (D + 112))
-LIMITS = {"gemm_tflops": {"bfloat16": 0.5}, "attention_tflops": {"512 tokens": 0.1, "2048 tokens": 0.2},
-          "dequantize_gib_per_second": 4.0}  # fmt: skip
+SHAPE = Shape(64, 176, 3, 4, 2, 320)
 
 
 @pytest.fixture(scope="module")
-def model(tiny_llama: Path):
-    return add_adapters(build_skeleton(tiny_llama, ModelConfig(path=str(tiny_llama))), AdapterConfig(rank=RANK), "base")
+def adapted(tmp_path_factory: pytest.TempPathFactory) -> torch.nn.Module:
+    """A small model with an adapter of rank 4."""
+    config = make_config(tmp_path_factory.mktemp("small"), SHAPE, 2, 32, adapter={"rank": 4})
+    return build(config, start_runtime(seed=0, dtype="bfloat16"))[0]
 
 
-@pytest.mark.parametrize("recomputed", [0.0, 0.5, 1.0])
-def test_the_bound_is_the_sum_of_its_three_parts(model, recomputed: float) -> None:
-    """4 P + 6 P_lora per token and 4 d V per target at the rate of products, 7 s (s + 1) w at that of attention, two
-    passes over the 4-bit weights; a layer that is recomputed adds 2 P + 2 P_lora, 2 s (s + 1) w and a pass."""
-    work = work_of(model, ROWS, SEQ_LEN, NUM_TARGETS, recomputed)
-    vocab = model.config.vocab_size
-    tokens = ROWS * SEQ_LEN
-    products = (4 + 2 * recomputed) * FROZEN * tokens + (6 + 2 * recomputed) * LORA * tokens + 4 * D * vocab * 10
-    attention = (7 + 2 * recomputed) * SEQ_LEN * (SEQ_LEN + 1) * HEADS_WIDTH * LAYERS * ROWS
-    expected = products / 0.5e12 + attention / 0.2e12 + (2 + recomputed) * FROZEN * 2.516 / (4 * 2**30)
-    assert work.least_seconds(LIMITS) == pytest.approx(expected, rel=1e-12)
+def test_the_bound_is_the_sum_of_its_parts(adapted: torch.nn.Module) -> None:
+    """Each term, counted by hand for three layers of 64, 176 and 32 (keys), with the other rates out of sight."""
+    batch = make_batch(SHAPE.vocab, 2, 32)
+    weights = 3 * (64 * 64 + 2 * 64 * 32 + 64 * 64 + 3 * 64 * 176)
+    pairs, targets, tokens, huge = 2 * 32 * 33 // 2, 2 * 31, 64, 1e30
+    flops = 4 * weights * tokens + 12 * 64 * 3 * pairs + 4 * 64 * 320 * targets
+    assert bound_seconds(adapted, batch, Rates(1.0, huge, 1e-3 * huge)) == pytest.approx(
+        flops + 6 * 4 * tokens * 3 * (128 + 2 * 96 + 128 + 3 * 240), rel=1e-6
+    )  # here the adapter's arithmetic takes longer than its traffic
+    assert bound_seconds(adapted, batch, Rates(huge, 1.0, huge)) == pytest.approx(2.516 * weights * 2)
+    lora = 4 * (128 + 2 * 96 + 128 + 3 * 240)
+    elementwise = 16 * 64 + 4 * (64 + 32) + 8 * 176
+    assert bound_seconds(adapted, batch, Rates(huge, huge, 1.0)) == pytest.approx(3 * tokens * (lora + elementwise) * 2)
 
 
-def test_a_machine_of_several_moods_is_bounded_by_their_mean_time(model) -> None:
+def test_recomputing_every_layer_adds_a_forward(adapted: torch.nn.Module) -> None:
+    """Half of the arithmetic of linear layers, a third of attention's, and a pass of dequantisation."""
+    batch = make_batch(SHAPE.vocab, 2, 32)
+    weights = 3 * (64 * 64 + 2 * 64 * 32 + 64 * 64 + 3 * 64 * 176)
+    for rates, more in (
+        (Rates(1.0, 1e30, 1e27), 2 * weights * 64 + 4 * 64 * 3 * 32 * 33),
+        (Rates(1e30, 1.0, 1e30), 2.516 * weights),
+    ):
+        plain, twice = (bound_seconds(adapted, batch, rates, share) for share in (0.0, 1.0))
+        assert twice - plain == pytest.approx(more, rel=1e-6)
+
+
+def test_a_machine_of_several_moods_is_bounded_by_their_mean_time(tiny_llama: Path) -> None:
     """Tokens per second at the bound come from the mean of the least seconds, not from the mean of the rates."""
-    work = work_of(model, ROWS, SEQ_LEN, NUM_TARGETS)
-    slow = {**LIMITS, "gemm_tflops": {"bfloat16": 0.1}}
-    seconds = (work.least_seconds(LIMITS) + work.least_seconds(slow)) / 2
-    assert work.most_tokens_per_second([LIMITS, slow]) == pytest.approx(ROWS * SEQ_LEN / seconds)
+    quick = {"gemm_tflops": {"bfloat16": 0.5}, "dequantize_gib_per_second": 4.0, "copy_gib_per_second": 9.0}
+    slow = {"gemm_tflops": {"bfloat16": 0.1}, "dequantize_gib_per_second": 1.0, "copy_gib_per_second": 2.0}
+    assert Rates.of(quick) == Rates(0.5e12, 4.0 * GIB, 9.0 * GIB)
+    alone = [2 * 32 / most_tokens_per_second(tiny_llama, 4, 2, 32, 10, [limits]) for limits in (quick, slow)]
+    assert alone[1] > 2 * alone[0]
+    both = most_tokens_per_second(tiny_llama, 4, 2, 32, 10, [quick, slow])
+    assert both == pytest.approx(2 * 32 / (sum(alone) / 2))
