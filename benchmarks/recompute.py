@@ -2,10 +2,11 @@
 
     python benchmarks/recompute.py               # needs what `make demo` prepared; half an hour on two cores
 
-SmolLM2-135M with LoRA of rank 16 on 2 x 512 tokens a step. First every fixed setting, each in a fresh process, forwards
-through the list and then backwards; then `auto` under each budget in the same way. A budget is what a rank may take for
-everything. Rates and peaks leave out the first steps, in which `auto` corrects itself; its peak in those is given
-apart. All losses must be the same to the bit. Writes benchmarks/results/recompute_DEVICE.json.
+SmolLM2-135M with LoRA of rank 16 on 2 x 512 tokens a step. A budget is what a rank may take for everything; a few steps of
+`none` and of `full` say what it can be. Then every fixed setting and `auto` under each budget run in a fresh process,
+forwards through the list and then backwards. Rates and peaks leave out the first steps, in which `auto` corrects itself;
+its peak in those is given apart. All losses must be the same to the bit. Writes
+benchmarks/results/recompute_DEVICE.json.
 """
 
 from __future__ import annotations
@@ -55,17 +56,20 @@ def main() -> None:
     out = options.out or ROOT / "benchmarks" / "results" / f"recompute_{'cuda' if machine['num_gpus'] else 'cpu'}.json"
     with tempfile.TemporaryDirectory() as name:
         write_long_conversations(Path(name) / "rows.jsonl")
-        fixed = compare({str(value): {"recompute": value} for value in FIXED}, Path(name), options.steps)
-        low, high = fixed["full"]["peak_gib"], fixed["none"]["peak_gib"]
+        peaks = [summarise([run({"recompute": value}, Path(name), NUM_WARMUP + 1)]) for value in ("full", "none")]
+        low, high = (row["peak_gib"] for row in peaks)
         budgets = {kind: round(low + where * (high - low), 2) for kind, where in BUDGETS.items()}
-        settings = {kind: {"recompute": "auto", "budget_gib": budget} for kind, budget in budgets.items()}
-        chosen = compare(settings, Path(name), options.steps)
-    check_losses([*fixed.values(), *chosen.values()])
+        settings: dict[str, dict[str, Any]] = {str(value): {"recompute": value} for value in FIXED}
+        settings |= {f"auto, {kind}": {"recompute": "auto", "budget_gib": gib} for kind, gib in budgets.items()}
+        measured = compare(settings, Path(name), options.steps)
+    check_losses(list(measured.values()))
     result = {
         "machine": machine,
         "settings": {"model": MODEL.name, "rank": 16, "tokens_per_step": f"{ROWS} x {SEQ_LEN}", "threads": THREADS,
                      "steps": options.steps, "warmup_steps_dropped": NUM_WARMUP},
-        "budgets_gib": budgets, "fixed": fixed, "auto": chosen,
+        "budgets_gib": budgets,
+        "fixed": {str(value): measured[str(value)] for value in FIXED},
+        "auto": {kind: measured[f"auto, {kind}"] for kind in budgets},
     }  # fmt: skip
     out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(table(result))
