@@ -9,7 +9,7 @@ import pytest
 from tests.support.processes import run_on_processes
 from tests.support.training import lasting_rows, train_here
 
-NUM_STEPS = 6
+NUM_STEPS = 4
 GLOBAL_BATCH = 8
 WORLD_SIZES = (1, 2, 4)
 BACKENDS = ("single", "ddp", "fsdp", "zero2", "zero3")
@@ -46,11 +46,11 @@ def train_all(root: Path, world_size: int, model: Path, data: Path) -> None:
 @pytest.mark.timeout(900)
 def test_all_ways_give_one_loss_curve(tmp_path: Path, tiny_llama: Path, chat_file: Path) -> None:
     """1, 2 and 4 ranks, micro-batches of one and two rows, accumulation for what is left of eight rows, under every
-    backend: losses and gradient norms of six steps agree within 1e-5 in float32, on rows with 2 to 90 targets."""
+    backend: losses and gradient norms of four steps agree within 1e-5 in float32, on rows with 2 to 90 targets."""
     for world_size in WORLD_SIZES:
         run_on_processes(train_all, world_size, tmp_path, world_size, tiny_llama, chat_file)
     reference = lasting_rows(tmp_path / "1-single-2")
-    lines = [f"\n{'ranks':>5} {'accum':>5} {'rows':>4}  backend   {'losses':<47}  largest relative difference"]
+    lines = [f"\n{'ranks':>5} {'accum':>5} {'rows':>4}  backend   {'losses':<31}  largest relative difference"]
     worst = 0.0
     for world_size in WORLD_SIZES:
         for backend in backends_of(world_size):

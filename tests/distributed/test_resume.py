@@ -17,12 +17,12 @@ from tests.distributed.test_equivalence import adapter_vector
 from tests.support.processes import run_on_processes
 from tests.support.training import adapter_bytes, lasting_rows, train_here
 
-NUM_STEPS = 12
+NUM_STEPS = 8
 ACCUM = 2
 
 
 def settings(model: Path, data: Path, backend: str, **optim: object) -> dict:
-    """Twelve steps over the borders of epochs, with dropout, evaluation and checkpoints."""
+    """Eight steps over the borders of epochs, with dropout, evaluation and checkpoints."""
     return {
         "model": {"path": str(model), "dtype": "float32"},
         "adapter": {"rank": 4, "alpha": 8, "dropout": 0.2},
@@ -37,7 +37,7 @@ def settings(model: Path, data: Path, backend: str, **optim: object) -> dict:
 
 @pytest.fixture(scope="module")
 def few_rows(tmp_path_factory, chat_file: Path) -> Path:
-    """Twenty conversations: 15 to train on, so that 12 steps of 4 pass three borders of epochs, none of them even."""
+    """Twenty conversations: 15 to train on, so that 8 steps of 4 pass two borders of epochs, neither of them even."""
     file = tmp_path_factory.mktemp("few") / "few.jsonl"
     file.write_text("".join(chat_file.read_text().splitlines(keepends=True)[:20]))
     return file
@@ -59,7 +59,7 @@ def interrupt_everywhere(root: Path, model: Path, data: Path) -> None:
 
 
 def test_stopping_anywhere_changes_no_bit(tmp_path: Path, tiny_llama: Path, few_rows: Path) -> None:
-    """Stopped at each of twelve steps, between steps and amid accumulation, by a signal to either of two ranks, and
+    """Stopped at each of eight steps, between steps and amid accumulation, by a signal to either of two ranks, and
     started again: adapter and every logged number equal those of the uninterrupted run bit for bit, dropout on."""
     run_on_processes(interrupt_everywhere, 2, tmp_path, tiny_llama, few_rows)
 
