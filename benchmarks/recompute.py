@@ -2,10 +2,10 @@
 
     python benchmarks/recompute.py               # needs what `make demo` prepared; half an hour on two cores
 
-SmolLM2-135M with LoRA of rank 16 on 2 x 512 tokens a step. A budget is what a rank may take for everything; a few steps of
-`none` and of `full` say what it can be. Then every fixed setting and `auto` under each budget run in a fresh process,
-forwards through the list and then backwards. Rates and peaks leave out the first steps, in which `auto` corrects itself;
-its peak in those is given apart. All losses must be the same to the bit. Writes
+SmolLM2-135M with LoRA of rank 16 on 2 x 512 tokens a step. A budget is what a rank may take for everything; a few steps
+of `none` and of `full` say what it can be. Then every fixed setting, and `auto` under each budget, run in fresh
+processes, forwards through the list and then backwards. Rates and peaks leave out the first steps, in which `auto`
+corrects itself; its peak in those is given apart. All losses must be the same to the bit. Writes
 benchmarks/results/recompute_DEVICE.json.
 """
 
