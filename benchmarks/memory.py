@@ -40,7 +40,7 @@ from benchmarks.machine import describe_machine  # noqa: E402
 WORLD_SIZES = (1, 2, 4, 8, 16)
 SEQ_LEN = 2048
 SEQ_LENS = (512, 1024, 2048, 4096, 8192, 16384)
-RECOMPUTE = ("full", "none")
+RECOMPUTE = ("full", "selective", "none")
 BY_LENGTH = (("7B", 1), ("65B", 2))
 """Shapes and numbers of ranks for which the length of the row is varied."""
 RANK = 16
@@ -198,6 +198,7 @@ def describe(shape: Shape, world_size: int, seq_len: int, recompute: str) -> tup
 
     from qlora_dist.config import AdapterConfig, MemoryConfig, ModelConfig, ParallelConfig
     from qlora_dist.model.adapters import add_adapters
+    from qlora_dist.model.elementwise import lighten
     from qlora_dist.model.lora_linear import fuse_adapters
     from qlora_dist.model.nf4 import dynamic_code, four_bit_code
     from qlora_dist.model.recompute import apply_recompute
@@ -212,6 +213,7 @@ def describe(shape: Shape, world_size: int, seq_len: int, recompute: str) -> tup
         skeleton = build_skeleton(Path(folder), ModelConfig(path=folder))
     model = add_adapters(skeleton, AdapterConfig(rank=RANK), "base")
     fuse_adapters(model)
+    lighten(model)
     apply_recompute(decoder_layers(model), MemoryConfig(recompute=recompute))  # type: ignore[arg-type]
     shard_skeleton(model, "fsdp", ParallelConfig(), runtime)
     device = runtime.device
