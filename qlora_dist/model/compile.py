@@ -37,7 +37,7 @@ def compile_layers(layers: list[nn.Module], device: torch.device) -> None:
     """
     check_compiler(device)
     for layer in layers:
-        _compile(layer)
+        layer.forward = CompiledForward(layer)
 
 
 def check_compiler(device: torch.device) -> None:
@@ -61,18 +61,18 @@ def _trifle(x: torch.Tensor) -> torch.Tensor:
     return x.sin() + 1
 
 
-def _compile(layer: nn.Module) -> None:
-    """Replace the layer's `forward`, not the layer: hooks stay outside, and names what they are."""
-    plain = layer.forward
-    compiled = torch.compile(plain, **_COMPILER)
+class CompiledForward:
+    """Stands in the place of a layer's `forward`, not of the layer: hooks stay outside, and names what they are."""
 
-    def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        if not (layer.training and torch.is_grad_enabled()):
-            return plain(hidden_states, *args, **kwargs)
+    def __init__(self, layer: nn.Module) -> None:
+        self._layer, self._plain = layer, layer.forward
+        self._compiled = torch.compile(self._plain, **_COMPILER)
+
+    def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not (self._layer.training and torch.is_grad_enabled()):
+            return self._plain(hidden_states, *args, **kwargs)
         if not hidden_states.requires_grad:
             # The first layer's input. A gradient of it is of no use, but costs less than a code of its own.
             hidden_states = hidden_states.detach().requires_grad_()
         with _dynamo.config.patch(**_TRACING):
-            return compiled(hidden_states, *args, **kwargs)
-
-    layer.forward = forward
+            return self._compiled(hidden_states, *args, **kwargs)

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from qlora_dist.config import MemoryConfig
 from qlora_dist.model.activations import LayerBytes, Policy, Recompute, fixed_recompute
+from qlora_dist.model.compile import CompiledForward
 from qlora_dist.model.offload import Offload
 from qlora_dist.model.selective import SelectiveForward, keep_here
 from qlora_dist.model.skeleton import decoder_layers
@@ -69,7 +70,7 @@ class LayerForward:
         self._layer, self._plain, self._offload = layer, layer.forward, offload
         self.policy = policy
         # torch.compile stands aside, without a word, while an operation is watched: no selective policy then.
-        self.is_compiled = hasattr(layer.forward, "_torchdynamo_orig_callable")
+        self.is_compiled = isinstance(layer.forward, CompiledForward)
         self.surveyed: LayerBytes | None = None
         """The largest found so far, while a survey goes on."""
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+import qlora_dist.model.compile as compile_module
 from benchmarks.memory import StorageCounter
 from qlora_dist import assemble
 from qlora_dist.config import AdapterConfig, MemoryConfig, ModelConfig, TrainConfig
@@ -17,6 +18,7 @@ from qlora_dist.data.sampler import collate
 from qlora_dist.data.samples import Sample
 from qlora_dist.model.activations import LayerBytes, Recompute
 from qlora_dist.model.adapters import adapter_parameters
+from qlora_dist.model.compile import CompiledForward
 from qlora_dist.model.recompute import LayerForward, Survey, recompute_of, set_recompute
 from qlora_dist.model.selective import SelectiveForward
 from qlora_dist.runtime import Runtime, start_runtime
@@ -187,7 +189,8 @@ def test_compiled_layers_stay_compiled() -> None:
     from torch._dynamo.testing import CompileCounter
 
     layer, counter = nn.Linear(8, 8), CompileCounter()
-    layer.forward = torch.compile(layer.forward, backend=counter)
+    with mock.patch.dict(compile_module._COMPILER, {"backend": counter, "options": None}):
+        layer.forward = CompiledForward(layer)
     forward = LayerForward(layer, "selective", None)
     forward.surveyed = LayerBytes(0, 0, 0)
     forward(torch.ones(2, 8)).sum().backward()
