@@ -58,11 +58,12 @@ class _RmsNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, norm: Any) -> torch.Tensor:  # x (..., d_model)
-        exact = x.to(torch.float32, copy=True)
+        exact = x.float()
         inverse = torch.rsqrt(exact.square().mean(-1, keepdim=True) + norm.variance_epsilon)  # (..., 1)
         ctx.norm = norm  # not its weight, which engines may have let go of by the time of backward
         ctx.save_for_backward(x, inverse)
-        return norm.weight * exact.mul_(inverse).to(x.dtype)
+        # Nothing in place: selective recomputation makes results again that no operation has written to.
+        return norm.weight * (exact * inverse).to(x.dtype)
 
     @staticmethod
     @once_differentiable
@@ -80,7 +81,7 @@ class _SwiGlu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:  # both (..., d_mlp)
         ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
+        return F.silu(gate) * up
 
     @staticmethod
     @once_differentiable

@@ -13,8 +13,10 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
 from qlora_dist.config import AdapterConfig, ModelConfig
+from qlora_dist.model import elementwise
 from qlora_dist.model.adapters import add_adapters
 from qlora_dist.model.elementwise import lighten
+from qlora_dist.model.selective import SelectiveForward
 from qlora_dist.model.skeleton import build_skeleton
 
 WIDTH = 96
@@ -144,3 +146,16 @@ def test_whole_models_are_lightened_by_their_parts(tiny_llama: Path) -> None:
     kinds = [type(module).__name__ for module in model.modules() if is_lightened(module)]
     assert sorted(kinds) == ["LlamaMLP"] * 3 + ["LlamaRMSNorm"] * 7
     assert list(model.state_dict()) == names
+
+
+def test_selective_recomputation_makes_their_results_again() -> None:
+    """The output of a norm is not kept beside its input, nor the product of gate and up beside its factors."""
+    weights = [nn.Parameter(torch.eye(WIDTH)) for _ in range(4)]
+    with SelectiveForward(()) as forward:
+        hidden = torch.ones(16, WIDTH) @ weights[0]
+        normed = elementwise._RmsNorm.apply(hidden, norm())
+        product = elementwise._SwiGlu.apply(normed @ weights[1], normed @ weights[2])
+        product @ weights[3]
+    everything, kept = forward.kept
+    inverse = 16 * 4  # the norm's, of each token
+    assert everything - kept == 2 * 16 * WIDTH * 4 + inverse
