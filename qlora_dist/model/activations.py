@@ -97,10 +97,10 @@ def layer_bytes(model: Any, num_tokens: int, element_size: int) -> LayerBytes:
     """What a decoder layer keeps, from its dimensions.
 
     Per token and in the compute type: 8 vectors of d_model (inputs of norms and projections, residuals), 2 of the
-    key-value width and 4 of the MLP's width. That is a layer written out operation by operation; where norms and MLP are
-    one function each (`elementwise.py`) it keeps a quarter less. About half of those of d_model and of the MLP remain
-    when norms, activation functions and products are made again; a fully recomputed layer keeps its input. Fitted to
-    what follows every storage (`benchmarks/memory.py`), and on the safe side.
+    key-value width and 4 of the MLP's width: a layer written out operation by operation. Where norms and MLP are one
+    function each (`elementwise.py`) it keeps a quarter less. About half of those of d_model and of the MLP remain when
+    norms, activation functions and products are made again; a fully recomputed layer keeps its input. Fitted to what
+    follows every storage (`benchmarks/memory.py`), on the safe side.
 
     Args:
         model: the text part of a transformers config.
