@@ -6,7 +6,7 @@
 
 Each part is a list of cases, run by a process of its own. One that fails, does not fit, takes longer than its limit or
 asks for what is not there is recorded as "not measured" with the reason, and the rest goes on, in a new process if need
-be. Results are written after every case, to benchmarks/results/gpu.json. The share of the bound: gpu_parts/bound.py.
+be. Results are written after every case, to benchmarks/results/gpu.json. The share of the bound: bound.py.
 """
 
 from __future__ import annotations
