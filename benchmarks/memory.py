@@ -346,7 +346,7 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
         panel.set_xscale("log", base=2)
         panel.set_xticks(SEQ_LENS, [f"{n:,}" for n in SEQ_LENS], fontsize=8)
         panel.grid(alpha=0.3)
-    panels[0].legend(frameon=False, fontsize=8)
+    panels[0].legend(frameon=False, fontsize=8, loc=(0.02, 0.21))
     figure.tight_layout()
     figure.savefig(file, dpi=130)
 
