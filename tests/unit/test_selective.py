@@ -104,7 +104,7 @@ def test_products_run_once(tiny_llama: Path, runtime: Runtime) -> None:
 
 def test_what_is_kept_is_what_was_counted(tiny_llama: Path, runtime: Runtime) -> None:
     """What a survey counts for each policy is, to the byte, what storages take that are alive after forward, and
-    selectively that is about half in bfloat16."""
+    selectively that is 0.7 of it in bfloat16 (0.5 of a layer whose norms and MLP are not one function each)."""
     runtime = dataclasses.replace(runtime, compute_dtype=torch.bfloat16)
     model = build(tiny_llama, runtime)
     ids = torch.arange(3, 259).reshape(2, 128)
@@ -126,7 +126,7 @@ def test_what_is_kept_is_what_was_counted(tiny_llama: Path, runtime: Runtime) ->
     assert alive(1) - alive(3) == 2 * (layer.none - layer.selective)
     assert alive(0, 1) - alive(0, 3) == 2 * (layer.none - layer.full)
     assert layer.full == ids.numel() * 64 * 2
-    assert 0.4 < layer.selective / layer.none < 0.6
+    assert 0.65 < layer.selective / layer.none < 0.75
 
 
 def test_forward_without_gradients_keeps_nothing(tiny_llama: Path, runtime: Runtime) -> None:
