@@ -11,7 +11,6 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -66,10 +65,8 @@ class RecomputeBudget:
         activations = activations_of(dimensions, num_tokens, num_tokens, nothing, element_size)
         self._room = self._limit - self._meter.held() - later - (activations.total - activations.kept)
         self._layer = layer_bytes(dimensions, num_tokens, element_size)
-        if is_compiled(self._model):
-            self._layer = replace(self._layer, selective=self._layer.none)
         self._agree()
-        choice = self._layer.least_recompute(self._room, nothing.num_layers, again=self._layer.none)
+        choice = self._least_recompute(again=self._layer.none)
         set_recompute(self._model, choice)
         self._say(f"recompute: {self._described(choice)} (chosen by memory.recompute: auto)")
 
@@ -101,7 +98,7 @@ class RecomputeBudget:
         # What one layer makes again is in that peak already, if there was one that did.
         self._room, again = self._limit - beside, 0 if now.num_full else self._layer.none
         self._agree()
-        choice = self._layer.least_recompute(self._room, now.num_layers, again)
+        choice = self._least_recompute(again)
         if choice != now and (self._num_steps <= 2 or self._layer.kept(now) > self._room):
             set_recompute(self._model, choice)
             self._say(
@@ -117,6 +114,20 @@ class RecomputeBudget:
     def _largest_micro_batch(self) -> int:
         """Tokens, padding included."""
         return self._config.optim.micro_batch_size * self._config.data.max_seq_len
+
+    def _least_recompute(self, again: int) -> Recompute:
+        """What fits into the room there is."""
+        num_layers = len(decoder_layers(self._model))
+        return self._layer.least_recompute(self._room, num_layers, again, self._selective_frees)
+
+    @property
+    def _selective_frees(self) -> bool:
+        """Whether recomputing selectively frees anything.
+
+        On the CPU what it frees does not leave the C library's heap: the resident peak is that of keeping everything
+        (`benchmarks/recompute.py`). Compiled layers do so already.
+        """
+        return self._runtime.device.type != "cpu" and not is_compiled(self._model)
 
     def _agree(self) -> None:
         """Take the least room and the largest layer of all ranks, so that they decide alike."""

@@ -1,5 +1,6 @@
 """What is recomputed, on two ranks: chosen alike by both, and without a trace in what is trained."""
 
+from contextlib import AbstractContextManager
 from itertools import pairwise
 from pathlib import Path
 from unittest import mock
@@ -91,6 +92,11 @@ class PretendedMeter(MemoryMeter):
         return self.base + self.layer.kept(choice) + (self.layer.none if choice.num_full else 0)
 
 
+def as_on_a_gpu() -> AbstractContextManager[object]:
+    """Where recomputing selectively is worth it."""
+    return mock.patch.object(RecomputeBudget, "_selective_frees", True)
+
+
 def choices_of(folder: Path, runtime: Runtime, num_layers_less: int) -> list[Recompute]:
     """What is chosen before and after two steps, when layers turn out to take twice what the formula says, and the
     limit is what three of them take that keep everything.
@@ -107,7 +113,7 @@ def choices_of(folder: Path, runtime: Runtime, num_layers_less: int) -> list[Rec
     layer = LayerBytes(*(2 * size for size in vars(by_formula).values()))
     said: list[str] = []
     limit = mock.patch("qlora_dist.budget.memory_limit", return_value=GIB + NUM_LAYERS * layer.none)
-    with mock.patch("qlora_dist.budget.MemoryMeter", PretendedMeter), limit:
+    with mock.patch("qlora_dist.budget.MemoryMeter", PretendedMeter), limit, as_on_a_gpu():
         budget = RecomputeBudget(config, model, runtime, said.append)
         meter = budget._meter
         meter.model, meter.layer = model, layer
@@ -120,7 +126,8 @@ def choices_of(folder: Path, runtime: Runtime, num_layers_less: int) -> list[Rec
             pass
         if budget._survey is not None:
             budget._survey.result = layer
-        budget.after_step([batch])
+        with as_on_a_gpu():
+            budget.after_step([batch])
         choices.append(recompute_of(model))
     assert said[0].startswith(f"recompute: {choices[0]}: about ")
     assert said[0].endswith("(chosen by memory.recompute: auto)")

@@ -110,14 +110,20 @@ def test_recompute_as_numbers_of_layers(recompute: str | int, expected: tuple[in
     assert [mixed.policy(number) for number in range(4)] == ["full", "selective", "selective", "none"]
 
 
-@given(st.integers(1, 40), st.tuples(*[st.integers(1, 10**9)] * 3), st.integers(0, 10**10), st.integers(0, 10**10))
-def test_more_room_never_means_more_recomputation(num_layers: int, sizes: tuple, room: int, more: int) -> None:
+@given(
+    st.integers(1, 40), st.tuples(*[st.integers(1, 10**9)] * 3), st.integers(0, 10**10), st.integers(0, 10**10),
+    st.booleans(),
+)  # fmt: skip
+def test_more_room_never_means_more_recomputation(
+    num_layers: int, sizes: tuple, room: int, more: int, with_selective: bool
+) -> None:
     """What is chosen fits wherever anything does, and with more room no layer recomputes more."""
     layer = LayerBytes(*sorted(sizes, reverse=True))
-    tight, ample = (layer.least_recompute(size, num_layers, again=layer.none) for size in (room, room + more))
+    tight, ample = (layer.least_recompute(size, num_layers, layer.none, with_selective) for size in (room, room + more))
+    assert with_selective or tight.num_selective == ample.num_selective == 0
     order = ["none", "selective", "full"]
     for number in range(num_layers):
         assert order.index(ample.policy(number)) <= order.index(tight.policy(number))
     least = layer.kept(Recompute(num_layers, 0, num_layers)) + layer.none
     assert layer.kept(tight) <= max(room, least)
-    assert layer.least_recompute(num_layers * layer.none, num_layers, again=0) == Recompute(num_layers)
+    assert layer.least_recompute(num_layers * layer.none, num_layers, 0, with_selective) == Recompute(num_layers)
