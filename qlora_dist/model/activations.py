@@ -62,8 +62,8 @@ class LayerBytes:
     def least_recompute(self, room: int, num_layers: int, again: int, with_selective: bool) -> Recompute:
         """The least recomputation with which what all layers keep fits into `room` bytes.
 
-        Recomputing selectively frees a third of what a layer keeps for an eighth of its time, fully nearly all for two
-        fifths: all layers do the former before any does the latter. When nothing fits, all recompute fully.
+        All layers recompute selectively, where that frees anything, before any does fully: products are the last thing
+        to compute twice. When nothing fits, all recompute fully.
 
         Args:
             again: bytes that have to fit too where a layer recomputes fully: all that it makes again.
