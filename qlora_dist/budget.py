@@ -156,7 +156,6 @@ class MemoryMeter:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._highest = 0
 
     def held(self) -> int:
         """Bytes now."""
