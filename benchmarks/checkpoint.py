@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -21,9 +20,13 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+from benchmarks.apart import run_apart  # noqa: E402
+from benchmarks.machine import describe_machine  # noqa: E402
+
 PREPARED = ROOT / "runs" / "prepared"
 MODES = ("none", "background", "waiting")
-STEPS, WARM_UP, EVERY = 18, 2, 4
+STEPS, WARM_UP, EVERY, THREADS = 18, 2, 4, 2
 
 
 def main() -> None:
@@ -31,20 +34,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=None, help="JSON file to write")
     parser.add_argument("--worker", choices=MODES, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    sys.path.insert(0, str(ROOT))
     if options.worker:
         sys.stdout.write("\n" + json.dumps(measure(options.worker)) + "\n")
         return
-    from benchmarks.machine import describe_machine
-
     machine = describe_machine()
     runs: dict[str, list[dict[str, Any]]] = {mode: [] for mode in MODES}
     for mode in (*MODES, *reversed(MODES)):
-        command = [sys.executable, __file__, "--worker", mode]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            sys.exit(f"{mode} ended with {done.returncode}:\n{done.stderr[-3000:]}")
-        runs[mode].append(json.loads(done.stdout.splitlines()[-1]))
+        said = run_apart([__file__, "--worker", mode], THREADS)
+        runs[mode].append(json.loads(said.splitlines()[-1]))
         print(mode, json.dumps(runs[mode][-1]), flush=True)
     losses = {tuple(run["losses"]) for both in runs.values() for run in both}
     if len(losses) != 1:
@@ -87,7 +84,7 @@ def measure(mode: str) -> dict[str, Any]:
 
     quiet_third_parties()
     from qlora_dist import checkpoint as checkpoint_module
-    from qlora_dist.config import load_config
+    from qlora_dist.config_file import load_config
     from qlora_dist.train import Training, train
 
     gather_seconds: list[float] = []

@@ -79,7 +79,8 @@ def speed(is_small: bool) -> dict[str, list[Case]]:
         memory: dict[str, Any] | None = None, **keywords: Any,
     ) -> Case:  # fmt: skip
         arguments = {"shape": TINY if is_small else vars(SHAPES[shape]), "rows": rows, "seq_len": seq_len,
-                     "rank": rank, "memory": {"recompute": recompute, **(memory or {})}, **keywords}  # fmt: skip
+                     "adapter": {"rank": rank}, "memory": {"recompute": recompute, **(memory or {})},
+                     **keywords}  # fmt: skip
         return Case(name, "steps.ours", arguments, limit)
 
     def peer(name: str, rows: int, function: str, **keywords: Any) -> Case:
@@ -111,7 +112,8 @@ def speed(is_small: bool) -> dict[str, list[Case]]:
             peer("TRL, 1x2048, nothing recomputed", 1, "trl", defaults=False),
         ],
         "65B": [
-            step("1x512, full, adamw_8bit", 1, "full", 200, "65B", short, optimizer="adamw_8bit", num_steps=3)
+            step("1x512, full, adamw_8bit", 1, "full", 200, "65B", short,
+                 optim={"optimizer": "adamw_8bit"}, num_steps=3)
         ],
         "13B": [step("4x2048, full", 4, "full", shape="13B")],
         "7B compiled": [

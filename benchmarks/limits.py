@@ -26,6 +26,10 @@ from torch import distributed as dist
 from torch.nn import functional
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+from benchmarks.apart import run_apart  # noqa: E402
+from benchmarks.machine import describe_machine  # noqa: E402
+
 REPEATS, LOOP_SECONDS = 5, 0.1
 LINK_BYTES = 32 * 2**20
 
@@ -36,12 +40,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=None, help="JSON file to write")
     parser.add_argument("--link", type=Path, help=argparse.SUPPRESS)  # one process of the link measurement
     options = parser.parse_args()
-    sys.path.insert(0, str(ROOT))
     if options.link is not None:
         measure_link(options.link)
         return
-    from benchmarks.machine import describe_machine
-
     machine = describe_machine()
     result: dict[str, Any] = {"machine": machine, "threads": torch.get_num_threads(), **measure()}
     if options.processes > 1:
@@ -80,11 +81,7 @@ def measure_apart(threads: int) -> dict[str, Any]:
     """The rates of this machine now, in a fresh process of so many threads; without links."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "limits.json"
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-        command = [sys.executable, __file__, "--processes", "1", "--out", str(out)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        if done.returncode:
-            sys.exit(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-4000:]}")
+        run_apart([__file__, "--processes", "1", "--out", str(out)], threads)
         measured = json.loads(out.read_text(encoding="utf-8"))
     return {name: value for name, value in measured.items() if name != "machine"}
 

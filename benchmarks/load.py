@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import threading
@@ -23,6 +22,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+from benchmarks.apart import run_apart  # noqa: E402
+from benchmarks.machine import describe_machine  # noqa: E402
+
 MODELS = ROOT / "runs" / "bench-load"
 SHAPE = {
     "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32,
@@ -42,9 +45,6 @@ def main() -> None:
         model, out = map(Path, options.worker or options.stock)
         measure(load_ours if options.worker else load_stock, model, out)
         return
-    sys.path.insert(0, str(ROOT))
-    from benchmarks.machine import describe_machine
-
     machine = describe_machine()
     sources = {"16-bit": make_model(MODELS / "bf16"), "4-bit": MODELS / "nf4"}
     quantize_seconds = quantize(sources["16-bit"], sources["4-bit"])
@@ -101,23 +101,23 @@ def quantize(model: Path, out: Path) -> float | None:
     if out.is_dir():
         return None
     started = time.perf_counter()
-    _call([sys.executable, "-m", "qlora_dist", "quantize", str(model), str(out)])
+    run_apart(["-m", "qlora_dist", "quantize", str(model), str(out)], threads=1)
     return round(time.perf_counter() - started, 1)
 
 
 def run_ranks(folder: Path, world_size: int) -> list[dict[str, float]]:
     """Load on `world_size` fresh processes; one row per rank."""
     with tempfile.TemporaryDirectory() as out:
-        worker = [str(Path(__file__)), "--worker", str(folder), out]
+        worker = [__file__, "--worker", str(folder), out]
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world_size)]
-        _call([sys.executable, *launcher, *worker] if world_size > 1 else [sys.executable, *worker])
+        run_apart([*launcher, *worker] if world_size > 1 else worker, threads=1)
         return [json.loads((Path(out) / f"{rank}.json").read_text()) for rank in range(world_size)]
 
 
 def run_stock(folder: Path) -> dict[str, float]:
     """Load through transformers in one fresh process: every rank of a distributed run would do the same."""
     with tempfile.TemporaryDirectory() as out:
-        _call([sys.executable, str(Path(__file__)), "--stock", str(folder), out])
+        run_apart([__file__, "--stock", str(folder), out], threads=1)
         return json.loads((Path(out) / "0.json").read_text())
 
 
@@ -239,13 +239,6 @@ def line(run: dict[str, Any]) -> str:
         f"{max(r['seconds'] for r in ranks):6.1f} s, peak +{max(r['peak_mib_above_baseline'] for r in ranks):,.0f} MiB "
         f"(shard {max(r['shard_mib'] for r in ranks):,.0f})"
     )
-
-
-def _call(command: list[str]) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(f"{' '.join(command)}\nended with {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
 
 
 if __name__ == "__main__":

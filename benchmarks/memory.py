@@ -17,7 +17,6 @@ import argparse
 import dataclasses
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import weakref
@@ -35,6 +34,7 @@ from torch.utils._pytree import tree_leaves
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
+from benchmarks.apart import run_apart  # noqa: E402
 from benchmarks.machine import describe_machine  # noqa: E402
 
 WORLD_SIZES = (1, 2, 4, 8, 16)
@@ -290,11 +290,8 @@ def in_process(shape: Shape, world_size: int, seq_len: int, recompute: str, is_r
     """`measure` in a process of its own."""
     arguments = {"shape": vars(shape), "world_size": world_size, "seq_len": seq_len, "recompute": recompute,
                  "is_real": is_real}  # fmt: skip
-    command = [sys.executable, __file__, "--worker", json.dumps(arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(f"{' '.join(command)}\nended with {done.returncode}:\n{done.stderr[-4000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    said = run_apart([__file__, "--worker", json.dumps(arguments)], threads=1)
+    return dict(json.loads(said.splitlines()[-1]))
 
 
 def table(runs: list[dict[str, Any]]) -> str:

@@ -14,7 +14,6 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,6 +24,7 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
+from benchmarks.apart import run_apart  # noqa: E402
 from benchmarks.conversations import MODEL, check_prepared, write_conversations  # noqa: E402
 from benchmarks.machine import describe_machine  # noqa: E402
 
@@ -33,6 +33,7 @@ MEDIAN_WORDS, SIGMA = 36, 0.9
 """Of an answer, log-normal: with the questions, a median of about 190 tokens a conversation and a long tail."""
 ROW_LENGTHS = (512, 1024, 2048, 4096)
 NUM_WARMUP = 2
+THREADS = 2
 MAX_SEQ_LEN = 512
 TRAINING = {
     "padded": {"packing": False, "group_by_length": False},
@@ -136,7 +137,7 @@ def train(name: str, rows: Path, folder: Path, steps: int) -> dict[str, float]:
     }  # fmt: skip
     file = folder.with_suffix(".yaml")
     file.write_text(yaml.safe_dump(config), encoding="utf-8")
-    _call([sys.executable, "-m", "qlora_dist", "train", str(file)])
+    run_apart(["-m", "qlora_dist", "train", str(file)], THREADS)
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     logged = [json.loads(line) for line in lines][NUM_WARMUP:]
     seconds = sum(row["step_seconds"] for row in logged)
@@ -154,8 +155,8 @@ def measure_tokenizing(rows: Path, folder: Path) -> dict[str, Any]:
     for name in [*TOKENIZING, *reversed(TOKENIZING), *TOKENIZING]:
         print(f"tokenising, {name} ...", flush=True)
         out = folder / "tokenized.json"
-        os.environ["XDG_CACHE_HOME"] = str(folder / f"cache-{name}-{len(runs[name])}")
-        _call([sys.executable, __file__, "--tokenize", name, "--rows", str(rows), "--out", str(out)])
+        command = [__file__, "--tokenize", name, "--rows", str(rows), "--out", str(out)]
+        run_apart(command, THREADS, XDG_CACHE_HOME=str(folder / f"cache-{name}-{len(runs[name])}"))
         runs[name].append(json.loads(out.read_text(encoding="utf-8")))
     counts = {name: repeats[0]["num_targets"] for name, repeats in runs.items()}
     if len(set(counts.values())) != 1:
@@ -250,13 +251,6 @@ def tables(result: dict[str, Any]) -> str:
         each = ", ".join(f"{rate:,}" for rate in row["of_each_run"])
         lines.append(f"| {name} | {row['rows_per_second']:,} | {each} | {row['times_trl']:g} |")
     return "\n".join(lines)
-
-
-def _call(command: list[str]) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(f"{' '.join(command)}\nended with {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
 
 
 if __name__ == "__main__":

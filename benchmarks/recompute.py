@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -28,6 +26,7 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
+from benchmarks.apart import run_apart  # noqa: E402
 from benchmarks.conversations import MODEL, check_prepared, write_long_conversations  # noqa: E402
 from benchmarks.machine import describe_machine  # noqa: E402
 
@@ -88,13 +87,9 @@ def compare(settings: dict[str, dict[str, Any]], folder: Path, steps: int) -> di
 def run(memory: dict[str, Any], folder: Path, steps: int) -> dict[str, Any]:
     """One setting in a fresh process."""
     out = folder / "measured.json"
-    command = [sys.executable, __file__, "--worker", json.dumps(memory), "--steps", str(steps),
+    command = [__file__, "--worker", json.dumps(memory), "--steps", str(steps),
                "--rows", str(folder / "rows.jsonl"), "--out", str(out)]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": str(THREADS), "HF_HUB_OFFLINE": "1",
-                   "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(folder / "cache")}  # fmt: skip
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(f"{memory} ended with {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+    run_apart(command, THREADS, XDG_CACHE_HOME=str(folder / "cache"))
     return dict(json.loads(out.read_text(encoding="utf-8")))
 
 
@@ -102,7 +97,7 @@ def measure(memory: dict[str, Any], rows: Path, steps: int) -> dict[str, Any]:
     """Train in this process: seconds, peak and recomputation of each step, and the losses."""
     from qlora_dist import train as train_module
     from qlora_dist.budget import MemoryMeter
-    from qlora_dist.config import load_config
+    from qlora_dist.config_file import load_config
     from qlora_dist.model.recompute import recompute_of
     from qlora_dist.noise import quiet_third_parties
 

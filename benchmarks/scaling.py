@@ -1,6 +1,6 @@
 """Tokens per second over process counts, where the rest goes, and bytes on the wire against the formula.
 
-    python benchmarks/scaling.py                 # needs what `make demo` prepared; half an hour on two cores
+    python benchmarks/scaling.py                 # needs what `make demo` prepared; 45 minutes on two cores
 
 Each process has one thread (on a GPU machine: one GPU). Weak scaling keeps the work of a process, strong scaling that
 of a step. Three things say where the rest goes:
@@ -11,8 +11,10 @@ of a step. Three things say where the rest goes:
   included. The rank that waits least comes near to what the transfer itself takes; the others wait for that one, too.
 - In one extra step every collective is counted.
 
-The rates are also held against the machine's limits, measured in between. Runs go through the list forwards, then
-backwards; a rate is the median over steps. Writes benchmarks/results/scaling_DEVICE.json and .png.
+The machine's speed drifts. So one process runs again between the backends, and the efficiency of a run is its rate
+against those just before and behind it. The rates are also held against the machine's limits, measured in between. Runs
+go through the list forwards, then backwards; a rate is the median over steps. Writes
+benchmarks/results/scaling_DEVICE.json and .png.
 """
 
 from __future__ import annotations
@@ -65,6 +67,11 @@ class Case:
     processes: int
 
     @property
+    def alone(self) -> bool:
+        """Whether it is one process and nothing else, what others are compared with."""
+        return self.processes == 1
+
+    @property
     def cut(self) -> tuple[int, int]:
         """Rows of a micro-batch, and micro-batches of a process in a step."""
         if self.mode == "weak":
@@ -87,16 +94,16 @@ def main() -> None:
     check_prepared()
     machine = describe_machine()
     counts = options.processes or ([n for n in (1, 2, 4, 8) if n <= machine["num_gpus"]] or [1, 2, 4])
-    cases = [Case(mode, "single", n) for mode in options.modes for n in counts]
-    cases += [Case(mode, b, n) for mode in options.modes for b in BACKENDS for n in counts if n > 1]
-    runs: dict[Case, list[dict[str, Any]]] = {case: [] for case in cases}
+    cases = [case for mode in options.modes for case in cases_of(mode, counts)]
+    passes: list[list[tuple[Case, dict[str, Any]]]] = []
     limits = [measure_apart(threads=1)]
     with tempfile.TemporaryDirectory() as name:
         write_long_conversations(Path(name) / "rows.jsonl")
         for order in (cases, cases[::-1]):
+            passes.append([])
             for case in order:
                 print(f"{case.mode}, {case.processes} x {case.backend} ...", flush=True)
-                runs[case].append(run(case, Path(name), options.steps))
+                passes[-1].append((case, run(case, Path(name), options.steps)))
             limits.append(measure_apart(threads=1))
     result: dict[str, Any] = {
         "machine": machine,
@@ -104,7 +111,7 @@ def main() -> None:
                      "recompute": "none", "steps": options.steps, "warmup_steps_dropped": NUM_WARMUP,
                      "strong_rows": STRONG_ROWS},
         "limits": limits,
-        "runs": summarise(runs, limits),
+        "runs": summarise(passes, limits),
     }  # fmt: skip
     out = options.out or ROOT / "benchmarks" / "results" / f"scaling_{'cuda' if machine['num_gpus'] else 'cpu'}.json"
     out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
@@ -117,12 +124,21 @@ def main() -> None:
 # One run.
 
 
+def cases_of(mode: str, counts: list[int]) -> list[Case]:
+    """The runs of one pass, with one process at the beginning, at the end, and between backends."""
+    one = Case(mode, "single", 1)
+    cases = [one]
+    for backend in ("single", *BACKENDS):
+        cases += [*(Case(mode, backend, n) for n in counts if n > 1), one]
+    return cases
+
+
 def run(case: Case, folder: Path, steps: int) -> dict[str, Any]:
     """Train once; tokens per second of all processes together, and what was counted."""
     with tempfile.TemporaryDirectory(dir=folder) as name:
-        alone = case.backend == "single"
-        places = [Path(name) / str(i) for i in range(case.processes if alone else 1)]
-        started = [start(case, place, folder / "rows.jsonl", steps, 1 if alone else case.processes) for place in places]
+        apart = case.backend == "single"
+        places = [Path(name) / str(i) for i in range(case.processes if apart else 1)]
+        started = [start(case, place, folder / "rows.jsonl", steps, 1 if apart else case.processes) for place in places]
         for process in started:
             output, _ = process.communicate()
             if process.returncode:
@@ -174,7 +190,7 @@ def start(case: Case, folder: Path, rows: Path, steps: int, processes: int) -> s
 def work(file: Path) -> None:
     """Train as the file says; in one step count every collective of this process, in later ones time them."""
     from qlora_dist import train as train_module
-    from qlora_dist.config import load_config
+    from qlora_dist.config_file import load_config
     from qlora_dist.noise import quiet_third_parties
 
     quiet_third_parties()
@@ -289,23 +305,31 @@ def expected_bytes(model: Any, config: Any) -> dict[str, int]:
 # The report.
 
 
-def summarise(runs: dict[Case, list[dict[str, Any]]], limits: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def summarise(passes: list[list[tuple[Case, dict[str, Any]]]], limits: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """A row for each case: rate, efficiency against one process, and how much of what is missing is communication."""
+    runs: dict[Case, list[dict[str, Any]]] = {}
+    efficiencies: dict[Case, list[float]] = {}
+    for in_order in passes:
+        for place, (case, found) in enumerate(in_order):
+            runs.setdefault(case, []).append(found)
+            one = statistics.mean(neighbouring_rates(in_order, place))
+            efficiencies.setdefault(case, []).append(found["tokens_per_second"] / (one * case.processes))
     rate = {case: statistics.median(r["tokens_per_second"] for r in repeats) for case, repeats in runs.items()}
-    target_share = next(iter(runs.values()))[0]["target_share"]
+    efficiency = {case: 1.0 if case.alone else statistics.mean(found) for case, found in efficiencies.items()}
+    target_share = passes[0][0][1]["target_share"]
     num_targets = round(ROWS * SEQ_LEN * target_share)
     most = most_tokens_per_second(MODEL, ADAPTER_RANK, ROWS, SEQ_LEN, num_targets, limits)
     rows = []
     for case, repeats in runs.items():
-        one = rate[Case(case.mode, "single", 1)]
-        control = rate[Case(case.mode, "single", case.processes)]
+        control = efficiency[Case(case.mode, "single", case.processes)]
         rows.append({
             **asdict(case),
             "tokens_per_second": round(rate[case], 1),
             "of_each_run": [round(r["tokens_per_second"], 1) for r in repeats],
-            "efficiency": round(rate[case] / (one * case.processes), 3),
-            "efficiency_without_communication": round(control / (one * case.processes), 3),
-            "communication_share": round(max(0.0, 1 - rate[case] / control), 3),
+            "efficiency": round(efficiency[case], 3),
+            "efficiency_of_each_run": [round(found, 3) for found in efficiencies[case]],
+            "efficiency_without_communication": round(control, 3),
+            "communication_share": round(max(0.0, 1 - efficiency[case] / control), 3),
             "waiting_share_of_each_rank": [r["waiting_share_of_each_rank"] for r in repeats],
             "share_of_limit": round(rate[case] / (most * case.processes), 3),
             "peak_memory_gib": round(max(r["peak_memory_gib"] for r in repeats), 3),
@@ -314,6 +338,14 @@ def summarise(runs: dict[Case, list[dict[str, Any]]], limits: list[dict[str, Any
             "bytes_of_formula": of_formula(repeats[0]["bytes_on_the_wire"], repeats[0]["expected_bytes"]),
         })  # fmt: skip
     return rows
+
+
+def neighbouring_rates(in_order: list[tuple[Case, dict[str, Any]]], place: int) -> list[float]:
+    """Rates of one process, in the same mode, next before and next behind a run."""
+    mode = in_order[place][0].mode
+    ones = [i for i, (case, _) in enumerate(in_order) if case.alone and case.mode == mode]
+    before, behind = [i for i in ones if i <= place][-1:], [i for i in ones if i >= place][:1]
+    return [in_order[i][1]["tokens_per_second"] for i in before + behind]
 
 
 def of_formula(sent: dict[str, int], expected: dict[str, int]) -> float | None:
@@ -339,10 +371,11 @@ def table(rows: list[dict[str, Any]]) -> str:
     ]
     for row in rows:
         each = ", ".join(f"{rate:g}" for rate in row["of_each_run"])
+        efficiencies = ", ".join(f"{share:.0%}" for share in row["efficiency_of_each_run"])
         waited = waiting(row) if row["backend"] != "single" else None
         lines.append(
             f"| {row['mode']} | {row['backend']} | {row['processes']} | {row['tokens_per_second']:g} | {each} | "
-            f"{row['efficiency']:.0%} | {row['efficiency_without_communication']:.0%} | "
+            f"{row['efficiency']:.0%} ({efficiencies}) | {row['efficiency_without_communication']:.0%} | "
             f"{row['communication_share']:.0%} | {'' if waited is None else '{:.1%}, {:.1%}'.format(*waited)} | "
             f"{'' if row['bytes_of_formula'] is None else format(row['bytes_of_formula'], '.3f')} | "
             f"{row['peak_memory_gib']:.2f} | {row['share_of_limit']:.0%} |"

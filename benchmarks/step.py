@@ -18,9 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import textwrap
@@ -36,6 +34,7 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
+from benchmarks.apart import run_apart  # noqa: E402
 from benchmarks.bound import most_tokens_per_second  # noqa: E402
 from benchmarks.conversations import MODEL, check_prepared, write_long_conversations  # noqa: E402
 from benchmarks.limits import measure_apart  # noqa: E402
@@ -147,13 +146,9 @@ def compare(
 def run(contender: str, folder: Path, steps: int) -> list[dict[str, float]]:
     """One contender in a fresh process; a row for each optimizer step: loss, seconds, num_tokens."""
     out = folder / "steps.json"
-    command = [sys.executable, __file__, "--contender", contender, "--steps", str(steps),
+    command = [__file__, "--contender", contender, "--steps", str(steps),
                "--rows", str(folder / "rows.jsonl"), "--out", str(out)]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": str(THREADS), "HF_HUB_OFFLINE": "1",
-                   "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(folder / "cache")}  # fmt: skip
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(f"{contender} ended with {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+    run_apart(command, THREADS, XDG_CACHE_HOME=str(folder / "cache"))
     return list(json.loads(out.read_text(encoding="utf-8")))
 
 
@@ -172,7 +167,7 @@ def run_ours(ours: Ours, rows: Path, steps: int) -> list[dict[str, float]]:
     """What `qlora-dist train` does, with the parts that `ours` names."""
     from qlora_dist import assemble
     from qlora_dist import train as train_module
-    from qlora_dist.config import load_config
+    from qlora_dist.config_file import load_config
     from qlora_dist.noise import quiet_third_parties
 
     quiet_third_parties()

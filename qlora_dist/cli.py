@@ -141,7 +141,7 @@ def _leave(exit_code: int) -> None:
 
 def train_command(argv: list[str]) -> None:
     """train a model as a YAML file says"""
-    from qlora_dist.config import load_config
+    from qlora_dist.config_file import load_config
 
     if not argv or argv[0] in ("-h", "--help"):
         _show_train_help()
@@ -162,7 +162,7 @@ def train_command(argv: list[str]) -> None:
 
 def data_command(argv: list[str]) -> None:
     """tell what a run's data are like, and show samples"""
-    from qlora_dist.config import load_config
+    from qlora_dist.config_file import load_config
 
     path, rest = (argv[0], argv[1:]) if argv and argv[0] not in ("-h", "--help") else ("", ["--help"])
     options, overrides = _parse_known(DataOptions, rest, "qlora-dist data CONFIG.yaml")

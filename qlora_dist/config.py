@@ -1,26 +1,14 @@
 """The training configuration: one frozen dataclass per section, the only owner of every default.
 
-``defaults < YAML file < command line``. YAML values and command-line values go through the same typed reader, so a
-mistake gets the same message wherever it was made. Nothing here imports torch: bad settings are refused in
-milliseconds.
+Nothing here imports torch: bad settings are refused in milliseconds.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import os
 import typing
-from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal, get_args
-
-import yaml
-
-from qlora_dist.errors import ConfigError
-from qlora_dist.saved_adapter import ADAPTER_CONFIG, check_agreement, read_saved_adapter
-from qlora_dist.typed import BadEntry, convert, describe, show
+from typing import Any, Literal
 
 IGNORE_INDEX = -100
 """Label of a token that does not count in the loss; the default of PyTorch's cross-entropy."""
@@ -245,342 +233,32 @@ class TrainConfig:
         return bool(self.data.eval_files) or self.data.eval_fraction > 0
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Reading: YAML text and command-line pairs become one tree of (value, where it was written) leaves.
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One value as the user wrote it, with the place to name in an error message."""
-
-    value: Any
-    where: str
-
-
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
-    """Read a YAML file, apply ``--section.key VALUE`` overrides and check everything.
-
-    Raises:
-        ConfigError: the file is missing or not YAML, a key is unknown, or a value is of the wrong type, impossible,
-            or contradicts another one.
-    """
-    settings: dict[str, Setting] = {}
-    for key, setting in _read_yaml(Path(path)):
-        if key in settings:
-            raise ConfigError(f"{setting.where}: {key} is set twice, first at {settings[key].where}. Remove one.")
-        settings[key] = setting
-    settings.update(_read_overrides(overrides))
-    config = _build(TrainConfig, {**_of_saved_adapter(settings), **settings})
-    validate(config)
-    return config
-
-
-def dump_config(config: TrainConfig) -> str:
-    """The configuration as YAML text that :func:`load_config` reads back to an equal object."""
-    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
-
-
 def flatten(config: TrainConfig) -> dict[str, Any]:
     """All settings as one mapping from ``section.key`` to value."""
     return {
         key: getattr(owner, key.rpartition(".")[2])
         for key, owner in (
-            (key, config if "." not in key else getattr(config, key.partition(".")[0])) for key in _known_keys()
+            (key, config if "." not in key else getattr(config, key.partition(".")[0])) for key in known_keys()
         )
     }
 
 
-def _read_yaml(path: Path) -> Iterator[tuple[str, Setting]]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise ConfigError(f"config file {path} does not exist. Give the path of a YAML file, see configs/.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config file {path} cannot be read: {error}.") from None
-    try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"config file {path} is not valid YAML: {error}") from None
-    if root is None:
-        return
-    if not isinstance(root, yaml.MappingNode):
-        raise ConfigError(f"config file {path} must be a mapping of sections, such as `model:` and `data:`.")
-    yield from _walk_yaml(root, path, prefix="")
-
-
-def _walk_yaml(node: yaml.MappingNode, path: Path, prefix: str) -> Iterator[tuple[str, Setting]]:
-    """Yield (dotted key, setting) for each leaf; sections are the keys that hold a dataclass."""
-    seen: dict[str, str] = {}
-    for key_node, value_node in node.value:
-        where = f"{path}:{key_node.start_mark.line + 1}"
-        key = prefix + str(_construct(key_node, where))
-        if key in seen:
-            raise ConfigError(f"{where}: {key} is set twice, first at {seen[key]}. Remove one.")
-        seen[key] = where
-        if isinstance(value_node, yaml.MappingNode) and key in _sections():
-            yield from _walk_yaml(value_node, path, prefix=key + ".")
-        elif key in _sections():
-            if _construct(value_node, where) is None:
-                continue  # a section with nothing (or only comments) under it
-            raise ConfigError(f"{where}: {key} is a section: write its keys indented below it, such as `{key}.…`.")
-        else:
-            yield key, Setting(_construct(value_node, where), where)
-
-
-def _construct(node: yaml.Node, where: str) -> Any:
-    """A YAML node as plain Python data; tags, merge keys and impossible dates are no settings."""
-    try:
-        return yaml.SafeLoader("").construct_object(node, deep=True)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{where}: this value is not plain YAML ({str(error).splitlines()[0]}).") from None
-
-
-def _read_overrides(arguments: Sequence[str]) -> Iterator[tuple[str, Setting]]:
-    """Yield settings from ``--section.key VALUE`` or ``--section.key=VALUE``; VALUE is read as YAML."""
-    pending = list(arguments)
-    while pending:
-        argument = pending.pop(0)
-        if not argument.startswith("--"):
-            raise ConfigError(f"unexpected argument {argument!r}. Settings are given as --section.key VALUE.")
-        key, has_value, text = argument[2:].partition("=")
-        if not has_value:
-            if not pending:
-                raise ConfigError(f"--{key} has no value. Settings are given as --section.key VALUE.")
-            text = pending.pop(0)
-        key = key.replace("-", "_")
-        try:
-            value = yaml.safe_load(text)
-        except (yaml.YAMLError, ValueError):
-            value = text  # not YAML, so it is meant as it stands
-        yield key, Setting(value, f"--{key}")
-
-
-def _of_saved_adapter(settings: Mapping[str, Setting]) -> dict[str, Setting]:
-    """The settings that come with the adapter that is continued from, if one is."""
-    path = settings["adapter.path"].value if "adapter.path" in settings else None
-    if not isinstance(path, str):
-        return {}
-    where = str(Path(path) / ADAPTER_CONFIG)
-    return {key: Setting(value, where) for key, value in read_saved_adapter(path).settings.items()}
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Building: from settings to typed dataclasses.
-
-
-def _sections() -> dict[str, type]:
+def sections() -> dict[str, type]:
+    """The dataclass of each section, by its name."""
     hints = typing.get_type_hints(TrainConfig)
     return {name: hint for name, hint in hints.items() if dataclasses.is_dataclass(hint) and isinstance(hint, type)}
 
 
-def _known_keys() -> list[str]:
-    sections = _sections()
-    keys = [item.name for item in dataclasses.fields(TrainConfig) if item.name not in sections]
-    for name, section in sections.items():
+def known_keys() -> list[str]:
+    """All settings as ``section.key``."""
+    of_section = sections()
+    keys = [item.name for item in dataclasses.fields(TrainConfig) if item.name not in of_section]
+    for name, section in of_section.items():
         keys += [f"{name}.{item.name}" for item in dataclasses.fields(section)]
     return keys
 
 
-def _build(cls: type[TrainConfig], settings: Mapping[str, Setting]) -> TrainConfig:
-    known = _known_keys()
-    for key, setting in settings.items():
-        if key not in known:
-            raise ConfigError(_unknown_key(key, setting, known))
-    values: dict[str, Any] = {}
-    for name, section in _sections().items():
-        hints = typing.get_type_hints(section)
-        keys = [item.name for item in dataclasses.fields(section) if f"{name}.{item.name}" in settings]
-        values[name] = section(**{key: _typed(f"{name}.{key}", settings[f"{name}.{key}"], hints[key]) for key in keys})
-    hints = typing.get_type_hints(cls)
-    for key, setting in settings.items():
-        if "." not in key:
-            values[key] = _typed(key, setting, hints[key])
-    return cls(**values)
-
-
-def _unknown_key(key: str, setting: Setting, known: list[str]) -> str:
-    where = "" if setting.where.startswith("--") else f"{setting.where}: "
-    # A user who writes `learning_rate` or forgets the section still means one of the keys that exist.
-    synonyms = {"learning_rate": "lr", "lora_r": "rank", "r": "rank", "batch_size": "micro_batch_size"}
-    if key in _sections():
-        return f"{where}{key} is a section, not a key. `qlora-dist train --help` lists its keys."
-    leaf = key.rpartition(".")[2]
-    leaf = synonyms.get(leaf, leaf)
-    candidates = [k for k in known if k.rpartition(".")[2] == leaf] or difflib.get_close_matches(key, known, n=1)
-    if not candidates:
-        leaves = {k.rpartition(".")[2]: k for k in known}
-        candidates = [leaves[match] for match in difflib.get_close_matches(leaf, leaves, n=1)]
-    hint = f" Did you mean {candidates[0]}?" if candidates else " `qlora-dist train --help` lists all keys."
-    return f"{where}unknown key {key}.{hint}"
-
-
-def _typed(key: str, setting: Setting, hint: Any) -> Any:
-    prefix = "" if setting.where.startswith("--") else f"{setting.where}: "
-    try:
-        return convert(setting.value, hint)
-    except BadEntry as error:
-        raise ConfigError(f"{prefix}{key}, {error}") from None
-    except TypeError:
-        reason = _REFUSED.get(f"{key}: {setting.value}", "")
-        raise ConfigError(f"{prefix}{key} is {show(setting.value)}, but must be {describe(hint)}.{reason}") from None
-
-
-_CHANGES_BASE = (
-    " {} puts part of each base matrix into the adapter and quantises the rest anew, but the base here keeps the bytes "
-    "of its checkpoint: that is what is checked on every rank, and what the saved adapter belongs to."
-)
-_REFUSED = {
-    f"adapter.init: {name}": _CHANGES_BASE.format(title)
-    for name, title in (("pissa", "PiSSA"), ("loftq", "LoftQ"), ("olora", "OLoRA"))
-}
-"""Values that other programs know, and why they cannot be had here."""
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Checking: values that have the right type and still cannot work.
-
-
-def validate(config: TrainConfig) -> None:
-    """Refuse impossible values and contradicting keys.
-
-    Raises:
-        ConfigError: with the key as it is spelled in YAML, its value, the rule and the remedy.
-    """
-    for key, what in (("model.path", "a model folder or hub name"), ("data.train", "a data file"),
-                      ("output_dir", "a folder for the run")):  # fmt: skip
-        if not flatten(config)[key]:
-            raise ConfigError(f"{key} is missing. Set it to {what}, in the file or with --{key}.")
-    for key, value in flatten(config).items():
-        _check_range(key, value)
-    _check_files("data.train", config.data.sources)
-    _check_files("data.eval", [Source(path) for path in config.data.eval_files])
-    _check_contradictions(config)
-
-
-_AT_LEAST_ONE = {
-    "adapter.rank", "data.max_seq_len", "optim.max_steps", "optim.micro_batch_size", "optim.grad_accum_steps",
-    "eval.every", "eval.max_batches", "logging.every", "parallel.replicas", "parallel.check_every",
-    "parallel.hang_timeout_seconds", "checkpoint.every", "checkpoint.keep", "optim.max_skipped_steps",
-    "logging.profile_steps",
-}  # fmt: skip
-_POSITIVE = {
-    "adapter.alpha",
-    "optim.lr",
-    "optim.max_grad_norm",
-    "optim.epochs",
-    "optim.lora_plus_ratio",
-    "memory.budget_gib",
-}
-_NOT_NEGATIVE = {"optim.warmup_steps", "optim.weight_decay", "seed", "memory.recompute"}
-_FRACTION = {"adapter.dropout", "data.eval_fraction", "data.max_bad_fraction", "optim.warmup_ratio"}
-
-
-def _check_range(key: str, value: Any) -> None:
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        return
-    rule = None
-    if value != value or value in (float("inf"), float("-inf")):
-        rule = "must be a finite number"
-    elif key in _AT_LEAST_ONE and value < 1:
-        rule = "must be at least 1"
-    elif key in _POSITIVE and value <= 0:
-        rule = "must be greater than 0"
-    elif key in _NOT_NEGATIVE and value < 0:
-        rule = "must not be negative"
-    elif key == "seed" and value >= 2**31:
-        rule = "must be below 2147483648"
-    elif key in _FRACTION and not 0 <= value < 1:
-        rule = "must be at least 0 and less than 1"
-    if rule is None:
-        return
-    nullable = type(None) in get_args(_hint(key))
-    raise ConfigError(f"{key} is {value}, but {rule}{' (or null, to leave it out)' if nullable else ''}.")
-
-
-def _check_files(key: str, sources: Sequence[Source]) -> None:
-    """Refuse an entry without a file, a weight that is no number of passes, and a file that comes twice."""
-    entries: dict[str, int] = {}
-    for number, source in enumerate(sources, start=1):
-        if not source.path:
-            raise ConfigError(f"{key}, entry {number}: path is empty. Give a data file, or remove the entry.")
-        if not 0 < source.weight < float("inf"):
-            raise ConfigError(
-                f"{key}, entry {number}: weight is {source.weight:g}, but must be a finite number greater than 0. "
-                "To leave a file out, remove its entry."
-            )
-        first = entries.setdefault(os.path.abspath(source.path), number)
-        if first != number:
-            hint = " A weight of 2 passes over a file twice per epoch." if key == "data.train" else ""
-            raise ConfigError(f"{key}, entries {first} and {number} are the same file, {source.path}. Keep one.{hint}")
-
-
-def _hint(key: str) -> Any:
+def declared_type(key: str) -> Any:
+    """The type that a setting is declared with, as ``typing`` writes it."""
     section, _, leaf = key.rpartition(".")
-    return typing.get_type_hints(_sections()[section] if section else TrainConfig)[leaf]
-
-
-def check_backend_reads(config: TrainConfig, backend: str) -> None:
-    """Refuse settings that the backend would ignore.
-
-    Raises:
-        ConfigError: naming the setting and the backends that read it.
-    """
-    for key, is_set, readers in (
-        ("parallel.replicas", config.parallel.replicas > 1, ("fsdp",)),
-        ("parallel.cpu_offload", config.parallel.cpu_offload, ("fsdp", "zero3")),
-        ("memory.compile", config.memory.compile, ("single", "ddp", "fsdp", "zero2")),
-    ):
-        if is_set and backend not in readers:
-            raise ConfigError(
-                f"{key} is set, but parallel.backend is {backend}, which does not read it. "
-                f"Remove {key}, or set parallel.backend: {' or '.join(readers)}."
-            )
-
-
-def _check_contradictions(config: TrainConfig) -> None:
-    optim, data = config.optim, config.data
-    if optim.max_steps is not None and optim.epochs is not None:
-        raise ConfigError(
-            f"optim.max_steps ({optim.max_steps}) and optim.epochs ({optim.epochs:g}) both say how long to train. "
-            "Keep one and set the other to null."
-        )
-    if optim.warmup_steps is not None and optim.warmup_ratio is not None:
-        raise ConfigError(
-            f"optim.warmup_steps ({optim.warmup_steps}) and optim.warmup_ratio ({optim.warmup_ratio:g}) both set the "
-            "warm-up. Keep one and set the other to null."
-        )
-    if optim.max_steps is not None and optim.warmup_steps is not None and optim.warmup_steps >= optim.max_steps:
-        raise ConfigError(
-            f"optim.warmup_steps ({optim.warmup_steps}) is not shorter than optim.max_steps ({optim.max_steps}): the "
-            "learning rate would never reach optim.lr. Shorten the warm-up."
-        )
-    if data.packing and data.group_by_length:
-        raise ConfigError(
-            "data.packing and data.group_by_length are both true, but packed rows are all of nearly the same length. "
-            "Set one of them to false."
-        )
-    if data.eval_files and data.eval_fraction > 0:
-        raise ConfigError(
-            f"data.eval ({', '.join(data.eval_files)}) and data.eval_fraction ({data.eval_fraction:g}) both choose the "
-            "evaluation data. Keep one; data.eval_fraction: 0 splits nothing off."
-        )
-    if config.adapter.path is not None:
-        check_agreement(config.adapter.path, read_saved_adapter(config.adapter.path), flatten(config))
-    if config.parallel.backend != "auto":
-        check_backend_reads(config, config.parallel.backend)
-    memory = config.memory
-    if memory.budget_gib is not None and (memory.recompute != "auto" or memory.offload_activations):
-        why = (
-            "memory.offload_activations is true"
-            if memory.recompute == "auto"
-            else f"memory.recompute is {memory.recompute}"
-        )
-        raise ConfigError(
-            f"memory.budget_gib is {memory.budget_gib:g}, but {why}, so nothing is chosen by it. Remove "
-            "memory.budget_gib, or set memory.recompute: auto and memory.offload_activations: false."
-        )
-    if not config.has_eval and (config.eval.every is not None or config.eval.max_batches is not None):
-        raise ConfigError(
-            "eval.every or eval.max_batches is set, but there is nothing to evaluate on. "
-            "Set data.eval to a file or a list of files, or data.eval_fraction to the share to hold out."
-        )
+    return typing.get_type_hints(sections()[section] if section else TrainConfig)[leaf]

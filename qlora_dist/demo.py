@@ -19,7 +19,7 @@ from pathlib import Path
 from rich.table import Table
 from rich.text import Text
 
-from qlora_dist.config import load_config
+from qlora_dist.config_file import load_config
 from qlora_dist.console import Reporter, duration
 from qlora_dist.demo_data import PROMPT, write_docstring_rows
 from qlora_dist.errors import LaunchError, ModelError

@@ -19,7 +19,8 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 
-from qlora_dist.config import OptimConfig, ParallelConfig, TrainConfig, check_backend_reads
+from qlora_dist.config import OptimConfig, ParallelConfig, TrainConfig
+from qlora_dist.config_rules import check_backend_reads
 from qlora_dist.errors import LaunchError, TrainingError
 from qlora_dist.model.adapters import adapter_parameters, lora_layers
 from qlora_dist.model.footprint import check_memory, plan_footprint

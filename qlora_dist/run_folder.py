@@ -10,7 +10,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from qlora_dist.config import TrainConfig, dump_config, flatten, load_config
+from qlora_dist.config import TrainConfig, flatten
+from qlora_dist.config_file import dump_config, load_config
 from qlora_dist.durable import remove, write_text
 from qlora_dist.errors import CheckpointError, ConfigError
 

@@ -86,6 +86,14 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory, tokenizer) -> Path:
 
 
 @pytest.fixture(scope="session")
+def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A tiny random bfloat16 model of each family, saved."""
+    from tests.support.families import write_families
+
+    return write_families(tmp_path_factory.mktemp("families"))
+
+
+@pytest.fixture(scope="session")
 def chat_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """48 conversations whose answers are from one to sixty words long."""
     words = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "and", "then", "some"]

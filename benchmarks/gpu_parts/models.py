@@ -16,7 +16,8 @@ from torch import nn
 
 from benchmarks.memory import Shape, write_model_config
 from qlora_dist import assemble
-from qlora_dist.config import IGNORE_INDEX, TrainConfig, load_config
+from qlora_dist.config import IGNORE_INDEX, TrainConfig
+from qlora_dist.config_file import load_config
 from qlora_dist.console import Reporter
 from qlora_dist.data.sampler import MicroBatch
 from qlora_dist.model.loading import LoadStats

@@ -31,18 +31,15 @@ def ours(
     rows: int,
     seq_len: int,
     *,
-    rank: int = 64,
     samples_per_row: int = 1,
-    optimizer: str = "adamw",
-    memory: Mapping[str, Any],
-    model: Mapping[str, Any] | None = None,
     num_steps: int | None = None,
+    **sections: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Steps of `train_step` on one micro-batch of `rows` x `seq_len` tokens.
 
     Args:
-        memory, model: keys of those sections of the configuration.
         num_steps: instead of as many as fit into some seconds.
+        sections: of the configuration, as far as they are not its defaults.
     """
     runtime = start_runtime(seed=0, dtype="bfloat16")
     device = runtime.device
@@ -50,10 +47,7 @@ def ours(
     reset_peak(device)
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        config = make_config(
-            Path(folder), Shape(**shape), rows, seq_len, memory=memory, model=model or {},
-            adapter={"rank": rank}, optim={"optimizer": optimizer},
-        )  # fmt: skip
+        config = make_config(Path(folder), Shape(**shape), rows, seq_len, **sections)
         adapted, said = build(config, runtime)
     engine = build_engine(adapted.train(), config.optim, runtime)
     batch = make_batch(shape["vocab"], rows, seq_len, samples_per_row)

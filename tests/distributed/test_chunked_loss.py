@@ -16,7 +16,6 @@ from qlora_dist.model.loss import logits_form
 from qlora_dist.parallel import build_engine, engine_settings
 from qlora_dist.runtime import Runtime, start_runtime
 from qlora_dist.train import train_step
-from tests.distributed.test_families import FAMILIES, families  # noqa: F401
 from tests.support.processes import run_on_processes
 
 VOCAB = 320
@@ -67,7 +66,7 @@ def compare(folders: dict[str, Path], backends: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize("backend", ["fsdp", "zero3"])
-def test_sharded_ranks_train_as_with_the_plain_loss(families: dict[str, Path], backend: str) -> None:  # noqa: F811
+def test_sharded_ranks_train_as_with_the_plain_loss(families: dict[str, Path], backend: str) -> None:
     """Two ranks, tied and untied heads, soft-capping, an adapter on the head, a micro-batch without targets on one of
     them: losses, gradient norms and adapter of two steps are within 1e-5 of those of whole models with full logits."""
     if backend == "zero3" and find_spec("deepspeed") is None:

@@ -1,7 +1,8 @@
-"""Sharded models train compiled as they do without the compiler."""
+"""Models on several ranks train compiled as they do without the compiler."""
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from qlora_dist.assemble import build_model
@@ -10,7 +11,7 @@ from qlora_dist.console import Reporter
 from qlora_dist.data.chat import Sample
 from qlora_dist.data.sampler import collate
 from qlora_dist.model.shards import local_bytes, whole_bytes
-from qlora_dist.parallel import build_engine
+from qlora_dist.parallel import build_engine, engine_settings
 from qlora_dist.runtime import Runtime, start_runtime
 from qlora_dist.train import train_step
 from tests.support.compiled import without_kernels
@@ -20,6 +21,7 @@ WAYS = {  # backend, compiled, recomputed
     "fsdp": ("fsdp", True, "none"),
     "fsdp, first layer recomputing": ("fsdp", True, 1),
 }
+ZERO_WAYS = {"zero2": ("zero2", True, "none"), "zero2, recomputing": ("zero2", True, "full")}
 
 
 def train(folder: Path, way: tuple, runtime: Runtime) -> tuple[list[float], dict[str, torch.Tensor]]:
@@ -27,10 +29,12 @@ def train(folder: Path, way: tuple, runtime: Runtime) -> tuple[list[float], dict
     backend, is_compiled, recompute = way
     config = TrainConfig(
         model=ModelConfig(path=str(folder), dtype="float32"), adapter=AdapterConfig(rank=4),
-        memory=MemoryConfig(recompute=recompute, compile=is_compiled), optim=OptimConfig(lr=1e-2),
+        memory=MemoryConfig(recompute=recompute, compile=is_compiled),
+        optim=OptimConfig(lr=1e-2, grad_accum_steps=2),
     )  # fmt: skip
-    model = build_model(config, folder, backend, runtime, Reporter(is_main=False)).train()
-    engine = build_engine(model, config.optim, runtime)
+    settings = engine_settings(config, backend)
+    model = build_model(config, folder, backend, runtime, Reporter(is_main=False), settings).train()
+    engine = build_engine(model, config.optim, runtime, settings)
     generator = torch.Generator().manual_seed(runtime.rank)
     rows = [torch.randint(3, 300, (length,), generator=generator).tolist() for length in (20, 20)]
     batches = [collate([Sample(ids, ids)], pad_token_id=0) for ids in rows]
@@ -43,10 +47,10 @@ def train(folder: Path, way: tuple, runtime: Runtime) -> tuple[list[float], dict
     return losses, engine.whole_adapter()
 
 
-def compare(folder: Path) -> None:
+def compare(folder: Path, ways: dict) -> None:
     runtime = start_runtime(seed=0, dtype="float32")
     expected_losses, expected = train(folder, ("ddp", False, "none"), runtime)
-    for name, way in WAYS.items():
+    for name, way in ways.items():
         with without_kernels():
             losses, found = train(folder, way, runtime)
         for loss, expected_loss in zip(losses, expected_losses, strict=True):
@@ -55,9 +59,12 @@ def compare(folder: Path) -> None:
             assert (found[key] - tensor).norm() <= 1e-5 * tensor.norm(), (name, key)
 
 
-def test_sharded_layers_train_compiled(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ways", [WAYS, ZERO_WAYS], ids=["here", "deepspeed"])
+def test_distributed_layers_train_compiled(tmp_path: Path, ways: dict) -> None:
     """On two ranks float32 losses and adapters are those of uncompiled `ddp`, of layers of two kinds in turn."""
-    run_on_processes(compare, 2, of_two_kinds(tmp_path))
+    if ways is ZERO_WAYS:
+        pytest.importorskip("deepspeed", reason="deepspeed is an optional dependency")
+    run_on_processes(compare, 2, of_two_kinds(tmp_path), ways)
 
 
 def of_two_kinds(folder: Path) -> Path:

@@ -14,39 +14,9 @@ from qlora_dist.model.nf4 import QuantizedLinear
 from qlora_dist.parallel import build_engine
 from qlora_dist.runtime import Runtime, start_runtime
 from qlora_dist.train import train_step
+from tests.support.families import FAMILIES, GROUPED
 from tests.support.models import load_here, load_there, logits
 from tests.support.processes import run_on_processes
-
-COMMON = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": 2,
-          "num_attention_heads": 4, "max_position_embeddings": 256, "pad_token_id": 0}  # fmt: skip
-GROUPED = {**COMMON, "num_key_value_heads": 2}
-
-# name: (config class, its arguments); tied and untied embeddings, with and without biases
-FAMILIES = {
-    "llama": ("LlamaConfig", {**GROUPED, "attention_bias": True, "mlp_bias": True}),
-    "llama-tied": ("LlamaConfig", {**GROUPED, "tie_word_embeddings": True}),
-    "mistral": ("MistralConfig", {**GROUPED, "sliding_window": 8}),
-    "qwen2": ("Qwen2Config", GROUPED),
-    "qwen3": ("Qwen3Config", {**GROUPED, "head_dim": 16, "tie_word_embeddings": True}),
-    "gemma2": ("Gemma2Config", {**GROUPED, "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8}),
-    "phi3": ("Phi3Config", {**GROUPED, "eos_token_id": 1, "bos_token_id": 2}),
-    "gpt_neox": ("GPTNeoXConfig", {**COMMON, "rotary_pct": 0.5}),
-}
-
-
-@pytest.fixture(scope="module")
-def families(tmp_path_factory) -> dict[str, Path]:
-    """A tiny random bfloat16 model of each family, saved."""
-    import transformers
-
-    root = tmp_path_factory.mktemp("families")
-    for name, (config_class, arguments) in FAMILIES.items():
-        torch.manual_seed(0)
-        model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, config_class)(**arguments))
-        for param in model.parameters():
-            torch.nn.init.normal_(param, std=0.1)  # norms and biases too, so that none can be left out unnoticed
-        model.to(torch.bfloat16).save_pretrained(root / name)
-    return {name: root / name for name in FAMILIES}
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -20,7 +20,7 @@ from qlora_dist.model.shards import local_bytes, whole_bytes
 from qlora_dist.parallel import build_engine, engine_settings
 from qlora_dist.runtime import Runtime, start_runtime
 from qlora_dist.train import micro_step, train_step
-from tests.distributed.test_families import families  # noqa: F401
+from tests.support.adapted import build_adapted
 from tests.support.processes import run_on_processes
 
 LENGTHS = (12, 20, 9, 31)
@@ -96,17 +96,10 @@ def test_backends_train_fused_as_peft_does(tiny_llama: Path, ways: dict) -> None
     run_on_processes(compare_backends, 2, tiny_llama, ways)
 
 
-def gradients(folder: Path, dtype: str, recompute: str, runtime: Runtime) -> tuple[float, torch.Tensor]:
+def gradients(folder: Path, recompute: str, runtime: Runtime) -> tuple[float, torch.Tensor]:
     """Loss, and gradient of all adapters in one vector, of two accumulated micro-batches; B is not zero."""
-    config = TrainConfig(
-        model=ModelConfig(path=str(folder), dtype=dtype), adapter=AdapterConfig(rank=4),
-        memory=MemoryConfig(recompute=recompute),
-    )  # fmt: skip
-    model = assemble.build_model(config, folder, "single", runtime, Reporter(is_main=False)).train()
+    model = build_adapted(folder, runtime, recompute=recompute)
     generator = torch.Generator().manual_seed(0)
-    for name, param in adapter_parameters(model).items():
-        if ".lora_B." in name:
-            torch.nn.init.normal_(param, std=0.05, generator=generator)
     loss = 0.0
     for length in (12, 20):
         ids = torch.randint(3, 300, (length,), generator=generator).tolist()
@@ -123,13 +116,13 @@ def compare_families(folders: dict[str, Path]) -> None:
     ratios = {}
     for name, folder in folders.items():
         with unfused():
-            loss, exact = gradients(folder, "float32", "none", runtime)
-            _, plain = gradients(folder, "bfloat16", "none", in_bfloat16)
+            loss, exact = gradients(folder, "none", runtime)
+            _, plain = gradients(folder, "none", in_bfloat16)
         for recompute in ("none", "full"):
-            fused_loss, fused = gradients(folder, "float32", recompute, runtime)
+            fused_loss, fused = gradients(folder, recompute, runtime)
             assert abs(fused_loss / loss - 1) <= 1e-6, (name, recompute)
             assert (fused - exact).norm() <= 1e-5 * exact.norm(), (name, recompute)
-        _, fused = gradients(folder, "bfloat16", "full", in_bfloat16)
+        _, fused = gradients(folder, "full", in_bfloat16)
         ratios[name] = ((fused - exact).norm() / (plain - exact).norm()).item()
     # The distance of a whole model is mostly other operations' rounding: another rounding here moves that of one family
     # by up to 15 % either way. tests/unit/test_lora_linear.py bounds the layer by itself.
@@ -137,7 +130,7 @@ def compare_families(folders: dict[str, Path]) -> None:
     assert max(ratios.values()) <= 1.3, ratios
 
 
-def test_families_have_the_same_gradients_fused(families: dict[str, Path]) -> None:  # noqa: F811
+def test_families_have_the_same_gradients_fused(families: dict[str, Path]) -> None:
     """Each family's float32 loss and gradients are peft's, recomputed or not; in bfloat16 they are as close to these
     as peft's own, on average over the families."""
     run_on_processes(compare_families, 1, families)

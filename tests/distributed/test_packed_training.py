@@ -19,8 +19,8 @@ from qlora_dist.model.adapters import adapter_parameters
 from qlora_dist.model.isolation import check_isolation
 from qlora_dist.model.loss import target_loss_sum
 from qlora_dist.runtime import start_runtime
-from tests.distributed.test_families import FAMILIES, families  # noqa: F401
 from tests.support.command import run_rows
+from tests.support.families import FAMILIES
 from tests.support.processes import run_on_processes
 from tests.support.training import lasting_rows, train_here
 
@@ -87,7 +87,7 @@ def compare_all_families(folders: dict[str, Path]) -> None:
     assert "samples packed into one row would see each other" in str(error.value)
 
 
-def test_packed_samples_are_trained_as_if_alone(families: dict[str, Path]) -> None:  # noqa: F811
+def test_packed_samples_are_trained_as_if_alone(families: dict[str, Path]) -> None:
     """In every family: each sample's loss, and the gradient of all of them, are within 1e-5 of those without packing,
     padding beside them or not; one that sees its neighbours is noticed, and a model whose samples would is refused."""
     assert families.keys() == FAMILIES.keys()

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qlora_dist.adapter_folder import read_recipe
 from qlora_dist.assemble import load_trained
-from qlora_dist.config import load_config
+from qlora_dist.config_file import load_config
 from qlora_dist.console import Reporter
 from qlora_dist.runtime import start_runtime
 from qlora_dist.train import train

@@ -6,15 +6,13 @@ import pytest
 import torch
 from transformers.utils import is_flash_attn_2_available
 
-from qlora_dist.assemble import build_model
-from qlora_dist.config import AdapterConfig, ModelConfig, TrainConfig
-from qlora_dist.console import Reporter
 from qlora_dist.data.sampler import MicroBatch, collate
 from qlora_dist.data.samples import Sample, join
 from qlora_dist.model.adapters import adapter_parameters
 from qlora_dist.model.isolation import check_isolation
 from qlora_dist.model.loss import target_loss_sum
 from qlora_dist.runtime import start_runtime
+from tests.support.adapted import build_adapted
 
 LENGTHS = (5, 130, 3, 61)
 
@@ -30,13 +28,7 @@ def test_a_packed_sample_is_computed_as_if_alone(
     if attention == "flash_attention_2" and not is_flash_attn_2_available():
         pytest.skip("the package flash-attn is not installed")
     runtime = start_runtime(seed=0, dtype=dtype)
-    config = TrainConfig(
-        model=ModelConfig(str(tiny_llama), dtype=dtype, attention=attention), adapter=AdapterConfig(rank=4)
-    )
-    model = build_model(config, tiny_llama, "single", runtime, Reporter(is_main=False)).train()
-    for name, param in adapter_parameters(model).items():
-        if ".lora_B." in name:
-            torch.nn.init.normal_(param, std=0.1)
+    model = build_adapted(tiny_llama, runtime, attention=attention)
     check_isolation(model, device)
     generator = torch.Generator().manual_seed(0)
     samples = [Sample(ids, ids) for ids in (torch.randint(3, 300, (n,), generator=generator).tolist() for n in LENGTHS)]

@@ -1,16 +1,12 @@
-"""Adapted models with compiled layers, and their gradients."""
+"""Layers that are compiled in seconds, and gradients to compare."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from pathlib import Path
 from unittest import mock
 
 import torch
 from peft import PeftModel
 
-from qlora_dist.assemble import build_model
-from qlora_dist.config import AdapterConfig, MemoryConfig, ModelConfig, TrainConfig
-from qlora_dist.console import Reporter
 from qlora_dist.data.chat import Sample
 from qlora_dist.data.sampler import collate
 from qlora_dist.model import compile as compile_module
@@ -24,23 +20,6 @@ LENGTHS = ((12, 20), (20, 17))
 def without_kernels() -> AbstractContextManager:
     """Traces and differentiates layers as the real compiler does, and runs the operations one by one: in seconds."""
     return mock.patch.dict(compile_module._COMPILER, {"backend": "aot_eager", "options": None})
-
-
-def build(
-    folder: Path, runtime: Runtime, adapter: AdapterConfig | None = None, memory: MemoryConfig | None = None
-) -> PeftModel:
-    """A whole model in train mode, in the type of `runtime`, whose adapters have an effect."""
-    dtype = "float32" if runtime.compute_dtype == torch.float32 else "bfloat16"
-    config = TrainConfig(
-        model=ModelConfig(path=str(folder), dtype=dtype),
-        adapter=adapter or AdapterConfig(rank=4), memory=memory or MemoryConfig("none"),
-    )  # fmt: skip
-    model = build_model(config, folder, "single", runtime, Reporter(is_main=False)).train()
-    generator = torch.Generator().manual_seed(0)
-    for name, param in adapter_parameters(model).items():
-        if ".lora_B." in name:
-            torch.nn.init.normal_(param, std=0.05, generator=generator)
-    return model
 
 
 def gradient(

@@ -11,7 +11,6 @@ from transformers import Gemma2Config
 from qlora_dist.config import ModelConfig
 from qlora_dist.errors import ConfigError
 from qlora_dist.model import attention, skeleton
-from tests.distributed.test_families import families  # noqa: F401
 
 
 @pytest.mark.parametrize(
@@ -41,7 +40,7 @@ def test_flash_attention_is_taken_where_it_can_be(
     assert found == expected
 
 
-def test_sdpa_is_refused_where_it_would_leave_out_the_cap(families: dict[str, Path]) -> None:  # noqa: F811
+def test_sdpa_is_refused_where_it_would_leave_out_the_cap(families: dict[str, Path]) -> None:
     """Gemma 2 soft-caps its attention scores, which SDPA does not know of; transformers 5.17 would not say so."""
     with pytest.raises(ConfigError, match=r"model.attention is sdpa.*attn_logit_softcapping is 50.*Use auto, eager"):
         skeleton.build_skeleton(families["gemma2"], ModelConfig("m", attention="sdpa"))

@@ -9,13 +9,13 @@ import torch
 from torch import _dynamo
 from torch._dynamo.utils import counters
 
-from qlora_dist.config import AdapterConfig, MemoryConfig
 from qlora_dist.errors import LaunchError
 from qlora_dist.model import compile as compile_module
 from qlora_dist.model.adapters import adapter_parameters
 from qlora_dist.model.compile import check_compiler
 from qlora_dist.runtime import Runtime, start_runtime
-from tests.support.compiled import build, gradient, without_kernels
+from tests.support.adapted import build_adapted
+from tests.support.compiled import gradient, without_kernels
 
 
 @pytest.fixture(scope="module")
@@ -32,11 +32,11 @@ def tracing_settings() -> dict:
 )
 def test_compiled_gradients_are_the_same(tiny_llama: Path, runtime: Runtime, dropout: float, recompute: str) -> None:
     """Loss and gradients of float32 agree within 1e-5; dropout drops the same elements."""
-    adapter = AdapterConfig(rank=4, dropout=dropout)
-    plain = gradient(build(tiny_llama, runtime, adapter, MemoryConfig(recompute)), runtime)
+    settings = {"dropout": dropout, "recompute": recompute}
+    plain = gradient(build_adapted(tiny_llama, runtime, **settings), runtime)
     before = tracing_settings()
     with without_kernels():
-        compiled = gradient(build(tiny_llama, runtime, adapter, MemoryConfig(recompute, compile=True)), runtime)
+        compiled = gradient(build_adapted(tiny_llama, runtime, **settings, is_compiled=True), runtime)
     assert tracing_settings() == before, "what layers need of torch is set for nothing else"
     assert abs(compiled[0] / plain[0] - 1) <= 1e-6
     assert (compiled[1] - plain[1]).norm() <= 1e-5 * plain[1].norm()
@@ -46,7 +46,7 @@ def test_layers_share_their_code(tiny_llama: Path, runtime: Runtime) -> None:
     """Rows of many lengths, evaluation in between: one code for the first length, one for the others, no breaks."""
     torch.compiler.reset()
     with without_kernels():
-        model = build(tiny_llama, runtime, memory=MemoryConfig("none", compile=True))
+        model = build_adapted(tiny_llama, runtime, is_compiled=True)
         counters.clear()
         for lengths in ((12, 20), (9, 31), (7, 5), (16, 18)):
             gradient(model, runtime, [lengths])
@@ -61,7 +61,7 @@ def test_layers_share_their_code(tiny_llama: Path, runtime: Runtime) -> None:
 def test_evaluation_is_not_compiled(tiny_llama: Path, runtime: Runtime) -> None:
     """In eval mode, or without gradients, layers run as they are."""
     with without_kernels():
-        model = build(tiny_llama, runtime, memory=MemoryConfig("none", compile=True))
+        model = build_adapted(tiny_llama, runtime, is_compiled=True)
     torch.compiler.reset()
     counters.clear()
     ids = torch.ones(1, 5, dtype=torch.long)
@@ -74,8 +74,8 @@ def test_evaluation_is_not_compiled(tiny_llama: Path, runtime: Runtime) -> None:
 def test_names_stay_what_they_are(tiny_llama: Path, runtime: Runtime) -> None:
     """Adapters are saved under the names of peft."""
     with without_kernels():
-        compiled = build(tiny_llama, runtime, memory=MemoryConfig(compile=True))
-    assert list(adapter_parameters(compiled)) == list(adapter_parameters(build(tiny_llama, runtime)))
+        compiled = build_adapted(tiny_llama, runtime, is_compiled=True)
+    assert list(adapter_parameters(compiled)) == list(adapter_parameters(build_adapted(tiny_llama, runtime)))
 
 
 def test_a_machine_that_cannot_compile_is_refused() -> None:
@@ -93,10 +93,9 @@ def test_real_code_is_as_exact(tiny_llama: Path, runtime: Runtime) -> None:
     """With kernels, float32 gradients agree within 1e-5, and bfloat16 is no further from them than without."""
     torch.compiler.reset()
     in_bfloat16 = dataclasses.replace(runtime, compute_dtype=torch.bfloat16)
-    compiling = MemoryConfig("none", compile=True)
-    _, exact = gradient(build(tiny_llama, runtime), runtime)
-    _, compiled = gradient(build(tiny_llama, runtime, memory=compiling), runtime)
+    _, exact = gradient(build_adapted(tiny_llama, runtime), runtime)
+    _, compiled = gradient(build_adapted(tiny_llama, runtime, is_compiled=True), runtime)
     assert 0 < (compiled - exact).norm() <= 1e-5 * exact.norm()
-    _, plain = gradient(build(tiny_llama, in_bfloat16), in_bfloat16)
-    _, compiled = gradient(build(tiny_llama, in_bfloat16, memory=compiling), in_bfloat16)
+    _, plain = gradient(build_adapted(tiny_llama, in_bfloat16), in_bfloat16)
+    _, compiled = gradient(build_adapted(tiny_llama, in_bfloat16, is_compiled=True), in_bfloat16)
     assert (compiled - exact).norm() <= 1.05 * (plain - exact).norm()

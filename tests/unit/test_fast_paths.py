@@ -17,8 +17,7 @@ import torch
 from peft import PeftModel
 
 from qlora_dist import assemble
-from qlora_dist.config import IGNORE_INDEX, AdapterConfig, MemoryConfig, ModelConfig, TrainConfig
-from qlora_dist.console import Reporter
+from qlora_dist.config import IGNORE_INDEX
 from qlora_dist.data.sampler import MicroBatch, collate
 from qlora_dist.data.samples import Sample, join
 from qlora_dist.model.adapters import adapter_parameters, lora_layers
@@ -27,7 +26,8 @@ from qlora_dist.model.nf4 import QuantizedLinear
 from qlora_dist.model.skeleton import decoder_layers
 from qlora_dist.runtime import Runtime, start_runtime
 from qlora_dist.train import micro_step
-from tests.distributed.test_families import FAMILIES, families  # noqa: F401
+from tests.support.adapted import build_adapted
+from tests.support.families import FAMILIES
 
 SAMPLES = [
     Sample(ids, [IGNORE_INDEX] * 3 + ids[3:])
@@ -67,23 +67,6 @@ def relative(one: torch.Tensor, other: torch.Tensor) -> float:
 def runtime() -> Runtime:
     """One process on the CPU."""
     return replace(start_runtime(seed=0, dtype="float32"), device=torch.device("cpu"))
-
-
-def build(
-    folder: Path, runtime: Runtime, *, dropout: float = 0.0, recompute: str = "none", attention: str = "auto"
-) -> PeftModel:
-    """A model as a run builds it, in train mode, with adapters that do something."""
-    config = TrainConfig(
-        model=ModelConfig(path=str(folder), dtype=str(runtime.compute_dtype).removeprefix("torch."),
-                          attention=attention),
-        adapter=AdapterConfig(rank=4, dropout=dropout), memory=MemoryConfig(recompute=recompute),
-    )  # fmt: skip
-    model = assemble.build_model(config, folder, "single", runtime, Reporter(is_main=False)).train()
-    generator = torch.Generator().manual_seed(0)
-    for name, param in adapter_parameters(model).items():
-        if ".lora_B." in name:
-            torch.nn.init.normal_(param, std=0.05, generator=generator)
-    return model
 
 
 def results(model: PeftModel, losses: Iterator[torch.Tensor], runtime: Runtime) -> Found:
@@ -134,7 +117,7 @@ def plain(folder: Path, runtime: Runtime, batches: list[MicroBatch], dropout: fl
         return torch.nn.functional.cross_entropy(all_but_last, targets, reduction="sum") / NUM_TARGETS
 
     with plain_layers():
-        model = build(folder, runtime, dropout=dropout, attention="eager")
+        model = build_adapted(folder, runtime, dropout=dropout, attention="eager")
         assert not any(isinstance(layer, FusedLinear) for layer in lora_layers(model))
         return results(model, map(loss, batches), runtime)
 
@@ -145,12 +128,12 @@ def fast(model: PeftModel, runtime: Runtime, batch: MicroBatch) -> Found:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_float32_is_the_plain_way(families: dict[str, Path], runtime: Runtime, family: str) -> None:  # noqa: F811
+def test_float32_is_the_plain_way(families: dict[str, Path], runtime: Runtime, family: str) -> None:
     """Packed, fused, in chunks, recomputed or not: within 1e-5 of each sample by itself, with and without the adapter;
     and the same bits again after evaluation, and after the adapter was off."""
     expected = plain(families[family], runtime, ALONE)
     for recompute in ("none", "full", 1):
-        model = build(families[family], runtime, recompute=recompute)
+        model = build_adapted(families[family], runtime, recompute=recompute)
         assert all(isinstance(layer, FusedLinear) for layer in lora_layers(model))
         found, again = (fast(model, runtime, PACKED) for _ in range(2))
         assert found.distance(expected) <= 1e-5, recompute
@@ -159,17 +142,17 @@ def test_float32_is_the_plain_way(families: dict[str, Path], runtime: Runtime, f
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_dropout_drops_the_same(families: dict[str, Path], runtime: Runtime, family: str) -> None:  # noqa: F811
+def test_dropout_drops_the_same(families: dict[str, Path], runtime: Runtime, family: str) -> None:
     """With dropout the plain and the fast way drop the same values, recomputed or not: within 1e-5 in float32."""
     expected = plain(families[family], runtime, [PADDED], dropout=0.3)
     for recompute in ("none", "full"):
-        model = build(families[family], runtime, dropout=0.3, recompute=recompute)
+        model = build_adapted(families[family], runtime, dropout=0.3, recompute=recompute)
         assert fast(model, runtime, PADDED).distance(expected) <= 1e-5, recompute
-    undropped = fast(build(families[family], runtime), runtime, PADDED)
+    undropped = fast(build_adapted(families[family], runtime), runtime, PADDED)
     assert relative(undropped.gradient, expected.gradient) > 0.01
 
 
-def test_bfloat16_is_as_exact_as_the_plain_way(families: dict[str, Path], runtime: Runtime) -> None:  # noqa: F811
+def test_bfloat16_is_as_exact_as_the_plain_way(families: dict[str, Path], runtime: Runtime) -> None:
     """In bfloat16 the fast way is no further from the plain float32 gradients than the plain bfloat16 one, on average
     over the families, with dropout or without; after evaluation and with another recomputation it has the same bits."""
     in_bfloat16 = replace(runtime, compute_dtype=torch.bfloat16)
@@ -178,19 +161,19 @@ def test_bfloat16_is_as_exact_as_the_plain_way(families: dict[str, Path], runtim
         batches, batch = ([PADDED], PADDED) if dropout else (ALONE, PACKED)
         exact = plain(folder, runtime, batches, dropout)
         rounded = plain(folder, in_bfloat16, batches, dropout)
-        model = build(folder, in_bfloat16, dropout=dropout)
+        model = build_adapted(folder, in_bfloat16, dropout=dropout)
         found, again = (fast(model, in_bfloat16, batch) for _ in range(2))
-        recomputed = fast(build(folder, in_bfloat16, dropout=dropout, recompute="full"), in_bfloat16, batch)
+        recomputed = fast(build_adapted(folder, in_bfloat16, dropout=dropout, recompute="full"), in_bfloat16, batch)
         assert again.distance(found) == recomputed.distance(found) == 0, name
         ratios[name, dropout] = relative(found.gradient, exact.gradient) / relative(rounded.gradient, exact.gradient)
     assert statistics.mean(ratios.values()) <= 1.1, ratios
     assert max(ratios.values()) <= 1.3, ratios
 
 
-def test_compiled_layers_are_the_plain_way(families: dict[str, Path], runtime: Runtime) -> None:  # noqa: F811
+def test_compiled_layers_are_the_plain_way(families: dict[str, Path], runtime: Runtime) -> None:
     """A recomputed decoder layer that the compiler has traced: within 1e-5, and the same bits after evaluation."""
     expected = plain(families["llama"], runtime, ALONE)
-    model = build(families["llama"], runtime, recompute="full")
+    model = build_adapted(families["llama"], runtime, recompute="full")
     torch.compiler.reset()
     decoder_layers(model)[0].compile(backend="aot_eager")
     found, again = (fast(model, runtime, PACKED) for _ in range(2))

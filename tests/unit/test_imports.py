@@ -13,7 +13,13 @@ FILES = {".".join(("qlora_dist", *path.relative_to(ROOT).with_suffix("").parts))
 TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FILES.items()}
 
 FOUNDATION = {"qlora_dist.config", "qlora_dist.saved_adapter", "qlora_dist.errors", "qlora_dist.durable"}
-KNOWS_BACKENDS = {"qlora_dist.parallel", "qlora_dist.zero", "qlora_dist.config", "qlora_dist.demo"}
+KNOWS_BACKENDS = {
+    "qlora_dist.parallel",
+    "qlora_dist.zero",
+    "qlora_dist.config",
+    "qlora_dist.config_rules",
+    "qlora_dist.demo",
+}
 
 
 def imports(tree: ast.AST) -> Iterator[tuple[str, bool]]:
@@ -68,9 +74,12 @@ def test_model_and_data_stand_on_the_foundation_only(layer: str) -> None:
         assert not above, f"{module} imports {above}"
 
 
-def test_config_stands_on_errors_and_errors_on_nothing() -> None:
-    """The bottom of the package; what a saved adapter says of itself is part of the configuration."""
-    assert imported("qlora_dist.config") == {"qlora_dist.errors", "qlora_dist.saved_adapter", "qlora_dist.typed"}
+def test_config_and_errors_stand_on_nothing() -> None:
+    """The bottom of the package; what a saved adapter says of itself belongs to the rules of a configuration."""
+    assert imported("qlora_dist.config") == set()
+    rules = {"qlora_dist.config", "qlora_dist.errors", "qlora_dist.saved_adapter"}
+    assert imported("qlora_dist.config_rules") == rules
+    assert imported("qlora_dist.config_file") == rules | {"qlora_dist.config_rules", "qlora_dist.typed"}
     assert imported("qlora_dist.saved_adapter") == {"qlora_dist.errors"}
     assert imported("qlora_dist.typed") == set()
     assert imported("qlora_dist.errors") == set()

@@ -19,8 +19,8 @@ from qlora_dist.config import (
     OptimConfig,
     ParallelConfig,
     TrainConfig,
-    load_config,
 )
+from qlora_dist.config_file import load_config
 from qlora_dist.errors import CheckpointError
 from qlora_dist.run_folder import (
     STOP,

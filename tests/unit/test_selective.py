@@ -11,9 +11,6 @@ from torch import nn
 
 import qlora_dist.model.compile as compile_module
 from benchmarks.memory import StorageCounter
-from qlora_dist import assemble
-from qlora_dist.config import AdapterConfig, MemoryConfig, ModelConfig, TrainConfig
-from qlora_dist.console import Reporter
 from qlora_dist.data.sampler import collate
 from qlora_dist.data.samples import Sample
 from qlora_dist.model.activations import LayerBytes, Recompute
@@ -23,7 +20,7 @@ from qlora_dist.model.recompute import LayerForward, Survey, recompute_of, set_r
 from qlora_dist.model.selective import SelectiveForward
 from qlora_dist.runtime import Runtime, start_runtime
 from qlora_dist.train import micro_step
-from tests.distributed.test_families import families  # noqa: F401
+from tests.support.adapted import build_adapted
 
 CHOICES = [Recompute(2), Recompute(2, 2), Recompute(2, 0, 2), Recompute(2, 1, 1), Recompute(2, 1, 0)]
 
@@ -31,20 +28,6 @@ CHOICES = [Recompute(2), Recompute(2, 2), Recompute(2, 0, 2), Recompute(2, 1, 1)
 @pytest.fixture(scope="module")
 def runtime() -> Runtime:
     return start_runtime(seed=0, dtype="float32")
-
-
-def build(folder: Path, runtime: Runtime, dropout: float = 0.0, attention: str = "auto"):
-    """A model in training mode whose adapters' B is not zero."""
-    dtype = str(runtime.compute_dtype).removeprefix("torch.")
-    config = TrainConfig(
-        model=ModelConfig(path=str(folder), dtype=dtype, attention=attention),
-        adapter=AdapterConfig(rank=4, dropout=dropout), memory=MemoryConfig(recompute="none"),
-    )  # fmt: skip
-    model = assemble.build_model(config, folder, "single", runtime, Reporter(is_main=False)).train()
-    for name, param in adapter_parameters(model).items():
-        if ".lora_B." in name:
-            nn.init.normal_(param, std=0.05, generator=torch.Generator().manual_seed(0))
-    return model
 
 
 def loss_and_gradient(model, runtime: Runtime, length: int = 40) -> tuple[torch.Tensor, torch.Tensor]:
@@ -60,7 +43,7 @@ def loss_and_gradient(model, runtime: Runtime, length: int = 40) -> tuple[torch.
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_every_family_has_the_same_bits_under_every_policy(
-    families: dict[str, Path],  # noqa: F811
+    families: dict[str, Path],
     runtime: Runtime,
     dtype: str,
     dropout: float,
@@ -69,7 +52,7 @@ def test_every_family_has_the_same_bits_under_every_policy(
     step to step without building anything again."""
     runtime = dataclasses.replace(runtime, compute_dtype=getattr(torch, dtype))
     for name, folder in families.items():
-        model = build(folder, runtime, dropout)
+        model = build_adapted(folder, runtime, dropout=dropout)
         expected = loss_and_gradient(model, runtime)
         assert expected[1].norm() > 0
         for choice in CHOICES:
@@ -79,9 +62,9 @@ def test_every_family_has_the_same_bits_under_every_policy(
             assert all(map(torch.equal, found, expected)), (name, choice)
 
 
-def test_eager_attention_has_the_same_bits(families: dict[str, Path], runtime: Runtime) -> None:  # noqa: F811
+def test_eager_attention_has_the_same_bits(families: dict[str, Path], runtime: Runtime) -> None:
     """Attention out of single operations is recomputed as far as it is quick: its products run once."""
-    model = build(families["qwen3"], runtime, attention="eager")
+    model = build_adapted(families["qwen3"], runtime, attention="eager")
     expected = loss_and_gradient(model, runtime)
     set_recompute(model, Recompute(2, 2))
     assert all(map(torch.equal, loss_and_gradient(model, runtime), expected))
@@ -89,7 +72,7 @@ def test_eager_attention_has_the_same_bits(families: dict[str, Path], runtime: R
 
 def test_products_run_once(tiny_llama: Path, runtime: Runtime) -> None:
     """Selectively, no 4-bit product is computed again; fully, all are."""
-    model = build(tiny_llama, runtime)
+    model = build_adapted(tiny_llama, runtime)
     loss_and_gradient(model, runtime)  # the first one asks the model for more
     with mock.patch.object(bnb, "matmul_4bit", wraps=bnb.matmul_4bit) as product:
         counts = []
@@ -106,7 +89,7 @@ def test_what_is_kept_is_what_was_counted(tiny_llama: Path, runtime: Runtime) ->
     """What a survey counts for each policy is, to the byte, what storages take that are alive after forward, and
     selectively that is 0.7 of it in bfloat16 (0.5 of a layer whose norms and MLP are not one function each)."""
     runtime = dataclasses.replace(runtime, compute_dtype=torch.bfloat16)
-    model = build(tiny_llama, runtime)
+    model = build_adapted(tiny_llama, runtime)
     ids = torch.arange(3, 259).reshape(2, 128)
     with Survey(model) as survey, runtime.autocast():
         model(input_ids=ids, use_cache=False)
@@ -131,7 +114,7 @@ def test_what_is_kept_is_what_was_counted(tiny_llama: Path, runtime: Runtime) ->
 
 def test_forward_without_gradients_keeps_nothing(tiny_llama: Path, runtime: Runtime) -> None:
     """In evaluation policies do nothing."""
-    model = build(tiny_llama, runtime).eval()
+    model = build_adapted(tiny_llama, runtime).eval()
     set_recompute(model, Recompute(3, 3))
     with mock.patch.object(SelectiveForward, "__enter__", side_effect=AssertionError), torch.no_grad():
         model(input_ids=torch.arange(9).unsqueeze(0))

@@ -1,0 +1,36 @@
+"""Adapted models as a run builds them, in one process."""
+
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+
+from qlora_dist.assemble import build_model
+from qlora_dist.config import AdapterConfig, MemoryConfig, ModelConfig, TrainConfig
+from qlora_dist.console import Reporter
+from qlora_dist.model.adapters import adapter_parameters
+from qlora_dist.runtime import Runtime
+
+
+def build_adapted(
+    folder: Path,
+    runtime: Runtime,
+    *,
+    dropout: float = 0.0,
+    recompute: str | int = "none",
+    is_compiled: bool = False,
+    attention: str = "auto",
+) -> PeftModel:
+    """A model in train mode, in the compute type of `runtime`, with adapters of rank 4 that do something."""
+    dtype = str(runtime.compute_dtype).removeprefix("torch.")
+    config = TrainConfig(
+        model=ModelConfig(path=str(folder), dtype=dtype, attention=attention),
+        adapter=AdapterConfig(rank=4, dropout=dropout),
+        memory=MemoryConfig(recompute=recompute, compile=is_compiled),
+    )
+    model = build_model(config, folder, "single", runtime, Reporter(is_main=False)).train()
+    generator = torch.Generator(runtime.device).manual_seed(0)
+    for name, param in adapter_parameters(model).items():
+        if ".lora_B." in name:  # zero at first, and then A has no gradient
+            torch.nn.init.normal_(param, std=0.05, generator=generator)
+    return model

@@ -1,0 +1,19 @@
+"""Settings as tests write them: the least that makes a run, and the words with which others are refused."""
+
+from pathlib import Path
+
+import pytest
+
+from qlora_dist.config import DataConfig, ModelConfig, TrainConfig
+from qlora_dist.config_file import load_config
+from qlora_dist.errors import ConfigError
+
+REQUIRED = {"output_dir": "out", "model": {"path": "m"}, "data": {"train": "t.jsonl"}}
+MINIMAL = TrainConfig(output_dir="out", model=ModelConfig(path="m"), data=DataConfig(train="t.jsonl"))
+
+
+def refusal(path: Path, *overrides: str) -> str:
+    """The message with which a config is refused."""
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, overrides)
+    return str(caught.value)

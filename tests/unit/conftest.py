@@ -1,0 +1,16 @@
+"""What several unit tests begin with."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.support.settings import REQUIRED
+
+
+@pytest.fixture
+def config_file(tmp_path: Path) -> Path:
+    """A config file with the required keys only."""
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(REQUIRED))
+    return path
