@@ -67,7 +67,7 @@ def measured_rates(device: torch.device) -> Rates:
     size = 8192 if is_gpu else 512
     rates = Rates(
         flops=gemm_tflops(size, size, size, torch.bfloat16, device) * 1e12,
-        dequantized_bytes=dequantize_gib_per_second(size, device) * GIB,
+        dequantized_bytes=dequantize_gib_per_second(2 * size, device) * GIB,
         copied_bytes=copy_gib_per_second(2**30 if is_gpu else 2**25, device) * GIB,
     )
     if is_gpu:

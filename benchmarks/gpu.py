@@ -117,7 +117,7 @@ def speed(is_small: bool) -> dict[str, list[Case]]:
         ],
         "13B": [step("4x2048, full", 4, "full", shape="13B")],
         "7B compiled": [
-            step("8x2048, selective", 8, "selective", 150, memory=compiled),
+            step("4x2048, none", 4, "none", 150, memory=compiled),
             step("8x2048, full", 8, "full", 150, memory=compiled),
             step("1x2048, none", 1, "none", 150, memory=compiled),
         ],

@@ -61,7 +61,6 @@ def main() -> None:
         settings: dict[str, dict[str, Any]] = {str(value): {"recompute": value} for value in FIXED}
         settings |= {f"auto, {kind}": {"recompute": "auto", "budget_gib": gib} for kind, gib in budgets.items()}
         measured = compare(settings, Path(name), options.steps)
-    check_losses(list(measured.values()))
     result = {
         "machine": machine,
         "settings": {"model": MODEL.name, "rank": 16, "tokens_per_step": f"{ROWS} x {SEQ_LEN}", "threads": THREADS,
@@ -73,6 +72,7 @@ def main() -> None:
     out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(table(result))
     print(f"written to {out}")
+    check_losses(list(measured.values()), tolerance=1e-3 if machine["num_gpus"] else 0)
 
 
 def compare(settings: dict[str, dict[str, Any]], folder: Path, steps: int) -> dict[str, dict[str, Any]]:
@@ -156,13 +156,17 @@ def summarise(repeats: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def check_losses(rows: list[dict[str, Any]]) -> None:
+def check_losses(rows: list[dict[str, Any]], tolerance: float) -> None:
     """End the program when what was recomputed can be seen in the losses.
+
+    Args:
+        tolerance: relative; on a GPU the backward of attention adds in any order.
 
     Raises:
         SystemExit: two runs differ.
     """
-    if any(row["losses"] != rows[0]["losses"] for row in rows):
+    pairs = [pair for row in rows for pair in zip(row["losses"], rows[0]["losses"], strict=True)]
+    if any(abs(loss / first - 1) > tolerance for loss, first in pairs):
         sys.exit(f"the losses depend on what is recomputed: {[row['losses'] for row in rows]}")
 
 

@@ -138,7 +138,10 @@ def run(case: Case, folder: Path, steps: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir=folder) as name:
         apart = case.backend == "single"
         places = [Path(name) / str(i) for i in range(case.processes if apart else 1)]
-        started = [start(case, place, folder / "rows.jsonl", steps, 1 if apart else case.processes) for place in places]
+        started = [
+            start(case, place, folder / "rows.jsonl", steps, {"CUDA_VISIBLE_DEVICES": str(number)} if apart else {})
+            for number, place in enumerate(places)
+        ]
         for process in started:
             output, _ = process.communicate()
             if process.returncode:
@@ -161,8 +164,12 @@ def rows_of(folder: Path) -> list[dict[str, float]]:
     return rows[NUM_WARMUP:]
 
 
-def start(case: Case, folder: Path, rows: Path, steps: int, processes: int) -> subprocess.Popen[str]:
-    """Begin a run of this program, in one process or several."""
+def start(case: Case, folder: Path, rows: Path, steps: int, where: dict[str, str]) -> subprocess.Popen[str]:
+    """Begin a run of this program, in one process or several.
+
+    Args:
+        where: the GPU that a process is to use which does not know of the others.
+    """
     folder.mkdir()
     micro_batch_size, grad_accum_steps = case.cut
     config = {
@@ -179,8 +186,9 @@ def start(case: Case, folder: Path, rows: Path, steps: int, processes: int) -> s
     }  # fmt: skip
     file = folder / "config.yaml"
     file.write_text(yaml.safe_dump(config), encoding="utf-8")
+    processes = 1 if case.backend == "single" else case.processes
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), **where}
     return subprocess.Popen(
         [sys.executable, *launcher, __file__, "--worker", str(file)],
         env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -370,12 +378,15 @@ def table(rows: list[dict[str, Any]]) -> str:
         "|---" * 12 + "|",
     ]
     for row in rows:
-        each = ", ".join(f"{rate:g}" for rate in row["of_each_run"])
-        efficiencies = ", ".join(f"{share:.0%}" for share in row["efficiency_of_each_run"])
+        each, shares = row["of_each_run"], row["efficiency_of_each_run"]
+        if row["processes"] == 1:  # it ran between all others
+            each, shares = [min(each), max(each)], []
+        each = ", ".join(f"{rate:g}" for rate in each)
+        efficiencies = f" ({', '.join(f'{share:.0%}' for share in shares)})" if shares else ""
         waited = waiting(row) if row["backend"] != "single" else None
         lines.append(
             f"| {row['mode']} | {row['backend']} | {row['processes']} | {row['tokens_per_second']:g} | {each} | "
-            f"{row['efficiency']:.0%} ({efficiencies}) | {row['efficiency_without_communication']:.0%} | "
+            f"{row['efficiency']:.0%}{efficiencies} | {row['efficiency_without_communication']:.0%} | "
             f"{row['communication_share']:.0%} | {'' if waited is None else '{:.1%}, {:.1%}'.format(*waited)} | "
             f"{'' if row['bytes_of_formula'] is None else format(row['bytes_of_formula'], '.3f')} | "
             f"{row['peak_memory_gib']:.2f} | {row['share_of_limit']:.0%} |"

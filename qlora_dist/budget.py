@@ -21,8 +21,9 @@ from qlora_dist.data.sampler import MicroBatch
 from qlora_dist.model.activations import GIB, LayerBytes, Recompute, activations_of, layer_bytes
 from qlora_dist.model.adapters import adapter_parameters
 from qlora_dist.model.footprint import free_bytes
+from qlora_dist.model.loss import is_chunked
 from qlora_dist.model.recompute import Survey, is_compiled, recompute_of, set_recompute
-from qlora_dist.model.shards import local_bytes, local_part, whole_bytes
+from qlora_dist.model.shards import local_bytes, local_part, whole_bytes, whole_shape
 from qlora_dist.model.skeleton import base_model, decoder_layers
 from qlora_dist.runtime import Runtime
 
@@ -52,19 +53,30 @@ class RecomputeBudget:
     def choose(self) -> None:
         """By the formula; called when everything but optimizer state and activations is in memory."""
         if not self._is_auto:
+            if self._config.memory.recompute == "auto":
+                self._say("recompute: all layers fully, which leaves memory.offload_activations the least to copy")
             return
         runtime, optim = self._runtime, self._config.optim
         dimensions = base_model(self._model).config.get_text_config()
         num_tokens, element_size = self._largest_micro_batch, runtime.compute_dtype.itemsize
         self._limit = memory_limit(self._config.memory.budget_gib, self._meter, runtime)
-        num_adapted = sum(local_part(param).numel() for param in adapter_parameters(self._model).values())
+        adapters = adapter_parameters(self._model).values()
+        num_adapted = sum(local_part(param).numel() for param in adapters)
         later = num_adapted * _STATE_BYTES[optim.optimizer]
-        if local_bytes(self._model) < whole_bytes(self._model):  # gradients of shards; the layer at work and the next
+        is_cut = local_bytes(self._model) < whole_bytes(self._model)
+        if is_cut or self._config.parallel.cpu_offload:  # gradients of shards; the layer at work and the next
             later += num_adapted * 4 + 2 * max(map(whole_bytes, decoder_layers(self._model)))
+            if optim.grad_accum_steps > 1:  # whole gradients, until the last micro-batch
+                later += sum(4 * whole_shape(param).numel() for param in adapters)
         nothing = Recompute(len(decoder_layers(self._model)))
-        activations = activations_of(dimensions, num_tokens, num_tokens, nothing, element_size)
+        with runtime.autocast():
+            is_loss_chunked = is_chunked(self._model)
+        activations = activations_of(
+            dimensions, num_tokens, num_tokens, nothing, element_size, self._config.adapter,
+            is_loss_chunked=is_loss_chunked,
+        )  # fmt: skip
         self._room = self._limit - self._meter.held() - later - (activations.total - activations.kept)
-        self._layer = layer_bytes(dimensions, num_tokens, element_size)
+        self._layer = layer_bytes(dimensions, num_tokens, element_size, self._config.adapter)
         self._agree()
         choice = self._least_recompute(again=self._layer.none)
         set_recompute(self._model, choice)
@@ -85,6 +97,8 @@ class RecomputeBudget:
         """Choose again by what the step took: after the first two, and later when it was more than allowed."""
         if not self._is_auto or not self._is_looking:
             return
+        if self._runtime.device.type == "cuda":  # others, and what allocators do not see, may take more by now
+            self._limit = memory_limit(self._config.memory.budget_gib, self._meter, self._runtime)
         now = recompute_of(self._model)
         seen = max(batch.input_ids.numel() for batch in batches)
         if self._survey is not None and self._survey.result is not None:

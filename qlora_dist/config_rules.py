@@ -135,6 +135,17 @@ def _check_contradictions(config: TrainConfig) -> None:
     if config.parallel.backend != "auto":
         check_backend_reads(config, config.parallel.backend)
     memory = config.memory
+    if memory.compile and memory.recompute == "selective":
+        raise ConfigError(
+            "memory.recompute is selective and memory.compile is true, but the compiler decides by itself what is "
+            "quick enough to compute again. Set memory.recompute: none, which keeps as little then, or memory.compile: "
+            "false."
+        )
+    if config.model.attention == "flash_attention_2" and config.model.dtype == "float32":
+        raise ConfigError(
+            "model.attention is flash_attention_2 and model.dtype is float32, but its kernels know 16-bit types only. "
+            "Set model.dtype: bfloat16, or model.attention: sdpa."
+        )
     if memory.budget_gib is not None and (memory.recompute != "auto" or memory.offload_activations):
         why = (
             "memory.offload_activations is true"

@@ -250,6 +250,7 @@ def check_fits(model: PeftModel, backend: Backend, config: ParallelConfig, runti
 
     Raises:
         ModelError: with the numbers.
+        LaunchError: `parallel.replicas` does not divide the number of processes.
     """
     num_shards = _num_shards(backend, config, runtime)
     footprint = plan_footprint(model, gathered_units(model), num_shards, runtime.rank % num_shards)
@@ -305,8 +306,17 @@ def verify_base(model: PeftModel, backend: Backend, config: ParallelConfig, runt
 
 
 def _num_shards(backend: Backend, config: ParallelConfig, runtime: Runtime) -> int:
-    """Number of parts that the base is cut into."""
+    """Number of parts that the base is cut into.
+
+    Raises:
+        LaunchError: the processes do not form `parallel.replicas` equal groups.
+    """
     if backend == "fsdp":
+        if runtime.world_size % config.replicas:
+            raise LaunchError(
+                f"parallel.replicas is {config.replicas}, but {runtime.world_size} processes cannot be divided into "
+                "that many groups of equal size. Use a divisor of the number of processes."
+            )
         return runtime.world_size // config.replicas
     return runtime.world_size if backend == "zero3" else 1
 
@@ -346,14 +356,10 @@ def whole_layers(model: PeftModel) -> Iterator[LoraLayer]:
 
 def _device_mesh(config: ParallelConfig, runtime: Runtime) -> DeviceMesh:
     """One dimension to shard over; before it one of copies, when there are several."""
-    if runtime.world_size % config.replicas:
-        raise LaunchError(
-            f"parallel.replicas is {config.replicas}, but {runtime.world_size} processes cannot be divided into that "
-            "many groups of equal size. Use a divisor of the number of processes."
-        )
+    num_shards = _num_shards("fsdp", config, runtime)
     if config.replicas == 1:
-        return init_device_mesh(runtime.device.type, (runtime.world_size,))
-    shape = (config.replicas, runtime.world_size // config.replicas)
+        return init_device_mesh(runtime.device.type, (num_shards,))
+    shape = (config.replicas, num_shards)
     return init_device_mesh(runtime.device.type, shape, mesh_dim_names=("replicate", "shard"))
 
 

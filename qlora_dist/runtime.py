@@ -108,14 +108,13 @@ class Runtime:
         self.accelerator.wait_for_everyone()
 
     def close(self) -> None:
-        """The last collective of a run: wait for all ranks, then leave the process group.
+        """The last collective of a run: wait for all ranks.
 
-        A gloo group is left to the operating system: destroying it makes some processes abort on exit (1 run in 8 of
-        three processes). So does exiting while another process still talks to this one, hence the wait.
+        Process groups are left to the operating system: destroying one of gloo's, which a run on GPUs has as well,
+        makes some processes abort on exit (1 run in 8 of three processes). So does exiting while another process still
+        talks to this one, hence the wait.
         """
         self.accelerator.wait_for_everyone()
-        if self.device.type != "cpu":
-            self.accelerator.end_training()
 
 
 def _tried(make: Callable[[], Made]) -> tuple[Made | None, Exception | None]:

@@ -105,6 +105,8 @@ def prepare(config: TrainConfig, backend: Backend, settings: Settings | None, se
     if checkpoint:
         engine.load_optimizer_state(checkpoint.optimizer_tensors(), state.num_updates)
         say(f"going on after step {state.step} from {checkpoint.path}")
+    if runtime.device.type == "cpu" and config.optim.optimizer.startswith("paged_"):
+        say(f"{config.optim.optimizer}: without a GPU there is nothing to page, its state is in host memory anyway")
     say(attention_note(model, config.model, is_packed=config.data.packing))
     say(
         f"{backend}, {runtime.world_size} x {runtime.device.type}: this rank holds {local_bytes(model) / 2**20:,.0f} "
@@ -215,11 +217,17 @@ class Training:
 
     def evaluate(self, recorder: Recorder) -> None:
         """Loss on the held-out samples."""
-        result = evaluate(
-            self.model, self.data.eval, self.config.eval, self.session.runtime,
-            micro_batch_size=self.config.optim.micro_batch_size, pad_token_id=self.pad_token_id,
-            alive=self.session.alive, step=self.state.step, epoch=self.plan.epoch_at(self.state.num_samples_seen),
-        )  # fmt: skip
+        try:
+            result = evaluate(
+                self.model, self.data.eval, self.config.eval, self.session.runtime,
+                micro_batch_size=self.config.optim.micro_batch_size, pad_token_id=self.pad_token_id,
+                alive=self.session.alive, step=self.state.step, epoch=self.plan.epoch_at(self.state.num_samples_seen),
+            )  # fmt: skip
+        except torch.OutOfMemoryError as error:
+            raise TrainingError(
+                "the GPU's memory is full in an evaluation, which keeps nothing for backward. Lower "
+                f"optim.micro_batch_size (now {self.config.optim.micro_batch_size}) or data.max_seq_len."
+            ) from error
         self.state.count_evaluation(result.eval_loss)
         recorder.evaluation(result)
 
@@ -289,8 +297,8 @@ def train_step(
     """One optimizer step: forward and backward of each micro-batch, then one synchronisation and one update.
 
     The loss is the mean over the target tokens of the global batch. Each micro-batch contributes its sum divided by
-    the count over all ranks and micro-batches, so the way the batch is cut does not matter. Nothing here waits for
-    the device before the update.
+    the count over all ranks and micro-batches, so the way the batch is cut does not matter. Nothing of this
+    program waits for the device before the update (transformers does, once or twice, where it makes a mask).
 
     Args:
         alive: called before each micro-batch; may raise to end the step, which then has changed nothing.

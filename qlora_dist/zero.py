@@ -180,6 +180,11 @@ def zero_settings(config: TrainConfig, stage: int, world_size: int, json_file: s
             if key in known:
                 _check_agreement(json_file, key, value, *known[key])
             elif key in _TUNING:
+                if stage != 3 and ".stage3_" in key:
+                    raise ConfigError(
+                        f"deepspeed config {json_file} sets {key}, which has no effect: the backend is zero{stage}. "
+                        'Remove it, or set it to "auto".'
+                    )
                 section, _, leaf = key.rpartition(".")
                 (tuning.setdefault(section, {}) if section else tuning)[leaf] = value
             elif not key.startswith(_IDLE):
@@ -291,7 +296,9 @@ def _decided_here(config: TrainConfig, stage: int, world_size: int) -> dict[str,
             "cpu" if offload else "none",
             f"parallel.cpu_offload is {str(offload).lower()}",
         ),
-    }
+        **({"zero_optimization.offload_param.pin_memory": (torch.cuda.is_available(), "memory is pinned for a GPU")}
+           if offload else {}),
+    }  # fmt: skip
 
 
 def _check_agreement(file: str, key: str, found: Any, expected: Any, ours: str) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from qlora_dist.config import TrainConfig
-from qlora_dist.model.loss import loss_bytes
+from qlora_dist.config import AdapterConfig, TrainConfig
+from qlora_dist.model.loss import FULL_LOGITS_BYTES, loss_bytes
 
 GIB = 2**30
 
@@ -69,6 +69,7 @@ class LayerBytes:
             again: bytes that have to fit too where a layer recomputes fully: all that it makes again.
             with_selective: whether that frees anything here.
         """
+        with_selective = with_selective and self.selective < self.none
         choices = [Recompute(num_layers, number) for number in range(num_layers + 1 if with_selective else 1)]
         choices += [
             Recompute(num_layers, num_layers - number if with_selective else 0, number)
@@ -97,7 +98,7 @@ class Activations:
         return self.kept + max(self.working, self.loss)
 
 
-def layer_bytes(model: Any, num_tokens: int, element_size: int) -> LayerBytes:
+def layer_bytes(model: Any, num_tokens: int, element_size: int, adapter: AdapterConfig) -> LayerBytes:
     """What a decoder layer keeps, from its dimensions.
 
     Per token and in the compute type: 8 vectors of d_model (inputs of norms and projections, residuals), 2 of the
@@ -105,6 +106,10 @@ def layer_bytes(model: Any, num_tokens: int, element_size: int) -> LayerBytes:
     function each (`elementwise.py`) it keeps a quarter less. About half of those of d_model and of the MLP remain when
     norms, activation functions and products are made again; a fully recomputed layer keeps its input. Fitted to what
     follows every storage (`benchmarks/memory.py`), on the safe side.
+
+    Each of the seven linear layers also keeps what LoRA's A made of its input. With dropout it keeps what was left of
+    its input, and where (a byte each), which random numbers decided; with DoRA one more vector of its output, and
+    recomputing selectively another: of both its products. All layers are counted, adapted or not.
 
     Args:
         model: the text part of a transformers config.
@@ -114,18 +119,38 @@ def layer_bytes(model: Any, num_tokens: int, element_size: int) -> LayerBytes:
     key_value = hidden * (getattr(model, "num_key_value_heads", None) or heads) // heads
     width = getattr(model, "intermediate_size", None) or 4 * hidden
     token = num_tokens * element_size
-    none = token * (8 * hidden + 2 * key_value + 4 * width)
-    return LayerBytes(none, token * (4 * hidden + 2 * key_value + 2 * width), token * hidden)
+    adapted = token * 7 * adapter.rank
+    if adapter.dropout:
+        adapted += num_tokens * (element_size + 1) * (6 * hidden + width)
+    lengthened = token * (3 * hidden + 2 * key_value + 2 * width) if adapter.use_dora else 0
+    return LayerBytes(
+        token * (8 * hidden + 2 * key_value + 4 * width) + adapted + lengthened,
+        token * (4 * hidden + 2 * key_value + 2 * width) + adapted + 2 * lengthened,
+        token * hidden,
+    )
 
 
 def activations_of(
-    model: Any, num_tokens: int, num_targets: int, recompute: Recompute, element_size: int
+    model: Any,
+    num_tokens: int,
+    num_targets: int,
+    recompute: Recompute,
+    element_size: int,
+    adapter: AdapterConfig,
+    *,
+    is_loss_chunked: bool = True,
 ) -> Activations:
-    """Activations of a decoder, from its dimensions; arguments as in :func:`layer_bytes`."""
+    """Activations of a decoder, from its dimensions; arguments as in :func:`layer_bytes`.
+
+    Args:
+        is_loss_chunked: what :func:`~qlora_dist.model.loss.is_chunked` says of the model.
+    """
     hidden = model.hidden_size
     width = getattr(model, "intermediate_size", None) or 4 * hidden
-    layer = layer_bytes(model, num_tokens, element_size)
+    layer = layer_bytes(model, num_tokens, element_size, adapter)
     loss = loss_bytes(num_targets, model.vocab_size, hidden, element_size)
+    if not is_loss_chunked:
+        loss = num_tokens * model.vocab_size * FULL_LOGITS_BYTES
     working = (layer.none if recompute.num_full else 0) + hidden * width * element_size
     return Activations(layer.kept(recompute), working, loss)
 
@@ -153,7 +178,7 @@ def out_of_memory_message(
 
     def total(rows: int, length: int, recompute: Recompute) -> int:
         share = num_targets * rows * length // max(1, num_tokens)
-        return activations_of(model, rows * length, share, recompute, element_size).total
+        return activations_of(model, rows * length, share, recompute, element_size, config.adapter).total
 
     num_tokens = rows * length
     now = total(rows, length, recompute)
@@ -162,7 +187,8 @@ def out_of_memory_message(
         changes.append((now - total(rows, length, everything), "memory.recompute: full"))
     if rows > 1:
         accum = config.optim.grad_accum_steps * -(-rows // (rows // 2))
-        text = f"optim.micro_batch_size: {rows // 2} with grad_accum_steps: {accum} (the same result)"
+        same = "" if config.adapter.dropout else " (the same result)"  # what is dropped depends on the micro-batch
+        text = f"optim.micro_batch_size: {rows // 2} with grad_accum_steps: {accum}{same}"
         changes.append((now - total(rows // 2, length, recompute), text))
     changes.append((now - total(rows, length // 2, recompute), f"data.max_seq_len: {length // 2}"))
     advice = "; ".join(f"{text} saves about {saved / GIB:.1f} GiB" for saved, text in sorted(changes, reverse=True))

@@ -26,9 +26,10 @@ def add_adapters(model: PreTrainedModel, config: AdapterConfig, base_path: str) 
     """Wrap the linear layers of a meta-device skeleton with empty LoRA adapters (float32, also on meta).
 
     Raises:
-        ConfigError: `adapter.target_modules` names no linear layer of the model.
+        ConfigError: an entry of `adapter.target_modules` names no linear layer of the model, or one that cannot learn.
     """
     targets = config.target_modules if isinstance(config.target_modules, str) else list(config.target_modules)
+    _check_targets(model, [] if isinstance(targets, str) else targets)
     lora = LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,
@@ -42,13 +43,29 @@ def add_adapters(model: PreTrainedModel, config: AdapterConfig, base_path: str) 
     try:
         peft_model = _wrap(model, lora)
     except ValueError as error:
-        linear = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-        raise ConfigError(
-            f"adapter.target_modules is {targets}, which names no linear layer of {type(model).__name__}. "
-            f"It has {', '.join(sorted(linear))}. ({error})"
-        ) from None
+        raise ConfigError(f"adapter.target_modules is {targets}, which peft refuses: {error}") from None
     lora.base_model_name_or_path = base_path
     return peft_model
+
+
+def _check_targets(model: PreTrainedModel, targets: list[str]) -> None:
+    """Each entry must name linear layers, and none may be tied to the embedding: peft takes what it finds of a list,
+    and leaves the rest out without a word."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    names = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    for target in targets:
+        found = [module for name, module in names.items() if name == target or name.endswith(f".{target}")]
+        if not found:
+            kinds = sorted({name.rpartition(".")[2] for name in names})
+            raise ConfigError(
+                f"adapter.target_modules names {target}, which is no linear layer of {type(model).__name__}. "
+                f"It has {', '.join(kinds)}; all-linear, which is not written as a list, takes all but the output head."
+            )
+        if head in found and head.weight is embedding.weight:
+            raise ConfigError(
+                f"adapter.target_modules names {target}, whose weights are those of the embedding "
+                f"(tie_word_embeddings) in {type(model).__name__}: an adapter there would part the two. Remove it."
+            )
 
 
 def wrap_with_saved_adapter(model: PreTrainedModel, adapter_folder: Path) -> PeftModel:
@@ -63,9 +80,11 @@ def wrap_with_saved_adapter(model: PreTrainedModel, adapter_folder: Path) -> Pef
             f"adapter folder {adapter_folder} was initialised with {peft_config.init_lora_weights!r}, which changes "
             "the base model. Save it converted to plain LoRA first."
         )
+    targets = peft_config.target_modules or []
     try:
+        _check_targets(model, [] if isinstance(targets, str) else sorted(targets))
         return _wrap(model, peft_config)
-    except ValueError as error:
+    except (ValueError, ConfigError) as error:
         raise CheckpointError(f"adapter folder {adapter_folder} does not fit {type(model).__name__}: {error}") from None
 
 

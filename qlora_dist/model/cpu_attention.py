@@ -5,8 +5,9 @@ of queries meets all keys it may see, and only those, and what is kept for backw
 query. PyTorch's own kernel cuts both into tiles whose products are too small for a CPU's matrix units, and computes
 pairs that a mask forbids. Here a block that lies in one sample of a packed row never looks at another sample.
 
-Everything inside is float32, so results are nearer to exact ones than the usual kernel's, which rounds probabilities
-and their gradients to 16 bits. Exponents are those of 2: torch's exp2 takes a quarter of the time of exp.
+Everything inside is kept in float32, so results are nearer to exact ones than the usual kernel's, which rounds sums and
+gradients to 16 bits too (a CPU's products may round their factors to that, see :func:`_quick_products`). Exponents are
+those of 2: torch's exp2 takes a quarter of the time of exp.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ _LOG2_E = math.log2(math.e)
 def use_cpu_attention(model: PreTrainedModel) -> None:
     """Let a model that would take SDPA attend in blocks, if its attention is exchangeable."""
     config = model.config.get_text_config()
-    if config is model.config and config._attn_implementation == "sdpa" and model._supports_attention_backend:
+    is_dropped = bool(getattr(config, "attention_dropout", 0))  # which is left to SDPA
+    is_exchangeable = config is model.config and config._attn_implementation == "sdpa"
+    if is_exchangeable and model._supports_attention_backend and not is_dropped:
         AttentionInterface.register(NAME, _forward)
         AttentionMaskInterface.register(NAME, sdpa_mask)
         model.set_attn_implementation(NAME)

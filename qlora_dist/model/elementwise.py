@@ -2,7 +2,7 @@
 
 Written out operation by operation, as models have them, RMSNorm (https://arxiv.org/abs/1910.07467) keeps its input in
 float32, and SwiGLU (https://arxiv.org/abs/2002.05202) the gate before and after its activation. Here the one keeps its
-input as it came, and the other the two factors: of a Llama's activations between two recomputed layers, a fifth less.
+input as it came, and the other the two factors: a quarter less of what a Llama keeps when nothing is recomputed.
 
 Families spell these operations in many ways, and round in different places. So no list of families says where they can
 stand in: each module is asked for results on a few numbers first, and is left alone unless these have the same bits.

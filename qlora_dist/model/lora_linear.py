@@ -20,7 +20,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from qlora_dist.model.adapters import lora_layers
-from qlora_dist.model.nf4 import QuantizedLinear
+from qlora_dist.model.nf4 import QuantizedLinear, result_dtype
 
 
 def fuse_adapters(model: nn.Module) -> str | None:
@@ -65,7 +65,7 @@ class FusedLinear(Linear4bit):
     """peft's layer, with another way to compute the same.
 
     Shapes:
-        input (..., in_features) to output (..., out_features), in the dtype of the input.
+        input (..., in_features) to output (..., out_features), in the dtype of the input, or in that of autocast.
     """
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -81,7 +81,7 @@ class FusedLinear(Linear4bit):
             return super().forward(x, *args, **kwargs)
         lora_a, lora_b = _adapter_weights(self, adapters[0])
         product = _FusedProduct.apply(x.to(self.base_layer.compute_dtype), lora_a, lora_b, self, adapters[0])
-        return product.to(x.dtype)
+        return product.to(result_dtype(x))
 
 
 class _FusedProduct(torch.autograd.Function):

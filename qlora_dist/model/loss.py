@@ -23,9 +23,11 @@ from torch.utils.checkpoint import checkpoint
 
 from qlora_dist.config import IGNORE_INDEX
 from qlora_dist.model.attention import model_inputs
-from qlora_dist.model.shards import shard_group
+from qlora_dist.model.shards import is_partitioned
 from qlora_dist.model.skeleton import base_model
 
+FULL_LOGITS_BYTES = 12
+"""Per token and vocabulary entry: logits in float32, as log-probabilities and as their gradient."""
 _CHUNK_BYTES = 2**28
 """What the logits of one chunk may take. With a vocabulary of 128k that is 204 rows in bfloat16: enough for a GPU to
 spend as long multiplying with the head's weights as reading them."""
@@ -36,7 +38,7 @@ class LogitsForm:
     """What a model makes of the output z of its head: scale * z, or cap * tanh(scale * z / cap)."""
 
     scale: float = 1.0
-    """Cohere, Granite, Falcon-H1 and others multiply or divide their logits."""
+    """Cohere, Granite and others multiply or divide their logits."""
     cap: float | None = None
     """Soft-capping, Gemma 2 (https://arxiv.org/abs/2408.00118, section 2)."""
 
@@ -115,12 +117,21 @@ def logits_form(model: nn.Module) -> LogitsForm | None:
 
 def loss_note(model: nn.Module) -> str | None:
     """What to tell the user of this model's loss, if anything; all ranks ask together."""
-    if logits_form(model) is not None:
+    if is_chunked(model):
         return None
+    if logits_form(model) is None:
+        why, whose = "makes something of its own of the logits (neither scaling nor soft-capping)", "all"
+    else:
+        why, whose = "has an output head that learns and is gathered part by part", "all target"
     return (
-        f"{type(base_model(model)).__name__} makes something of its own of the logits (neither scaling nor "
-        "soft-capping), so its own code computes them for all tokens at once: 12 bytes per token and vocabulary entry."
+        f"{type(base_model(model)).__name__} {why}, so logits of {whose} tokens are computed at once: "
+        f"{FULL_LOGITS_BYTES} bytes per token and vocabulary entry."
     )
+
+
+def is_chunked(model: nn.Module) -> bool:
+    """Whether the loss is made of a bounded number of logits at a time; all ranks ask together."""
+    return logits_form(model) is not None and not _is_gathered_inside(base_model(model).get_output_embeddings())
 
 
 @torch.no_grad()
@@ -228,7 +239,7 @@ class _HeadLoss:
             return nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
 
         size = rows_per_chunk(self._vocab_size, hidden.element_size())
-        if any(shard_group(param) is not None for param in self._head.parameters()):
+        if _is_gathered_inside(self._head):
             # Modules inside of it gather their parts whenever they run, which all ranks must do equally often.
             size = max(1, len(self._rows))
         chunks = zip(self._rows.split(size), self._targets.split(size), strict=True)  # of no rows, one that is empty
@@ -236,6 +247,11 @@ class _HeadLoss:
             return sum((loss_of(*chunk) for chunk in chunks), start=hidden.new_zeros((), dtype=torch.float32))
         losses = [checkpoint(loss_of, *chunk, use_reentrant=False) for chunk in chunks]
         return torch.stack(losses).sum()
+
+
+def _is_gathered_inside(head: nn.Module) -> bool:
+    """Whether a head that learns is in parts that its modules gather one by one, as ZeRO-3 does."""
+    return not _is_frozen_linear(head) and any(map(is_partitioned, head.parameters()))
 
 
 def _is_frozen_linear(head: nn.Module) -> bool:

@@ -104,11 +104,21 @@ class QuantizedLinear(bnb.nn.Linear4bit):
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # (..., in_features) -> (..., out_features)
         # Not Linear4bit.forward: on CPUs with AVX512-BF16 it repacks the weight in place in eval mode, after which
         # training yields no gradient; and it looks for the state in attributes that sharding does not carry along.
-        return _FrozenMatmul.apply(x.to(self.compute_dtype), self).to(x.dtype)
+        return _FrozenMatmul.apply(x.to(self.compute_dtype), self).to(result_dtype(x))
 
     def dequantized(self) -> torch.Tensor:
         """The weight as (out_features, in_features) in the compute dtype; needs all parameters whole."""
         return bnb_functional.dequantize_4bit(self.weight, self.quant_state_now())
+
+
+def result_dtype(x: torch.Tensor) -> torch.dtype:
+    """Of a linear layer's output: autocast's where that is on, as of PyTorch's own layers.
+
+    On GPUs autocast lets LayerNorm return float32. An output in the type of the input would carry that into the
+    residual stream, at twice its size.
+    """
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 class _FrozenMatmul(torch.autograd.Function):

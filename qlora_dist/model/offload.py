@@ -8,6 +8,7 @@ it afterwards, and backward of one layer fetches what the layer before it will n
 from __future__ import annotations
 
 import weakref
+from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,6 +21,8 @@ from qlora_dist.config import MemoryConfig
 from qlora_dist.errors import ConfigError
 from qlora_dist.model.selective import Recall, keep_here, storage_address
 
+_LAYERS_IN_FLIGHT = 2
+"""Layers whose copies may still run while the next one computes."""
 _MIN_BYTES = 2**20
 """Smaller tensors stay: copying them takes longer to start than to do."""
 
@@ -38,20 +41,33 @@ def check_offload(memory: MemoryConfig, device: torch.device) -> None:
 
 
 class CudaLane:
-    """A stream on which copies run beside the computation. An event says when a copy is done."""
+    """A stream on which copies run beside the computation. An event says when a copy is done.
+
+    What is being copied is held here until the computation has been told to wait for the copy: then its memory can be
+    given away at once, in the computation's own order. (`record_stream` would be simpler, but memory that is freed
+    under it comes back only when the GPU gets there, and the host, which runs ahead, takes fresh memory instead.)
+    """
 
     def __init__(self) -> None:
         self._stream: torch.cuda.Stream | None = None
+        self._leaving: deque[list[tuple[torch.Tensor, Any]]] = deque([[]])
 
     def to_host(self, tensor: torch.Tensor) -> torch.Tensor:
         """A pinned copy, complete when whoever fetches it on this lane gets to it."""
         host = torch.empty_like(tensor, device="cpu", pin_memory=True)
-        with self._behind_the_computation(tensor):
+        with self._behind_the_computation(tensor) as stream:
             host.copy_(tensor, non_blocking=True)
+            self._leaving[-1].append((tensor, stream.record_event()))
         return host
 
+    def end_layer(self) -> None:
+        """A layer's forward is over: let go of what the layers before the last few have left."""
+        self._leaving.append([])
+        self._let_go(_LAYERS_IN_FLIGHT)
+
     def to_device(self, host: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, Any]:
-        """A copy on the device, and the event after which it is complete."""
+        """A copy on the device, and the event after which it is complete; whoever lets go of it waits for that."""
+        self._let_go(0)  # backward has begun
         tensor = torch.empty_like(host, device=device)
         with self._behind_the_computation(tensor) as stream:
             tensor.copy_(host, non_blocking=True)
@@ -65,9 +81,15 @@ class CudaLane:
     def _behind_the_computation(self, tensor: torch.Tensor) -> Iterator[torch.cuda.Stream]:
         stream = self._stream = self._stream or torch.cuda.Stream(tensor.device)
         stream.wait_stream(torch.cuda.current_stream(tensor.device))
-        tensor.record_stream(stream)  # its memory is not given away before the copy is done
         with torch.cuda.stream(stream):
             yield stream
+
+    def _let_go(self, num_layers: int) -> None:
+        while len(self._leaving) > num_layers:
+            for _, event in self._leaving.popleft():
+                self.wait(event)
+        if not self._leaving:
+            self._leaving.append([])
 
 
 class Offload:
@@ -127,6 +149,7 @@ class LayerStore:
     def close(self) -> None:
         """Forward is over; nothing more is kept."""
         self._copies = {}
+        self._offload.lane.end_layer()
 
     def fetch(self) -> None:
         """Begin to bring everything back."""
@@ -168,6 +191,10 @@ class _Copy:
         self._lane.wait(event)
         self._store.fetch_before()
         return tensor
+
+    def __del__(self) -> None:
+        if self._there is not None:  # fetched, and maybe never asked for
+            self._lane.wait(self._there[1])
 
 
 def _unpack(packed: Any) -> torch.Tensor:

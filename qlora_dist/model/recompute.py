@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from qlora_dist.config import MemoryConfig
+from qlora_dist.errors import ConfigError
 from qlora_dist.model.activations import LayerBytes, Policy, Recompute, fixed_recompute
 from qlora_dist.model.compile import CompiledForward
 from qlora_dist.model.offload import Offload
@@ -18,7 +19,16 @@ from qlora_dist.model.skeleton import decoder_layers
 
 
 def apply_recompute(layers: list[nn.Module], memory: MemoryConfig) -> None:
-    """Give every layer the policy that `memory.recompute` says. Must run before sharding."""
+    """Give every layer the policy that `memory.recompute` says. Must run before sharding.
+
+    Raises:
+        ConfigError: it says so of more layers than there are.
+    """
+    if isinstance(memory.recompute, int) and memory.recompute > len(layers):
+        raise ConfigError(
+            f"memory.recompute is {memory.recompute}, but the model has {len(layers)} decoder layers. Set it to that "
+            "many at most, or to full."
+        )
     offload = Offload() if memory.offload_activations else None
     choice = fixed_recompute(memory.recompute, len(layers))
     for number, layer in enumerate(layers):

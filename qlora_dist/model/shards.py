@@ -16,7 +16,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 def local_range(param: torch.Tensor) -> tuple[int, int]:
     """First and one-past-last element (row-major) that this rank holds; equal when it holds nothing."""
-    if _is_partitioned(param):
+    if is_partitioned(param):
         first = min(param.ds_numel, param.ds_zero_partition_rank * param.ds_tensor.numel())
         return first, min(param.ds_numel, first + param.ds_tensor.numel())
     if not isinstance(param, DTensor):
@@ -30,7 +30,7 @@ def local_range(param: torch.Tensor) -> tuple[int, int]:
 
 def local_part(param: torch.Tensor) -> torch.Tensor:
     """This rank's elements, sharing memory with the parameter; flat or in rows, as the engine keeps them."""
-    if _is_partitioned(param):
+    if is_partitioned(param):
         first, end = local_range(param)
         return param.ds_tensor[: end - first]  # the last ranks' parts are padded
     return param.to_local() if isinstance(param, DTensor) else param
@@ -44,7 +44,7 @@ def keep_local(param: torch.Tensor, whole: torch.Tensor) -> None:
 
 def shard_group(param: torch.Tensor) -> dist.ProcessGroup | None:
     """The ranks that together hold the whole parameter once; None when this rank holds all of it."""
-    if _is_partitioned(param):
+    if is_partitioned(param):
         return dist.group.WORLD
     if not isinstance(param, DTensor):
         return None
@@ -61,7 +61,7 @@ def shard_world(param: torch.Tensor) -> int:
 def planned_range(param: torch.Tensor, rank: int) -> tuple[int, int]:
     """First and one-past-last element of part `rank`: parts of ceil(n / parts) rows, or elements under ZeRO-3."""
     shape, num_shards = whole_shape(param), shard_world(param)
-    if _is_partitioned(param):
+    if is_partitioned(param):
         return planned_rows(shape.numel(), num_shards, rank)
     start, stop = planned_rows(shape[0], num_shards, rank)
     return start * shape[1:].numel(), stop * shape[1:].numel()
@@ -76,7 +76,7 @@ def planned_rows(num_rows: int, num_shards: int, rank: int) -> tuple[int, int]:
 
 def whole_tensor(param: nn.Parameter) -> torch.Tensor:
     """The whole parameter on every rank (a collective when it is sharded)."""
-    if _is_partitioned(param):
+    if is_partitioned(param):
         part = param.ds_tensor.to(param.device)  # an offloaded part is on the host, where not every group can gather
         flat = part.new_empty(part.numel() * dist.get_world_size())
         dist.all_gather_into_tensor(flat, part)
@@ -88,7 +88,7 @@ def whole_tensor(param: nn.Parameter) -> torch.Tensor:
 
 def whole_shape(param: torch.Tensor) -> torch.Size:
     """Shape of the whole parameter; that of a partitioned one reads (0,) between uses."""
-    return param.ds_shape if _is_partitioned(param) else param.shape
+    return param.ds_shape if is_partitioned(param) else param.shape
 
 
 def local_bytes(module: nn.Module) -> int:
@@ -101,5 +101,5 @@ def whole_bytes(module: nn.Module) -> int:
     return sum(whole_shape(p).numel() * p.element_size() for p in module.parameters())
 
 
-def _is_partitioned(param: torch.Tensor) -> bool:
+def is_partitioned(param: torch.Tensor) -> bool:
     return getattr(param, "ds_tensor", None) is not None

@@ -9,8 +9,14 @@ import torch
 from accelerate import init_empty_weights
 from peft import PeftModel
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.utils import is_flash_attn_2_available
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.utils import is_flash_attn_2_available, is_flash_attn_greater_or_equal
 
 from qlora_dist.config import ModelConfig
 from qlora_dist.errors import ConfigError, ModelError
@@ -19,6 +25,8 @@ from qlora_dist.model.nf4 import QuantFormat, QuantizedLinear
 from qlora_dist.model.prequantized import is_prequantized, stored_formats
 from qlora_dist.model.reader import SafetensorsReader
 
+_FIRST_WITH_CAP = "2.6.0"
+"""The first flash-attn that soft-caps scores."""
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -55,7 +63,8 @@ def build_skeleton(folder: Path, config: ModelConfig) -> PreTrainedModel:
                 model_config, dtype=DTYPES[config.dtype], trust_remote_code=config.trust_remote_code, **attention
             )
     except (ValueError, ImportError, KeyError) as error:
-        raise ModelError(f"model.path {folder} cannot be built by transformers: {error}") from None
+        asked = "" if config.attention == "auto" else f" with model.attention {config.attention}"
+        raise ModelError(f"model.path {folder} cannot be built by transformers{asked}: {error}") from None
     if config.attention == "auto" and config.dtype == "bfloat16" and not torch.cuda.is_available():
         use_cpu_attention(model)
     model.tie_weights()  # each parameter was put on meta by itself
@@ -64,9 +73,9 @@ def build_skeleton(folder: Path, config: ModelConfig) -> PreTrainedModel:
     fused = [name for layer in layers for name, param in layer.named_parameters() if param.ndim > 2]
     if fused:
         raise ModelError(
-            f"model.path {folder}: {type(model).__name__} keeps fused experts ({fused[0]} and {len(fused) - 1} more) "
-            "instead of nn.Linear layers. They would stay in 16 bits and get no adapters, so it is refused. Use a "
-            "dense model, such as Llama, Mistral, Qwen, Gemma or Phi."
+            f"model.path {folder}: {type(model).__name__} keeps fused experts or convolutions ({fused[0]} and "
+            f"{len(fused) - 1} more) instead of nn.Linear layers. They would stay in 16 bits and get no adapters, so "
+            "it is refused. Use a dense model, such as Llama, Mistral, Qwen, Gemma or Phi."
         )
     if not any(isinstance(module, nn.Linear) for layer in layers for module in layer.modules()):
         kinds = sorted({type(module).__name__ for layer in layers for module in layer.modules()})
@@ -124,9 +133,16 @@ def _attention(config: ModelConfig, model_config: PreTrainedConfig) -> dict[str,
         )
     if config.attention != "auto":
         return {"attn_implementation": config.attention}
-    if torch.cuda.is_available() and is_flash_attn_2_available() and config.dtype == "bfloat16":
+    has_kernels = is_flash_attn_2_available() and (cap is None or is_flash_attn_greater_or_equal(_FIRST_WITH_CAP))
+    if torch.cuda.is_available() and has_kernels and config.dtype == "bfloat16" and _takes_flash(model_config):
         return {"attn_implementation": "flash_attention_2"}
     return {} if cap is None else {"attn_implementation": "eager"}
+
+
+def _takes_flash(model_config: PreTrainedConfig) -> bool:
+    """Whether transformers' class of the model runs with flash-attn; of code shipped with a model nobody knows."""
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model_config), None)
+    return getattr(model_class, "_supports_flash_attn", False) is True
 
 
 def _stored_formats(folder: Path, model_config: PreTrainedConfig, config: ModelConfig) -> dict[str, QuantFormat] | None:

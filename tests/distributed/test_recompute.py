@@ -109,7 +109,7 @@ def choices_of(folder: Path, runtime: Runtime, num_layers_less: int) -> list[Rec
         data=DataConfig(max_seq_len=LENGTH),
     )  # fmt: skip
     model = assemble.build_model(config, folder, "ddp", runtime, Reporter(is_main=False)).train()
-    by_formula = layer_bytes(base_model(model).config, LENGTH, element_size=4)
+    by_formula = layer_bytes(base_model(model).config, LENGTH, 4, AdapterConfig())
     layer = LayerBytes(*(2 * size for size in vars(by_formula).values()))
     said: list[str] = []
     limit = mock.patch("qlora_dist.budget.memory_limit", return_value=GIB + NUM_LAYERS * layer.none)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.command import run_command, run_forked, write_config
+from tests.support.models import edit_json
 
 Case = Callable[[Path, dict], None]
 
@@ -137,6 +138,27 @@ def unknown_target(root: Path, settings: dict) -> None:
     settings["adapter"] = {"target_modules": ["no_such_proj"]}
 
 
+def one_target_misspelt(root: Path, settings: dict) -> None:
+    settings["adapter"] = {"target_modules": ["q_proj", "v_prj"]}
+
+
+def embedding_as_target(root: Path, settings: dict) -> None:
+    settings["adapter"] = {"target_modules": ["q_proj", "embed_tokens"]}
+
+
+def tied_head_as_target(root: Path, settings: dict) -> None:
+    edit_json(copy_model(root, settings) / "config.json", lambda config: config.update(tie_word_embeddings=True))
+    settings["adapter"] = {"target_modules": ["q_proj", "lm_head"]}
+
+
+def more_recomputation_than_layers(root: Path, settings: dict) -> None:
+    settings["memory"] = {"recompute": 4}
+
+
+def more_replicas_than_processes(root: Path, settings: dict) -> None:
+    settings["parallel"] = {"backend": "fsdp", "replicas": 2}
+
+
 def adapter_missing(root: Path, settings: dict) -> None:
     settings["adapter"] = {"path": str(root / "no-such-adapter")}
 
@@ -164,6 +186,11 @@ CASES: list[tuple[Case, tuple[str, ...]]] = [
     (contradiction, ("optim.max_steps (1)", "optim.epochs (1)", "null")),
     (adapter_missing, ("adapter.path", "no-such-adapter", "is not a folder")),
     (unknown_target, ("adapter.target_modules", "no_such_proj", "q_proj")),
+    (one_target_misspelt, ("adapter.target_modules names v_prj", "LlamaForCausalLM", "v_proj")),
+    (embedding_as_target, ("adapter.target_modules names embed_tokens", "no linear layer", "q_proj")),
+    (tied_head_as_target, ("adapter.target_modules names lm_head", "tie_word_embeddings", "Remove it")),
+    (more_recomputation_than_layers, ("memory.recompute is 4", "3 decoder layers", "full")),
+    (more_replicas_than_processes, ("parallel.replicas is 2", "1 process", "divisor")),
 ]
 
 

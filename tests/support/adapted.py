@@ -17,6 +17,7 @@ def build_adapted(
     runtime: Runtime,
     *,
     dropout: float = 0.0,
+    use_dora: bool = False,
     recompute: str | int = "none",
     is_compiled: bool = False,
     attention: str = "auto",
@@ -25,7 +26,7 @@ def build_adapted(
     dtype = str(runtime.compute_dtype).removeprefix("torch.")
     config = TrainConfig(
         model=ModelConfig(path=str(folder), dtype=dtype, attention=attention),
-        adapter=AdapterConfig(rank=4, dropout=dropout),
+        adapter=AdapterConfig(rank=4, dropout=dropout, use_dora=use_dora),
         memory=MemoryConfig(recompute=recompute, compile=is_compiled),
     )
     model = build_model(config, folder, "single", runtime, Reporter(is_main=False)).train()

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_dist.config import MemoryConfig, OptimConfig, ParallelConfig, TrainConfig
+from qlora_dist.config import AdapterConfig, MemoryConfig, OptimConfig, ParallelConfig, TrainConfig
 from qlora_dist.model.activations import (
     GIB,
     LayerBytes,
@@ -37,7 +37,7 @@ def test_the_formula_agrees_with_what_was_counted() -> None:
         tokens = counted["seq_len"] * counted["micro_batch_size"]
         estimate = (
             activations_of(
-                model, tokens, tokens, fixed_recompute("full", model.num_hidden_layers), element_size=2
+                model, tokens, tokens, fixed_recompute("full", model.num_hidden_layers), 2, AdapterConfig()
             ).total
             / GIB
         )
@@ -48,7 +48,7 @@ def test_targets_cost_a_chunk_of_logits_at_most() -> None:
     """Where the loss is the peak, it grows with the targets by their gradients only, once a chunk of logits is full."""
     model = dimensions({"hidden": 64, "layers": 2, "heads": 4, "kv_heads": 4, "intermediate": 128, "vocab": 128256})
     none, some, many, more = (
-        activations_of(model, 16384, num_targets, Recompute(2, 0, 2), element_size=2).loss
+        activations_of(model, 16384, num_targets, Recompute(2, 0, 2), 2, AdapterConfig()).loss
         for num_targets in (0, 100, 4096, 16384)
     )
     assert none == 0

@@ -6,7 +6,7 @@ from unittest import mock
 
 import pytest
 import torch
-from transformers import Gemma2Config
+from transformers import BloomConfig, Gemma2Config
 
 from qlora_dist.config import ModelConfig
 from qlora_dist.errors import ConfigError
@@ -34,10 +34,22 @@ def test_flash_attention_is_taken_where_it_can_be(
     with (
         mock.patch.object(torch.cuda, "is_available", return_value=has_gpu),
         mock.patch.object(skeleton, "is_flash_attn_2_available", return_value=has_package),
+        mock.patch.object(skeleton, "is_flash_attn_greater_or_equal", return_value=has_package),
     ):
         model = Gemma2Config(attn_logit_softcapping=cap)
         found = skeleton._attention(ModelConfig("m", dtype=dtype, attention=asked), model)
     assert found == expected
+
+
+def test_flash_attention_is_not_taken_where_it_would_fail() -> None:
+    """Not by a class of models that does not know it, and by soft-capped ones not before the package can cap."""
+    with (
+        mock.patch.object(torch.cuda, "is_available", return_value=True),
+        mock.patch.object(skeleton, "is_flash_attn_2_available", return_value=True),
+        mock.patch.object(skeleton, "is_flash_attn_greater_or_equal", lambda version: version <= "2.5.9"),
+    ):
+        assert skeleton._attention(ModelConfig("m"), BloomConfig()) == {}
+        assert skeleton._attention(ModelConfig("m"), Gemma2Config()) == {"attn_implementation": "eager"}
 
 
 def test_sdpa_is_refused_where_it_would_leave_out_the_cap(families: dict[str, Path]) -> None:

@@ -124,6 +124,11 @@ def test_a_file_that_comes_twice_is_refused(config_file: Path, key: str, value: 
         ),
         ({"parallel.cpu_offload": True, "parallel.backend": "zero2"}, ("parallel.cpu_offload", "parallel.backend")),
         ({"memory.compile": True, "parallel.backend": "zero3"}, ("memory.compile", "parallel.backend")),
+        ({"memory.compile": True, "memory.recompute": "selective"}, ("memory.compile", "memory.recompute")),
+        (
+            {"model.attention": "flash_attention_2", "model.dtype": "float32"},
+            ("model.attention", "model.dtype: bfloat16"),
+        ),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(

@@ -52,6 +52,18 @@ def results(layer: nn.Module, x: torch.Tensor, forward: Callable | None = None) 
     return {"out": out.detach(), "x": x.grad, **grads}
 
 
+@pytest.mark.parametrize("is_adapted", [True, False])
+def test_autocast_decides_the_type_of_the_output(is_adapted: bool) -> None:
+    """As of PyTorch's own linear layers: a float32 input, such as LayerNorm's output on a GPU, does not spread."""
+    layer = adapted_layer(4, torch.bfloat16)
+    fuse_adapters(layer)
+    layer = layer if is_adapted else layer.base_layer
+    x = torch.randn(3, IN)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert layer(x).dtype == nn.functional.linear(x, torch.randn(OUT, IN)).dtype == torch.bfloat16
+    assert layer(x).dtype == torch.float32
+
+
 def both_ways(layer: Linear4bit, x: torch.Tensor) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Results as peft composes them, and fused."""
     plain = results(layer, x)
@@ -94,13 +106,12 @@ def test_bfloat16_is_as_exact_as_peft(rank: int) -> None:
 
 
 def test_other_input_types_come_back_as_they_came() -> None:
-    """A float32 input under autocast is computed in bfloat16 and comes out in float32, as with peft."""
+    """Without autocast a float32 input is computed in bfloat16 and comes out in float32, as with peft."""
     layer = adapted_layer(dtype=torch.bfloat16)
     x = torch.randn(5, IN)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        plain = layer(x)
-        fuse_adapters(layer)
-        fused = layer(x)
+    plain = layer(x)
+    fuse_adapters(layer)
+    fused = layer(x)
     assert plain.dtype == fused.dtype == torch.float32
     assert distance(fused, plain) < 0.01
 

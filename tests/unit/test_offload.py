@@ -15,7 +15,8 @@ from qlora_dist.model.offload import Offload, check_offload
 from qlora_dist.model.recompute import set_recompute
 from qlora_dist.model.skeleton import decoder_layers
 from qlora_dist.runtime import Runtime, start_runtime
-from tests.unit.test_selective import build, loss_and_gradient
+from tests.support.adapted import build_adapted
+from tests.unit.test_selective import loss_and_gradient
 
 
 class Lane:
@@ -40,6 +41,9 @@ class Lane:
         self.events.append(f"fetch {number}")
         return host.clone(), f"wait {number}"
 
+    def end_layer(self) -> None:
+        pass
+
     def wait(self, event: str) -> None:
         self.events.append(event)
 
@@ -63,7 +67,7 @@ def runtime() -> Runtime:
 def test_gradients_have_the_same_bits(tiny_llama: Path, runtime: Runtime, choice: Recompute, dtype: str) -> None:
     """Under every policy; no parameter and no 4-bit weight is copied, and nothing twice."""
     runtime = dataclasses.replace(runtime, compute_dtype=getattr(torch, dtype))
-    model = build(tiny_llama, runtime, dropout=0.1)
+    model = build_adapted(tiny_llama, runtime, dropout=0.1)
     expected = loss_and_gradient(model, runtime)
     set_recompute(model, choice)
     lane = offloading(model)
@@ -76,7 +80,7 @@ def test_gradients_have_the_same_bits(tiny_llama: Path, runtime: Runtime, choice
 def test_inputs_of_recomputed_layers_come_back_one_layer_ahead(tiny_llama: Path, runtime: Runtime) -> None:
     """Fully recomputed layers offload their inputs, one each; backward of a layer first begins to fetch what the layer
     before it will need."""
-    model = build(tiny_llama, runtime)
+    model = build_adapted(tiny_llama, runtime)
     loss_and_gradient(model, runtime)
     set_recompute(model, Recompute(3, 0, 3))
     lane = offloading(model)
@@ -89,7 +93,7 @@ def test_inputs_of_recomputed_layers_come_back_one_layer_ahead(tiny_llama: Path,
 @pytest.mark.parametrize("choice", [Recompute(3), Recompute(3, 3), Recompute(3, 0, 3)])
 def test_what_is_offloaded_is_let_go_of(tiny_llama: Path, runtime: Runtime, choice: Recompute) -> None:
     """Between forward and backward no original is alive, under any policy."""
-    model = build(tiny_llama, runtime)
+    model = build_adapted(tiny_llama, runtime)
     set_recompute(model, choice)
     lane = offloading(model)
     loss = model(input_ids=torch.arange(3, 83).reshape(2, 40), use_cache=False).logits.sum()
@@ -101,7 +105,7 @@ def test_what_is_offloaded_is_let_go_of(tiny_llama: Path, runtime: Runtime, choi
 
 def test_small_tensors_stay(tiny_llama: Path, runtime: Runtime) -> None:
     """Copying them would take longer to start than to do."""
-    model = build(tiny_llama, runtime)
+    model = build_adapted(tiny_llama, runtime)
     lane = offloading(model, min_bytes=2**20)
     loss_and_gradient(model, runtime)
     assert not lane.sources

@@ -11,13 +11,15 @@ from torch import nn
 
 import qlora_dist.model.compile as compile_module
 from benchmarks.memory import StorageCounter
+from qlora_dist.config import AdapterConfig
 from qlora_dist.data.sampler import collate
 from qlora_dist.data.samples import Sample
-from qlora_dist.model.activations import LayerBytes, Recompute
+from qlora_dist.model.activations import LayerBytes, Recompute, layer_bytes
 from qlora_dist.model.adapters import adapter_parameters
 from qlora_dist.model.compile import CompiledForward
 from qlora_dist.model.recompute import LayerForward, Survey, recompute_of, set_recompute
 from qlora_dist.model.selective import SelectiveForward
+from qlora_dist.model.skeleton import base_model
 from qlora_dist.runtime import Runtime, start_runtime
 from qlora_dist.train import micro_step
 from tests.support.adapted import build_adapted
@@ -110,6 +112,24 @@ def test_what_is_kept_is_what_was_counted(tiny_llama: Path, runtime: Runtime) ->
     assert alive(0, 1) - alive(0, 3) == 2 * (layer.none - layer.full)
     assert layer.full == ids.numel() * 64 * 2
     assert 0.65 < layer.selective / layer.none < 0.75
+
+
+@pytest.mark.parametrize(
+    "kind", [{}, {"dropout": 0.1}, {"use_dora": True}, {"dropout": 0.1, "use_dora": True}], ids=str
+)
+def test_the_formula_is_on_the_safe_side(families: dict[str, Path], runtime: Runtime, kind: dict) -> None:
+    """What a layer is expected to keep before any step covers what it keeps, dropout and DoRA included, and is not
+    more than twice that."""
+    runtime = dataclasses.replace(runtime, compute_dtype=torch.bfloat16)
+    model = build_adapted(families["qwen2"], runtime, **kind)
+    ids = torch.arange(3, 259).reshape(2, 128)
+    with runtime.autocast():
+        model(input_ids=ids, use_cache=False)  # the first one asks the model for more
+        with Survey(model) as survey:
+            model(input_ids=ids, use_cache=False)
+    expected = layer_bytes(base_model(model).config, ids.numel(), 2, AdapterConfig(rank=4, **kind))
+    for found, formula in zip(vars(survey.result).values(), vars(expected).values(), strict=True):
+        assert 0.5 <= found / formula <= 1.05, (survey.result, expected)
 
 
 def test_forward_without_gradients_keeps_nothing(tiny_llama: Path, runtime: Runtime) -> None:

@@ -1,5 +1,6 @@
 """Every YAML that is shipped can be used as it is."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,13 @@ def test_run_file_is_complete(file: Path) -> None:
     first_line = file.read_text().splitlines()[0]
     assert "train" in first_line
     assert f"configs/{file.name}" in first_line
+
+
+@pytest.mark.parametrize("file", sorted(ROOT.glob("[cl][oa]*/*.yaml")), ids=lambda file: file.name)
+def test_files_named_in_a_comment_are_there(file: Path) -> None:
+    """The command that a file opens with can be copied."""
+    for name in re.findall(r"\b(?:configs|launch)/\w+\.yaml", file.read_text()):
+        assert (ROOT / name).is_file(), name
 
 
 @pytest.mark.parametrize("file", sorted(ROOT.glob("launch/*.yaml")), ids=lambda file: file.name)

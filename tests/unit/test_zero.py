@@ -24,10 +24,10 @@ def file(tmp_path: Path) -> Path:
     return tmp_path / "ds.json"
 
 
-def settings(file: Path, content: object, config: TrainConfig = CONFIG) -> dict:
-    """DeepSpeed's configuration on four processes at stage 3, with `content` as the user's file."""
+def settings(file: Path, content: object, config: TrainConfig = CONFIG, stage: int = 3) -> dict:
+    """DeepSpeed's configuration on four processes, with `content` as the user's file."""
     file.write_text(json.dumps(content))
-    return zero_settings(config, stage=3, world_size=4, json_file=str(file))
+    return zero_settings(config, stage=stage, world_size=4, json_file=str(file))
 
 
 # What a file sets: key, value, and the run's side of the contradiction. All written out, as a user would read them.
@@ -89,6 +89,12 @@ def test_what_is_not_for_tuning_is_refused(file: Path, content: dict, shown: str
     message = str(caught.value)
     assert message.startswith(f"deepspeed config {file} sets {shown}, which is not an option for tuning. Remove it, ")
     assert "zero_optimization.overlap_comm" in message
+
+
+def test_options_of_the_other_stage_are_refused(file: Path) -> None:
+    """Under ZeRO-2 nothing of stage 3 would have an effect."""
+    with pytest.raises(ConfigError, match=r"stage3_max_live_parameters, which has no effect: the backend is zero2\."):
+        settings(file, {"zero_optimization": {"stage3_max_live_parameters": 10}}, stage=2)
 
 
 def test_a_file_full_of_auto_is_accepted_and_tuning_options_arrive(file: Path) -> None:
