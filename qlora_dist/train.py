@@ -92,6 +92,7 @@ def prepare(config: TrainConfig, backend: Backend, settings: Settings | None, se
 
     session.watch()
     model = build_model(config, model_folder, backend, runtime, session.reporter, settings, session.alive)
+    held_bytes = local_bytes(model)  # a forward without a backward leaves some engines' output head gathered
     belongs_to = Identity(fingerprint(model_folder), data.fingerprint(), adapter_shapes(model), identity(config))
     if checkpoint:
         checkpoint.check(belongs_to, is_own)
@@ -109,7 +110,7 @@ def prepare(config: TrainConfig, backend: Backend, settings: Settings | None, se
         say(f"{config.optim.optimizer}: without a GPU there is nothing to page, its state is in host memory anyway")
     say(attention_note(model, config.model, is_packed=config.data.packing))
     say(
-        f"{backend}, {runtime.world_size} x {runtime.device.type}: this rank holds {local_bytes(model) / 2**20:,.0f} "
+        f"{backend}, {runtime.world_size} x {runtime.device.type}: this rank holds {held_bytes / 2**20:,.0f} "
         f"of {whole_bytes(model) / 2**20:,.0f} MiB | {num_steps:,} steps of {plan.global_batch_size:,} rows"
     )
 
