@@ -29,7 +29,10 @@ def add_adapters(model: PreTrainedModel, config: AdapterConfig, base_path: str) 
         ConfigError: an entry of `adapter.target_modules` names no linear layer of the model, or one that cannot learn.
     """
     targets = config.target_modules if isinstance(config.target_modules, str) else list(config.target_modules)
-    _check_targets(model, [] if isinstance(targets, str) else targets)
+    if isinstance(targets, list):
+        if config.path is None:  # an adapter that is continued may name more than this model has
+            _check_all_named(model, targets)
+        _check_head(model, targets)
     lora = LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,
@@ -48,20 +51,26 @@ def add_adapters(model: PreTrainedModel, config: AdapterConfig, base_path: str) 
     return peft_model
 
 
-def _check_targets(model: PreTrainedModel, targets: list[str]) -> None:
-    """Each entry must name linear layers, and none may be tied to the embedding: peft takes what it finds of a list,
-    and leaves the rest out without a word."""
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    names = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+def _check_all_named(model: PreTrainedModel, targets: list[str]) -> None:
+    """Each entry must name linear layers: peft takes what it finds of a list, and leaves the rest out silently."""
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     for target in targets:
-        found = [module for name, module in names.items() if name == target or name.endswith(f".{target}")]
-        if not found:
+        if not any(f".{name}".endswith(f".{target}") for name in names):
             kinds = sorted({name.rpartition(".")[2] for name in names})
             raise ConfigError(
                 f"adapter.target_modules names {target}, which is no linear layer of {type(model).__name__}. "
                 f"It has {', '.join(kinds)}; all-linear, which is not written as a list, takes all but the output head."
             )
-        if head in found and head.weight is embedding.weight:
+
+
+def _check_head(model: PreTrainedModel, targets: list[str]) -> None:
+    """None may be an output head whose weights are the embedding's."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is None or head.weight is not embedding.weight:
+        return
+    name = next(name for name, module in model.named_modules() if module is head)
+    for target in targets:
+        if f".{name}".endswith(f".{target}"):
             raise ConfigError(
                 f"adapter.target_modules names {target}, whose weights are those of the embedding "
                 f"(tie_word_embeddings) in {type(model).__name__}: an adapter there would part the two. Remove it."
@@ -82,7 +91,7 @@ def wrap_with_saved_adapter(model: PreTrainedModel, adapter_folder: Path) -> Pef
         )
     targets = peft_config.target_modules or []
     try:
-        _check_targets(model, [] if isinstance(targets, str) else sorted(targets))
+        _check_head(model, [] if isinstance(targets, str) else sorted(targets))
         return _wrap(model, peft_config)
     except (ValueError, ConfigError) as error:
         raise CheckpointError(f"adapter folder {adapter_folder} does not fit {type(model).__name__}: {error}") from None

@@ -169,13 +169,13 @@ class _Copy:
     """A storage in host memory; it lives as long as something of the graph refers to it."""
 
     def __init__(self, store: LayerStore, tensor: torch.Tensor, lane: Any) -> None:
+        self._there: tuple[torch.Tensor, Any] | None = None
         self._store, self._lane, self._device = store, lane, tensor.device
         self._address = StorageWeakRef(
             tensor.untyped_storage()
         )  # as long as this lives, no other storage gets the same
         num_elements = tensor.untyped_storage().nbytes() // tensor.element_size()
         self._host = lane.to_host(tensor.as_strided((num_elements,), (1,), 0))
-        self._there: tuple[torch.Tensor, Any] | None = None
 
     def fetch(self) -> None:
         """Begin to bring it back, unless that was done."""

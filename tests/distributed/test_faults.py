@@ -474,6 +474,20 @@ def run_out_of_memory(folder: Path, run: dict) -> None:
     folder.with_name("message").write_text(str(error.value))
 
 
+def run_out_of_memory_in_evaluation(folder: Path, run: dict) -> None:
+    import torch
+
+    full = mock.patch.object(train_module, "evaluate", side_effect=torch.OutOfMemoryError("CUDA out of memory."))
+    with full, pytest.raises(train_module.TrainingError, match=r"full in an evaluation.*optim\.micro_batch_size \(now"):
+        train_here(folder, run)
+
+
+def test_memory_that_is_full_in_an_evaluation(tmp_path: Path, tiny_llama: Path, chat_file: Path) -> None:
+    """Nothing is kept for backward there, so other settings help than in a step."""
+    run = settings(tiny_llama, chat_file)
+    assert exit_code_of(run_out_of_memory_in_evaluation, tmp_path / "run", run) == 0
+
+
 def test_memory_that_is_full(tmp_path: Path, tiny_llama: Path, chat_file: Path) -> None:
     """The message names the micro-batch and what each change would save, for the model at hand."""
     run = settings(tiny_llama, chat_file)

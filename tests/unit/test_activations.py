@@ -62,10 +62,10 @@ LLAMA_7B = dimensions(
 )
 
 
-def advice(backend: str, recompute: str | int, rows: int) -> str:
+def advice(backend: str, recompute: str | int, rows: int, dropout: float = 0.0) -> str:
     config = TrainConfig(
         optim=OptimConfig(micro_batch_size=rows, grad_accum_steps=4), memory=MemoryConfig(recompute=recompute),
-        parallel=ParallelConfig(backend=backend),
+        parallel=ParallelConfig(backend=backend), adapter=AdapterConfig(dropout=dropout),
     )  # fmt: skip
     return out_of_memory_message(
         config,
@@ -87,6 +87,7 @@ def test_advice_names_sizes_and_keys() -> None:
     recompute, rows = text.index("memory.recompute: full saves about"), text.index("optim.micro_batch_size: 3 with")
     assert recompute < rows < text.index("parallel.backend: fsdp on more GPUs")
     assert "grad_accum_steps: 8 (the same result)" in text
+    assert "grad_accum_steps: 8 saves" in advice("ddp", "none", rows=6, dropout=0.1), "it drops others then"
 
 
 def test_advice_leaves_out_what_is_done_already() -> None:

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from qlora_dist.adapter_folder import Recipe, save_adapter
 from qlora_dist.config import AdapterConfig, ModelConfig, OptimConfig
-from qlora_dist.errors import CheckpointError
+from qlora_dist.errors import CheckpointError, ConfigError
 from qlora_dist.model.adapters import (
     adapter_parameters,
     add_adapters,
@@ -115,6 +115,23 @@ def test_an_adapter_of_another_model_is_refused(saved: Path, tiny_llama: Path, c
     save_file(tensors, saved / "adapter_model.safetensors")
     with pytest.raises(CheckpointError, match=message):
         check_adapter_fits(described(tiny_llama, rank=2, use_dora=True, target_modules=("q_proj", "v_proj")), saved)
+
+
+def test_an_adapter_that_is_continued_may_name_more_than_there_is(tiny_llama: Path) -> None:
+    """Adapters of other programs list the layers of many families; what a user writes is taken at its word."""
+    names = ("q_proj", "c_attn")
+    with pytest.raises(ConfigError, match=r"adapter\.target_modules names c_attn, which is no linear layer"):
+        described(tiny_llama, rank=2, target_modules=names)
+    assert adapter_parameters(described(tiny_llama, rank=2, target_modules=names, path="somewhere"))
+
+
+def test_an_adapter_of_a_tied_head_is_refused(saved: Path, tiny_llama: Path) -> None:
+    """Also one that was trained elsewhere, before anything is loaded."""
+    edit_json(saved / "adapter_config.json", lambda config: config.update(target_modules=["lm_head", "q_proj"]))
+    model = build_skeleton(tiny_llama, ModelConfig(path=str(tiny_llama)))
+    model.lm_head.weight = model.get_input_embeddings().weight
+    with pytest.raises(CheckpointError, match=r"names lm_head, whose weights are those of the embedding"):
+        wrap_with_saved_adapter(model, saved)
 
 
 def test_an_adapter_that_belongs_to_a_changed_base_is_refused(saved: Path, tiny_llama: Path) -> None:
