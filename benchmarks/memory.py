@@ -160,6 +160,8 @@ def measure(shape: Shape, world_size: int, seq_len: int, recompute: str, is_real
     one_sample = mock.patch("transformers.masking_utils.find_packed_sequence_indices", return_value=None)
     is_finite = mock.patch.object(torch.Tensor, "isfinite", return_value=True)
     plain_logits = mock.patch("qlora_dist.model.loss.logits_form", return_value=LogitsForm())
+    # Counted is what a GPU takes, and a CPU makes fewer logits at a time.
+    whole_chunks = mock.patch.multiple("qlora_dist.model.loss", _CPU_ROWS=2**62, _CPU_PIECE=2**62)
     pretended = nullcontext() if is_real else FakeTensorMode(allow_non_fake_inputs=True)
     head_loss, of_loss = _HeadLoss.__call__, Part()
 
@@ -168,7 +170,7 @@ def measure(shape: Shape, world_size: int, seq_len: int, recompute: str, is_real
             return head_loss(loss, hidden)
 
     watched_loss = mock.patch.object(_HeadLoss, "__call__", counted_loss)
-    with one_sample, is_finite, plain_logits, watched_loss, pretended, StorageCounter() as counter:
+    with one_sample, is_finite, plain_logits, whole_chunks, watched_loss, pretended, StorageCounter() as counter:
         materialize(model, device, device)
         held = counter.now
         engine = build_engine(model.train(), OptimConfig(optimizer="adamw"), runtime)

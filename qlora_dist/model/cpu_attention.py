@@ -13,7 +13,8 @@ those of 2: torch's exp2 takes a quarter of the time of exp.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import weakref
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -107,20 +108,21 @@ def cpu_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The output (batch, seq_len, heads, value width), and the logarithm to base 2 of the sum of exponentials of each
-    query's scores, (batch * kv_heads, seq_len * group) float32."""
+    query's scores, (batch * kv_heads, seq_len * group, 1) float32."""
     kv_heads = key.shape[1]
-    q, k, v = _grouped(query, kv_heads).mul_(scale * _LOG2_E), _grouped(key, kv_heads), _grouped(value, kv_heads)
-    out = torch.zeros(*q.shape[:-1], v.shape[-1])
-    log_sums = torch.zeros(q.shape[:-1])
+    k, v = _grouped(key, kv_heads), _grouped(value, kv_heads)
+    qs = [q.mul_(scale * _LOG2_E) for q in _in_blocks(query, kv_heads)]
+    outs = [q.new_zeros(*q.shape[:2], v.shape[-1]) for q in qs]
+    log_sums = [q.new_zeros(*q.shape[:2], 1) for q in qs]
     with _quick_products(query.dtype):
-        for block in _blocks(mask, query.shape, kv_heads):
-            scores = block.scores(q, k)
+        for block in _blocks(mask, len(query), query.shape[2], kv_heads):
+            scores = block.scores(qs, k)
             top = scores.amax(-1, keepdim=True).clamp_(min=_LOWEST)
             weights = scores.sub_(top).exp2_()
             sums = weights.sum(-1, keepdim=True).clamp_(min=torch.finfo(torch.float32).tiny)
-            block.queries_of(out).copy_(torch.bmm(weights, block.keys_of(v)).div_(sums))
-            block.queries_of(log_sums).copy_(sums.log2_().add_(top).squeeze(-1))
-    return _ungrouped(out, query).transpose(1, 2).contiguous(), log_sums
+            torch.bmm(weights, block.keys_of(v), out=block.queries_of(outs)).div_(sums)
+            block.queries_of(log_sums).copy_(sums.log2_().add_(top))
+    return _by_token(outs, query), torch.cat(log_sums, 1)
 
 
 @torch.library.custom_op("qlora_dist::cpu_attention_backward", mutates_args=())
@@ -130,32 +132,32 @@ def cpu_attention_backward(
     key: torch.Tensor,
     value: torch.Tensor,
     mask: torch.Tensor | None,
-    out: torch.Tensor,
     log_sums: torch.Tensor,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of query, key and value.
 
-    With P the probabilities and g the gradient of the output: dV = P^T g, dS = P * (g V^T - rowsum(g * out)),
-    dQ = scale dS K, dK = scale dS^T Q.
+    With P the probabilities and g the gradient of the output: dV = P^T g, dP = g V^T, dS = P * (dP - rowsum(P * dP)),
+    dQ = scale dS K, dK = scale dS^T Q. All keys of a query are in one block, so the sum needs no output kept.
     """
     kv_heads = key.shape[1]
-    q, k, v = _grouped(query, kv_heads).mul_(scale * _LOG2_E), _grouped(key, kv_heads), _grouped(value, kv_heads)
-    g = _grouped(grad.transpose(1, 2), kv_heads)
-    means = (g * _grouped(out.transpose(1, 2), kv_heads)).sum(-1)  # (batch * kv_heads, seq_len * group)
-    grad_q, grad_k, grad_v = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    k, v = _grouped(key, kv_heads), _grouped(value, kv_heads)
+    qs = [q.mul_(scale * _LOG2_E) for q in _in_blocks(query, kv_heads)]
+    gs = _in_blocks(grad.transpose(1, 2), kv_heads)
+    sums = log_sums.split([q.shape[1] for q in qs], 1)
+    grad_qs, grad_k, grad_v = [torch.zeros_like(q) for q in qs], torch.zeros_like(k), torch.zeros_like(v)
     with _quick_products(query.dtype):
-        for block in _blocks(mask, query.shape, kv_heads):
-            block_g = block.queries_of(g)
-            weights = block.scores(q, k).sub_(block.queries_of(log_sums).unsqueeze(-1)).exp2_()
-            block.keys_of(grad_v).baddbmm_(weights.transpose(1, 2), block_g)
-            grad_scores = torch.bmm(block_g, block.keys_of(v).transpose(1, 2))
-            grad_scores.sub_(block.queries_of(means).unsqueeze(-1)).mul_(weights)
-            block.queries_of(grad_q).copy_(torch.bmm(grad_scores, block.keys_of(k)))
-            block.keys_of(grad_k).baddbmm_(grad_scores.transpose(1, 2), block.queries_of(q))
-    grad_q.mul_(scale)
+        for block in _blocks(mask, len(query), query.shape[2], kv_heads):
+            q, g = block.queries_of(qs), block.queries_of(gs)
+            weights = block.scores(qs, k).sub_(block.queries_of(sums)).exp2_()
+            block.keys_of(grad_v).baddbmm_(weights.transpose(1, 2), g)
+            grad_weights = torch.bmm(g, block.keys_of(v).transpose(1, 2))
+            grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, torch.float32)
+            torch.bmm(grad_scores, block.keys_of(k), out=block.queries_of(grad_qs)).mul_(scale)
+            block.keys_of(grad_k).baddbmm_(grad_scores.transpose(1, 2), q)
     grad_k.mul_(1 / _LOG2_E)  # of q times scale and log2(e)
-    return _ungrouped(grad_q, query), _ungrouped(grad_k, key), _ungrouped(grad_v, value)
+    grads = _by_token(grad_qs, query), _by_token([grad_k], key), _by_token([grad_v], value)
+    return grads[0].transpose(1, 2), grads[1].transpose(1, 2), grads[2].transpose(1, 2)
 
 
 @cpu_attention.register_fake
@@ -165,23 +167,22 @@ def _(
     batch, heads, seq_len, _ = query.shape
     kv_heads = key.shape[1]
     out = query.new_empty(batch, seq_len, heads, value.shape[-1])
-    return out, query.new_empty(batch * kv_heads, seq_len * (heads // kv_heads), dtype=torch.float32)
+    return out, query.new_empty(batch * kv_heads, seq_len * (heads // kv_heads), 1, dtype=torch.float32)
 
 
 @cpu_attention_backward.register_fake
 def _(grad: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any) -> Any:
-    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value))
+    return tuple(x.new_empty(x.transpose(1, 2).shape).transpose(1, 2) for x in (query, key, value))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
     *tensors, scale = inputs
-    ctx.save_for_backward(*tensors, *output)
+    ctx.save_for_backward(*tensors, output[1])
     ctx.scale = scale
 
 
 def _differentiate(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
-    query, key, value, mask, out, log_sums = ctx.saved_tensors
-    grads = torch.ops.qlora_dist.cpu_attention_backward(grad, query, key, value, mask, out, log_sums, ctx.scale)
+    grads = torch.ops.qlora_dist.cpu_attention_backward(grad, *ctx.saved_tensors, ctx.scale)
     return *grads, None, None
 
 
@@ -196,46 +197,57 @@ cpu_attention.register_autograd(_differentiate, setup_context=_save)
 class _Block:
     """Some queries of some heads, and the keys they may see."""
 
+    number: int
     heads: slice
     """Of the batch * kv_heads."""
-    queries: slice
-    """Of the seq_len * group."""
     keys: slice
     bias: torch.Tensor
     """(tokens of the block, the last so many of the keys): minus infinity where a query does not see a key, else 0; all
     keys before are seen."""
 
-    def queries_of(self, whole: torch.Tensor) -> torch.Tensor:
-        """The part of (batch * kv_heads, seq_len * group, ...)."""
-        return whole[self.heads, self.queries]
+    def queries_of(self, blocks: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The part of (batch * kv_heads, tokens * group, ...) of each block."""
+        return blocks[self.number][self.heads]
 
     def keys_of(self, whole: torch.Tensor) -> torch.Tensor:
         """The part of (batch * kv_heads, seq_len, width)."""
         return whole[self.heads, self.keys]
 
-    def scores(self, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-        """(heads, queries, keys), with minus infinity where a query does not see a key."""
-        scores = torch.bmm(self.queries_of(q), self.keys_of(k).transpose(1, 2))
+    def scores(self, qs: Sequence[torch.Tensor], k: torch.Tensor) -> torch.Tensor:
+        """(heads, tokens * group, keys), with minus infinity where a query does not see a key."""
+        scores = torch.bmm(self.queries_of(qs), self.keys_of(k).transpose(1, 2))
         num_tokens, num_biased = self.bias.shape
         each = scores.view(len(scores), num_tokens, -1, scores.shape[-1])  # (heads, tokens, group, keys)
         each[..., each.shape[-1] - num_biased :] += self.bias.unsqueeze(1)
         return scores
 
 
-def _blocks(mask: torch.Tensor | None, shape: torch.Size, kv_heads: int) -> Iterator[_Block]:
-    """All queries, in blocks; of all rows together where the rows see alike.
+_REMEMBERED = 2
+"""Masks whose blocks are kept: some models have one for most of their layers and another for the rest."""
+_remembered: dict[tuple[int, ...], tuple[weakref.ref[torch.Tensor] | None, list[_Block]]] = {}
 
-    Args:
-        shape: of the query, (batch, heads, seq_len, width).
-    """
-    batch, heads, seq_len, _ = shape
-    group = heads // kv_heads
+
+def _blocks(mask: torch.Tensor | None, batch: int, seq_len: int, kv_heads: int) -> list[_Block]:
+    """All queries, in blocks; of all rows together where the rows see alike. Made once for all layers of a step."""
+    key = (id(mask), batch, seq_len, kv_heads)
+    if key in _remembered:
+        whose, blocks = _remembered[key]
+        if whose is None or whose() is mask:  # an identity may have passed to another mask
+            return blocks
+        del _remembered[key]
+    if len(_remembered) == _REMEMBERED:
+        del _remembered[next(iter(_remembered))]
+    blocks = list(_make_blocks(mask, batch, seq_len, kv_heads))
+    _remembered[key] = None if mask is None else weakref.ref(mask), blocks
+    return blocks
+
+
+def _make_blocks(mask: torch.Tensor | None, batch: int, seq_len: int, kv_heads: int) -> Iterator[_Block]:
     if mask is None:
         mask = torch.ones(seq_len, seq_len, dtype=torch.bool).tril_().view(1, 1, seq_len, seq_len)
     each = batch * kv_heads // mask.shape[0]
-    for number, row in enumerate(mask[:, 0]):
-        for start in range(0, seq_len, BLOCK):
-            seen = row[start : start + BLOCK]  # (tokens of the block, seq_len)
+    for row_number, row in enumerate(mask[:, 0]):
+        for number, seen in enumerate(row.split(BLOCK)):  # (tokens of the block, seq_len)
             keys = seen.any(0).nonzero().flatten()
             if not len(keys):
                 continue
@@ -243,11 +255,16 @@ def _blocks(mask: torch.Tensor | None, shape: torch.Size, kv_heads: int) -> Iter
             partly = (~seen[:, first:end].all(0)).nonzero().flatten()
             begin = first + int(partly[0]) if len(partly) else end
             yield _Block(
-                slice(number * each, (number + 1) * each),
-                slice(start * group, (start + len(seen)) * group),
+                number,
+                slice(row_number * each, (row_number + 1) * each),
                 slice(first, end),
                 torch.zeros(len(seen), end - begin).masked_fill_(~seen[:, begin:end], -torch.inf),
             )
+
+
+def _in_blocks(x: torch.Tensor, kv_heads: int) -> list[torch.Tensor]:
+    """(batch, heads, seq_len, width) as copies of its blocks, each as :func:`_grouped` makes them."""
+    return [_grouped(part, kv_heads) for part in x.split(BLOCK, 2)]
 
 
 def _grouped(x: torch.Tensor, kv_heads: int) -> torch.Tensor:
@@ -259,12 +276,18 @@ def _grouped(x: torch.Tensor, kv_heads: int) -> torch.Tensor:
     return copied.view(batch * kv_heads, -1, width)
 
 
-def _ungrouped(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """The other way, in the dtype and with the batch, heads and tokens of `like`; any width."""
+def _by_token(blocks: Sequence[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
+    """The other way: (batch, seq_len, heads, width) in the dtype of `like`, of whose (batch, heads, seq_len, ...) the
+    blocks are; contiguous, as the projections around attention have it."""
     batch, heads, seq_len, _ = like.shape
-    kv_heads = len(x) // batch
-    apart = x.to(like.dtype).view(batch, kv_heads, seq_len, heads // kv_heads, -1)
-    return apart.transpose(2, 3).reshape(batch, heads, seq_len, -1)
+    kv_heads = len(blocks[0]) // batch
+    whole = like.new_empty(batch, seq_len, kv_heads, heads // kv_heads, blocks[0].shape[-1])
+    start = 0
+    for block in blocks:
+        by_head = block.view(batch, kv_heads, -1, heads // kv_heads, block.shape[-1])
+        whole[:, start : start + by_head.shape[2]] = by_head.transpose(1, 2)
+        start += by_head.shape[2]
+    return whole.flatten(2, 3)
 
 
 @contextmanager

@@ -31,6 +31,11 @@ FULL_LOGITS_BYTES = 12
 _CHUNK_BYTES = 2**28
 """What the logits of one chunk may take. With a vocabulary of 128k that is 204 rows in bfloat16: enough for a GPU to
 spend as long multiplying with the head's weights as reading them."""
+_CPU_ROWS = 256
+"""Rows of a chunk on a CPU, at most. Products of more are no quicker, and fresh memory for their logits is slow."""
+_CPU_PIECE = 2**20
+"""Entries that a CPU makes probabilities of at a time, in float32: they stay in its cache."""
+_LOG2_E = math.log2(math.e)
 
 
 @dataclass(frozen=True)
@@ -279,13 +284,23 @@ def _loss_and_gradient(raw: torch.Tensor, targets: torch.Tensor, form: LogitsFor
         raw: (rows, vocab), overwritten.
         targets: (rows,) int64.
     """
+    if raw.device.type == "cpu":
+        rows = max(1, _CPU_PIECE // raw.shape[1])
+        if len(raw) > rows:
+            pieces = zip(raw.split(rows), targets.split(rows), strict=True)
+            return torch.stack([_loss_and_gradient(*piece, form, with_gradient) for piece in pieces]).sum()
     log_p = torch.log_softmax(form(raw), dim=1, dtype=torch.float32)
     targets = targets.unsqueeze(1)
     loss = -log_p.gather(1, targets).sum()
     if with_gradient:
-        gradient = log_p.exp_().scatter_add_(1, targets, torch.full_like(targets, -1, dtype=torch.float32))
+        gradient = _exp_(log_p).scatter_add_(1, targets, torch.full_like(targets, -1, dtype=torch.float32))
         raw.copy_(form.times_slope(gradient, raw))
     return loss
+
+
+def _exp_(x: torch.Tensor) -> torch.Tensor:
+    """Exponentials in place; torch's exp2 takes a quarter of the time of its exp on a CPU."""
+    return x.mul_(_LOG2_E).exp2_() if x.device.type == "cpu" else x.exp_()
 
 
 class _FrozenHead(torch.autograd.Function):
@@ -305,6 +320,8 @@ class _FrozenHead(torch.autograd.Function):
         loss = hidden.new_zeros((), dtype=torch.float32)
         gradient = hidden.new_empty((len(rows), hidden.shape[1])) if keep_gradient else None
         size = rows_per_chunk(weight.shape[0], hidden.element_size())
+        if hidden.device.type == "cpu":
+            size = min(size, _CPU_ROWS)
         for start in range(0, len(rows), size):
             chunk = slice(start, start + size)
             raw = nn.functional.linear(hidden.index_select(0, rows[chunk]), weight, bias)

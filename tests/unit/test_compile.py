@@ -1,6 +1,7 @@
 """Compiled layers compute what they compute as they are, from as few codes as there are kinds of calls."""
 
 import dataclasses
+import statistics
 from pathlib import Path
 from unittest import mock
 
@@ -88,14 +89,19 @@ def test_a_machine_that_cannot_compile_is_refused() -> None:
         check_compiler(torch.device("cpu"))
 
 
-@pytest.mark.slow  # the real compiler takes half a minute
+@pytest.mark.slow  # the real compiler takes a minute
 def test_real_code_is_as_exact(tiny_llama: Path, runtime: Runtime) -> None:
-    """With kernels, float32 gradients agree within 1e-5, and bfloat16 is no further from them than without."""
+    """With kernels, float32 gradients agree within 1e-5, and those of bfloat16 are mostly nearer than without
+    (in a single short batch, chance decides)."""
     torch.compiler.reset()
     in_bfloat16 = dataclasses.replace(runtime, compute_dtype=torch.bfloat16)
-    _, exact = gradient(build_adapted(tiny_llama, runtime), runtime)
-    _, compiled = gradient(build_adapted(tiny_llama, runtime, is_compiled=True), runtime)
-    assert 0 < (compiled - exact).norm() <= 1e-5 * exact.norm()
-    _, plain = gradient(build_adapted(tiny_llama, in_bfloat16), in_bfloat16)
-    _, compiled = gradient(build_adapted(tiny_llama, in_bfloat16, is_compiled=True), in_bfloat16)
-    assert (compiled - exact).norm() <= 1.05 * (plain - exact).norm()
+    exact, compiled = (build_adapted(tiny_llama, runtime, is_compiled=compiled) for compiled in (False, True))
+    plain, rounded = (build_adapted(tiny_llama, in_bfloat16, is_compiled=compiled) for compiled in (False, True))
+    ratios = []
+    for lengths in ((12, 20), (9, 31), (7, 5), (16, 18), (30, 30), (25, 14), (60, 61)):
+        _, expected = gradient(exact, runtime, [lengths])
+        _, found = gradient(compiled, runtime, [lengths])
+        assert 0 < (found - expected).norm() <= 1e-5 * expected.norm()
+        one, other = (gradient(model, in_bfloat16, [lengths])[1] - expected for model in (rounded, plain))
+        ratios.append(float(one.norm() / other.norm()))
+    assert statistics.median(ratios) <= 1, ratios

@@ -108,6 +108,23 @@ def test_a_block_never_looks_at_another_sample() -> None:
     assert all(x[:, :, second].isfinite().all() for x in (grad_q, grad_k, grad_v))
 
 
+def test_blocks_are_made_once_for_a_mask_and_anew_for_another() -> None:
+    """Layers of a step share them; a mask that comes to lie where another one was has its own, and so has none."""
+    tensors = inputs()
+    with mock.patch.object(cpu_attention, "_make_blocks", side_effect=cpu_attention._make_blocks) as make:
+        mask = CAUSAL.expand(2, 1, LENGTH, LENGTH)
+        for _ in range(3):
+            results(blocks, tensors, mask)
+        assert make.call_count == 1
+        for shift in (0, -40, 0, -40):
+            mask = (CAUSAL & ~CAUSAL.tril(shift - 10)).expand(2, 1, LENGTH, LENGTH)
+            expected = results(sdpa, tensors, mask)
+            assert error(results(blocks, tensors, mask)[0], expected[0]) < 1e-5
+            del mask
+        assert make.call_count == 5
+        assert error(results(blocks, tensors, None)[0], results(sdpa, tensors, None)[0]) < 1e-5
+
+
 @pytest.mark.parametrize("hidden", [slice(0, 20), slice(0, 2 * cpu_attention.BLOCK)])
 def test_a_query_that_sees_nothing_gets_nothing(hidden: slice) -> None:
     """Zeros, and gradients that are finite: a part of a block, and blocks as a whole."""
