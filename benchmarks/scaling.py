@@ -42,6 +42,7 @@ from torch.utils._pytree import tree_leaves
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
+from benchmarks.apart import neighbours  # noqa: E402
 from benchmarks.bound import most_tokens_per_second  # noqa: E402
 from benchmarks.conversations import MODEL, check_prepared, write_long_conversations  # noqa: E402
 from benchmarks.limits import measure_apart  # noqa: E402
@@ -351,9 +352,8 @@ def summarise(passes: list[list[tuple[Case, dict[str, Any]]]], limits: list[dict
 def neighbouring_rates(in_order: list[tuple[Case, dict[str, Any]]], place: int) -> list[float]:
     """Rates of one process, in the same mode, next before and next behind a run."""
     mode = in_order[place][0].mode
-    ones = [i for i, (case, _) in enumerate(in_order) if case.alone and case.mode == mode]
-    before, behind = [i for i in ones if i <= place][-1:], [i for i in ones if i >= place][:1]
-    return [in_order[i][1]["tokens_per_second"] for i in before + behind]
+    is_base = [case.alone and case.mode == mode for case, _ in in_order]
+    return [in_order[i][1]["tokens_per_second"] for i in neighbours(is_base, place)]
 
 
 def of_formula(sent: dict[str, int], expected: dict[str, int]) -> float | None:

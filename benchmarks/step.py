@@ -1,14 +1,15 @@
 """The training step beside what people run today, and what each of its parts gives.
 
-    python benchmarks/step.py                    # needs what `make demo` prepared; fifteen minutes on two cores
+    python benchmarks/step.py                    # needs what `make demo` prepared; twenty minutes on two cores
     python benchmarks/step.py --check            # two contenders, against the committed result; fails on a 15 % loss
 
 Every contender trains the same 4-bit model with the same LoRA settings on the same token ids and loss masks in the same
-order, 2 x 512 tokens a step, no padding, each in a fresh process, forwards through the list and then backwards. Rates
-leave the first two steps out, and with them what is compiled in these. The losses of the first step must agree, or the
-comparison compares nothing. The rates of the machine are measured before, between and after, and every contender's is
-held against the bound that they give for this step with nothing recomputed. Writes benchmarks/results/step_DEVICE.json
-and .png.
+order, 2 x 512 tokens a step, no padding, each in a fresh process, forwards through the list and then backwards. TRL at
+its defaults runs again after every second contender, and these are compared with the two of its runs that are nearest,
+since the speed of a machine drifts. Rates leave the first two steps out, and with them what is compiled in these. The
+losses of the first step must agree, or the comparison compares nothing. The rates of the machine are measured before,
+between and after, and every contender's is held against the bound that they give for this step with nothing recomputed.
+Writes benchmarks/results/step_DEVICE.json and .png.
 
 "TRL, tuned" recomputes nothing. The rest that one would tune is there already: rows are full, so packing has nothing to
 add, and TRL itself turns adapters on a 4-bit base into bfloat16.
@@ -34,7 +35,7 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-from benchmarks.apart import run_apart  # noqa: E402
+from benchmarks.apart import neighbours, run_apart  # noqa: E402
 from benchmarks.bound import most_tokens_per_second  # noqa: E402
 from benchmarks.conversations import MODEL, check_prepared, write_long_conversations  # noqa: E402
 from benchmarks.limits import measure_apart  # noqa: E402
@@ -130,17 +131,25 @@ def compare(
     contenders: dict[str, Ours | None], steps: int, with_limits: bool = False
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Run all, forwards and backwards; rate, spread and losses of each, and the machine's rates meanwhile."""
-    runs: dict[str, list[list[dict[str, float]]]] = {name: [] for name in contenders}
+    in_order: list[tuple[str, list[dict[str, float]]]] = []
+    order = in_turns(list(contenders))
     limits = [measure_apart(THREADS)] if with_limits else []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_long_conversations(folder / "rows.jsonl")
-        for order in (list(contenders), list(contenders)[::-1]):
-            for contender in order:
+        for turn in (order, order[::-1]):
+            for contender in turn:
                 print(f"{contender} ...", flush=True)
-                runs[contender].append(run(contender, folder, steps))
+                in_order.append((contender, run(contender, folder, steps)))
             limits += [measure_apart(THREADS)] if with_limits else []
-    return summarise(runs, limits), limits
+    return summarise(in_order, limits), limits
+
+
+def in_turns(contenders: list[str]) -> list[str]:
+    """Them in their order, the base first, after every second of the others, and last."""
+    others = [name for name in contenders if name != BASE]
+    pairs = [others[i : i + 2] for i in range(0, len(others), 2)]
+    return [BASE, *(name for pair in pairs for name in (*pair, BASE))]
 
 
 def run(contender: str, folder: Path, steps: int) -> list[dict[str, float]]:
@@ -292,29 +301,48 @@ def trainer_of(
 # The report.
 
 
-def summarise(runs: dict[str, list[list[dict[str, float]]]], limits: list[dict[str, Any]]) -> dict[str, Any]:
+def summarise(in_order: list[tuple[str, list[dict[str, float]]]], limits: list[dict[str, Any]]) -> dict[str, Any]:
     """Median and spread of tokens/s of each contender, its losses, and with `limits` its share of the bound.
 
     Raises:
         SystemExit: the first losses differ by more than 1 %, so the contenders do not compute the same thing.
     """
-    reference = next(iter(runs.values()))[0][0]["loss"]
+    runs: dict[str, list[list[dict[str, float]]]] = {}
+    for name, rows in in_order:
+        runs.setdefault(name, []).append(rows)
+    reference = runs[BASE][0][0]["loss"]
     result: dict[str, dict[str, Any]] = {}
+    bound, leads = at_the_bound(runs, limits), leads_over_base(in_order)
     for name, repeats in runs.items():
         if abs(repeats[0][0]["loss"] / reference - 1) > 0.01:
             sys.exit(f"{name}: first loss {repeats[0][0]['loss']:.4f} is not the {reference:.4f} of the others.")
-        rates = [[row["num_tokens"] / row["seconds"] for row in rows[NUM_WARMUP:]] for rows in repeats]
+        rate = statistics.median(rate for rows in repeats for rate in counted_rates(rows))
         result[name] = {
-            "tokens_per_second": round(statistics.median(rate for each in rates for rate in each), 1),
-            "tokens_per_second_of_each_run": [round(statistics.median(each), 1) for each in rates],
+            "tokens_per_second": round(rate, 1),
+            "tokens_per_second_of_each_run": [round(statistics.median(counted_rates(rows)), 1) for rows in repeats],
+            "times_trl": round(statistics.mean(leads[name]), 2),
+            "times_trl_of_each_run": [round(lead, 2) for lead in leads[name]],
+            "share_of_limit": round(rate / bound, 3) if bound else None,
             "first_loss": round(repeats[0][0]["loss"], 4),
             "last_loss": round(repeats[0][-1]["loss"], 4),
         }
-    base, bound = result[BASE]["tokens_per_second"], at_the_bound(runs, limits)
-    for row in result.values():
-        row["times_trl"] = round(row["tokens_per_second"] / base, 2)
-        row["share_of_limit"] = round(row["tokens_per_second"] / bound, 3) if bound else None
     return result
+
+
+def counted_rates(rows: list[dict[str, float]]) -> list[float]:
+    """Tokens per second of the steps that count."""
+    return [row["num_tokens"] / row["seconds"] for row in rows[NUM_WARMUP:]]
+
+
+def leads_over_base(in_order: list[tuple[str, list[dict[str, float]]]]) -> dict[str, list[float]]:
+    """Of each run, its rate over that of the nearest runs of the base before and behind it."""
+    is_base = [name == BASE for name, _ in in_order]
+    medians = [statistics.median(counted_rates(rows)) for _, rows in in_order]
+    leads: dict[str, list[float]] = {}
+    for place, (name, _) in enumerate(in_order):
+        base = statistics.mean(medians[i] for i in neighbours(is_base, place))
+        leads.setdefault(name, []).append(medians[place] / base)
+    return leads
 
 
 def at_the_bound(runs: dict[str, list[list[dict[str, float]]]], limits: list[dict[str, Any]]) -> float | None:
@@ -329,13 +357,16 @@ def at_the_bound(runs: dict[str, list[list[dict[str, float]]]], limits: list[dic
 def table(contenders: dict[str, Any]) -> str:
     """The result as Markdown."""
     lines = [
-        "| contender | tokens/s | each run | x TRL | of the limit | loss, first and last |",
-        "|---|---|---|---|---|---|",
+        "| contender | tokens/s | each run | x TRL | each run | of the limit | loss, first and last |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name, row in contenders.items():
-        each = ", ".join(f"{rate:g}" for rate in row["tokens_per_second_of_each_run"])
+        each, leads = row["tokens_per_second_of_each_run"], row["times_trl_of_each_run"]
+        if name == BASE:  # it ran between all others
+            each, leads = [min(each), max(each)], []
         lines.append(
-            f"| {name} | {row['tokens_per_second']:g} | {each} | {row['times_trl']:g} | {row['share_of_limit']:.0%} | "
+            f"| {name} | {row['tokens_per_second']:g} | {', '.join(map('{:g}'.format, each))} | {row['times_trl']:g} | "
+            f"{', '.join(map('{:g}'.format, leads))} | {row['share_of_limit']:.0%} | "
             f"{row['first_loss']:.4f}, {row['last_loss']:.4f} |"
         )
     return "\n".join(lines)
