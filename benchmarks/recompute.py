@@ -30,7 +30,7 @@ from benchmarks.apart import run_apart  # noqa: E402
 from benchmarks.conversations import MODEL, check_prepared, write_long_conversations  # noqa: E402
 from benchmarks.machine import describe_machine  # noqa: E402
 
-NUM_WARMUP = 3
+NUM_WARMUP = 4
 """Steps that do not count: `auto` corrects itself after the first and the second."""
 SEQ_LEN, ROWS, THREADS, NUM_LAYERS = 512, 2, 2, 30
 FIXED = ("none", 10, 20, "selective", "full")

@@ -27,9 +27,11 @@ from qlora_dist.model.shards import local_bytes, local_part, whole_bytes, whole_
 from qlora_dist.model.skeleton import base_model, decoder_layers
 from qlora_dist.runtime import Runtime
 
-_RESERVE = {"cuda": 0.05, "cpu": 0.1}
-"""Share of the budget that is left free: allocators lose some memory between their blocks, and on the host the more the
-longer a run lasts (7 % more in the fourth step than in the first, SmolLM2-135M with nothing recomputed)."""
+_RESERVE = 0.05
+"""Share of the budget that is left free: allocators lose some memory between their blocks."""
+_EARLY_RESERVE = 0.1
+"""The same on the host until two steps were measured: more layers that keep everything take more than what they keep,
+because the C library's heap has gaps (10 to 30 % more, SmolLM2-135M)."""
 _STATE_BYTES = {"adamw": 8, "adamw_8bit": 2, "paged_adamw_8bit": 2, "paged_adamw_32bit": 8}
 """Optimizer state per adapter parameter."""
 
@@ -45,7 +47,7 @@ class RecomputeBudget:
         # Offloaded activations do not fill the device: recomputing all layers leaves the least to copy.
         self._is_auto = config.memory.recompute == "auto" and not config.memory.offload_activations
         self._meter = MemoryMeter(runtime.device)
-        self._limit = self._room = 0
+        self._limit = self._room = self._state_bytes = 0
         self._num_steps = 0
         self._layer = LayerBytes(0, 0, 0)
         self._survey: Survey | None = None
@@ -59,10 +61,10 @@ class RecomputeBudget:
         runtime, optim = self._runtime, self._config.optim
         dimensions = base_model(self._model).config.get_text_config()
         num_tokens, element_size = self._largest_micro_batch, runtime.compute_dtype.itemsize
-        self._limit = memory_limit(self._config.memory.budget_gib, self._meter, runtime)
+        self._limit = memory_limit(self._config.memory.budget_gib, self._meter, runtime, self._reserve)
         adapters = adapter_parameters(self._model).values()
         num_adapted = sum(local_part(param).numel() for param in adapters)
-        later = num_adapted * _STATE_BYTES[optim.optimizer]
+        self._state_bytes = later = num_adapted * _STATE_BYTES[optim.optimizer]
         is_cut = local_bytes(self._model) < whole_bytes(self._model)
         if is_cut or self._config.parallel.cpu_offload:  # gradients of shards; the layer at work and the next
             later += num_adapted * 4 + 2 * max(map(whole_bytes, decoder_layers(self._model)))
@@ -94,11 +96,11 @@ class RecomputeBudget:
         return stack
 
     def after_step(self, batches: Sequence[MicroBatch]) -> None:
-        """Choose again by what the step took: after the first two, and later when it was more than allowed."""
+        """Choose again by what the step took: after the first ones, and later when it was more than allowed."""
         if not self._is_auto or not self._is_looking:
             return
-        if self._runtime.device.type == "cuda":  # others, and what allocators do not see, may take more by now
-            self._limit = memory_limit(self._config.memory.budget_gib, self._meter, self._runtime)
+        # Others, and what allocators do not see, may take more by now.
+        self._limit = memory_limit(self._config.memory.budget_gib, self._meter, self._runtime, self._reserve)
         now = recompute_of(self._model)
         seen = max(batch.input_ids.numel() for batch in batches)
         if self._survey is not None and self._survey.result is not None:
@@ -109,11 +111,13 @@ class RecomputeBudget:
             peak -= self._layer.none - self._layer.selective  # the surveyed layer kept everything
         self._survey = None
         beside = peak - int(self._layer.kept(now) * seen / self._largest_micro_batch)
+        if self._num_steps == 1:
+            beside += self._state_bytes  # made by its update
         # What one layer makes again is in that peak already, if there was one that did.
         self._room, again = self._limit - beside, 0 if now.num_full else self._layer.none
         self._agree()
         choice = self._least_recompute(again)
-        if choice != now and (self._num_steps <= 2 or self._layer.kept(now) > self._room):
+        if choice != now and (self._num_steps <= 4 or self._layer.kept(now) > self._room):
             set_recompute(self._model, choice)
             self._say(
                 f"recompute: {self._described(choice)}, from the next step on (by what step {self._num_steps} took)"
@@ -123,6 +127,10 @@ class RecomputeBudget:
     def _is_looking(self) -> bool:
         """Whether this step's memory is looked at: steps 1, 2, 4, 8 and so on."""
         return self._num_steps & (self._num_steps - 1) == 0
+
+    @property
+    def _reserve(self) -> float:
+        return _EARLY_RESERVE if self._runtime.device.type == "cpu" and self._num_steps < 2 else _RESERVE
 
     @property
     def _largest_micro_batch(self) -> int:
@@ -156,13 +164,13 @@ class RecomputeBudget:
         return text + (", which may be too little" if total > self._limit else "")
 
 
-def memory_limit(budget_gib: float | None, meter: MemoryMeter, runtime: Runtime) -> int:
-    """Bytes that this rank may take at its peak, what it holds already included."""
+def memory_limit(budget_gib: float | None, meter: MemoryMeter, runtime: Runtime, reserve: float) -> int:
+    """Bytes that this rank may take at its peak, what it holds already included, less the share `reserve`."""
     num_ranks = runtime.local_world_size if runtime.device.type == "cpu" else 1
     limit = meter.held() + (free_bytes(runtime.device) + meter.unused()) // num_ranks
     if budget_gib is not None:
         limit = min(limit, int(budget_gib * GIB))
-    return int(limit * (1 - _RESERVE[runtime.device.type]))
+    return int(limit * (1 - reserve))
 
 
 class MemoryMeter:

@@ -1,5 +1,6 @@
 """What is recomputed, on two ranks: chosen alike by both, and without a trace in what is trained."""
 
+import math
 from contextlib import AbstractContextManager
 from itertools import pairwise
 from pathlib import Path
@@ -15,6 +16,7 @@ from qlora_dist.console import Reporter
 from qlora_dist.data.sampler import collate
 from qlora_dist.data.samples import Sample
 from qlora_dist.model.activations import GIB, LayerBytes, Recompute, layer_bytes
+from qlora_dist.model.adapters import adapter_parameters
 from qlora_dist.model.recompute import recompute_of
 from qlora_dist.model.skeleton import base_model
 from qlora_dist.parallel import build_engine, engine_settings
@@ -75,11 +77,12 @@ def test_zero3_has_the_same_bits_under_every_policy(tiny_llama: Path) -> None:
 
 
 class PretendedMeter(MemoryMeter):
-    """Memory of a process that holds `base` bytes, and in a step what its layers keep on top."""
+    """Memory of a process that holds `base` bytes, and in a step what its layers keep on top; from the end of the first
+    step on also the optimizer's `state`."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
-        self.base, self.layer, self.model = 0, LayerBytes(0, 0, 0), None
+        self.base, self.state, self.layer, self.model = 0, 0, LayerBytes(0, 0, 0), None
 
     def held(self) -> int:
         return self.base
@@ -112,11 +115,15 @@ def choices_of(folder: Path, runtime: Runtime, num_layers_less: int) -> list[Rec
     by_formula = layer_bytes(base_model(model).config, LENGTH, 4, AdapterConfig())
     layer = LayerBytes(*(2 * size for size in vars(by_formula).values()))
     said: list[str] = []
-    limit = mock.patch("qlora_dist.budget.memory_limit", return_value=GIB + NUM_LAYERS * layer.none)
-    with mock.patch("qlora_dist.budget.MemoryMeter", PretendedMeter), limit, as_on_a_gpu():
+    num_adapted = sum(param.numel() for param in adapter_parameters(model).values())
+    each = math.ceil(layer.none / num_adapted)  # as much as a layer keeps, so that leaving it out is noticed
+    state = each * num_adapted
+    limit = mock.patch("qlora_dist.budget.memory_limit", return_value=GIB + state + NUM_LAYERS * layer.none)
+    bytes_of_state = mock.patch.dict("qlora_dist.budget._STATE_BYTES", {config.optim.optimizer: each})
+    with mock.patch("qlora_dist.budget.MemoryMeter", PretendedMeter), bytes_of_state, limit, as_on_a_gpu():
         budget = RecomputeBudget(config, model, runtime, said.append)
         meter = budget._meter
-        meter.model, meter.layer = model, layer
+        meter.model, meter.layer, meter.state = model, layer, state
         meter.base = GIB + runtime.rank * num_layers_less * layer.none
         budget.choose()
     choices = [recompute_of(model)]
@@ -126,8 +133,9 @@ def choices_of(folder: Path, runtime: Runtime, num_layers_less: int) -> list[Rec
             pass
         if budget._survey is not None:
             budget._survey.result = layer
-        with as_on_a_gpu():
+        with limit, as_on_a_gpu():
             budget.after_step([batch])
+        meter.base, meter.state = meter.base + meter.state, 0
         choices.append(recompute_of(model))
     assert said[0].startswith(f"recompute: {choices[0]}: about ")
     assert said[0].endswith("(chosen by memory.recompute: auto)")
