@@ -4,6 +4,7 @@ as the speed of a machine drifts."""
 from __future__ import annotations
 
 import os
+import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -48,3 +49,23 @@ def neighbours(is_base: Sequence[bool], place: int) -> list[int]:
     """
     bases = [i for i, found in enumerate(is_base) if found]
     return [i for i in bases if i <= place][-1:] + [i for i in bases if i >= place][:1]
+
+
+def in_turns(contenders: Sequence[str], base: str) -> list[str]:
+    """Them in their order, the base first, after every second of the others, and last."""
+    others = [name for name in contenders if name != base]
+    pairs = [others[i : i + 2] for i in range(0, len(others), 2)]
+    return [base, *(name for pair in pairs for name in (*pair, base))]
+
+
+def over_base(in_order: Sequence[tuple[str, float]], base: str) -> dict[str, list[float]]:
+    """Of each run of each contender, its rate over that of the nearest runs of the base before and behind it.
+
+    Args:
+        in_order: names and rates, in the order in which they ran.
+    """
+    is_base = [name == base for name, _ in in_order]
+    found: dict[str, list[float]] = {}
+    for place, (name, rate) in enumerate(in_order):
+        found.setdefault(name, []).append(rate / statistics.mean(in_order[i][1] for i in neighbours(is_base, place)))
+    return found

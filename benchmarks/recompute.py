@@ -4,9 +4,10 @@
 
 SmolLM2-135M with LoRA of rank 16 on 2 x 512 tokens a step. A budget is what a rank may take for everything; one run of
 `none` and one of `full` say what it can be. Then every fixed setting, and `auto` under each budget, run in fresh
-processes, forwards through the list and then backwards. Rates and peaks leave out the first steps, in which `auto`
-corrects itself; its peak in those is given apart. All losses must be the same to the bit. Writes
-benchmarks/results/recompute_DEVICE.json.
+processes, forwards through the list and then backwards, and `none` again after every second one: what is compared is
+the rate of each over that of the runs of `none` next to it, since the speed of a machine drifts. Rates and peaks leave
+out the first steps, in which `auto` corrects itself; its peak in those is given apart. All losses must be the same to
+the bit. Writes benchmarks/results/recompute_DEVICE.json.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-from benchmarks.apart import run_apart  # noqa: E402
+from benchmarks.apart import in_turns, over_base, run_apart  # noqa: E402
 from benchmarks.conversations import MODEL, check_prepared, write_long_conversations  # noqa: E402
 from benchmarks.machine import describe_machine  # noqa: E402
 
@@ -34,7 +35,8 @@ NUM_WARMUP = 4
 """Steps that do not count: `auto` corrects itself after the first, the second and the fourth."""
 SEQ_LEN, ROWS, THREADS, NUM_LAYERS = 512, 2, 2, 30
 FIXED = ("none", 10, 20, "selective", "full")
-BUDGETS = {"tight": 0.15, "middle": 0.6, "ample": 1.6}
+BASE = "none"
+BUDGETS = {"tight": 0.3, "middle": 0.6, "ample": 1.6}
 """Where each budget lies between the peaks of `full` (0) and `none` (1)."""
 GIB = 2**30
 
@@ -77,11 +79,18 @@ def main() -> None:
 
 def compare(settings: dict[str, dict[str, Any]], folder: Path, steps: int) -> dict[str, dict[str, Any]]:
     """Run all, forwards and backwards; rate, peak and losses of each."""
-    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in settings}
-    for name in [*settings, *reversed(settings)]:
+    in_order: list[tuple[str, dict[str, Any]]] = []
+    order = in_turns(list(settings), BASE)
+    for name in [*order, *reversed(order)]:
         print(f"{name} ...", flush=True)
-        runs[name].append(run(settings[name], folder, steps))
-    return {name: summarise(repeats) for name, repeats in runs.items()}
+        in_order.append((name, run(settings[name], folder, steps)))
+    relative = over_base([(name, statistics.median(counted_rates(found))) for name, found in in_order], BASE)
+    return {
+        name: summarise([found for other, found in in_order if other == name])
+        | {"times_none": round(statistics.mean(relative[name]), 3),
+           "times_none_of_each_run": [round(each, 3) for each in relative[name]]}
+        for name in settings
+    }  # fmt: skip
 
 
 def run(memory: dict[str, Any], folder: Path, steps: int) -> dict[str, Any]:
@@ -143,7 +152,7 @@ def forget_peak(device: torch.device) -> None:
 def summarise(repeats: list[dict[str, Any]]) -> dict[str, Any]:
     """Median rate and largest peak after the first steps, the largest peak in them, and what was recomputed."""
     counted = [run["steps"][NUM_WARMUP:] for run in repeats]
-    rates = [[ROWS * SEQ_LEN / step["seconds"] for step in steps] for steps in counted]
+    rates = [counted_rates(run) for run in repeats]
     last = counted[0][-1]
     return {
         "tokens_per_second": round(statistics.median(rate for each in rates for rate in each), 1),
@@ -154,6 +163,11 @@ def summarise(repeats: list[dict[str, Any]]) -> dict[str, Any]:
         "num_full": last["num_full"],
         "losses": repeats[0]["losses"],
     }
+
+
+def counted_rates(run: dict[str, Any]) -> list[float]:
+    """Tokens per second of the steps that count."""
+    return [ROWS * SEQ_LEN / step["seconds"] for step in run["steps"][NUM_WARMUP:]]
 
 
 def check_losses(rows: list[dict[str, Any]], tolerance: float) -> None:
@@ -172,18 +186,22 @@ def check_losses(rows: list[dict[str, Any]], tolerance: float) -> None:
 
 def table(result: dict[str, Any]) -> str:
     """The result as Markdown: `auto` under each budget, beside the fixed settings that fit."""
-    lines = ["| budget, GiB | setting | selectively, fully | tokens/s | each run | peak, GiB | in the first steps |",
-             "|---|---|---|---|---|---|---|"]  # fmt: skip
+    lines = [
+        "| budget, GiB | setting | selectively, fully | tokens/s | x none | each run | peak, GiB | in the first steps |",
+        "|---" * 8 + "|",
+    ]
     for kind, budget in result["budgets_gib"].items():
         fitting = {name: row for name, row in result["fixed"].items() if row["peak_gib"] <= budget}
-        best = max(row["tokens_per_second"] for row in fitting.values())
+        best = max((row["times_none"] for row in fitting.values()), default=None)
         for name, row in {**fitting, "auto": result["auto"][kind]}.items():
-            rate = f"{row['tokens_per_second']:g}"
-            share = f" ({row['tokens_per_second'] / best:.0%} of the best)" if name == "auto" else ""
-            each = ", ".join(f"{value:g}" for value in row["tokens_per_second_of_each_run"])
+            share = f" ({row['times_none'] / best:.0%} of the best)" if name == "auto" and best else ""
+            each = row["times_none_of_each_run"]
+            if name == BASE:  # it ran between all others
+                each = []
             lines.append(
-                f"| {kind}, {budget:g} | {name} | {row['num_selective']}, {row['num_full']} | {rate}{share} | {each} | "
-                f"{row['peak_gib']:.2f} | {row['first_peak_gib']:.2f} |"
+                f"| {kind}, {budget:g} | {name} | {row['num_selective']}, {row['num_full']} | "
+                f"{row['tokens_per_second']:g} | {row['times_none']:.2f}{share} | "
+                f"{', '.join(map('{:.2f}'.format, each))} | {row['peak_gib']:.2f} | {row['first_peak_gib']:.2f} |"
             )
     return "\n".join(lines)
 

@@ -35,7 +35,7 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-from benchmarks.apart import neighbours, run_apart  # noqa: E402
+from benchmarks.apart import in_turns, over_base, run_apart  # noqa: E402
 from benchmarks.bound import most_tokens_per_second  # noqa: E402
 from benchmarks.conversations import MODEL, check_prepared, write_long_conversations  # noqa: E402
 from benchmarks.limits import measure_apart  # noqa: E402
@@ -132,7 +132,7 @@ def compare(
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Run all, forwards and backwards; rate, spread and losses of each, and the machine's rates meanwhile."""
     in_order: list[tuple[str, list[dict[str, float]]]] = []
-    order = in_turns(list(contenders))
+    order = in_turns(list(contenders), BASE)
     limits = [measure_apart(THREADS)] if with_limits else []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -143,13 +143,6 @@ def compare(
                 in_order.append((contender, run(contender, folder, steps)))
             limits += [measure_apart(THREADS)] if with_limits else []
     return summarise(in_order, limits), limits
-
-
-def in_turns(contenders: list[str]) -> list[str]:
-    """Them in their order, the base first, after every second of the others, and last."""
-    others = [name for name in contenders if name != BASE]
-    pairs = [others[i : i + 2] for i in range(0, len(others), 2)]
-    return [BASE, *(name for pair in pairs for name in (*pair, BASE))]
 
 
 def run(contender: str, folder: Path, steps: int) -> list[dict[str, float]]:
@@ -312,7 +305,8 @@ def summarise(in_order: list[tuple[str, list[dict[str, float]]]], limits: list[d
         runs.setdefault(name, []).append(rows)
     reference = runs[BASE][0][0]["loss"]
     result: dict[str, dict[str, Any]] = {}
-    bound, leads = at_the_bound(runs, limits), leads_over_base(in_order)
+    bound = at_the_bound(runs, limits)
+    leads = over_base([(name, statistics.median(counted_rates(rows))) for name, rows in in_order], BASE)
     for name, repeats in runs.items():
         if abs(repeats[0][0]["loss"] / reference - 1) > 0.01:
             sys.exit(f"{name}: first loss {repeats[0][0]['loss']:.4f} is not the {reference:.4f} of the others.")
@@ -332,17 +326,6 @@ def summarise(in_order: list[tuple[str, list[dict[str, float]]]], limits: list[d
 def counted_rates(rows: list[dict[str, float]]) -> list[float]:
     """Tokens per second of the steps that count."""
     return [row["num_tokens"] / row["seconds"] for row in rows[NUM_WARMUP:]]
-
-
-def leads_over_base(in_order: list[tuple[str, list[dict[str, float]]]]) -> dict[str, list[float]]:
-    """Of each run, its rate over that of the nearest runs of the base before and behind it."""
-    is_base = [name == BASE for name, _ in in_order]
-    medians = [statistics.median(counted_rates(rows)) for _, rows in in_order]
-    leads: dict[str, list[float]] = {}
-    for place, (name, _) in enumerate(in_order):
-        base = statistics.mean(medians[i] for i in neighbours(is_base, place))
-        leads.setdefault(name, []).append(medians[place] / base)
-    return leads
 
 
 def at_the_bound(runs: dict[str, list[list[dict[str, float]]]], limits: list[dict[str, Any]]) -> float | None:
