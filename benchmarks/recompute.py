@@ -187,7 +187,7 @@ def check_losses(rows: list[dict[str, Any]], tolerance: float) -> None:
 def table(result: dict[str, Any]) -> str:
     """The result as Markdown: `auto` under each budget, beside the fixed settings that fit."""
     lines = [
-        "| budget, GiB | setting | selectively, fully | tokens/s | x none | each run | peak, GiB | in the first steps |",
+        "| budget, GiB | setting | partly, fully | tokens/s | x none | each run | peak, GiB | in the first steps |",
         "|---" * 8 + "|",
     ]
     for kind, budget in result["budgets_gib"].items():
