@@ -48,6 +48,8 @@ def main() -> None:
     parser.add_argument("--worker", help=argparse.SUPPRESS)  # settings as JSON, run in this process
     parser.add_argument("--rows", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.steps <= NUM_WARMUP:
+        parser.error(f"--steps {options.steps}: the first {NUM_WARMUP} do not count. Take more.")
     check_prepared()
     if options.worker is not None:
         measured = measure(json.loads(options.worker), options.rows, options.steps)

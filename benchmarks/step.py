@@ -85,6 +85,8 @@ def main() -> None:
     parser.add_argument("--contender", choices=CONTENDERS, help=argparse.SUPPRESS)  # run one, in this process
     parser.add_argument("--rows", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.steps <= NUM_WARMUP:
+        parser.error(f"--steps {options.steps}: the first {NUM_WARMUP} do not count. Take more.")
     check_prepared()
     if options.contender is not None:
         run_here(options.contender, options.rows, options.steps, options.out)

@@ -2,8 +2,9 @@
 
 Before the first optimizer step the peak is estimated: what is held already, plus optimizer state, gathered layers and
 activations by their dimensions (`model/activations.py`). In that step the last layer's saved tensors are counted under
-each policy and the true peak is read. What the peak exceeds the counted activations by will be there under any policy;
-the rest follows from the counts. All ranks decide by the one with the least room.
+each policy and the true peak is read. What the peak exceeds the counted activations by will be there under any policy,
+and so will the optimizer state that the update makes; the rest follows from the counts. Steps 2 and 4 are looked at in
+the same way, and later ones for whether they take too much. All ranks decide by the one with the least room.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ _STATE_BYTES = {"adamw": 8, "adamw_8bit": 2, "paged_adamw_8bit": 2, "paged_adamw
 
 
 class RecomputeBudget:
-    """Chooses what layers recompute, once the model is loaded, and again after the first step.
+    """Chooses what layers recompute, once the model is loaded, and again after the first steps.
 
     All ranks call every method alike. With another setting than `auto` nothing is chosen.
     """
@@ -47,7 +48,7 @@ class RecomputeBudget:
         # Offloaded activations do not fill the device: recomputing all layers leaves the least to copy.
         self._is_auto = config.memory.recompute == "auto" and not config.memory.offload_activations
         self._meter = MemoryMeter(runtime.device)
-        self._limit = self._room = self._state_bytes = 0
+        self._allowed = self._room = self._state_bytes = 0
         self._num_steps = 0
         self._layer = LayerBytes(0, 0, 0)
         self._survey: Survey | None = None
@@ -61,7 +62,7 @@ class RecomputeBudget:
         runtime, optim = self._runtime, self._config.optim
         dimensions = base_model(self._model).config.get_text_config()
         num_tokens, element_size = self._largest_micro_batch, runtime.compute_dtype.itemsize
-        self._limit = memory_limit(self._config.memory.budget_gib, self._meter, runtime, self._reserve)
+        self._allowed = memory_limit(self._config.memory.budget_gib, self._meter, runtime)
         adapters = adapter_parameters(self._model).values()
         num_adapted = sum(local_part(param).numel() for param in adapters)
         self._state_bytes = later = num_adapted * _STATE_BYTES[optim.optimizer]
@@ -99,8 +100,8 @@ class RecomputeBudget:
         """Choose again by what the step took: after the first ones, and later when it was more than allowed."""
         if not self._is_auto or not self._is_looking:
             return
-        # Others, and what allocators do not see, may take more by now.
-        self._limit = memory_limit(self._config.memory.budget_gib, self._meter, self._runtime, self._reserve)
+        if self._runtime.device.type == "cuda":  # others, and what allocators do not see, may take more by now
+            self._allowed = memory_limit(self._config.memory.budget_gib, self._meter, self._runtime)
         now = recompute_of(self._model)
         seen = max(batch.input_ids.numel() for batch in batches)
         if self._survey is not None and self._survey.result is not None:
@@ -112,7 +113,9 @@ class RecomputeBudget:
         self._survey = None
         beside = peak - int(self._layer.kept(now) * seen / self._largest_micro_batch)
         if self._num_steps == 1:
-            beside += self._state_bytes  # made by its update
+            # Made by its update, as a rule. What was there before (DeepSpeed's, or that of a run that goes on) counts
+            # twice until the next look.
+            beside += self._state_bytes
         # What one layer makes again is in that peak already, if there was one that did.
         self._room, again = self._limit - beside, 0 if now.num_full else self._layer.none
         self._agree()
@@ -127,6 +130,11 @@ class RecomputeBudget:
     def _is_looking(self) -> bool:
         """Whether this step's memory is looked at: steps 1, 2, 4, 8 and so on."""
         return self._num_steps & (self._num_steps - 1) == 0
+
+    @property
+    def _limit(self) -> int:
+        """What may be taken, less what is left free."""
+        return int(self._allowed * (1 - self._reserve))
 
     @property
     def _reserve(self) -> float:
@@ -164,13 +172,11 @@ class RecomputeBudget:
         return text + (", which may be too little" if total > self._limit else "")
 
 
-def memory_limit(budget_gib: float | None, meter: MemoryMeter, runtime: Runtime, reserve: float) -> int:
-    """Bytes that this rank may take at its peak, what it holds already included, less the share `reserve`."""
+def memory_limit(budget_gib: float | None, meter: MemoryMeter, runtime: Runtime) -> int:
+    """Bytes that this rank may take at its peak, what it holds already included."""
     num_ranks = runtime.local_world_size if runtime.device.type == "cpu" else 1
     limit = meter.held() + (free_bytes(runtime.device) + meter.unused()) // num_ranks
-    if budget_gib is not None:
-        limit = min(limit, int(budget_gib * GIB))
-    return int(limit * (1 - reserve))
+    return limit if budget_gib is None else min(limit, int(budget_gib * GIB))
 
 
 class MemoryMeter:

@@ -380,12 +380,12 @@ def _squared_norm(gradients: list[torch.Tensor]) -> torch.Tensor:
     """Sum of squares, in float64: rounded back to float32, the norm then has the same bits however the gradient is cut.
     In float32 it would not, and clipping would carry the difference into every weight. A CPU makes a copy in float64 of
     what it is given: in pieces, this stays in its cache."""
-    pieces = [
-        piece
+    norms = [
+        torch.linalg.vector_norm(piece, dtype=torch.float64)
         for gradient in gradients
-        for piece in gradient.flatten().split(_CPU_PIECE if gradient.device.type == "cpu" else max(1, gradient.numel()))
+        for piece in (gradient.flatten().split(_CPU_PIECE) if gradient.device.type == "cpu" else [gradient])
     ]
-    return (torch.stack([torch.linalg.vector_norm(piece, dtype=torch.float64) for piece in pieces]) ** 2).sum()
+    return (torch.stack(norms) ** 2).sum()
 
 
 def _clip(gradients: list[torch.Tensor], norm: torch.Tensor, max_norm: float | None) -> None:

@@ -1,7 +1,7 @@
 """Causal attention on a CPU, one block of queries at a time, with gradients of its own.
 
 The order of FlashAttention-2 (https://arxiv.org/abs/2307.08691, algorithms 1 and 2), in whole matrix products: a block
-of queries meets all keys it may see, and only those, and what is kept for backward is the output and one number per
+of queries meets all keys it may see, and only those, and what is kept for backward is the input and one number per
 query. PyTorch's own kernel cuts both into tiles whose products are too small for a CPU's matrix units, and computes
 pairs that a mask forbids. Here a block that lies in one sample of a packed row never looks at another sample.
 
@@ -238,7 +238,8 @@ def _blocks(mask: torch.Tensor | None, batch: int, seq_len: int, kv_heads: int) 
     if len(_remembered) == _REMEMBERED:
         del _remembered[next(iter(_remembered))]
     blocks = list(_make_blocks(mask, batch, seq_len, kv_heads))
-    _remembered[key] = None if mask is None else weakref.ref(mask), blocks
+    whose = None if mask is None else weakref.ref(mask, lambda _: _remembered.pop(key, None))
+    _remembered[key] = whose, blocks
     return blocks
 
 

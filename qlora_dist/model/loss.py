@@ -265,7 +265,7 @@ def _is_frozen_linear(head: nn.Module) -> bool:
 
 
 def rows_per_chunk(vocab_size: int, element_size: int) -> int:
-    """Rows whose logits are made at once: each takes its type's size, and twice that of float32, per entry."""
+    """Rows whose logits are made at once, at most: each takes its type's size, and twice that of float32, per entry."""
     return max(1, _CHUNK_BYTES // (vocab_size * (element_size + 2 * 4)))
 
 
@@ -274,7 +274,8 @@ def _is_on_cpu(tensor: torch.Tensor) -> bool:
 
 
 def loss_bytes(num_targets: int, vocab_size: int, hidden_size: int, element_size: int) -> int:
-    """Bytes that the loss of a frozen head takes at its peak: one chunk of logits, and the rows' gradients."""
+    """Bytes that the loss of a frozen head takes at its peak: one chunk of logits, and the rows' gradients. Of these, a
+    CPU makes fewer logits at a time, and takes less."""
     rows = min(num_targets, rows_per_chunk(vocab_size, element_size))
     return rows * vocab_size * (element_size + 2 * 4) + num_targets * hidden_size * element_size
 
@@ -308,8 +309,8 @@ def _loss_and_gradient_of_piece(
     Args:
         targets: (rows, 1) int64.
     """
-    powers = form(raw).to(torch.float32, copy=True).mul_(_LOG2_E)
-    powers.sub_(powers.amax(1, keepdim=True))
+    powers = form(raw).to(torch.float32, copy=True)
+    powers.sub_(powers.amax(1, keepdim=True)).mul_(_LOG2_E)
     of_targets = powers.gather(1, targets)
     sums = powers.exp2_().sum(1, keepdim=True)
     if with_gradient:

@@ -77,12 +77,11 @@ def test_zero3_has_the_same_bits_under_every_policy(tiny_llama: Path) -> None:
 
 
 class PretendedMeter(MemoryMeter):
-    """Memory of a process that holds `base` bytes, and in a step what its layers keep on top; from the end of the first
-    step on also the optimizer's `state`."""
+    """Memory of a process that holds `base` bytes, and in a step what its layers keep on top."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
-        self.base, self.state, self.layer, self.model = 0, 0, LayerBytes(0, 0, 0), None
+        self.base, self.layer, self.model = 0, LayerBytes(0, 0, 0), None
 
     def held(self) -> int:
         return self.base
@@ -101,8 +100,9 @@ def as_on_a_gpu() -> AbstractContextManager[object]:
 
 
 def choices_of(folder: Path, runtime: Runtime, num_layers_less: int) -> list[Recompute]:
-    """What is chosen before and after two steps, when layers turn out to take twice what the formula says, and the
-    limit is what three of them take that keep everything.
+    """What is chosen before and after each of eight steps, when layers turn out to take twice what the formula says,
+    the limit is what three of them take that keep everything, and after the second and the fourth step as much becomes
+    free as one of them takes.
 
     Args:
         num_layers_less: layers that the second rank has less room for.
@@ -119,23 +119,25 @@ def choices_of(folder: Path, runtime: Runtime, num_layers_less: int) -> list[Rec
     each = math.ceil(layer.none / num_adapted)  # as much as a layer keeps, so that leaving it out is noticed
     state = each * num_adapted
     limit = mock.patch("qlora_dist.budget.memory_limit", return_value=GIB + state + NUM_LAYERS * layer.none)
+    nothing_left_free = mock.patch.object(RecomputeBudget, "_reserve", 0)
     bytes_of_state = mock.patch.dict("qlora_dist.budget._STATE_BYTES", {config.optim.optimizer: each})
-    with mock.patch("qlora_dist.budget.MemoryMeter", PretendedMeter), bytes_of_state, limit, as_on_a_gpu():
+    pretended = mock.patch("qlora_dist.budget.MemoryMeter", PretendedMeter)
+    with pretended, bytes_of_state, limit, nothing_left_free, as_on_a_gpu():
         budget = RecomputeBudget(config, model, runtime, said.append)
         meter = budget._meter
-        meter.model, meter.layer, meter.state = model, layer, state
+        meter.model, meter.layer = model, layer
         meter.base = GIB + runtime.rank * num_layers_less * layer.none
         budget.choose()
     choices = [recompute_of(model)]
     batch = collate([Sample([1] * LENGTH, [1] * LENGTH)], pad_token_id=0)
-    for _ in range(2):
+    for number in range(1, 9):
         with budget.measuring():
             pass
         if budget._survey is not None:
             budget._survey.result = layer
-        with limit, as_on_a_gpu():
+        with nothing_left_free, as_on_a_gpu():
             budget.after_step([batch])
-        meter.base, meter.state = meter.base + meter.state, 0
+        meter.base += {1: state, 2: -layer.none, 4: -layer.none}.get(number, 0)
         choices.append(recompute_of(model))
     assert said[0].startswith(f"recompute: {choices[0]}: about ")
     assert said[0].endswith("(chosen by memory.recompute: auto)")
@@ -146,14 +148,21 @@ def choices_of(folder: Path, runtime: Runtime, num_layers_less: int) -> list[Rec
 
 def choose_together(folder: Path) -> None:
     runtime = start_runtime(seed=0, dtype="float32")
-    for num_layers_less, expected in ((0, Recompute(3)), (1, Recompute(3, 3)), (2, Recompute(3, 0, 3))):
+    cases = (
+        (0, Recompute(3), Recompute(3)),
+        (1, Recompute(3, 3), Recompute(3)),
+        (2, Recompute(3, 0, 3), Recompute(3, 1, 2)),
+    )
+    for num_layers_less, early, late in cases:
         mine = choices_of(folder, runtime, num_layers_less)
         everybodys: list = [None, None]
         torch.distributed.all_gather_object(everybodys, mine)
         assert everybodys[0] == everybodys[1], num_layers_less
-        assert mine[1] == mine[2] == expected, (num_layers_less, mine)
+        assert mine[1] == mine[2] == mine[3] == early, (num_layers_less, mine)
+        assert mine[4] == mine[8] == late, (num_layers_less, mine)
 
 
 def test_all_ranks_choose_by_the_one_with_the_least_room(tiny_llama: Path) -> None:
-    """Ranks that hold unlike amounts decide alike, before and after the first step; the log says what, and changes."""
+    """Ranks that hold unlike amounts decide alike, before and after the first steps, and after later ones recompute no
+    less; the log says what, and changes."""
     run_on_processes(choose_together, 2, tiny_llama)

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -175,11 +176,12 @@ def test_bfloat16_loses_no_more_than_the_plain_way(models: dict[str, nn.Module],
     num_rows=st.integers(0, 9),
     chunk_rows=st.integers(1, 10),
     piece_rows=st.integers(1, 10),
+    is_on_cpu=st.booleans(),
     seed=st.integers(0, 99),
     capped=st.booleans(),
 )
 def test_the_size_of_chunks_does_not_matter(
-    num_rows: int, chunk_rows: int, piece_rows: int, seed: int, capped: bool
+    num_rows: int, chunk_rows: int, piece_rows: int, is_on_cpu: bool, seed: int, capped: bool
 ) -> None:
     """Any number of rows, in chunks and pieces of any size: loss and gradient of one chunk, up to rounding."""
     generator = torch.Generator().manual_seed(seed)
@@ -193,6 +195,7 @@ def test_the_size_of_chunks_does_not_matter(
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(loss_module, "_CHUNK_BYTES", size * 11 * 12)
             patch.setattr(loss_module, "_CPU_PIECE", piece * 11)
+            patch.setattr(loss_module, "_is_on_cpu", lambda _: is_on_cpu)
             loss = loss_module._HeadLoss(head, rows, targets, form, 11)(hidden)
         results.append((loss.detach(), torch.autograd.grad(3 * loss, hidden)[0]))
     torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-6)
@@ -308,8 +311,7 @@ def test_the_loss_takes_a_twentieth_of_full_logits(is_gpu: bool, monkeypatch: py
     """T = 4,096 target tokens, V = 131,072: at most 5 % of what cross-entropy of full logits takes at its peak, and
     what the formula for users says, or less on a CPU."""
     num_tokens, vocab = 4096, 131072
-    if is_gpu:
-        monkeypatch.setattr(loss_module, "_is_on_cpu", lambda _: False)
+    monkeypatch.setattr(loss_module, "_is_on_cpu", lambda _: not is_gpu)
 
     def plain(hidden: torch.Tensor, targets: torch.Tensor, head: nn.Linear) -> torch.Tensor:
         return nn.functional.cross_entropy(head(hidden).flatten(0, 1).float(), targets, reduction="sum")
@@ -323,4 +325,13 @@ def test_the_loss_takes_a_twentieth_of_full_logits(is_gpu: bool, monkeypatch: py
     assert mine <= 0.15 * 4 * num_tokens * vocab  # the float32 logits alone
     assert mine <= 0.30 * 2 * num_tokens * vocab  # the bfloat16 logits alone
     said = loss_bytes(num_tokens, vocab, 4096, 2)
-    assert mine == pytest.approx(said, rel=0.01) if is_gpu else mine < said
+    assert mine == pytest.approx(said, rel=0.01) if is_gpu else mine < said / 2
+
+
+def test_a_cpu_makes_few_logits_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss_module, "_CPU_ROWS", 5)
+    head = nn.Linear(8, 11).requires_grad_(False)
+    loss = loss_module._HeadLoss(head, torch.arange(12), torch.zeros(12, dtype=torch.int64), LogitsForm(), 11)
+    with mock.patch.object(nn.functional, "linear", side_effect=nn.functional.linear) as product:
+        loss(torch.randn(1, 12, 8))
+    assert [len(call.args[0]) for call in product.call_args_list] == [5, 5, 2]
