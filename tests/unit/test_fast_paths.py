@@ -5,6 +5,7 @@ sample by itself, logits of all tokens, nothing recomputed. Fast: what a run doe
 """
 
 import statistics
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -29,11 +30,17 @@ from qlora_dist.train import micro_step
 from tests.support.adapted import build_adapted
 from tests.support.families import FAMILIES
 
-SAMPLES = [
-    Sample(ids, [IGNORE_INDEX] * 3 + ids[3:])
-    for length in (17, 5, 26)
-    for ids in [torch.randint(3, 300, (length,), generator=torch.Generator().manual_seed(length)).tolist()]
-]
+
+def random_samples(seed: int) -> list[Sample]:
+    """Three of different lengths, the first three tokens of each without a label."""
+    return [
+        Sample(ids, [IGNORE_INDEX] * 3 + ids[3:])
+        for length in (17, 5, 26)
+        for ids in [torch.randint(3, 300, (length,), generator=torch.Generator().manual_seed(seed + length)).tolist()]
+    ]
+
+
+SAMPLES = random_samples(seed=0)
 NUM_TARGETS = torch.tensor(float(sum(sample.num_targets for sample in SAMPLES)))
 ALONE = [collate([sample], pad_token_id=0) for sample in SAMPLES]
 PACKED = collate([join(SAMPLES)], pad_token_id=0)
@@ -154,20 +161,32 @@ def test_dropout_drops_the_same(families: dict[str, Path], runtime: Runtime, fam
 
 def test_bfloat16_is_as_exact_as_the_plain_way(families: dict[str, Path], runtime: Runtime) -> None:
     """In bfloat16 the fast way is no further from the plain float32 gradients than the plain bfloat16 one, on average
-    over the families, with dropout or without; after evaluation and with another recomputation it has the same bits."""
+    over families and batches, with dropout or without. After evaluation and with another recomputation it has the same
+    bits.
+
+    Rounding in another order is worth 12 % either way (standard deviation) in one family and batch. So the mean of 48
+    is good to 1.7 %, and may be three times that above 1; the mean of a case's three is good to 7 %, and the largest of
+    16 such may be three and a half times that above.
+    """
     in_bfloat16 = replace(runtime, compute_dtype=torch.bfloat16)
-    ratios = {}
-    for (name, folder), dropout in product(families.items(), (0.0, 0.3)):
-        batches, batch = ([PADDED], PADDED) if dropout else (ALONE, PACKED)
+    ratios = defaultdict(list)
+    for (name, folder), dropout, seed in product(families.items(), (0.0, 0.3), (0, 100, 200)):
+        samples = random_samples(seed)
+        alone = [collate([sample], pad_token_id=0) for sample in samples]
+        packed = collate([join(samples)], pad_token_id=0)
+        padded = collate(samples, pad_token_id=0, seed=seed)
+        batches, batch = ([padded], padded) if dropout else (alone, packed)
         exact = plain(folder, runtime, batches, dropout)
         rounded = plain(folder, in_bfloat16, batches, dropout)
         model = build_adapted(folder, in_bfloat16, dropout=dropout)
         found, again = (fast(model, in_bfloat16, batch) for _ in range(2))
         recomputed = fast(build_adapted(folder, in_bfloat16, dropout=dropout, recompute="full"), in_bfloat16, batch)
         assert again.distance(found) == recomputed.distance(found) == 0, name
-        ratios[name, dropout] = relative(found.gradient, exact.gradient) / relative(rounded.gradient, exact.gradient)
-    assert statistics.mean(ratios.values()) <= 1.1, ratios
-    assert max(ratios.values()) <= 1.3, ratios
+        ratio = relative(found.gradient, exact.gradient) / relative(rounded.gradient, exact.gradient)
+        ratios[name, dropout].append(ratio)
+    means = {case: statistics.mean(of_batches) for case, of_batches in ratios.items()}
+    assert statistics.mean(means.values()) <= 1.05, ratios
+    assert max(means.values()) <= 1.25, ratios
 
 
 def test_compiled_layers_are_the_plain_way(families: dict[str, Path], runtime: Runtime) -> None:
