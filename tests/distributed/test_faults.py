@@ -232,6 +232,7 @@ def test_two_runs_on_one_folder(tmp_path: Path, tiny_llama: Path, chat_file: Pat
         for pid in pids:
             os.kill(pid, signal.SIGKILL)
         process.wait(timeout=60)
+        wait_until_gone(pids)  # orphans by now; a lock lasts until the memory of its process has been given back
     finally:
         process.kill()
     (tmp_path / "run" / "STOP").touch()
@@ -254,10 +255,7 @@ def test_the_launcher_is_killed(tmp_path: Path, tiny_llama: Path, chat_file: Pat
         process.kill()
         process.wait()
         (tmp_path / "run" / "STOP").touch()
-        deadline = time.monotonic() + 60
-        while any(Path(f"/proc/{pid}").exists() and not _is_zombie(pid) for pid in pids):
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+        wait_until_gone(pids)
     finally:
         for pid in pids:
             if Path(f"/proc/{pid}").exists():
@@ -266,11 +264,22 @@ def test_the_launcher_is_killed(tmp_path: Path, tiny_llama: Path, chat_file: Pat
     assert complete_steps(tmp_path / "run" / "checkpoints")
 
 
-def _is_zombie(pid: int) -> bool:
+def wait_until_gone(pids: list[int]) -> None:
+    """Wait for processes that are not this one's children."""
+    deadline = time.monotonic() + 60
+    while not all(map(_is_gone, pids)):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def _is_gone(pid: int) -> bool:
+    """Whether no thread of it is left but what a parent has not asked for yet."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+        threads = list(Path(f"/proc/{pid}/task").iterdir())
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
         return True
+    return state == "Z" and len(threads) == 1
 
 
 def test_a_clock_that_goes_backwards(tmp_path: Path, tiny_llama: Path, chat_file: Path, undisturbed: Path) -> None:
