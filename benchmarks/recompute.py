@@ -4,8 +4,8 @@
 
 SmolLM2-135M with LoRA of rank 16 on 2 x 512 tokens a step. A budget is what a rank may take for everything; one run of
 `none` and one of `full` say what it can be. Then every fixed setting, and `auto` under each budget, run in fresh
-processes, forwards through the list and then backwards, and `none` again after every second one: what is compared is
-the rate of each over that of the runs of `none` next to it, since the speed of a machine drifts. Rates and peaks leave
+processes, forwards through the list and then backwards, as often as `--rounds` says, and `none` again after every second
+one: what is compared is the rate of each over that of the runs of `none` next to it, since the speed of a machine drifts. Rates and peaks leave
 out the first steps, in which `auto` corrects itself; its peak in those is given apart. All losses must be the same to
 the bit. Writes benchmarks/results/recompute_DEVICE.json.
 """
@@ -44,12 +44,15 @@ GIB = 2**30
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=9, help="optimizer steps of each run")
+    parser.add_argument("--rounds", type=int, default=1, help="times through the list, forwards and backwards")
     parser.add_argument("--out", type=Path, default=None, help="JSON file to write")
     parser.add_argument("--worker", help=argparse.SUPPRESS)  # settings as JSON, run in this process
     parser.add_argument("--rows", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.steps <= NUM_WARMUP:
         parser.error(f"--steps {options.steps}: the first {NUM_WARMUP} do not count. Take more.")
+    if options.rounds < 1:
+        parser.error(f"--rounds {options.rounds}: there must be one at least.")
     check_prepared()
     if options.worker is not None:
         measured = measure(json.loads(options.worker), options.rows, options.steps)
@@ -64,11 +67,11 @@ def main() -> None:
         budgets = {kind: round(low + where * (high - low), 2) for kind, where in BUDGETS.items()}
         settings: dict[str, dict[str, Any]] = {str(value): {"recompute": value} for value in FIXED}
         settings |= {f"auto, {kind}": {"recompute": "auto", "budget_gib": gib} for kind, gib in budgets.items()}
-        measured = compare(settings, Path(name), options.steps)
+        measured = compare(settings, Path(name), options.steps, options.rounds)
     result = {
         "machine": machine,
         "settings": {"model": MODEL.name, "rank": 16, "tokens_per_step": f"{ROWS} x {SEQ_LEN}", "threads": THREADS,
-                     "steps": options.steps, "warmup_steps_dropped": NUM_WARMUP},
+                     "steps": options.steps, "warmup_steps_dropped": NUM_WARMUP, "rounds": options.rounds},
         "budgets_gib": budgets,
         "fixed": {str(value): measured[str(value)] for value in FIXED},
         "auto": {kind: measured[f"auto, {kind}"] for kind in budgets},
@@ -79,11 +82,11 @@ def main() -> None:
     check_losses(list(measured.values()), tolerance=1e-3 if machine["num_gpus"] else 0)
 
 
-def compare(settings: dict[str, dict[str, Any]], folder: Path, steps: int) -> dict[str, dict[str, Any]]:
-    """Run all, forwards and backwards; rate, peak and losses of each."""
+def compare(settings: dict[str, dict[str, Any]], folder: Path, steps: int, rounds: int) -> dict[str, dict[str, Any]]:
+    """Run all, forwards and backwards, `rounds` times; rate, peak and losses of each."""
     in_order: list[tuple[str, dict[str, Any]]] = []
     order = in_turns(list(settings), BASE)
-    for name in [*order, *reversed(order)]:
+    for name in [*order, *reversed(order)] * rounds:
         print(f"{name} ...", flush=True)
         in_order.append((name, run(settings[name], folder, steps)))
     relative = over_base([(name, statistics.median(counted_rates(found))) for name, found in in_order], BASE)
