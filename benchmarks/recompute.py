@@ -4,10 +4,10 @@
 
 SmolLM2-135M with LoRA of rank 16 on 2 x 512 tokens a step. A budget is what a rank may take for everything; one run of
 `none` and one of `full` say what it can be. Then every fixed setting, and `auto` under each budget, run in fresh
-processes, forwards through the list and then backwards, as often as `--rounds` says, and `none` again after every second
-one: what is compared is the rate of each over that of the runs of `none` next to it, since the speed of a machine drifts. Rates and peaks leave
-out the first steps, in which `auto` corrects itself; its peak in those is given apart. All losses must be the same to
-the bit. Writes benchmarks/results/recompute_DEVICE.json.
+processes, forwards through the list and then backwards, as often as `--rounds` says, and `none` again after every
+second one: what is compared is the rate of each over that of the runs of `none` next to it, since the speed of a
+machine drifts. Rates and peaks leave out the first steps, in which `auto` corrects itself; its peak in those is given
+apart. All losses must be the same to the bit. Writes benchmarks/results/recompute_DEVICE.json.
 """
 
 from __future__ import annotations

@@ -4,12 +4,12 @@
     python benchmarks/step.py --check            # two contenders, against the committed result; fails on a 15 % loss
 
 Every contender trains the same 4-bit model with the same LoRA settings on the same token ids and loss masks in the same
-order, 2 x 512 tokens a step, no padding, each in a fresh process, forwards through the list and then backwards, as often
-as `--rounds` says. TRL at its defaults runs again after every second contender, and these are compared with the two of its runs that are nearest,
-since the speed of a machine drifts. Rates leave the first two steps out, and with them what is compiled in these. The
-losses of the first step must agree, or the comparison compares nothing. The rates of the machine are measured before,
-between and after, and every contender's is held against the bound that they give for this step with nothing recomputed.
-Writes benchmarks/results/step_DEVICE.json and .png.
+order, 2 x 512 tokens a step, no padding, each in a fresh process, forwards through the list and then backwards, as
+often as `--rounds` says. TRL at its defaults runs again after every second contender, and these are compared with the
+two of its runs that are nearest, since the speed of a machine drifts. Rates leave the first two steps out, and with
+them what is compiled in these. The losses of the first step must agree, or the comparison compares nothing. The rates
+of the machine are measured before, between and after, and every contender's is held against the bound that they give
+for this step with nothing recomputed. Writes benchmarks/results/step_DEVICE.json and .png.
 
 "TRL, tuned" recomputes nothing. The rest that one would tune is there already: rows are full, so packing has nothing to
 add, and TRL itself turns adapters on a 4-bit base into bfloat16.
