@@ -31,8 +31,9 @@ from benchmarks.apart import in_turns, over_base, run_apart  # noqa: E402
 from benchmarks.conversations import MODEL, check_prepared, write_long_conversations  # noqa: E402
 from benchmarks.machine import describe_machine  # noqa: E402
 
-NUM_WARMUP = 4
-"""Steps that do not count: `auto` corrects itself after the first, the second and the fourth."""
+NUM_WARMUP = 8
+"""Steps that do not count. `auto` looks at steps 1, 2, 4 and 8, for which it gives the heap's free memory back to the
+system; what it chooses changes after the first three of these, or later if it takes too much."""
 SEQ_LEN, ROWS, THREADS, NUM_LAYERS = 512, 2, 2, 30
 FIXED = ("none", 10, 20, "selective", "full")
 BASE = "none"
@@ -43,7 +44,7 @@ GIB = 2**30
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=9, help="optimizer steps of each run")
+    parser.add_argument("--steps", type=int, default=13, help="optimizer steps of each run")
     parser.add_argument("--rounds", type=int, default=1, help="times through the list, forwards and backwards")
     parser.add_argument("--out", type=Path, default=None, help="JSON file to write")
     parser.add_argument("--worker", help=argparse.SUPPRESS)  # settings as JSON, run in this process
