@@ -82,9 +82,13 @@ class PretendedMeter(MemoryMeter):
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
         self.base, self.layer, self.model = 0, LayerBytes(0, 0, 0), None
+        self.num_returned = 0
 
     def held(self) -> int:
         return self.base
+
+    def return_freed_memory(self) -> None:
+        self.num_returned += 1
 
     def restart(self) -> None:
         pass
@@ -142,6 +146,8 @@ def choices_of(folder: Path, runtime: Runtime, num_layers_less: int) -> list[Rec
     assert said[0].startswith(f"recompute: {choices[0]}: about ")
     assert said[0].endswith("(chosen by memory.recompute: auto)")
     changes = [later for earlier, later in pairwise(choices) if later != earlier]
+    num_to_less = sum(layer.kept(later) < layer.kept(earlier) for earlier, later in pairwise(choices))
+    assert meter.num_returned == 1 + num_to_less  # after loading, and where steps before took more
     assert [line.split(": about")[0] for line in said[1:]] == [f"recompute: {choice}" for choice in changes]
     return choices
 
