@@ -1,6 +1,7 @@
 """What recomputation costs and frees, and what `memory.recompute: auto` makes of three budgets.
 
     python benchmarks/recompute.py               # needs what `make demo` prepared; half an hour on two cores
+    python benchmarks/recompute.py --in-turns    # after it: the same policies step by step in one process, five minutes
 
 SmolLM2-135M with LoRA of rank 16 on 2 x 512 tokens a step. A budget is what a rank may take for everything; one run of
 `none` and one of `full` say what it can be. Then every fixed setting, and `auto` under each budget, run in fresh
@@ -8,6 +9,11 @@ processes, forwards through the list and then backwards, as often as `--rounds` 
 second one: what is compared is the rate of each over that of the runs of `none` next to it, since the speed of a
 machine drifts. Rates and peaks leave out the first steps, in which `auto` corrects itself; its peak in those is given
 apart. All losses must be the same to the bit. Writes benchmarks/results/recompute_DEVICE.json.
+
+Runs of one and the same setting differ by several per cent from process to process. So `--in-turns` takes, for each
+budget, one process with `auto`, and once that has settled, gives its layers another policy at every step: the one that
+`auto` chose and those of the fixed settings that fit, forwards through them and then backwards, again and again. Writes
+benchmarks/results/recompute_in_turns_DEVICE.json.
 """
 
 from __future__ import annotations
@@ -34,6 +40,8 @@ from benchmarks.machine import describe_machine  # noqa: E402
 NUM_WARMUP = 8
 """Steps that do not count. `auto` looks at steps 1, 2, 4 and 8, for which it gives the heap's free memory back to the
 system; what it chooses changes after the first three of these, or later if it takes too much."""
+NUM_CYCLES = 4
+"""Times forwards and backwards through the policies of `--in-turns`."""
 SEQ_LEN, ROWS, THREADS, NUM_LAYERS = 512, 2, 2, 30
 FIXED = ("none", 10, 20, "selective", "full")
 BASE = "none"
@@ -47,6 +55,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=13, help="optimizer steps of each run")
     parser.add_argument("--rounds", type=int, default=1, help="times through the list, forwards and backwards")
     parser.add_argument("--out", type=Path, default=None, help="JSON file to write")
+    parser.add_argument("--in-turns", action="store_true", help="compare policies within one process")
     parser.add_argument("--worker", help=argparse.SUPPRESS)  # settings as JSON, run in this process
     parser.add_argument("--rows", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -60,7 +69,12 @@ def main() -> None:
         options.out.write_text(json.dumps(measured), encoding="utf-8")
         return
     machine = describe_machine()
-    out = options.out or ROOT / "benchmarks" / "results" / f"recompute_{'cuda' if machine['num_gpus'] else 'cpu'}.json"
+    kind = "cuda" if machine["num_gpus"] else "cpu"
+    if options.in_turns:
+        results = ROOT / "benchmarks" / "results"
+        compare_in_turns(results / f"recompute_{kind}.json", options.out or results / f"recompute_in_turns_{kind}.json")
+        return
+    out = options.out or ROOT / "benchmarks" / "results" / f"recompute_{kind}.json"
     with tempfile.TemporaryDirectory() as name:
         write_long_conversations(Path(name) / "rows.jsonl")
         peaks = [summarise([run({"recompute": value}, Path(name), options.steps)]) for value in ("full", "none")]
@@ -109,18 +123,30 @@ def run(memory: dict[str, Any], folder: Path, steps: int) -> dict[str, Any]:
 
 
 def measure(memory: dict[str, Any], rows: Path, steps: int) -> dict[str, Any]:
-    """Train in this process: seconds, peak and recomputation of each step, and the losses."""
+    """Train in this process: seconds, peak and recomputation of each step, and the losses.
+
+    Args:
+        memory: settings of that section; with `in_turns`, a list of fixed settings, the steps after the first ones
+            take these and what `auto` chose in turns.
+    """
     from qlora_dist import train as train_module
     from qlora_dist.budget import MemoryMeter
     from qlora_dist.config_file import load_config
-    from qlora_dist.model.recompute import recompute_of
+    from qlora_dist.model.activations import fixed_recompute
+    from qlora_dist.model.recompute import recompute_of, set_recompute
     from qlora_dist.noise import quiet_third_parties
 
     quiet_third_parties()
     train_step = train_module.train_step
     measured: list[dict[str, Any]] = []
+    turns = [fixed_recompute(value, NUM_LAYERS) for value in memory.pop("in_turns", [])]
 
     def timed(model: Any, *arguments: Any) -> Any:
+        if turns and len(measured) >= NUM_WARMUP:
+            if len(measured) == NUM_WARMUP:
+                turns.insert(0, recompute_of(model))
+            cycle = [*turns, *reversed(turns)]
+            set_recompute(model, cycle[(len(measured) - NUM_WARMUP) % len(cycle)])
         now, meter = recompute_of(model), MemoryMeter(arguments[4].device)
         forget_peak(arguments[4].device)
         started = time.perf_counter()
@@ -145,6 +171,40 @@ def measure(memory: dict[str, Any], rows: Path, steps: int) -> dict[str, Any]:
             train_module.train(load_config(file))
         logged = [json.loads(line) for line in (Path(name) / "run" / "metrics.jsonl").read_text("utf-8").splitlines()]
     return {"steps": measured, "losses": [row["loss"] for row in logged]}
+
+
+def compare_in_turns(kept: Path, out: Path) -> None:
+    """Under each budget of a kept result, what `auto` chose and the fixed settings that fit, step by step in turns."""
+    before = json.loads(kept.read_text(encoding="utf-8"))
+    budgets: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as name:
+        write_long_conversations(Path(name) / "rows.jsonl")
+        for kind, budget in before["budgets_gib"].items():
+            fixed = [value for value in FIXED if before["fixed"][str(value)]["peak_gib"] <= budget]
+            names = ["auto", *map(str, fixed)]
+            cycle = [*names, *reversed(names)]
+            print(f"{kind}: {', '.join(names)} ...", flush=True)
+            memory = {"recompute": "auto", "budget_gib": budget, "in_turns": fixed}
+            found = run(memory, Path(name), NUM_WARMUP + NUM_CYCLES * len(cycle))["steps"][NUM_WARMUP:]
+            rates: dict[str, list[float]] = {name: [] for name in names}
+            for i, step in enumerate(found):
+                rates[cycle[i % len(cycle)]].append(round(ROWS * SEQ_LEN / step["seconds"], 1))
+            best = max(statistics.median(rates[name]) for name in names[1:])
+            budgets[kind] = {
+                "budget_gib": budget,
+                "auto_num_selective": found[0]["num_selective"],
+                "auto_num_full": found[0]["num_full"],
+                "tokens_per_second": {name: statistics.median(each) for name, each in rates.items()},
+                "tokens_per_second_of_each_step": rates,
+                "auto_over_best": round(statistics.median(rates["auto"]) / best, 3),
+            }
+    result = {"machine": describe_machine(), "settings": {**before["settings"], "steps": None, "rounds": None,
+              "cycles": NUM_CYCLES}, "budgets": budgets}  # fmt: skip
+    out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    for kind, row in budgets.items():
+        share = f"{row['auto_over_best']:.1%} of the best"
+        print(f"{kind}, {row['budget_gib']:g} GiB: {row['tokens_per_second']}, auto {share}")
+    print(f"written to {out}")
 
 
 def forget_peak(device: torch.device) -> None:
