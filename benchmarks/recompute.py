@@ -12,8 +12,9 @@ apart. All losses must be the same to the bit. Writes benchmarks/results/recompu
 
 Runs of one and the same setting differ by several per cent from process to process. So `--in-turns` takes, for each
 budget, one process with `auto`, and once that has settled, gives its layers another policy at every step: the one that
-`auto` chose and those of the fixed settings that fit, forwards through them and then backwards, again and again. Writes
-benchmarks/results/recompute_in_turns_DEVICE.json.
+`auto` chose and those of the fixed settings that fit, forwards through them and then backwards, again and again. That
+compares what was chosen, and cannot show what choosing costs: `auto` is at work beside all of them, and a policy that
+is also a fixed setting's is compared with itself. Writes benchmarks/results/recompute_in_turns_DEVICE.json.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ from benchmarks.conversations import MODEL, check_prepared, write_long_conversat
 from benchmarks.machine import describe_machine  # noqa: E402
 
 NUM_WARMUP = 8
-"""Steps that do not count. `auto` looks at steps 1, 2, 4 and 8, for which it gives the heap's free memory back to the
-system; what it chooses changes after the first three of these, or later if it takes too much."""
+"""Steps that do not count. `auto` looks at steps 1, 2, 4 and 8; what it chooses changes after the first three of these,
+or later if it takes too much."""
 NUM_CYCLES = 4
 """Times forwards and backwards through the policies of `--in-turns`."""
 SEQ_LEN, ROWS, THREADS, NUM_LAYERS = 512, 2, 2, 30
@@ -175,6 +176,8 @@ def measure(memory: dict[str, Any], rows: Path, steps: int) -> dict[str, Any]:
 
 def compare_in_turns(kept: Path, out: Path) -> None:
     """Under each budget of a kept result, what `auto` chose and the fixed settings that fit, step by step in turns."""
+    if not kept.is_file():
+        sys.exit(f"{kept} is missing. Run `python benchmarks/recompute.py` first, without --in-turns.")
     before = json.loads(kept.read_text(encoding="utf-8"))
     budgets: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as name:

@@ -395,7 +395,7 @@ def test_no_thread_outlives_the_loader(tmp_path: Path) -> None:
         loader.take(0)
         assert len(loader_threads() - before) == 1
         raise KeyError
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 5
     while loader_threads() - before and time.monotonic() < deadline:
         time.sleep(0.01)
     assert not loader_threads() - before
@@ -414,8 +414,8 @@ def test_waiting_is_counted(tmp_path: Path) -> None:
     with StepLoader(plan, slow, 0, PAD, pin_memory=False) as loader:
         loader.take(0)
         first = loader.wait_seconds
-        assert first >= 0.2
-        time.sleep(1)
+        assert 0.2 <= first < 0.4
+        time.sleep(0.5)
         loader.take(4)
         second = loader.wait_seconds
         assert second - first < 0.1
