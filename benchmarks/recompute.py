@@ -1,20 +1,19 @@
 """What recomputation costs and frees, and what `memory.recompute: auto` makes of three budgets.
 
-    python benchmarks/recompute.py               # needs what `make demo` prepared; half an hour on two cores
-    python benchmarks/recompute.py --in-turns    # after it: the same policies step by step in one process, five minutes
+    python benchmarks/recompute.py    # needs what `make demo` prepared; three quarters of an hour on two cores
 
-SmolLM2-135M with LoRA of rank 16 on 2 x 512 tokens a step. A budget is what a rank may take for everything; one run of
-`none` and one of `full` say what it can be. Then every fixed setting, and `auto` under each budget, run in fresh
-processes, forwards through the list and then backwards, as often as `--rounds` says, and `none` again after every
-second one: what is compared is the rate of each over that of the runs of `none` next to it, since the speed of a
-machine drifts. Rates and peaks leave out the first steps, in which `auto` corrects itself; its peak in those is given
-apart. All losses must be the same to the bit. Writes benchmarks/results/recompute_DEVICE.json.
+SmolLM2-135M with LoRA of rank 16 on 2 x 512 tokens a step, every run in a fresh process. First the fixed settings,
+forwards through the list and then backwards, as often as `--rounds` says, and `none` again after every second one: what
+is compared is the rate of each over that of the runs of `none` next to it, since the speed of a machine drifts. The
+peaks of `none` and `full` say what the budgets can be; a budget is what a rank may take for everything.
 
-Runs of one and the same setting differ by several per cent from process to process. So `--in-turns` takes, for each
-budget, one process with `auto`, and once that has settled, gives its layers another policy at every step: the one that
-`auto` chose and those of the fixed settings that fit, forwards through them and then backwards, again and again. That
-compares what was chosen, and cannot show what choosing costs: `auto` is at work beside all of them, and a policy that
-is also a fixed setting's is compared with itself. Writes benchmarks/results/recompute_in_turns_DEVICE.json.
+Then `auto` under each budget against the best of the fixed settings that fit, in pairs of runs, either of the two first
+by turns. Runs of one and the same setting differ by several per cent from process to process, so it takes many pairs;
+what counts is the mean of their ratios, given with its standard error. The best is picked before the pairs, by other
+runs, as the best of several noisy figures comes out too high.
+
+Rates and peaks leave out the first steps, in which `auto` corrects itself; its peak in those is given apart. All losses
+must be the same to the bit. Writes benchmarks/results/recompute_DEVICE.json.
 """
 
 from __future__ import annotations
@@ -41,9 +40,7 @@ from benchmarks.machine import describe_machine  # noqa: E402
 NUM_WARMUP = 8
 """Steps that do not count. `auto` looks at steps 1, 2, 4 and 8; what it chooses changes after the first three of these,
 or later if it takes too much."""
-NUM_CYCLES = 4
-"""Times forwards and backwards through the policies of `--in-turns`."""
-SEQ_LEN, ROWS, THREADS, NUM_LAYERS = 512, 2, 2, 30
+SEQ_LEN, ROWS, THREADS = 512, 2, 2
 FIXED = ("none", 10, 20, "selective", "full")
 BASE = "none"
 BUDGETS = {"tight": 0.3, "middle": 0.6, "ample": 1.6}
@@ -54,16 +51,17 @@ GIB = 2**30
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=13, help="optimizer steps of each run")
-    parser.add_argument("--rounds", type=int, default=1, help="times through the list, forwards and backwards")
+    parser.add_argument("--rounds", type=int, default=2, help="times through the fixed settings and back")
+    parser.add_argument("--pairs", type=int, default=12, help="pairs of runs of `auto` and the best fixed setting")
     parser.add_argument("--out", type=Path, default=None, help="JSON file to write")
-    parser.add_argument("--in-turns", action="store_true", help="compare policies within one process")
     parser.add_argument("--worker", help=argparse.SUPPRESS)  # settings as JSON, run in this process
     parser.add_argument("--rows", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.steps <= NUM_WARMUP:
         parser.error(f"--steps {options.steps}: the first {NUM_WARMUP} do not count. Take more.")
-    if options.rounds < 1:
-        parser.error(f"--rounds {options.rounds}: there must be one at least.")
+    for name, least in (("rounds", 1), ("pairs", 2)):
+        if getattr(options, name) < least:
+            parser.error(f"--{name} {getattr(options, name)}: there must be {least} at least.")
     check_prepared()
     if options.worker is not None:
         measured = measure(json.loads(options.worker), options.rows, options.steps)
@@ -71,35 +69,32 @@ def main() -> None:
         return
     machine = describe_machine()
     kind = "cuda" if machine["num_gpus"] else "cpu"
-    if options.in_turns:
-        results = ROOT / "benchmarks" / "results"
-        compare_in_turns(results / f"recompute_{kind}.json", options.out or results / f"recompute_in_turns_{kind}.json")
-        return
     out = options.out or ROOT / "benchmarks" / "results" / f"recompute_{kind}.json"
     with tempfile.TemporaryDirectory() as name:
         write_long_conversations(Path(name) / "rows.jsonl")
-        peaks = [summarise([run({"recompute": value}, Path(name), options.steps)]) for value in ("full", "none")]
-        low, high = (row["peak_gib"] for row in peaks)
+        fixed = compare_fixed(Path(name), options.steps, options.rounds)
+        low, high = (fixed[setting]["peak_gib"] for setting in ("full", "none"))
         budgets = {kind: round(low + where * (high - low), 2) for kind, where in BUDGETS.items()}
-        settings: dict[str, dict[str, Any]] = {str(value): {"recompute": value} for value in FIXED}
-        settings |= {f"auto, {kind}": {"recompute": "auto", "budget_gib": gib} for kind, gib in budgets.items()}
-        measured = compare(settings, Path(name), options.steps, options.rounds)
+        auto = compare_auto(fixed, budgets, Path(name), options.steps, options.pairs)
     result = {
         "machine": machine,
         "settings": {"model": MODEL.name, "rank": 16, "tokens_per_step": f"{ROWS} x {SEQ_LEN}", "threads": THREADS,
-                     "steps": options.steps, "warmup_steps_dropped": NUM_WARMUP, "rounds": options.rounds},
+                     "steps": options.steps, "warmup_steps_dropped": NUM_WARMUP, "rounds": options.rounds,
+                     "pairs": options.pairs},
         "budgets_gib": budgets,
-        "fixed": {str(value): measured[str(value)] for value in FIXED},
-        "auto": {kind: measured[f"auto, {kind}"] for kind in budgets},
+        "fixed": fixed,
+        "auto": auto,
     }  # fmt: skip
     out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(table(result))
     print(f"written to {out}")
-    check_losses(list(measured.values()), tolerance=1e-3 if machine["num_gpus"] else 0)
+    in_pairs = [row["best_fixed_in_pairs"] for row in auto.values()]
+    check_losses([*fixed.values(), *auto.values(), *in_pairs], tolerance=1e-3 if machine["num_gpus"] else 0)
 
 
-def compare(settings: dict[str, dict[str, Any]], folder: Path, steps: int, rounds: int) -> dict[str, dict[str, Any]]:
-    """Run all, forwards and backwards, `rounds` times; rate, peak and losses of each."""
+def compare_fixed(folder: Path, steps: int, rounds: int) -> dict[str, dict[str, Any]]:
+    """Run all fixed settings, forwards and backwards, `rounds` times; rate, peak and losses of each."""
+    settings = {str(value): {"recompute": value} for value in FIXED}
     in_order: list[tuple[str, dict[str, Any]]] = []
     order = in_turns(list(settings), BASE)
     for name in [*order, *reversed(order)] * rounds:
@@ -114,6 +109,41 @@ def compare(settings: dict[str, dict[str, Any]], folder: Path, steps: int, round
     }  # fmt: skip
 
 
+def compare_auto(
+    fixed: dict[str, dict[str, Any]], budgets: dict[str, float], folder: Path, steps: int, pairs: int
+) -> dict[str, dict[str, Any]]:
+    """Under each budget, `auto` and the best fixed setting that fits, in pairs of runs; the budgets take turns too."""
+    best = {kind: best_that_fits(fixed, budget) for kind, budget in budgets.items()}
+    found: dict[str, dict[str, list[dict[str, Any]]]] = {kind: {"auto": [], "best": []} for kind in budgets}
+    for i in range(pairs):
+        for kind, budget in budgets.items():
+            print(f"{kind}, {budget:g} GiB: auto and {best[kind]}, pair {i + 1} of {pairs} ...", flush=True)
+            both: dict[str, dict[str, Any]] = {
+                "auto": {"recompute": "auto", "budget_gib": budget},
+                "best": {"recompute": next(value for value in FIXED if str(value) == best[kind])},
+            }
+            for name in sorted(both, reverse=bool(i % 2)):
+                found[kind][name].append(run(both[name], folder, steps))
+    result = {}
+    for kind, runs in found.items():
+        rates = {name: [statistics.median(counted_rates(one)) for one in each] for name, each in runs.items()}
+        ratios = [auto / other for auto, other in zip(rates["auto"], rates["best"], strict=True)]
+        result[kind] = summarise(runs["auto"]) | {
+            "best_fixed": best[kind],
+            "best_fixed_in_pairs": summarise(runs["best"]),
+            "over_best": round(statistics.geometric_mean(ratios), 3),
+            "over_best_standard_error": round(statistics.stdev(ratios) / len(ratios) ** 0.5, 3),
+            "over_best_of_each_pair": [round(ratio, 3) for ratio in ratios],
+        }
+    return result
+
+
+def best_that_fits(fixed: dict[str, dict[str, Any]], budget: float) -> str:
+    """Name of the quickest of the fixed settings whose peak is within the budget, in GiB."""
+    fitting = [name for name, row in fixed.items() if row["peak_gib"] <= budget]
+    return max(fitting, key=lambda name: float(fixed[name]["times_none"]))
+
+
 def run(memory: dict[str, Any], folder: Path, steps: int) -> dict[str, Any]:
     """One setting in a fresh process."""
     out = folder / "measured.json"
@@ -124,30 +154,18 @@ def run(memory: dict[str, Any], folder: Path, steps: int) -> dict[str, Any]:
 
 
 def measure(memory: dict[str, Any], rows: Path, steps: int) -> dict[str, Any]:
-    """Train in this process: seconds, peak and recomputation of each step, and the losses.
-
-    Args:
-        memory: settings of that section; with `in_turns`, a list of fixed settings, the steps after the first ones
-            take these and what `auto` chose in turns.
-    """
+    """Train in this process: seconds, peak and recomputation of each step, and the losses."""
     from qlora_dist import train as train_module
     from qlora_dist.budget import MemoryMeter
     from qlora_dist.config_file import load_config
-    from qlora_dist.model.activations import fixed_recompute
-    from qlora_dist.model.recompute import recompute_of, set_recompute
+    from qlora_dist.model.recompute import recompute_of
     from qlora_dist.noise import quiet_third_parties
 
     quiet_third_parties()
     train_step = train_module.train_step
     measured: list[dict[str, Any]] = []
-    turns = [fixed_recompute(value, NUM_LAYERS) for value in memory.pop("in_turns", [])]
 
     def timed(model: Any, *arguments: Any) -> Any:
-        if turns and len(measured) >= NUM_WARMUP:
-            if len(measured) == NUM_WARMUP:
-                turns.insert(0, recompute_of(model))
-            cycle = [*turns, *reversed(turns)]
-            set_recompute(model, cycle[(len(measured) - NUM_WARMUP) % len(cycle)])
         now, meter = recompute_of(model), MemoryMeter(arguments[4].device)
         forget_peak(arguments[4].device)
         started = time.perf_counter()
@@ -174,42 +192,6 @@ def measure(memory: dict[str, Any], rows: Path, steps: int) -> dict[str, Any]:
     return {"steps": measured, "losses": [row["loss"] for row in logged]}
 
 
-def compare_in_turns(kept: Path, out: Path) -> None:
-    """Under each budget of a kept result, what `auto` chose and the fixed settings that fit, step by step in turns."""
-    if not kept.is_file():
-        sys.exit(f"{kept} is missing. Run `python benchmarks/recompute.py` first, without --in-turns.")
-    before = json.loads(kept.read_text(encoding="utf-8"))
-    budgets: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as name:
-        write_long_conversations(Path(name) / "rows.jsonl")
-        for kind, budget in before["budgets_gib"].items():
-            fixed = [value for value in FIXED if before["fixed"][str(value)]["peak_gib"] <= budget]
-            names = ["auto", *map(str, fixed)]
-            cycle = [*names, *reversed(names)]
-            print(f"{kind}: {', '.join(names)} ...", flush=True)
-            memory = {"recompute": "auto", "budget_gib": budget, "in_turns": fixed}
-            found = run(memory, Path(name), NUM_WARMUP + NUM_CYCLES * len(cycle))["steps"][NUM_WARMUP:]
-            rates: dict[str, list[float]] = {name: [] for name in names}
-            for i, step in enumerate(found):
-                rates[cycle[i % len(cycle)]].append(round(ROWS * SEQ_LEN / step["seconds"], 1))
-            best = max(statistics.median(rates[name]) for name in names[1:])
-            budgets[kind] = {
-                "budget_gib": budget,
-                "auto_num_selective": found[0]["num_selective"],
-                "auto_num_full": found[0]["num_full"],
-                "tokens_per_second": {name: statistics.median(each) for name, each in rates.items()},
-                "tokens_per_second_of_each_step": rates,
-                "auto_over_best": round(statistics.median(rates["auto"]) / best, 3),
-            }
-    result = {"machine": describe_machine(), "settings": {**before["settings"], "steps": None, "rounds": None,
-              "cycles": NUM_CYCLES}, "budgets": budgets}  # fmt: skip
-    out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    for kind, row in budgets.items():
-        share = f"{row['auto_over_best']:.1%} of the best"
-        print(f"{kind}, {row['budget_gib']:g} GiB: {row['tokens_per_second']}, auto {share}")
-    print(f"written to {out}")
-
-
 def forget_peak(device: torch.device) -> None:
     """Look for the peak from here on. Nothing is given back to the operating system, which would cost time."""
     if device.type == "cuda":
@@ -219,18 +201,19 @@ def forget_peak(device: torch.device) -> None:
 
 
 def summarise(repeats: list[dict[str, Any]]) -> dict[str, Any]:
-    """Median rate and largest peak after the first steps, the largest peak in them, and what was recomputed."""
+    """Median rate and largest peak after the first steps, the largest peak in them, what was recomputed at the end in
+    one run or another, and each course of the losses that there was."""
     counted = [run["steps"][NUM_WARMUP:] for run in repeats]
     rates = [counted_rates(run) for run in repeats]
-    last = counted[0][-1]
+    last = [steps[-1] for steps in counted]
     return {
         "tokens_per_second": round(statistics.median(rate for each in rates for rate in each), 1),
         "tokens_per_second_of_each_run": [round(statistics.median(each), 1) for each in rates],
         "peak_gib": round(max(step["peak_gib"] for steps in counted for step in steps), 3),
         "first_peak_gib": round(max(s["peak_gib"] for run in repeats for s in run["steps"][:NUM_WARMUP]), 3),
-        "num_selective": last["num_selective"],
-        "num_full": last["num_full"],
-        "losses": repeats[0]["losses"],
+        "num_selective": sorted({step["num_selective"] for step in last}),
+        "num_full": sorted({step["num_full"] for step in last}),
+        "losses": [list(each) for each in dict.fromkeys(tuple(run["losses"]) for run in repeats)],
     }
 
 
@@ -248,30 +231,39 @@ def check_losses(rows: list[dict[str, Any]], tolerance: float) -> None:
     Raises:
         SystemExit: two runs differ.
     """
-    pairs = [pair for row in rows for pair in zip(row["losses"], rows[0]["losses"], strict=True)]
+    losses = [of_run for row in rows for of_run in row["losses"]]
+    pairs = [pair for of_run in losses for pair in zip(of_run, losses[0], strict=True)]
     if any(abs(loss / first - 1) > tolerance for loss, first in pairs):
-        sys.exit(f"the losses depend on what is recomputed: {[row['losses'] for row in rows]}")
+        sys.exit(f"the losses depend on what is recomputed: {losses}")
+
+
+def recomputed(row: dict[str, Any]) -> str:
+    """How many layers were recomputed in part and in full; the least and the most of them where runs differ."""
+    return ", ".join(
+        "-".join(map(str, sorted({each[0], each[-1]}))) for each in (row["num_selective"], row["num_full"])
+    )
 
 
 def table(result: dict[str, Any]) -> str:
-    """The result as Markdown: `auto` under each budget, beside the fixed settings that fit."""
-    lines = [
-        "| budget, GiB | setting | partly, fully | tokens/s | x none | each run | peak, GiB | in the first steps |",
-        "|---" * 8 + "|",
-    ]
-    for kind, budget in result["budgets_gib"].items():
-        fitting = {name: row for name, row in result["fixed"].items() if row["peak_gib"] <= budget}
-        best = max((row["times_none"] for row in fitting.values()), default=None)
-        for name, row in {**fitting, "auto": result["auto"][kind]}.items():
-            share = f" ({row['times_none'] / best:.0%} of the best)" if name == "auto" and best else ""
-            each = row["times_none_of_each_run"]
-            if name == BASE:  # it ran between all others
-                each = []
-            lines.append(
-                f"| {kind}, {budget:g} | {name} | {row['num_selective']}, {row['num_full']} | "
-                f"{row['tokens_per_second']:g} | {row['times_none']:.2f}{share} | "
-                f"{', '.join(map('{:.2f}'.format, each))} | {row['peak_gib']:.2f} | {row['first_peak_gib']:.2f} |"
-            )
+    """The result as Markdown: the fixed settings, and `auto` under each budget beside the best of those that fit."""
+    lines = ["| setting | partly, fully | tokens/s | x none | each run | peak, GiB |", "|---" * 6 + "|"]
+    for name, row in result["fixed"].items():
+        each = [] if name == BASE else row["times_none_of_each_run"]  # that one ran between all others
+        lines.append(
+            f"| {name} | {recomputed(row)} | {row['tokens_per_second']:g} | "
+            f"{row['times_none']:.2f} | {', '.join(map('{:.2f}'.format, each))} | {row['peak_gib']:.2f} |"
+        )
+    lines += ["", "| budget, GiB | partly, fully | tokens/s | best fixed setting | of that | each pair | peak, GiB | "
+              "in the first steps |", "|---" * 8 + "|"]  # fmt: skip
+    for kind, row in result["auto"].items():
+        best = row["best_fixed_in_pairs"]
+        lines.append(
+            f"| {kind}, {result['budgets_gib'][kind]:g} | {recomputed(row)} | "
+            f"{row['tokens_per_second']:g} | {row['best_fixed']}: {best['tokens_per_second']:g} | "
+            f"{row['over_best']:.1%} ± {row['over_best_standard_error']:.1%} | "
+            f"{', '.join(map('{:.2f}'.format, row['over_best_of_each_pair']))} | "
+            f"{row['peak_gib']:.2f} | {row['first_peak_gib']:.2f} |"
+        )
     return "\n".join(lines)
 
 
