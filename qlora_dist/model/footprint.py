@@ -15,6 +15,10 @@ from qlora_dist.model.shards import planned_rows
 
 GIB = 2**30
 
+_VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+_VERSION_2 = ("memory.max", "memory.current", "inactive_file")
+"""Files of a control group with its limit and what it uses, and what `memory.stat` calls its untouched cache."""
+
 
 @dataclass(frozen=True)
 class Footprint:
@@ -76,16 +80,41 @@ def total_bytes(device: torch.device) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that can still be allocated on `device`; on the host, within this container's limit."""
+    """Memory that can still be allocated on `device`; on the host, within this process's control groups."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     for line in _lines(Path("/proc/meminfo")):  # counts reclaimable cache as free, which sysconf does not
         if line.startswith("MemAvailable:"):
             free = int(line.split()[1]) * 1024
-    limit, used = _lines(Path("/sys/fs/cgroup/memory.max")), _lines(Path("/sys/fs/cgroup/memory.current"))
-    if limit and used and limit[0].isdigit():
-        free = min(free, int(limit[0]) - int(used[0]))
+    return min([free, *free_in_control_groups(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))])
+
+
+def free_in_control_groups(membership: Path, mount: Path) -> list[int]:
+    """Bytes that each control group around this process still allows, where it has a limit: a container's, a job's.
+
+    Cached files that nobody has touched lately count as free, as in the kubelet's working set: the kernel drops them
+    before it refuses memory, and a model that was just read leaves gigabytes of them.
+
+    Args:
+        membership: lists the groups of the process, as /proc/self/cgroup does (man 7 cgroups).
+        mount: where the control groups are, of version 1 or 2.
+    """
+    free = []
+    for line in _lines(membership):
+        _, controllers, group = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        root = mount / "memory" if controllers else mount
+        limit_name, used_name, cached_name = _VERSION_1 if controllers else _VERSION_2
+        folder = root / group.lstrip("/")
+        for each in (folder, *folder.parents):
+            limit, used = _lines(each / limit_name), _lines(each / used_name)
+            if limit and used and limit[0].isdigit():  # or "max"
+                stat = dict(entry.split(maxsplit=1) for entry in _lines(each / "memory.stat"))
+                free.append(max(0, int(limit[0]) - int(used[0]) + int(stat.get(cached_name, 0))))
+            if each == root:
+                break
     return free
 
 

@@ -11,7 +11,7 @@ from transformers import LlamaConfig
 from qlora_dist.config import AdapterConfig, ModelConfig
 from qlora_dist.errors import ModelError
 from qlora_dist.model.adapters import add_adapters
-from qlora_dist.model.footprint import Footprint, check_memory, free_bytes, plan_footprint
+from qlora_dist.model.footprint import Footprint, check_memory, free_bytes, free_in_control_groups, plan_footprint
 from qlora_dist.model.skeleton import build_skeleton, decoder_layers
 
 HIDDEN, INTERMEDIATE, LAYERS, VOCAB, RANK = 8192, 22016, 80, 32000, 64  # LLaMA-65B (arXiv:2302.13971, table 2)
@@ -78,6 +78,38 @@ def test_a_model_that_cannot_fit_is_refused_with_the_numbers() -> None:
         check_memory(too_large, torch.device("cpu"), num_ranks_here=2)
     for words in ("for each of the 2 processes", "1.0 of adapters", "1.0 for one gathered layer", "GiB free"):
         assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("membership", "folder", "names"),
+    [
+        ("0::/job/step\n", "", ("memory.max", "memory.current", "inactive_file")),
+        (
+            "5:cpu,cpuacct:/other\n4:memory:/job/step\n0::/\n",
+            "memory",
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        ),
+    ],
+)
+def test_free_memory_is_that_of_every_control_group(tmp_path, membership, folder, names) -> None:
+    """Of the process's own group and those around it, in both versions; untouched cache is free; some have no limit."""
+    limit, used, cached = names
+    groups = {"job/step": ("max", 700, 0), "job": (1000, 900, 300), "": (5000, 6000, 10)}
+    for group, (allows, uses, caches) in groups.items():
+        place = tmp_path / folder / group
+        place.mkdir(parents=True, exist_ok=True)
+        (place / limit).write_text(f"{allows}\n")
+        (place / used).write_text(f"{uses}\n")
+        (place / "memory.stat").write_text(f"anon 5\n{cached} {caches}\nslab 7\n")
+    (tmp_path / "membership").write_text(membership)
+    assert free_in_control_groups(tmp_path / "membership", tmp_path) == [400, 0]
+
+
+def test_without_control_groups_nothing_limits(tmp_path) -> None:
+    """Nor do groups that are not mounted where this container looks."""
+    assert free_in_control_groups(tmp_path / "missing", tmp_path) == []
+    (tmp_path / "membership").write_text("4:memory:/elsewhere\n0::/\n")
+    assert free_in_control_groups(tmp_path / "membership", tmp_path) == []
 
 
 def shares_under_fsdp(folder: str, world_size: int) -> None:
