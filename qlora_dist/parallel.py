@@ -28,6 +28,7 @@ from qlora_dist.model.integrity import check_gathered, check_shards, loaded_chec
 from qlora_dist.model.shards import shard_group, whole_shape, whole_tensor
 from qlora_dist.model.skeleton import base_model, decoder_layers
 from qlora_dist.optim import FlatAdamW
+from qlora_dist.overlap import overlap_on_cpu
 from qlora_dist.runtime import Runtime, launched_world_size
 from qlora_dist.zero import (
     Settings,
@@ -190,11 +191,14 @@ class ShardedEngine(_FlatEngine):
     def __init__(self, model: FSDPModule, config: OptimConfig, runtime: Runtime) -> None:
         super().__init__(model, config, runtime)
         self._group = shard_group(next(iter(adapter_parameters(model).values())))
+        self._reductions = overlap_on_cpu(model) if runtime.device.type == "cpu" else None
 
     def backward(self, loss: torch.Tensor, is_last_micro_batch: bool) -> None:
         self._model.set_requires_gradient_sync(is_last_micro_batch)
         self._model.set_is_last_backward(is_last_micro_batch)
         loss.backward()
+        if self._reductions is not None:
+            self._reductions.wait()
 
     def _global_norm(self, gradients: list[torch.Tensor]) -> torch.Tensor:
         # Offloaded gradients are on the host, where the group of a GPU cannot sum.

@@ -1,0 +1,81 @@
+"""Collectives that run while layers compute (FSDP2 on the CPU): the same bits as when every one is waited for."""
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+
+from qlora_dist.assemble import build_model
+from qlora_dist.config import AdapterConfig, MemoryConfig, ModelConfig, OptimConfig, ParallelConfig, TrainConfig
+from qlora_dist.console import Reporter
+from qlora_dist.data.sampler import MicroBatch, collate
+from qlora_dist.data.samples import Sample
+from qlora_dist.overlap import Reductions
+from qlora_dist.parallel import build_engine
+from qlora_dist.runtime import Runtime, start_runtime
+from qlora_dist.train import train_step
+from tests.support.processes import run_on_processes
+
+VOCAB, NUM_STEPS = 320, 3
+
+
+def micro_batches(rank: int, step: int) -> list[MicroBatch]:
+    """Two of a step."""
+    generator = torch.Generator().manual_seed(100 * step + rank)
+    rows = [torch.randint(3, VOCAB, (length,), generator=generator).tolist() for length in (12, 20)]
+    return [collate([Sample(row, row)], pad_token_id=0) for row in rows]
+
+
+def train(folder: Path, recompute: int, replicas: int, runtime: Runtime) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Losses and gradient norms, and the adapter after the last step."""
+    config = TrainConfig(
+        model=ModelConfig(path=str(folder), dtype="float32"), adapter=AdapterConfig(rank=4),
+        memory=MemoryConfig(recompute=recompute), parallel=ParallelConfig(replicas=replicas),
+        optim=OptimConfig(lr=1e-2, grad_accum_steps=2),
+    )  # fmt: skip
+    model = build_model(config, folder, "fsdp", runtime, Reporter(is_main=False)).train()
+    engine = build_engine(model, config.optim, runtime)
+    found = []
+    for step in range(NUM_STEPS):
+        sums = train_step(model, engine, micro_batches(runtime.rank, step), 1e-2, 1.0, runtime)
+        found += [sums.loss, sums.grad_norm]
+    return found, torch.cat([tensor.flatten() for tensor in engine.whole_adapter().values()])
+
+
+class Watched(Reductions):
+    """Notes how many run, whenever one was started and whenever all were waited for."""
+
+    running: ClassVar[list[int]] = []
+
+    def __call__(self, *arguments: Any, **named: Any) -> None:
+        super().__call__(*arguments, **named)
+        self.running.append(len(self._running))
+
+    def wait(self) -> None:
+        super().wait()
+        self.running.append(len(self._running))
+
+
+def compare(folder: Path) -> None:
+    runtime = start_runtime(seed=0, dtype="float32")
+    for recompute, replicas in ((0, 1), (1, 1), (0, runtime.world_size)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("qlora_dist.parallel.overlap_on_cpu", lambda _: None)
+            expected_sums, expected = train(folder, recompute, replicas, runtime)
+        Watched.running.clear()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("qlora_dist.overlap.Reductions", Watched)
+            sums, adapter = train(folder, recompute, replicas, runtime)
+        assert all(map(torch.equal, sums, expected_sums))
+        assert torch.equal(adapter, expected)
+        if replicas > 1:  # replicas add up what a reduction has made: it must be there
+            assert Watched.running == []
+            continue
+        assert max(Watched.running) == 2
+        assert Watched.running[-1] == 0  # before anybody reads the gradients
+
+
+def test_overlapping_changes_no_bit(families: dict[str, Path]) -> None:
+    """Two ranks, with and without recomputation, accumulation; and two replicas, where reductions do not overlap."""
+    run_on_processes(compare, 2, families["llama"])
