@@ -11,6 +11,7 @@ from qlora_dist.config import AdapterConfig, MemoryConfig, ModelConfig, OptimCon
 from qlora_dist.console import Reporter
 from qlora_dist.data.sampler import MicroBatch, collate
 from qlora_dist.data.samples import Sample
+from qlora_dist.model.skeleton import decoder_layers
 from qlora_dist.overlap import Reductions
 from qlora_dist.parallel import build_engine
 from qlora_dist.runtime import Runtime, start_runtime
@@ -36,11 +37,23 @@ def train(folder: Path, recompute: int, replicas: int, runtime: Runtime) -> tupl
     )  # fmt: skip
     model = build_model(config, folder, "fsdp", runtime, Reporter(is_main=False)).train()
     engine = build_engine(model, config.optim, runtime)
+    first, second = decoder_layers(model)[:2]
+    first.mlp.register_forward_hook(lambda *_: gathering.append(is_gathering(second)))
     found = []
     for step in range(NUM_STEPS):
         sums = train_step(model, engine, micro_batches(runtime.rank, step), 1e-2, 1.0, runtime)
         found += [sums.loss, sums.grad_norm]
     return found, torch.cat([tensor.flatten() for tensor in engine.whole_adapter().values()])
+
+
+gathering: list[bool] = []
+"""Whether the second layer was being gathered already, whenever the first one was at work."""
+
+
+def is_gathering(layer: Any) -> bool:
+    """Whether its gather was started, beside the main thread, and not waited for yet."""
+    result = layer._get_fsdp_state()._fsdp_param_group._all_gather_result
+    return result is not None and result.all_gather_work is not None
 
 
 class Watched(Reductions):
@@ -63,10 +76,14 @@ def compare(folder: Path) -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("qlora_dist.parallel.overlap_on_cpu", lambda _: None)
             expected_sums, expected = train(folder, recompute, replicas, runtime)
+        assert not any(gathering)
+        gathering.clear()
         Watched.running.clear()
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("qlora_dist.overlap.Reductions", Watched)
             sums, adapter = train(folder, recompute, replicas, runtime)
+        assert gathering[0] == (replicas == 1)  # of replicas, each holds whole layers
+        gathering.clear()
         assert all(map(torch.equal, sums, expected_sums))
         assert torch.equal(adapter, expected)
         if replicas > 1:  # replicas add up what a reduction has made: it must be there
