@@ -277,27 +277,28 @@ def expected_bytes(model: Any, config: Any) -> dict[str, int]:
     """What a rank should send in a step.
 
     Replicated: one all-reduce of the adapters' gradients. Sharded: they are reduced to their shards, and per
-    micro-batch parameters are gathered. `fsdp` gathers every decoder layer twice (forward, backward) and the rest of
-    the model once. `zero3` gathers what each module has of its own for its forward and again for its backward, which
-    the input embedding alone does not have; an embedding that is tied to the output head is gathered three times.
+    micro-batch parameters are gathered. `fsdp` gathers every decoder layer twice (forward, backward), and once an
+    embedding and an output head that are not tied; the rest it has left whole after the first step. `zero3` gathers
+    what each module has of its own for its forward and again for its backward, which the input embedding alone does
+    not have; an embedding that is tied to the output head is gathered three times.
 
     `one_gather_of_quantized` is the part of the 4-bit matrices and their constants, 0.516 bytes per weight.
     """
     from qlora_dist.model.nf4 import QuantizedLinear
     from qlora_dist.model.shards import whole_bytes, whole_shape
     from qlora_dist.model.skeleton import base_model, decoder_layers
+    from qlora_dist.parallel import gathered_units
 
     world = int(os.environ.get("WORLD_SIZE", "1"))
     share = (world - 1) / world
     adapters = sum(4 * whole_shape(p).numel() for p in model.parameters() if p.requires_grad)
     if config.parallel.backend in ("single", "ddp"):
         return {"gather": 0, "reduce": round(2 * adapters * share)}
-    whole, layers = whole_bytes(model), sum(whole_bytes(layer) for layer in decoder_layers(model))
-    gathered = 2 * layers + (whole - layers)
+    gathered = sum(map(whole_bytes, [*decoder_layers(model), *gathered_units(model)]))
     if config.parallel.backend == "zero3":
         base = base_model(model)
         embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
-        gathered = 2 * whole + whole_bytes(embedding) * (1 if embedding.weight is head.weight else -1)
+        gathered = 2 * whole_bytes(model) + whole_bytes(embedding) * (1 if embedding.weight is head.weight else -1)
     matrices = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
     quantized = sum(
         whole_shape(p).numel() * p.element_size() for module in matrices for p in module.parameters(recurse=False)

@@ -23,7 +23,7 @@ from qlora_dist.config import OptimConfig, ParallelConfig, TrainConfig
 from qlora_dist.config_rules import check_backend_reads
 from qlora_dist.errors import LaunchError, TrainingError
 from qlora_dist.model.adapters import adapter_parameters, lora_layers
-from qlora_dist.model.footprint import check_memory, plan_footprint
+from qlora_dist.model.footprint import check_memory, parameters_outside, plan_footprint
 from qlora_dist.model.integrity import check_gathered, check_shards, loaded_checksums
 from qlora_dist.model.shards import shard_group, whole_shape, whole_tensor
 from qlora_dist.model.skeleton import base_model, decoder_layers
@@ -213,7 +213,8 @@ def shard_skeleton(
     """Cut a meta-device model into this rank's shards, if the backend does; returns where its parameters will live.
 
     Units that are gathered at once: each decoder layer, the embedding, the head, and the final norm (with a tied
-    embedding, which both ends of the model need).
+    embedding, which both ends of the model need). This last one is whole from a micro-batch's first layer to its end;
+    it stays so for the next ones, unless it is trained.
 
     Args:
         settings: what :func:`engine_settings` returned for this backend.
@@ -246,6 +247,8 @@ def shard_skeleton(
             # Losses are divided by the global token count before backward, so gradients are summed, not averaged.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+    if not any(param.requires_grad for param in parameters_outside(gathered_units(model), model)):
+        model.set_reshard_after_backward(False, recurse=False)
     return torch.device("cpu") if config.cpu_offload else runtime.device
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from qlora_dist.errors import ModelError
-from qlora_dist.model.shards import planned_rows
+from qlora_dist.model.shards import planned_rows, whole_bytes
 
 GIB = 2**30
 
@@ -47,6 +47,12 @@ def plan_footprint(model: nn.Module, units: list[nn.Module], num_shards: int, ra
         else:
             base += size
     return Footprint(base, adapters, _largest_unit(model, units) if num_shards > 1 else 0)
+
+
+def parameters_outside(units: list[nn.Module], model: nn.Module) -> list[nn.Parameter]:
+    """The parameters of a model that are in none of these modules."""
+    inside = {id(param) for unit in units for param in unit.parameters()}
+    return [param for param in model.parameters() if id(param) not in inside]
 
 
 def check_memory(footprint: Footprint, device: torch.device, num_ranks_here: int) -> None:
@@ -119,14 +125,7 @@ def free_in_control_groups(membership: Path, mount: Path) -> list[int]:
 
 
 def _largest_unit(model: nn.Module, units: list[nn.Module]) -> int:
-    in_units: set[int] = set()
-    sizes = []
-    for unit in units:
-        members = {id(p): p.numel() * p.element_size() for p in unit.parameters()}
-        sizes.append(sum(members.values()))
-        in_units |= members.keys()
-    rest = sum(p.numel() * p.element_size() for p in model.parameters() if id(p) not in in_units)
-    return max([*sizes, rest])
+    return max([*map(whole_bytes, units), sum(p.numel() * p.element_size() for p in parameters_outside(units, model))])
 
 
 def _lines(path: Path) -> list[str]:

@@ -1,0 +1,92 @@
+"""Sharded parameters that both ends of the model need: left whole between micro-batches, unless they are trained."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from qlora_dist.assemble import build_model
+from qlora_dist.config import AdapterConfig, MemoryConfig, ModelConfig, OptimConfig, TrainConfig
+from qlora_dist.console import Reporter
+from qlora_dist.data.sampler import MicroBatch, collate
+from qlora_dist.data.samples import Sample
+from qlora_dist.model.adapters import adapter_parameters
+from qlora_dist.model.footprint import parameters_outside
+from qlora_dist.model.shards import local_bytes, whole_bytes
+from qlora_dist.model.skeleton import base_model, decoder_layers
+from qlora_dist.parallel import Backend, build_engine, gathered_units
+from qlora_dist.runtime import Runtime, start_runtime
+from qlora_dist.train import train_step
+from tests.support.processes import run_on_processes
+
+NUM_STEPS = 3
+
+
+def micro_batches(rank: int) -> list[MicroBatch]:
+    """Two of a step."""
+    generator = torch.Generator().manual_seed(rank)
+    rows = [torch.randint(3, 300, (length,), generator=generator).tolist() for length in (12, 20)]
+    return [collate([Sample(row, row)], pad_token_id=0) for row in rows]
+
+
+def train(folder: Path, backend: Backend, runtime: Runtime) -> tuple[nn.Module, torch.Tensor, list[int]]:
+    """The model and its adapter after some steps, and after each where the embedding's weight is in memory."""
+    config = TrainConfig(
+        model=ModelConfig(path=str(folder), dtype="float32"), adapter=AdapterConfig(rank=4),
+        memory=MemoryConfig(recompute="none"), optim=OptimConfig(lr=1e-2, grad_accum_steps=2),
+    )  # fmt: skip
+    model = build_model(config, folder, backend, runtime, Reporter(is_main=False)).train()
+    engine = build_engine(model, config.optim, runtime)
+    places = []
+    for _ in range(NUM_STEPS):
+        train_step(model, engine, micro_batches(runtime.rank), 1e-2, 1.0, runtime)
+        places.append(base_model(model).get_input_embeddings().weight.data_ptr())
+    return model, torch.cat([tensor.flatten() for tensor in engine.whole_adapter().values()]), places
+
+
+def check_tied(folder: Path) -> None:
+    runtime = start_runtime(seed=0, dtype="float32")
+    _, expected, _ = train(folder, "ddp", runtime)
+    model, adapter, places = train(folder, "fsdp", runtime)
+    assert (adapter - expected).norm() <= 1e-5 * expected.norm()
+    assert len(set(places)) == 1, "gathered once, in the first step"
+    rest = parameters_outside(gathered_units(model), model)
+    assert sum(map(torch.numel, rest)) > 320 * 64
+    assert not any(isinstance(param, DTensor) for param in rest)
+    for layer in decoder_layers(model):
+        assert local_bytes(layer) <= 0.55 * whole_bytes(layer)
+
+
+def test_a_tied_embedding_is_gathered_once(families: dict[str, Path]) -> None:
+    run_on_processes(check_tied, 2, families["llama-tied"])
+
+
+def check_trained(folder: Path) -> None:
+    runtime = start_runtime(seed=0, dtype="float32")
+    _, expected, _ = train(folder, "ddp", runtime)
+    model, adapter, _ = train(folder, "fsdp", runtime)
+    assert (adapter - expected).norm() <= 1e-5 * expected.norm()
+    trained = [name for name in adapter_parameters(model) if "project_in" in name]
+    assert len(trained) == 2
+    assert all(isinstance(param, DTensor) for param in parameters_outside(gathered_units(model), model))
+
+
+@pytest.fixture(scope="module")
+def projected(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with linear layers outside its decoder layers."""
+    folder = tmp_path_factory.mktemp("opt")
+    torch.manual_seed(0)
+    config = transformers.OPTConfig(
+        vocab_size=320, hidden_size=64, word_embed_proj_dim=32, ffn_dim=112, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=256, do_layer_norm_before=False, dropout=0.0,
+    )  # fmt: skip
+    transformers.OPTForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+def test_what_is_trained_is_gathered_anew_for_every_micro_batch(projected: Path) -> None:
+    """Left whole, it would stay as it was before the first update."""
+    run_on_processes(check_trained, 2, projected)
