@@ -69,3 +69,8 @@ def over_base(in_order: Sequence[tuple[str, float]], base: str) -> dict[str, lis
     for place, (name, rate) in enumerate(in_order):
         found.setdefault(name, []).append(rate / statistics.mean(in_order[i][1] for i in neighbours(is_base, place)))
     return found
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """Of the mean of at least two values."""
+    return statistics.stdev(values) / len(values) ** 0.5

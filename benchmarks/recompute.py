@@ -33,7 +33,7 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-from benchmarks.apart import in_turns, over_base, run_apart  # noqa: E402
+from benchmarks.apart import in_turns, over_base, run_apart, standard_error  # noqa: E402
 from benchmarks.conversations import MODEL, check_prepared, write_long_conversations  # noqa: E402
 from benchmarks.machine import describe_machine  # noqa: E402
 
@@ -132,7 +132,7 @@ def compare_auto(
             "best_fixed": best[kind],
             "best_fixed_in_pairs": summarise(runs["best"]),
             "over_best": round(statistics.geometric_mean(ratios), 3),
-            "over_best_standard_error": round(statistics.stdev(ratios) / len(ratios) ** 0.5, 3),
+            "over_best_standard_error": round(standard_error(ratios), 3),
             "over_best_of_each_pair": [round(ratio, 3) for ratio in ratios],
         }
     return result

@@ -1,6 +1,6 @@
 """Tokens per second over process counts, where the rest goes, and bytes on the wire against the formula.
 
-    python benchmarks/scaling.py                 # needs what `make demo` prepared; 45 minutes on two cores
+    python benchmarks/scaling.py                 # needs what `make demo` prepared; an hour on two cores
 
 Each process has one thread (on a GPU machine: one GPU). Weak scaling keeps the work of a process, strong scaling that
 of a step. Three things say where the rest goes:
@@ -12,9 +12,10 @@ of a step. Three things say where the rest goes:
 - In one extra step every collective is counted.
 
 The machine's speed drifts. So one process runs again between the backends, and the efficiency of a run is its rate
-against those just before and behind it. The rates are also held against the machine's limits, measured in between. Runs
-go through the list forwards, then backwards; a rate is the median over steps. Writes
-benchmarks/results/scaling_DEVICE.json and .png.
+against those just before and behind it; reported are the mean over rounds and its standard error. The rates are also
+held against the machine's limits, measured in between. Rounds go through the list forwards and backwards in turn; a
+rate is the median over steps. More processes than there are cores run in the first round and in the last one only.
+Writes benchmarks/results/scaling_DEVICE.json and .png.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from torch.utils._pytree import tree_leaves
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-from benchmarks.apart import neighbours  # noqa: E402
+from benchmarks.apart import neighbours, standard_error  # noqa: E402
 from benchmarks.bound import most_tokens_per_second  # noqa: E402
 from benchmarks.conversations import MODEL, check_prepared, write_long_conversations  # noqa: E402
 from benchmarks.limits import measure_apart  # noqa: E402
@@ -83,7 +84,8 @@ class Case:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=7, help="optimizer steps of each run")
+    parser.add_argument("--steps", type=int, default=5, help="optimizer steps of each run")
+    parser.add_argument("--rounds", type=int, default=4, help="how often each run is repeated")
     parser.add_argument("--processes", type=int, nargs="+", default=None, help="1 2 4, or as many as there are GPUs")
     parser.add_argument("--modes", nargs="+", default=["weak", "strong"], choices=["weak", "strong"])
     parser.add_argument("--out", type=Path, default=None, help="JSON file to write")
@@ -96,23 +98,14 @@ def main() -> None:
     machine = describe_machine()
     counts = options.processes or ([n for n in (1, 2, 4, 8) if n <= machine["num_gpus"]] or [1, 2, 4])
     cases = [case for mode in options.modes for case in cases_of(mode, counts)]
-    passes: list[list[tuple[Case, dict[str, Any]]]] = []
-    limits = [measure_apart(threads=1)]
-    with tempfile.TemporaryDirectory() as name:
-        write_long_conversations(Path(name) / "rows.jsonl")
-        for order in (cases, cases[::-1]):
-            passes.append([])
-            for case in order:
-                print(f"{case.mode}, {case.processes} x {case.backend} ...", flush=True)
-                passes[-1].append((case, run(case, Path(name), options.steps)))
-            limits.append(measure_apart(threads=1))
+    rounds, limits = run_rounds(cases, options.rounds, options.steps, machine["num_gpus"] or machine["num_cores"])
     result: dict[str, Any] = {
         "machine": machine,
         "settings": {"model": MODEL.name, "tokens_per_micro_batch": SEQ_LEN * ROWS, "rank": ADAPTER_RANK,
-                     "recompute": "none", "steps": options.steps, "warmup_steps_dropped": NUM_WARMUP,
-                     "strong_rows": STRONG_ROWS},
+                     "recompute": "none", "steps": options.steps, "rounds": options.rounds,
+                     "warmup_steps_dropped": NUM_WARMUP, "strong_rows": STRONG_ROWS},
         "limits": limits,
-        "runs": summarise(passes, limits),
+        "runs": summarise(rounds, limits),
     }  # fmt: skip
     out = options.out or ROOT / "benchmarks" / "results" / f"scaling_{'cuda' if machine['num_gpus'] else 'cpu'}.json"
     out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
@@ -121,12 +114,35 @@ def main() -> None:
     print(f"written to {out}")
 
 
+def run_rounds(
+    cases: list[Case], num_rounds: int, steps: int, at_once: int
+) -> tuple[list[list[tuple[Case, dict[str, Any]]]], list[dict[str, Any]]]:
+    """What each run of each round found, and the machine's limits before and after each round.
+
+    Args:
+        at_once: processes that the machine has cores or GPUs for.
+    """
+    rounds: list[list[tuple[Case, dict[str, Any]]]] = []
+    limits = [measure_apart(threads=1)]
+    with tempfile.TemporaryDirectory() as name:
+        write_long_conversations(Path(name) / "rows.jsonl")
+        for number in range(num_rounds):
+            rounds.append([])
+            for case in cases[:: -1 if number % 2 else 1]:
+                if case.processes > at_once and 0 < number < num_rounds - 1:
+                    continue
+                print(f"round {number + 1}: {case.mode}, {case.processes} x {case.backend} ...", flush=True)
+                rounds[-1].append((case, run(case, Path(name), steps)))
+            limits.append(measure_apart(threads=1))
+    return rounds, limits
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # One run.
 
 
 def cases_of(mode: str, counts: list[int]) -> list[Case]:
-    """The runs of one pass, with one process at the beginning, at the end, and between backends."""
+    """The runs of one round, with one process at the beginning, at the end, and between backends."""
     one = Case(mode, "single", 1)
     cases = [one]
     for backend in ("single", *BACKENDS):
@@ -315,18 +331,18 @@ def expected_bytes(model: Any, config: Any) -> dict[str, int]:
 # The report.
 
 
-def summarise(passes: list[list[tuple[Case, dict[str, Any]]]], limits: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def summarise(rounds: list[list[tuple[Case, dict[str, Any]]]], limits: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """A row for each case: rate, efficiency against one process, and how much of what is missing is communication."""
     runs: dict[Case, list[dict[str, Any]]] = {}
     efficiencies: dict[Case, list[float]] = {}
-    for in_order in passes:
+    for in_order in rounds:
         for place, (case, found) in enumerate(in_order):
             runs.setdefault(case, []).append(found)
             one = statistics.mean(neighbouring_rates(in_order, place))
             efficiencies.setdefault(case, []).append(found["tokens_per_second"] / (one * case.processes))
     rate = {case: statistics.median(r["tokens_per_second"] for r in repeats) for case, repeats in runs.items()}
     efficiency = {case: 1.0 if case.alone else statistics.mean(found) for case, found in efficiencies.items()}
-    target_share = passes[0][0][1]["target_share"]
+    target_share = rounds[0][0][1]["target_share"]
     num_targets = round(ROWS * SEQ_LEN * target_share)
     most = most_tokens_per_second(MODEL, ADAPTER_RANK, ROWS, SEQ_LEN, num_targets, limits)
     rows = []
@@ -337,6 +353,7 @@ def summarise(passes: list[list[tuple[Case, dict[str, Any]]]], limits: list[dict
             "tokens_per_second": round(rate[case], 1),
             "of_each_run": [round(r["tokens_per_second"], 1) for r in repeats],
             "efficiency": round(efficiency[case], 3),
+            "efficiency_error": round(standard_error(efficiencies[case]), 3) if len(repeats) > 1 else None,
             "efficiency_of_each_run": [round(found, 3) for found in efficiencies[case]],
             "efficiency_without_communication": round(control, 3),
             "communication_share": round(max(0.0, 1 - efficiency[case] / control), 3),
@@ -374,20 +391,20 @@ def waiting(row: dict[str, Any]) -> tuple[float, float] | None:
 def table(rows: list[dict[str, Any]]) -> str:
     """The result as Markdown."""
     lines = [
-        "| scaling | backend | processes | tokens/s | each run | efficiency | without communication | communication | "
+        "| scaling | backend | processes | tokens/s | efficiency | without communication | communication | "
         "waiting, least, mean | bytes, of the formula | peak GiB | of the limit |",
-        "|---" * 12 + "|",
+        "|---" * 11 + "|",
     ]
     for row in rows:
-        each, shares = row["of_each_run"], row["efficiency_of_each_run"]
-        if row["processes"] == 1:  # it ran between all others
-            each, shares = [min(each), max(each)], []
-        each = ", ".join(f"{rate:g}" for rate in each)
-        efficiencies = f" ({', '.join(f'{share:.0%}' for share in shares)})" if shares else ""
+        each, error = row["of_each_run"], row["efficiency_error"]
+        rates = f"{row['tokens_per_second']:g} ({min(each):g} to {max(each):g})"
+        efficiency = f"{row['efficiency']:.0%}"
+        if error and row["processes"] > 1:
+            efficiency += f" ± {100 * error:.1f}, {len(each)} runs"
         waited = waiting(row) if row["backend"] != "single" else None
         lines.append(
-            f"| {row['mode']} | {row['backend']} | {row['processes']} | {row['tokens_per_second']:g} | {each} | "
-            f"{row['efficiency']:.0%}{efficiencies} | {row['efficiency_without_communication']:.0%} | "
+            f"| {row['mode']} | {row['backend']} | {row['processes']} | {rates} | {efficiency} | "
+            f"{row['efficiency_without_communication']:.0%} | "
             f"{row['communication_share']:.0%} | {'' if waited is None else '{:.1%}, {:.1%}'.format(*waited)} | "
             f"{'' if row['bytes_of_formula'] is None else format(row['bytes_of_formula'], '.3f')} | "
             f"{row['peak_memory_gib']:.2f} | {row['share_of_limit']:.0%} |"
