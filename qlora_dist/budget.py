@@ -68,9 +68,8 @@ class RecomputeBudget:
         num_adapted = sum(local_part(param).numel() for param in adapters)
         self._state_bytes = later = num_adapted * _STATE_BYTES[optim.optimizer]
         is_cut = local_bytes(self._model) < whole_bytes(self._model)
-        if is_cut or self._config.parallel.cpu_offload:  # gradients of shards; the layer at work, the next, the head
+        if is_cut or self._config.parallel.cpu_offload:  # gradients of shards; the layer at work and the next
             later += num_adapted * 4 + 2 * max(map(whole_bytes, decoder_layers(self._model)))
-            later += whole_bytes(base_model(self._model).get_output_embeddings())
             if optim.grad_accum_steps > 1:  # whole gradients, until the last micro-batch
                 later += sum(4 * whole_shape(param).numel() for param in adapters)
         nothing = Recompute(len(decoder_layers(self._model)))

@@ -18,8 +18,7 @@ from qlora_dist.data.samples import Sample
 from qlora_dist.model.activations import GIB, LayerBytes, Recompute, layer_bytes
 from qlora_dist.model.adapters import adapter_parameters
 from qlora_dist.model.recompute import recompute_of
-from qlora_dist.model.shards import local_part, whole_bytes
-from qlora_dist.model.skeleton import base_model, decoder_layers
+from qlora_dist.model.skeleton import base_model
 from qlora_dist.parallel import build_engine, engine_settings
 from qlora_dist.runtime import Runtime, start_runtime
 from qlora_dist.train import train_step
@@ -173,31 +172,3 @@ def test_all_ranks_choose_by_the_one_with_the_least_room(tiny_llama: Path) -> No
     """Ranks that hold unlike amounts decide alike, before and after the first steps, and after later ones recompute no
     less; the log says what, and changes."""
     run_on_processes(choose_together, 2, tiny_llama)
-
-
-def first_room(folder: Path, backend: str, runtime: Runtime) -> tuple[int, int, int]:
-    """Bytes that the first estimate leaves for what layers keep; this rank's adapter parameters; and what is gathered
-    at once: two layers, and the output head."""
-    config = TrainConfig(model=ModelConfig(path=str(folder), dtype="float32"), data=DataConfig(max_seq_len=LENGTH))
-    model = assemble.build_model(config, folder, backend, runtime, Reporter(is_main=False)).train()
-    no_state = mock.patch.dict("qlora_dist.budget._STATE_BYTES", {config.optim.optimizer: 0})
-    pretended = mock.patch("qlora_dist.budget.MemoryMeter", PretendedMeter)
-    with pretended, no_state, mock.patch("qlora_dist.budget.memory_limit", return_value=GIB):
-        budget = RecomputeBudget(config, model, runtime, lambda _: None)
-        budget.choose()
-    units = [*decoder_layers(model)[:2], base_model(model).get_output_embeddings()]
-    num_adapted = sum(local_part(param).numel() for param in adapter_parameters(model).values())
-    return budget._room, num_adapted, sum(map(whole_bytes, units))
-
-
-def compare_rooms(folder: Path) -> None:
-    runtime = start_runtime(seed=0, dtype="float32")
-    of_replicas, _, _ = first_room(folder, "ddp", runtime)
-    of_shards, num_adapted, gathered = first_room(folder, "fsdp", runtime)
-    assert of_replicas - of_shards == gathered + 4 * num_adapted
-
-
-@pytest.mark.parametrize("name", ["llama", "llama-tied"])
-def test_the_first_estimate_counts_what_is_gathered(families: dict[str, Path], name: str) -> None:
-    """Two layers, the output head, and the gradients of the shards."""
-    run_on_processes(compare_rooms, 2, families[name])
