@@ -237,8 +237,9 @@ def shard_skeleton(
     # The base is frozen in its storage type already, and autocast casts the adapters.
     shard = partial(fully_shard, mesh=_device_mesh(config, runtime), offload_policy=offload)
     head = base_model(model).get_output_embeddings()
+    units = gathered_units(model)
     with _integer_parameters_allowed():
-        for unit in gathered_units(model):
+        for unit in units:
             # The head's backward follows its forward at once: gathering it twice would be for nothing.
             shard(unit, reshard_after_forward=unit is not head)
         shard(model)
@@ -247,7 +248,7 @@ def shard_skeleton(
             # Losses are divided by the global token count before backward, so gradients are summed, not averaged.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
-    if not any(param.requires_grad for param in parameters_outside(gathered_units(model), model)):
+    if not any(param.requires_grad for param in parameters_outside(units, model)):
         model.set_reshard_after_backward(False, recurse=False)
     return torch.device("cpu") if config.cpu_offload else runtime.device
 
