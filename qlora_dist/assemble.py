@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from peft import PeftModel
@@ -52,6 +53,7 @@ def build_model(
         LaunchError: `memory.compile` is set and nothing can be compiled here.
         CheckpointError: the adapter at `adapter.path` does not fit the model.
     """
+    assert config.model.dtype == runtime.dtype_name, "model.dtype is to be settled before"
     is_hub_name = looks_like_hub_name(config.model.path)
     model = add_adapters(
         build_skeleton(folder, config.model),
@@ -89,12 +91,17 @@ def load_trained(
 ) -> tuple[PeftModel, PreTrainedTokenizerBase]:
     """A trained adapter on its 4-bit base, whole on this process's device, in eval mode; and the tokenizer.
 
+    It computes in the runtime's type, whichever it was trained in.
+
     Raises:
         ModelError: the base model is not where the adapter says, or cannot be loaded.
         CheckpointError: the adapter does not fit that base model.
     """
     folder = resolve_model_folder(recipe.base.path)
-    skeleton = build_skeleton(folder, recipe.base)
+    trained_in = recipe.base.dtype
+    is_other = trained_in not in ("auto", runtime.dtype_name)
+    reporter.say(runtime.compute_note + (f"; the adapter was trained in {trained_in}" if is_other else ""))
+    skeleton = build_skeleton(folder, replace(recipe.base, dtype=runtime.dtype_name))
     if (folder / "generation_config.json").is_file():
         skeleton.generation_config = GenerationConfig.from_pretrained(folder)
     model = wrap_with_saved_adapter(skeleton, adapter_folder)

@@ -60,6 +60,10 @@ class TrainState:
     """Step after which the last evaluation was done."""
     best_eval_loss: float | None = None
     best_step: int | None = None
+    loss_scale: float | None = None
+    """What the loss is multiplied by before backward, see `loss_scale.py`; None: nothing yet."""
+    num_steps_at_scale: int = 0
+    """Steps in a row that `loss_scale` held for."""
 
     @property
     def num_updates(self) -> int:

@@ -22,8 +22,9 @@ class ModelConfig:
     """4-bit data type of the frozen base; `none` keeps it in `dtype`."""
     double_quant: bool = True
     """Quantise the quantisation constants too (0.37 bits per parameter less)."""
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Compute type. Master adapters are always float32."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Compute type; `auto` takes what the hardware multiplies quickly: bfloat16, on GPUs without it float16, on CPUs
+    without it float32. What was taken is in the log and in the run's config.yaml. Adapters are always float32."""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     """Attention implementation; `auto` takes flash_attention_2 on a GPU where its package is installed, blocks of
     queries on a CPU in bfloat16, else the model's own choice: sdpa for most, eager for one that soft-caps its attention

@@ -216,7 +216,7 @@ def _show_answers(run: Path, eval_file: Path, reporter: Reporter) -> None:
     from qlora_dist.runtime import start_runtime
 
     recipe = read_recipe(run / "adapter")
-    runtime = start_runtime(seed=0, dtype=recipe.base.dtype)
+    runtime = start_runtime(seed=0, dtype="auto")
     model, tokenizer = load_trained(run / "adapter", recipe, runtime=runtime, reporter=reporter)
     row = min(_rows(eval_file), key=lambda row: abs(len(row[0]) - 420))
     ids = prompt_ids(row[0], tokenizer, "messages")

@@ -43,7 +43,7 @@ def generate(adapter: str, prompt: str | None, chat: bool, max_new_tokens: int, 
     if not chat and not (prompt or "").strip():
         raise ConfigError("there is no prompt. Give --prompt TEXT, pipe text in, or use --chat.")
     recipe = read_recipe(Path(adapter))
-    runtime = start_runtime(seed=0, dtype=recipe.base.dtype)
+    runtime = start_runtime(seed=0, dtype="auto")
     # Answers go to standard output alone, so that they can be piped on.
     reporter = Reporter(is_main=True, file=sys.stderr)
     model, tokenizer = load_trained(Path(adapter), recipe, runtime=runtime, reporter=reporter)

@@ -121,10 +121,13 @@ class Engine(Protocol):
     def backward(self, loss: torch.Tensor, is_last_micro_batch: bool) -> None:
         """Add the gradient of `loss` (already divided by the global token count); ranks are summed at the last."""
 
-    def update(self, lr: float, max_grad_norm: float | None) -> torch.Tensor:
+    def update(self, lr: float, max_grad_norm: float | None, loss_scale: float = 1.0) -> torch.Tensor:
         """Clip, step, clear gradients; returns the global gradient norm before clipping (0-dim, on the device).
 
         A norm that is not finite means that nothing was updated, on no rank. Waits for the device.
+
+        Args:
+            loss_scale: what losses were multiplied by, a power of two; norm and gradients are divided by it.
         """
 
     def whole_adapter(self) -> dict[str, torch.Tensor]:
@@ -145,11 +148,13 @@ class _FlatEngine(ABC):
         self._runtime = runtime
         self._optimizer = FlatAdamW(adapter_parameters(model), config)
 
-    def update(self, lr: float, max_grad_norm: float | None) -> torch.Tensor:
+    def update(self, lr: float, max_grad_norm: float | None, loss_scale: float = 1.0) -> torch.Tensor:
         self._optimizer.collect_gradients()
         gradients = self._optimizer.gradients
-        norm = self._global_norm(gradients).float()
+        norm = (self._global_norm(gradients) / loss_scale).float()
         if norm.isfinite():
+            if loss_scale != 1:
+                torch._foreach_mul_(gradients, 1 / loss_scale)
             _clip(gradients, norm, max_grad_norm)
             self._optimizer.step(lr)
         self._optimizer.clear_gradients()

@@ -56,7 +56,7 @@ def quantize(model: str, out: str, fmt: QuantFormat) -> None:
     folder = resolve_model_folder(model)
     if is_prequantized(folder, read_json(folder / "config.json").get("quantization_config")):
         raise ModelError(f"model folder {folder} is stored in 4 bits already. Use it as it is: it loads directly.")
-    skeleton = build_skeleton(folder, ModelConfig(path=model, quantization="none"))
+    skeleton = build_skeleton(folder, ModelConfig(path=model, quantization="none", dtype="bfloat16"))
     device = start_runtime(seed=0, dtype="bfloat16").device
     reporter = Reporter(is_main=True)
     partial = target.with_name(f".{target.name}.partial")

@@ -6,10 +6,12 @@ import fcntl
 import json
 import os
 import socket
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from qlora_dist.checkpoint import read_checkpoint
 from qlora_dist.config import TrainConfig, flatten
 from qlora_dist.config_file import dump_config, load_config
 from qlora_dist.durable import remove, write_text
@@ -58,7 +60,7 @@ def check_run_folder(config: TrainConfig) -> Path:
     differing = [
         f"{key}: {previous[key]!r} there, {value!r} now"
         for key, value in identity(config).items()
-        if previous[key] != value
+        if previous[key] != value and (key, value) != ("model.dtype", "auto")
     ]
     if differing:
         raise CheckpointError(
@@ -66,6 +68,23 @@ def check_run_folder(config: TrainConfig) -> Path:
             "Give another output_dir, or move that folder away."
         )
     return folder
+
+
+def dtype_of_run(config: TrainConfig, folder: Path) -> tuple[str, bool]:
+    """`model.dtype`, and whether it is the one with which a run began that goes on now.
+
+    A run keeps its compute type on any machine: `auto` then stands for what was taken.
+    """
+    asked, began_with = config.model.dtype, None
+    if config.checkpoint.resume != "never" and (folder / "config.yaml").is_file():
+        began_with = load_config(folder / "config.yaml").model.dtype
+    elif config.checkpoint.resume not in ("auto", "never"):
+        with suppress(CheckpointError):  # said later, when it is to be read
+            saved = read_checkpoint(Path(config.checkpoint.resume), verify=False)
+            began_with = saved.identity.settings.get("model.dtype")
+    if began_with is None or asked not in ("auto", began_with):
+        return asked, False
+    return began_with, True
 
 
 def identity(config: TrainConfig) -> dict[str, Any]:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, set_seed
 from torch import distributed as dist
 
+from qlora_dist.compute_type import ability, choose
 from qlora_dist.errors import Echo, QloraDistError
 
 Made = TypeVar("Made")
@@ -31,6 +32,9 @@ class Runtime:
     local_world_size: int
     """Processes on this node."""
     compute_dtype: torch.dtype
+    """What products are computed in, the same on all ranks."""
+    compute_note: str = ""
+    """What the log says of it."""
     host_group: dist.ProcessGroup | None = None
     """All ranks, for what they agree on without their devices; None is the default group."""
 
@@ -38,6 +42,11 @@ class Runtime:
     def is_main(self) -> bool:
         """Whether this process writes files and speaks to the user."""
         return self.rank == 0
+
+    @property
+    def dtype_name(self) -> str:
+        """`compute_dtype` as `model.dtype` spells it."""
+        return str(self.compute_dtype).removeprefix("torch.")
 
     def main_first(self, make: Callable[[], Made]) -> Made:
         """Call `make` on each node's first process before the others, so that these find what it left on the disk.
@@ -90,6 +99,14 @@ class Runtime:
         dist.broadcast_object_list(box, src=0, group=self.host_group)
         return box[0]
 
+    def from_all(self, value: Made) -> list[Made]:
+        """What each rank has, in their order, on every rank; small and picklable; a collective."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.host_group)
+        return values
+
     def max_of_each(self, tensor: torch.Tensor) -> torch.Tensor:
         """Largest of each element over all ranks, in a new tensor; a collective."""
         tensor = tensor.clone()
@@ -132,9 +149,14 @@ def launched_world_size() -> int:
 
 
 def start_runtime(
-    seed: int, dtype: Literal["bfloat16", "float32"], collective_timeout_seconds: float = 1800
+    seed: int, dtype: str, collective_timeout_seconds: float = 1800, *, is_dtype_kept: bool = False
 ) -> Runtime:
-    """Join the process group that the launcher set up (if any), pick the device, set seeds and thread counts."""
+    """Join the process group that the launcher set up (if any), pick the device, set seeds and thread counts.
+
+    Args:
+        dtype: `model.dtype`; rank 0's counts. With `auto` the devices decide.
+        is_dtype_kept: see :func:`~qlora_dist.compute_type.choose`.
+    """
     use_cpu = not torch.cuda.is_available()
     if use_cpu:
         _limit_threads()
@@ -151,11 +173,14 @@ def start_runtime(
         local_rank=accelerator.local_process_index,
         world_size=accelerator.num_processes,
         local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
-        compute_dtype=getattr(torch, dtype),
+        compute_dtype=torch.float32,
         host_group=dist.new_group(backend="gloo", timeout=patience.timeout) if has_gpu_group else None,
     )
     set_seed(seed)  # what matters has generators of its own: data order, adapters, and dropout by micro-batch
-    return runtime
+    # Rank 0 alone may see the folder of a run that goes on.
+    dtype, is_dtype_kept = runtime.from_main((dtype, is_dtype_kept))
+    chosen = choose(dtype, runtime.from_all(ability(runtime.device, dtype)), is_dtype_kept)
+    return replace(runtime, compute_dtype=chosen.dtype, compute_note=chosen.note)
 
 
 def _limit_threads() -> None:

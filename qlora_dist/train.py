@@ -8,7 +8,7 @@ everything large is frozen.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from qlora_dist.data.sampler import BatchPlan, MicroBatch, run_end, sample_order
 from qlora_dist.errors import Stopped, TrainingError
 from qlora_dist.evaluate import evaluate
 from qlora_dist.inputs import load_inputs
+from qlora_dist.loss_scale import LossScale
 from qlora_dist.metrics import Recorder, StepSums
 from qlora_dist.model.activations import out_of_memory_message
 from qlora_dist.model.attention import attention_note
@@ -42,7 +43,7 @@ from qlora_dist.optim import check_warmup, lr_at
 from qlora_dist.parallel import Backend, Engine, Settings, build_engine, check_in_sync, choose_backend, engine_settings
 from qlora_dist.peak import peak_flops
 from qlora_dist.profiler import StepProfiler
-from qlora_dist.run_folder import check_run_folder, identity
+from qlora_dist.run_folder import check_run_folder, dtype_of_run, identity
 from qlora_dist.runtime import Runtime, start_runtime
 from qlora_dist.session import Session
 from qlora_dist.tokenizer import pad_token_id
@@ -57,8 +58,11 @@ def train(config: TrainConfig) -> None:
     """
     folder = check_run_folder(config)
     backend = choose_backend(config)
+    dtype, is_kept = dtype_of_run(config, folder)
+    patience = config.parallel.hang_timeout_seconds
+    runtime = start_runtime(config.seed, dtype, patience, is_dtype_kept=is_kept)
+    config = replace(config, model=replace(config.model, dtype=runtime.dtype_name))
     settings = engine_settings(config, backend)
-    runtime = start_runtime(config.seed, config.model.dtype, config.parallel.hang_timeout_seconds)
     with Session(folder, config, runtime) as session:
         training = prepare(config, backend, settings, session)
         if training is not None:
@@ -69,6 +73,7 @@ def train(config: TrainConfig) -> None:
 def prepare(config: TrainConfig, backend: Backend, settings: Settings | None, session: Session) -> Training | None:
     """Everything before the first step: data, checkpoint, model, engine; None when the run is finished already."""
     runtime, say = session.runtime, session.reporter.say
+    say(runtime.compute_note)
     check_offload(config.memory, runtime.device)
     model_folder = runtime.main_first(lambda: resolve_model_folder(config.model.path))
     tokenizer, data = load_inputs(config, model_folder, session.reporter, runtime.main_first)
@@ -129,7 +134,8 @@ def prepare(config: TrainConfig, backend: Backend, settings: Settings | None, se
     padding = pad_token_id(tokenizer, base_model(model).config.get_text_config().vocab_size)
     loader = StepLoader(plan, data.train, runtime.rank, padding, pin_memory=runtime.device.type == "cuda")
     return Training(
-        config, session, data, padding, plan, loader, num_steps, model, engine, budget, checkpoints, state
+        config, session, data, padding, plan, loader, num_steps, model, engine, budget, checkpoints, state,
+        LossScale(state, runtime, say),
     )  # fmt: skip
 
 
@@ -150,6 +156,7 @@ class Training:
     checkpoints: Checkpoints
     state: TrainState
     """Everything that a resumed run goes on from, besides tensors."""
+    loss_scale: LossScale
 
     def run(self) -> None:
         """Take optimizer steps until the last; evaluate and save in between.
@@ -181,16 +188,12 @@ class Training:
 
     def step(self, recorder: Recorder) -> None:
         """One optimizer step, counted and recorded."""
-        state, optim, runtime = self.state, self.config.optim, self.session.runtime
+        state, optim = self.state, self.config.optim
         batches = self.loader.take(state.num_samples_seen)
         lr = lr_at(state.step + 1, self.num_steps, optim)
-        try:
-            with self.budget.measuring():
-                sums = train_step(
-                    self.model, self.engine, batches, lr, optim.max_grad_norm, runtime, self.session.alive
-                )  # fmt: skip
-        except torch.OutOfMemoryError as error:
-            raise TrainingError(self._too_large(batches)) from error
+        with self.budget.measuring():
+            while self.loss_scale.is_to_repeat(sums := self._attempt(batches, lr)):
+                pass
         self.budget.after_step(batches)
         state.count_step(self.plan.after_step(state.num_samples_seen), sums.is_finite)
         epoch, flops = self.plan.epoch_at(state.num_samples_seen), sum(map(self._useful_flops, batches))
@@ -198,8 +201,18 @@ class Training:
         if state.num_skipped_in_a_row:
             self._consider_skipped_step()
         if is_due(state.step, self.config.parallel.check_every):
-            check_in_sync(self.model, state.step, state.num_samples_seen, runtime)
+            check_in_sync(self.model, state.step, state.num_samples_seen, self.session.runtime)
         self.checkpoints.poll()
+
+    def _attempt(self, batches: Sequence[MicroBatch], lr: float) -> StepSums:
+        """A step that may turn out to have changed nothing."""
+        try:
+            return train_step(
+                self.model, self.engine, batches, lr, self.config.optim.max_grad_norm, self.session.runtime,
+                self.session.alive, self.loss_scale.value,
+            )  # fmt: skip
+        except torch.OutOfMemoryError as error:
+            raise TrainingError(self._too_large(batches)) from error
 
     def look_back(self, recorder: Recorder) -> None:
         """What may be due between two steps: an evaluation, a checkpoint."""
@@ -294,6 +307,7 @@ def train_step(
     max_grad_norm: float | None,
     runtime: Runtime,
     alive: Callable[[], None] = lambda: None,
+    loss_scale: float = 1.0,
 ) -> StepSums:
     """One optimizer step: forward and backward of each micro-batch, then one synchronisation and one update.
 
@@ -303,6 +317,7 @@ def train_step(
 
     Args:
         alive: called before each micro-batch; may raise to end the step, which then has changed nothing.
+        loss_scale: what losses are multiplied by for backward, a power of two; no result is.
     """
     counts = torch.tensor(
         [sum(batch.num_targets for batch in batches), sum(batch.num_tokens for batch in batches)],
@@ -314,9 +329,9 @@ def train_step(
     for number, batch in enumerate(batches, start=1):
         alive()
         micro_loss = micro_step(model, batch.to(runtime.device), num_targets, runtime)
-        engine.backward(micro_loss, is_last_micro_batch=number == len(batches))
+        engine.backward(micro_loss * loss_scale, is_last_micro_batch=number == len(batches))
         loss += micro_loss.detach()
-    grad_norm = engine.update(lr, max_grad_norm)
+    grad_norm = engine.update(lr, max_grad_norm, loss_scale)
     return StepSums(loss=loss, grad_norm=grad_norm, num_targets=counts[0], num_tokens=counts[1])
 
 

@@ -118,12 +118,14 @@ class ZeroEngine:
             self._accumulation.close()  # reduces the accumulated gradients
             self._is_accumulating = False
 
-    def update(self, lr: float, max_grad_norm: float | None) -> torch.Tensor:
+    def update(self, lr: float, max_grad_norm: float | None, loss_scale: float = 1.0) -> torch.Tensor:
         for group, multiplier in zip(self._optimizer.param_groups, self._lr_multipliers, strict=True):
             group["lr"] = lr * multiplier
         self._optimizer.clip_grad = max_grad_norm or 0.0
         self._engine.set_gradient_accumulation_boundary(True)
+        self._optimizer.loss_scale = loss_scale  # for this step only: backward would multiply by it
         self._engine.step()
+        self._optimizer.loss_scale = 1.0
         if self._optimizer.overflow:  # gradients that are not finite: DeepSpeed has left everything as it was
             return torch.tensor(torch.nan, device=self._engine.device)
         return torch.as_tensor(self._engine.get_global_grad_norm(), dtype=torch.float32, device=self._engine.device)
@@ -288,7 +290,7 @@ def _decided_here(config: TrainConfig, stage: int, world_size: int) -> dict[str,
         "optimizer.params.betas": (list(ADAM_BETAS), f"this program's betas are {list(ADAM_BETAS)}"),
         "optimizer.params.eps": (ADAM_EPS, f"this program's eps is {ADAM_EPS:g}"),
         "scheduler.type": (schedules[optim.schedule], f"optim.schedule is {optim.schedule}"),
-        "fp16.enabled": (False, dtype),
+        "fp16.enabled": (config.model.dtype == "float16", dtype),
         "bf16.enabled": (config.model.dtype == "bfloat16", dtype),
         "zero_optimization.stage": (stage, f"the backend is zero{stage}"),
         "zero_optimization.offload_optimizer.device": ("none", "the optimizer's state stays on the device"),

@@ -173,7 +173,7 @@ def out_of_memory_message(
         rows, length: shape of the micro-batch that did not fit.
         is_sharded: whether this rank holds only a part of the base.
     """
-    element_size = 2 if config.model.dtype == "bfloat16" else 4
+    element_size = 4 if config.model.dtype == "float32" else 2
     everything = fixed_recompute("full", recompute.num_layers)
 
     def total(rows: int, length: int, recompute: Recompute) -> int:

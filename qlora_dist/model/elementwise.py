@@ -108,7 +108,8 @@ def _same_mlp(mlp: nn.Module) -> bool:
     """Whether an MLP's own forward has the bits of the one here, around stand-ins for its projections."""
     stand_ins = {"gate_proj": _Affine(1.5, 0.25), "up_proj": _Affine(-0.75, 0.5), "down_proj": _Affine(2.0, 1.0)}
     probe = _with(mlp, _modules={**mlp._modules, **stand_ins})
-    return all(_agree(probe.forward, partial(_mlp_forward, probe), dtype) for dtype in (torch.bfloat16, torch.float32))
+    dtypes = (torch.bfloat16, torch.float16, torch.float32)
+    return all(_agree(probe.forward, partial(_mlp_forward, probe), dtype) for dtype in dtypes)
 
 
 class _Affine(nn.Module):

@@ -35,6 +35,9 @@ _CPU_ROWS = 256
 """Rows of a chunk on a CPU, at most. Products of more are no quicker, and fresh memory for their logits is slow."""
 _CPU_PIECE = 2**20
 """Entries that a CPU makes probabilities of at a time, in float32: they stay in its cache."""
+_HALF_GAIN = 2.0**8
+"""Gradients of logits are multiplied by it in float16, which would lose those below 6e-8, and what the head makes of
+them is divided by it."""
 _LOG2_E = math.log2(math.e)
 
 
@@ -321,7 +324,8 @@ def _loss_and_gradient_of_piece(
 def _to_gradient(p: torch.Tensor, targets: torch.Tensor, raw: torch.Tensor, form: LogitsForm) -> None:
     """Probabilities (rows, vocab) float32, used up, to the gradient of what the head returned, in the place of that."""
     gradient = p.scatter_add_(1, targets, torch.full_like(targets, -1, dtype=torch.float32))
-    raw.copy_(form.times_slope(gradient, raw))
+    gradient = form.times_slope(gradient, raw)
+    raw.copy_(gradient.mul_(_HALF_GAIN) if raw.dtype == torch.float16 else gradient)
 
 
 class _FrozenHead(torch.autograd.Function):
@@ -360,5 +364,10 @@ class _FrozenHead(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         gradient, rows = ctx.saved_tensors
         to_hidden = gradient.new_zeros((ctx.num_tokens, gradient.shape[1]))
-        to_hidden.index_copy_(0, rows, gradient * grads[0])  # a 0-dim factor on the device: nothing waits for it
+        factor = grads[0]  # 0-dim, on the device: nothing waits for it
+        if gradient.dtype == torch.float16:  # where the factor itself may be out of range
+            gradient = (gradient.float() * (factor / _HALF_GAIN)).to(gradient.dtype)
+        else:
+            gradient = gradient * factor
+        to_hidden.index_copy_(0, rows, gradient)
         return to_hidden, None, None, None, None, None, None

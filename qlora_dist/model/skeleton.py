@@ -27,7 +27,13 @@ from qlora_dist.model.reader import SafetensorsReader
 
 _FIRST_WITH_CAP = "2.6.0"
 """The first flash-attn that soft-caps scores."""
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+DTYPES = {
+    "auto": torch.bfloat16,  # of a description that nobody computes with: 16 bits, whichever type is taken later
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+}
+"""By `model.dtype`."""
 
 
 def num_embeddings(folder: Path, config: ModelConfig) -> int:
@@ -134,7 +140,7 @@ def _attention(config: ModelConfig, model_config: PreTrainedConfig) -> dict[str,
     if config.attention != "auto":
         return {"attn_implementation": config.attention}
     has_kernels = is_flash_attn_2_available() and (cap is None or is_flash_attn_greater_or_equal(_FIRST_WITH_CAP))
-    if torch.cuda.is_available() and has_kernels and config.dtype == "bfloat16" and _takes_flash(model_config):
+    if torch.cuda.is_available() and has_kernels and config.dtype != "float32" and _takes_flash(model_config):
         return {"attn_implementation": "flash_attention_2"}
     return {} if cap is None else {"attn_implementation": "eager"}
 

@@ -253,7 +253,7 @@ def test_a_malformed_override_is_refused(config_file: Path, arguments: list[str]
         ("data.train", "[]", "text or a list whose entries are names or {path: …, weight: …}"),
         ("data.train", "{path: a, weight: 2}", "text or a list whose entries are names or {path: …, weight: …}"),
         ("data.train", "null", "text or a list whose entries are names or {path: …, weight: …}"),
-        ("model.dtype", "float16", "bfloat16 or float32"),
+        ("model.dtype", "half", "auto, bfloat16, float16 or float32"),
         ("model.quantization", "int8", "nf4, fp4 or none"),
         ("optim.schedule", "1", "linear, cosine or constant"),
         ("adapter.target_modules", "[]", "all-linear or a list of names"),
