@@ -111,12 +111,12 @@ def cpu_attention(
     query's scores, (batch * kv_heads, seq_len * group, 1) float32."""
     kv_heads = key.shape[1]
     k, v = _grouped(key, kv_heads), _grouped(value, kv_heads)
-    qs = [q.mul_(scale * _LOG2_E) for q in _in_blocks(query, kv_heads)]
+    qs = _in_blocks(query, kv_heads)
     outs = [q.new_zeros(*q.shape[:2], v.shape[-1]) for q in qs]
     log_sums = [q.new_zeros(*q.shape[:2], 1) for q in qs]
     with _quick_products(query.dtype):
         for block in _blocks(mask, len(query), query.shape[2], kv_heads):
-            scores = block.scores(qs, k)
+            scores = block.scores(qs, k, scale * _LOG2_E)
             top = scores.amax(-1, keepdim=True).clamp_(min=_LOWEST)
             weights = scores.sub_(top).exp2_()
             sums = weights.sum(-1, keepdim=True).clamp_(min=torch.finfo(torch.float32).tiny)
@@ -142,20 +142,20 @@ def cpu_attention_backward(
     """
     kv_heads = key.shape[1]
     k, v = _grouped(key, kv_heads), _grouped(value, kv_heads)
-    qs = [q.mul_(scale * _LOG2_E) for q in _in_blocks(query, kv_heads)]
+    qs = _in_blocks(query, kv_heads)
     gs = _in_blocks(grad.transpose(1, 2), kv_heads)
     sums = log_sums.split([q.shape[1] for q in qs], 1)
     grad_qs, grad_k, grad_v = [torch.zeros_like(q) for q in qs], torch.zeros_like(k), torch.zeros_like(v)
     with _quick_products(query.dtype):
         for block in _blocks(mask, len(query), query.shape[2], kv_heads):
             q, g = block.queries_of(qs), block.queries_of(gs)
-            weights = block.scores(qs, k).sub_(block.queries_of(sums)).exp2_()
+            weights = block.scores(qs, k, scale * _LOG2_E).sub_(block.queries_of(sums)).exp2_()
             block.keys_of(grad_v).baddbmm_(weights.transpose(1, 2), g)
             grad_weights = torch.bmm(g, block.keys_of(v).transpose(1, 2))
             grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, torch.float32)
             torch.bmm(grad_scores, block.keys_of(k), out=block.queries_of(grad_qs)).mul_(scale)
             block.keys_of(grad_k).baddbmm_(grad_scores.transpose(1, 2), q)
-    grad_k.mul_(1 / _LOG2_E)  # of q times scale and log2(e)
+    grad_k.mul_(scale)
     grads = _by_token(grad_qs, query), _by_token([grad_k], key), _by_token([grad_v], value)
     return grads[0].transpose(1, 2), grads[1].transpose(1, 2), grads[2].transpose(1, 2)
 
@@ -213,9 +213,12 @@ class _Block:
         """The part of (batch * kv_heads, seq_len, width)."""
         return whole[self.heads, self.keys]
 
-    def scores(self, qs: Sequence[torch.Tensor], k: torch.Tensor) -> torch.Tensor:
+    def scores(self, qs: Sequence[torch.Tensor], k: torch.Tensor, scale: float) -> torch.Tensor:
         """(heads, tokens * group, keys), with minus infinity where a query does not see a key."""
-        scores = torch.bmm(self.queries_of(qs), self.keys_of(k).transpose(1, 2))
+        q = self.queries_of(qs)
+        # The factor is applied to the product: queries that are multiplied by it are no bfloat16 any more, and units
+        # that round to that would change every score.
+        scores = torch.baddbmm(q.new_zeros(()), q, self.keys_of(k).transpose(1, 2), beta=0, alpha=scale)
         num_tokens, num_biased = self.bias.shape
         each = scores.view(len(scores), num_tokens, -1, scores.shape[-1])  # (heads, tokens, group, keys)
         each[..., each.shape[-1] - num_biased :] += self.bias.unsqueeze(1)
@@ -296,7 +299,8 @@ def _quick_products(dtype: torch.dtype) -> Iterator[None]:
     """Products of float32 as they are, whatever autocast says; through oneDNN where the inputs were 16 bits wide.
 
     That is more than twice as quick as the default on an AMD EPYC, with errors of 4e-7. A CPU with units for products
-    of bfloat16 may round factors to that: scores are then still exact, and the rest is what other kernels do.
+    of bfloat16 rounds factors to that: scores are still exact, whose factors are bfloat16 already, and of the rest it
+    does what other kernels do.
     """
     products = torch.backends.mkldnn.matmul
     before = products.fp32_precision

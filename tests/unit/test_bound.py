@@ -16,7 +16,9 @@ SHAPE = Shape(64, 176, 3, 4, 2, 320)
 @pytest.fixture(scope="module")
 def adapted(tmp_path_factory: pytest.TempPathFactory) -> torch.nn.Module:
     """A small model with an adapter of rank 4."""
-    config = make_config(tmp_path_factory.mktemp("small"), SHAPE, 2, 32, adapter={"rank": 4})
+    config = make_config(
+        tmp_path_factory.mktemp("small"), SHAPE, 2, 32, adapter={"rank": 4}, model={"dtype": "bfloat16"}
+    )
     return build(config, start_runtime(seed=0, dtype="bfloat16"))[0]
 
 
