@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
-from qlora_dist import __version__
+from qlora_dist import __version__, streams
 from qlora_dist.errors import EXIT_RESUME, ConfigError, Stopped
 from qlora_dist.failure import exit_code_after, tell_launcher
+from qlora_dist.launcher import watch_launcher
 
 if TYPE_CHECKING:
     from qlora_dist.config import TrainConfig
@@ -119,7 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
-        sys.stderr.write("stopped\n")
+        streams.write(sys.stderr, "stopped\n")
         sys.exit(130)
     except Exception as error:  # noqa: BLE001 - reported, with its traceback unless it is a user's mistake
         _leave(exit_code_after(error))
@@ -132,9 +133,9 @@ def _leave(exit_code: int) -> None:
     interpreter's ordinary exit sometimes aborts ("terminate called without an active exception"), which would turn a
     finished run into a failed one.
     """
+    streams.flush(sys.stdout)
+    streams.flush(sys.stderr)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        sys.stdout.flush()
-        sys.stderr.flush()
         os._exit(exit_code)
     sys.exit(exit_code)
 
@@ -146,6 +147,7 @@ def train_command(argv: list[str]) -> None:
     if not argv or argv[0] in ("-h", "--help"):
         _show_train_help()
         return
+    watch_launcher()
     config = load_config(argv[0], argv[1:])
     from qlora_dist.model.files import looks_like_hub_name, resolve_model_folder
 

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from qlora_dist import streams
 from qlora_dist.metrics import EvalMetrics, StepMetrics
 
 _SAY_EVERY_SECONDS = 10.0
@@ -22,7 +23,9 @@ class Reporter:
     """Speaks for the run on rank 0; on other ranks it is silent."""
 
     def __init__(self, is_main: bool, file: TextIO | None = None) -> None:
-        self.console = Console(file=file or sys.stdout, quiet=not is_main, highlight=False, emoji=False, soft_wrap=True)
+        self.console = Console(
+            file=streams.lasting(file or sys.stdout), quiet=not is_main, highlight=False, emoji=False, soft_wrap=True
+        )
         self._num_steps = 0
         self._progress: Progress | None = None
 

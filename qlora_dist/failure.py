@@ -8,9 +8,12 @@ import signal
 import sys
 import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
 
-from qlora_dist.errors import EXIT_USER_ERROR, Echo, QloraDistError
+from qlora_dist import streams
+from qlora_dist.errors import EXIT_RESUME, EXIT_USER_ERROR, Echo, QloraDistError
+from qlora_dist.launcher import GONE, is_lost_to
 
 EXIT_CRASH = 1
 
@@ -27,11 +30,13 @@ def exit_code_after(error: Exception) -> int:
     if isinstance(error, Echo):
         _let_others_speak()
         return _exit_code(error.error)
+    if is_lost_to(error):  # after a run's last checkpoint, or before there was anything to save
+        streams.write(sys.stderr, f"{_rank_prefix()}stopped ({GONE}): {type(error).__name__}\n")
+        return EXIT_RESUME
     is_user_error = isinstance(error, QloraDistError)
     if _is_first_to_fail():
-        sys.stdout.flush()
-        sys.stderr.write(f"error: {_rank_prefix()}{error}\n" if is_user_error else _crash_report(error))
-        sys.stderr.flush()
+        streams.flush(sys.stdout)
+        streams.write(sys.stderr, f"error: {_rank_prefix()}{error}\n" if is_user_error else _crash_report(error))
         tell_launcher(str(error) if is_user_error else f"{type(error).__name__}: {error}")
     return _exit_code(error)
 
@@ -82,4 +87,5 @@ def tell_launcher(message: str) -> None:
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if file:
         details = {"py_callstack": message, "timestamp": str(int(time.time()))}
-        Path(file).write_text(json.dumps({"message": {"message": message, "extraInfo": details}}), encoding="utf-8")
+        with suppress(OSError):  # it is the launcher's, and gone when that is
+            Path(file).write_text(json.dumps({"message": {"message": message, "extraInfo": details}}), encoding="utf-8")

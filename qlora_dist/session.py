@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
 from qlora_dist.config import TrainConfig
 from qlora_dist.console import Reporter
 from qlora_dist.errors import Stopped
+from qlora_dist.launcher import GONE, is_lost_to
 from qlora_dist.run_folder import RunLock, create_run_folder, mark_stopped
 from qlora_dist.runtime import Runtime
 from qlora_dist.stopping import StopRequest
@@ -29,6 +31,8 @@ class Session:
     def __enter__(self) -> Session:
         if self.runtime.is_main and self.folder.is_dir():
             self._lock.acquire()
+        if self._stop.launcher is not None:
+            self._stop.launcher.take_charge(self._mark_lost)
         return self
 
     def watch(self) -> None:
@@ -58,6 +62,14 @@ class Session:
             self.reporter.say(f"stopped ({error}); the same command goes on from here")
         if error is None or isinstance(error, Stopped):
             self.runtime.close()  # all ranks come here; after a failure they do not
+        elif is_lost_to(error):
+            self._mark_lost()
         if self._watchdog is not None:
             self._watchdog.close()
         self._lock.release()
+
+    def _mark_lost(self) -> None:
+        """Leave word that the run ends because its launcher did, and can go on from its last checkpoint."""
+        if self.runtime.is_main:
+            with suppress(OSError):
+                mark_stopped(self.folder, GONE)

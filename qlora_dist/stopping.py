@@ -1,4 +1,4 @@
-"""Stopping in good order: signals and a STOP file, agreed by all ranks before anyone acts on them."""
+"""Stopping in good order: signals, a STOP file or a lost launcher, agreed by all ranks before anyone acts on them."""
 
 from __future__ import annotations
 
@@ -9,14 +9,17 @@ from pathlib import Path
 from types import FrameType
 
 from qlora_dist.errors import Stopped
+from qlora_dist.launcher import GONE, watch_launcher
 from qlora_dist.run_folder import STOP
 from qlora_dist.runtime import Runtime
 
 EXIT_INTERRUPTED = 130
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 _STOP_FILE = 1000
 """What a rank says instead of a signal's number when it found the file."""
+_LAUNCHER_GONE = 1001
+"""The same of a rank whose launcher has ended."""
 _FILE_POLL_SECONDS = 1.0
 _DOUBLE_SECONDS = 1.0
 """A launcher passes Ctrl-C on to processes that the terminal has already told: within so short a time it is one."""
@@ -25,8 +28,8 @@ _DOUBLE_SECONDS = 1.0
 class StopRequest:
     """Whether somebody wants this run to stop, on any rank.
 
-    SIGTERM, SIGINT and SIGUSR1 to any process, or a file STOP in the run's folder. A second Ctrl-C ends the process at
-    once: what is on disk is complete at any moment.
+    SIGTERM, SIGINT, SIGUSR1 and SIGHUP (a closed terminal) to any process, a file STOP in the run's folder, or the end
+    of a launcher. A second Ctrl-C ends the process at once: what is on disk is complete at any moment.
     """
 
     def __init__(self, folder: Path, runtime: Runtime) -> None:
@@ -35,8 +38,12 @@ class StopRequest:
         self._signal = 0
         self._interrupted_at: float | None = None
         self._looked_at = float("-inf")
+        self.launcher = watch_launcher()
+        # nohup has SIGHUP ignored. A launcher takes no notice of that: it passes the signal on, and SIGKILL 30 s later.
+        is_deaf = self.launcher is None and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
         for number in _SIGNALS:
-            signal.signal(number, self._on_signal)
+            if number != signal.SIGHUP or not is_deaf:
+                signal.signal(number, self._on_signal)
 
     def check(self) -> None:
         """Let all ranks look together; a collective on the host, which does not wait for the device.
@@ -44,10 +51,21 @@ class StopRequest:
         Raises:
             Stopped: on all ranks, when any was asked to stop.
         """
-        mine = self._signal or (_STOP_FILE if self._runtime.is_main and self._is_file_there() else 0)
-        agreed = self._runtime.max_on_host(mine)
-        if agreed:
-            raise Stopped(f"file {self._file}" if agreed == _STOP_FILE else signal.Signals(agreed).name)
+        agreed = self._runtime.max_on_host(self._mine())
+        if not agreed:
+            return
+        if self.launcher is not None:
+            self.launcher.stand_down()
+        reasons = {_STOP_FILE: f"file {self._file}", _LAUNCHER_GONE: GONE}
+        raise Stopped(reasons.get(agreed) or signal.Signals(agreed).name)
+
+    def _mine(self) -> int:
+        """Why this rank would stop, as a number; 0 when nobody asked it to."""
+        if self._signal:
+            return self._signal
+        if self.launcher is not None and self.launcher.is_gone:
+            return _LAUNCHER_GONE
+        return _STOP_FILE if self._runtime.is_main and self._is_file_there() else 0
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 
+from qlora_dist import streams
 from qlora_dist.failure import EXIT_CRASH, tell_launcher
 
 
@@ -42,8 +43,7 @@ class Watchdog:
             "The stacks of all ranks show where each one waits; the one that is in no collective is what the others "
             "wait for. The same command goes on from the last checkpoint."
         )
-        sys.stderr.write(f"error: {message}\n")
-        sys.stderr.flush()
+        streams.write(sys.stderr, f"error: {message}\n")
         faulthandler.dump_traceback(all_threads=True)
         tell_launcher(message)
         os._exit(EXIT_CRASH)
