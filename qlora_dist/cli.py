@@ -80,8 +80,10 @@ class DemoOptions:
     """Folder of the run."""
     model: str | None = None
     """Another chat model to use: a folder or hub name."""
-    max_steps: int = 40
-    """Optimizer steps."""
+    minutes: float = 4.0
+    """Time to train, its evaluations included: as many steps are taken as fit, 8 at least and 40 at most."""
+    max_steps: int | None = None
+    """Take so many optimizer steps, however long they take."""
 
 
 @dataclass(frozen=True)
@@ -222,8 +224,10 @@ def quantize_command(argv: list[str]) -> None:
 def demo_command(argv: list[str]) -> None:
     """the whole story on a small real model, on this machine"""
     options = _parse(DemoOptions, argv, "qlora-dist demo")
-    if options.max_steps < 1:
+    if options.max_steps is not None and options.max_steps < 1:
         raise ConfigError(f"--max_steps is {options.max_steps}, but must be at least 1.")
+    if not 0 < options.minutes < float("inf"):
+        raise ConfigError(f"--minutes is {options.minutes:g}, but must be a number greater than 0.")
     _quiet()
     from qlora_dist.demo import demo
 

