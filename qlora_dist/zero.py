@@ -189,7 +189,7 @@ def zero_settings(config: TrainConfig, stage: int, world_size: int, json_file: s
                     )
                 section, _, leaf = key.rpartition(".")
                 (tuning.setdefault(section, {}) if section else tuning)[leaf] = value
-            elif not key.startswith(_IDLE):
+            elif not key.startswith(_IDLE) or (key.startswith("fp16.") and config.model.dtype == "float16"):
                 raise ConfigError(
                     f"deepspeed config {json_file} sets {key} to {json.dumps(value)}, which is not an option for "
                     f'tuning. Remove it, or set it to "auto". The options are {", ".join(sorted(_TUNING))}.'

@@ -99,8 +99,11 @@ def load_base_weights(
             else:
                 for leaf, param in _own_base_parameters(name, module):
                     if id(param) not in done:  # tied embeddings are one parameter under two names
-                        _load_plain(_checkpoint_name(f"{name}.{leaf}"), param, reader)
+                        stored = _checkpoint_name(f"{name}.{leaf}")
+                        _load_plain(stored, param, reader)
                         done.add(id(param))
+                        if param.dtype == torch.float16:  # 65,504 is its largest number
+                            finite[stored] = torch.isfinite(local_part(param)).all().to(device)
             on_progress(reader.bytes_read, num_layers)
         on_progress(reader.bytes_read, len(layers))
     if finite:
@@ -141,7 +144,8 @@ def _refuse_not_finite(finite: dict[str, torch.Tensor], folder: Path, group: dis
         more = f" (and in {len(names) - 1} more)" if len(names) > 1 else ""
         raise ModelError(
             f"model folder {folder}: tensor {names[0]} holds values that are not finite (NaN or infinity){more}. "
-            "Every output of the model would be NaN. Copy the model again, or use another version of it."
+            "Every output of the model would be NaN. Copy the model again, or use another version of it. With "
+            "model.dtype: float16, values above 65,504 become infinite: set model.dtype: bfloat16 or float32."
         )
 
 
