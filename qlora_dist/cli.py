@@ -104,6 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command and exit: 0 done, 2 the input cannot be used (one message, no traceback), 75 stopped on request
     and ready to go on."""
     argv = list(sys.argv[1:] if arguments is None else arguments)
+    _choose_allocator()
     try:
         if not argv or argv[0] in ("-h", "--help", "help"):
             sys.stdout.write(USAGE.format(commands=_command_list()))
@@ -126,6 +127,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(130)
     except Exception as error:  # noqa: BLE001 - reported, with its traceback unless it is a user's mistake
         _leave(exit_code_after(error))
+
+
+def _choose_allocator() -> None:
+    """Let blocks of GPU memory grow, so that gathered layers leave no gaps; before torch loads.
+
+    What the user has set stays, under either name of the variable.
+    """
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 
 def _leave(exit_code: int) -> None:

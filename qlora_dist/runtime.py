@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -122,7 +123,11 @@ class Runtime:
 
     def barrier(self) -> None:
         """Wait for all ranks."""
-        self.accelerator.wait_for_everyone()
+        if self.world_size == 1:
+            return
+        # Not Accelerate's: it waits on GPU number `local_rank`, which is not there where each
+        # process sees only its own (`srun --gpus-per-task=1`).
+        dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
 
     def close(self) -> None:
         """The last collective of a run: wait for all ranks.
@@ -131,7 +136,9 @@ class Runtime:
         makes some processes abort on exit (1 run in 8 of three processes). So does exiting while another process still
         talks to this one, hence the wait.
         """
-        self.accelerator.wait_for_everyone()
+        self.barrier()
+        if self.world_size == 1 and self.device.type == "cuda" and dist.is_initialized():
+            dist.destroy_process_group()  # sharding's group of one, or NCCL warns of it
 
 
 def _tried(make: Callable[[], Made]) -> tuple[Made | None, Exception | None]:
@@ -163,6 +170,8 @@ def start_runtime(
     # The launcher's choice of engine has been read by now. Accelerate would act on it by itself: load the engine's
     # plugin, believe in one process on CPU, and have transformers build every model in its ZeRO-3 mode.
     os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
+    _choose_kernels()
+    _follow_nccl_interface()
     patience = InitProcessGroupKwargs(timeout=timedelta(seconds=collective_timeout_seconds))
     accelerator = Accelerator(cpu=use_cpu, mixed_precision="no", kwargs_handlers=[patience])
     has_gpu_group = accelerator.num_processes > 1 and accelerator.device.type != "cpu"
@@ -181,6 +190,35 @@ def start_runtime(
     dtype, is_dtype_kept = runtime.from_main((dtype, is_dtype_kept))
     chosen = choose(dtype, runtime.from_all(ability(runtime.device, dtype)), is_dtype_kept)
     return replace(runtime, compute_dtype=chosen.dtype, compute_note=chosen.note)
+
+
+def _choose_kernels() -> None:
+    """Keep PyTorch from kernels on GPUs that go wrong, or are less exact."""
+    # From torch 2.11 on, SDPA takes cuDNN first on H100 and B200. Its backward returns NaN where
+    # there is a mask and the length is 64 above a multiple of 128 (pytorch#196678), on B200 its
+    # forward goes wrong with fewer than 8 key-value heads (pytorch#193893), and every new shape
+    # costs it about a second of planning.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    # Adapter gradients are sums over thousands of tokens: no partial sums in 16 bits.
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+
+
+def _follow_nccl_interface() -> None:
+    """Let gloo, which a run on GPUs uses as well, talk over the network that NCCL was told to take.
+
+    By itself gloo takes the one that this host's name stands for, which may be 127.0.1.1: processes
+    of other nodes then wait for ever. NCCL's variable may hold beginnings of names, gloo's not.
+    """
+    asked = os.environ.get("NCCL_SOCKET_IFNAME", "")
+    if not asked or asked.startswith("^") or "GLOO_SOCKET_IFNAME" in os.environ:
+        return
+    names = asked.removeprefix("=").split(",")
+    for _, interface in socket.if_nameindex():
+        is_exact = asked.startswith("=")
+        if interface in names or (not is_exact and interface.startswith(tuple(names))):
+            os.environ["GLOO_SOCKET_IFNAME"] = interface
+            return
 
 
 def _limit_threads() -> None:
