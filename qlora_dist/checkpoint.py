@@ -35,7 +35,9 @@ from qlora_dist.model.shards import local_part, local_range, whole_shape
 from qlora_dist.runtime import Runtime
 from qlora_dist.saved_adapter import ADAPTER_WEIGHTS
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+_READABLE_VERSIONS = (1, 2)
+"""Version 1 holds the 8-bit state of optimizers at greater length, see `moments.py`."""
 _COMPLETE = "COMPLETE"
 _STATE = "state.json"
 _OPTIMIZER = "optimizer.safetensors"
@@ -381,10 +383,10 @@ def read_checkpoint(path: Path, verify: bool = True) -> Checkpoint:
                 raise CheckpointError(f"checkpoint {path}: {name} has {size} bytes instead of {expected['bytes']}.")
             if _sha256(path / name) != expected["sha256"]:
                 raise CheckpointError(f"checkpoint {path}: {name} is not what was written (its SHA-256 differs).")
-        if content["format_version"] != FORMAT_VERSION:
+        if content["format_version"] not in _READABLE_VERSIONS:
             raise CheckpointError(
                 f"checkpoint {path} has format version {content['format_version']}, this program reads "
-                f"{FORMAT_VERSION}."
+                f"{' and '.join(map(str, _READABLE_VERSIONS))}."
             )
         return Checkpoint(
             path,

@@ -22,7 +22,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, 
 from qlora_dist.config import OptimConfig, ParallelConfig, TrainConfig
 from qlora_dist.config_rules import check_backend_reads
 from qlora_dist.errors import LaunchError, TrainingError
-from qlora_dist.model.adapters import adapter_parameters, lora_layers
+from qlora_dist.model.adapters import adapter_parameters, lora_layers, whole_adapter
 from qlora_dist.model.footprint import check_memory, parameters_outside, plan_footprint
 from qlora_dist.model.integrity import check_gathered, check_shards, loaded_checksums
 from qlora_dist.model.shards import shard_group, whole_shape, whole_tensor
@@ -131,10 +131,10 @@ class Engine(Protocol):
         """
 
     def whole_adapter(self) -> dict[str, torch.Tensor]:
-        """All adapter tensors, whole, copied to the CPU, by parameter name; a collective."""
+        """All adapter tensors by parameter name on rank 0, nothing elsewhere; a collective."""
 
     def optimizer_state(self) -> dict[str, torch.Tensor]:
-        """The optimizer's moments, whole, on the CPU, see `Moments.gather`; a collective, after the first update."""
+        """The optimizer's moments on rank 0, see `Moments.gather`; a collective, after the first update."""
 
     def load_optimizer_state(self, saved: Mapping[str, torch.Tensor], num_updates: int) -> None:
         """Take up moments that any engine returned, on any number of ranks, after `num_updates` updates."""
@@ -165,9 +165,7 @@ class _FlatEngine(ABC):
         """Norm of the whole gradient, float64; sums it over ranks first where they hold copies."""
 
     def whole_adapter(self) -> dict[str, torch.Tensor]:
-        return {
-            name: whole_tensor(param).to("cpu", copy=True) for name, param in adapter_parameters(self._model).items()
-        }
+        return whole_adapter(self._model, self._runtime.is_main)
 
     def optimizer_state(self) -> dict[str, torch.Tensor]:
         sizes = {name: whole_shape(param).numel() for name, param in adapter_parameters(self._model).items()}
@@ -248,6 +246,10 @@ def shard_skeleton(
             # The head's backward follows its forward at once: gathering it twice would be for nothing.
             shard(unit, reshard_after_forward=unit is not head)
         shard(model)
+    embedding = base_model(model).get_input_embeddings()
+    if isinstance(embedding, FSDPModule):
+        # Backward needs nothing of it, but FSDP2 would fetch it ahead at the end of each: 2.1 GB for a 70B model.
+        embedding.set_unshard_in_backward(False)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # Losses are divided by the global token count before backward, so gradients are summed, not averaged.

@@ -25,9 +25,9 @@ from torch import nn
 
 from qlora_dist.config import OptimConfig, TrainConfig
 from qlora_dist.errors import ConfigError
-from qlora_dist.model.adapters import adapter_parameters, lora_layers
+from qlora_dist.model.adapters import adapter_parameters, lora_layers, whole_adapter
 from qlora_dist.model.lora_linear import FusedLinear
-from qlora_dist.model.shards import local_range, whole_shape, whole_tensor
+from qlora_dist.model.shards import local_range, whole_shape
 from qlora_dist.model.skeleton import decoder_layers
 from qlora_dist.moments import Moments, Piece
 from qlora_dist.optim import ADAM_BETAS, ADAM_EPS, build_optimizer, parameter_groups
@@ -92,6 +92,7 @@ class ZeroEngine:
         groups = parameter_groups(adapters, config)
         self._model = model
         self._world_size = runtime.world_size
+        self._is_main = runtime.is_main
         self._stage = settings["zero_optimization"]["stage"]
         self._lr_multipliers = list(groups)
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
@@ -131,9 +132,7 @@ class ZeroEngine:
         return torch.as_tensor(self._engine.get_global_grad_norm(), dtype=torch.float32, device=self._engine.device)
 
     def whole_adapter(self) -> dict[str, torch.Tensor]:
-        return {
-            name: whole_tensor(param).to("cpu", copy=True) for name, param in adapter_parameters(self._model).items()
-        }
+        return whole_adapter(self._model, self._is_main)
 
     def optimizer_state(self) -> dict[str, torch.Tensor]:
         adapters = adapter_parameters(self._model)

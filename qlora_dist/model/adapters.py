@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from qlora_dist.config import AdapterConfig
 from qlora_dist.errors import CheckpointError, ConfigError
 from qlora_dist.model.dora import DoraVariant
-from qlora_dist.model.shards import keep_local, whole_shape
+from qlora_dist.model.shards import keep_local, whole_shape, whole_tensor
 from qlora_dist.saved_adapter import ADAPTER_WEIGHTS, BASE_KEEPING_INITS
 
 
@@ -180,6 +180,21 @@ def lora_layers(model: nn.Module) -> Iterator[LoraLayer]:
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The trainable parameters by name, in model order."""
     return {name: param for name, param in model.named_parameters() if param.requires_grad}
+
+
+def whole_adapter(model: nn.Module, is_wanted: bool = True) -> dict[str, torch.Tensor]:
+    """All adapter tensors, whole, copied to the CPU, by parameter name; a collective.
+
+    Args:
+        is_wanted: whether this rank is to have them. The others only take part: a copy in each rank's
+            host memory would be 3 GB a rank for a 65B model with rank 64.
+    """
+    whole = {}
+    for name, param in adapter_parameters(model).items():
+        tensor = whole_tensor(param)  # one at a time
+        if is_wanted:
+            whole[name] = tensor.to("cpu", copy=True)
+    return whole
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from qlora_dist.console import Reporter
 from qlora_dist.data.sampler import MicroBatch, collate
 from qlora_dist.data.samples import Sample
 from qlora_dist.model import loss as loss_module
+from qlora_dist.model.adapters import whole_adapter
 from qlora_dist.model.loss import logits_form
 from qlora_dist.parallel import build_engine, engine_settings
 from qlora_dist.runtime import Runtime, start_runtime
@@ -43,7 +44,7 @@ def train(folder: Path, backend: str, targets: tuple[str, ...], runtime: Runtime
         sums = train_step(model, engine, micro_batches(runtime.rank), 1e-2, 1.0, runtime)
         losses += [runtime.sum_over_ranks(sums.loss).item(), sums.grad_norm.item()]
     assert (logits_form(model) is None) == (backend == "ddp")
-    return losses, torch.cat([tensor.flatten() for tensor in engine.whole_adapter().values()])
+    return losses, torch.cat([tensor.flatten() for tensor in whole_adapter(model).values()])
 
 
 def compare(folders: dict[str, Path], backends: tuple[str, ...]) -> None:

@@ -11,6 +11,7 @@ from qlora_dist.config import AdapterConfig, MemoryConfig, ModelConfig, OptimCon
 from qlora_dist.console import Reporter
 from qlora_dist.data.chat import Sample
 from qlora_dist.data.sampler import collate
+from qlora_dist.model.adapters import whole_adapter
 from qlora_dist.model.shards import local_bytes, whole_bytes
 from qlora_dist.model.skeleton import decoder_layers
 from qlora_dist.parallel import build_engine, engine_settings
@@ -47,7 +48,7 @@ def train(folder: Path, way: tuple, runtime: Runtime) -> tuple[list[float], dict
     if backend == "fsdp":
         layers = nn.ModuleList(decoder_layers(model))
         assert local_bytes(layers) <= 0.55 * whole_bytes(layers), "what was gathered is let go of"
-    return losses, engine.whole_adapter()
+    return losses, whole_adapter(model)
 
 
 def compare(folder: Path, ways: dict) -> None:

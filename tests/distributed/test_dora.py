@@ -14,7 +14,7 @@ from qlora_dist.config import AdapterConfig, MemoryConfig, ModelConfig, OptimCon
 from qlora_dist.console import Reporter
 from qlora_dist.data.sampler import collate
 from qlora_dist.data.samples import Sample
-from qlora_dist.model.adapters import adapter_parameters, saved_name
+from qlora_dist.model.adapters import adapter_parameters, saved_name, whole_adapter
 from qlora_dist.model.shards import local_bytes, whole_bytes, whole_tensor
 from qlora_dist.parallel import build_engine, engine_settings
 from qlora_dist.runtime import start_runtime
@@ -62,7 +62,7 @@ def train(folder: Path, adapter: AdapterConfig, dtype: str, backend: str, offloa
     for _ in range(NUM_STEPS):
         sums = train_step(model, engine, batches, LR, 1.0, runtime)
         losses.append(runtime.sum_over_ranks(sums.loss).item())
-    final = engine.whole_adapter()
+    final = whole_adapter(model)
     del engine, model
     gc.collect()
     return initial, losses, {name: tensor.clone() for name, tensor in final.items()}

@@ -10,6 +10,7 @@ from qlora_dist.config import AdapterConfig, MemoryConfig, ModelConfig, OptimCon
 from qlora_dist.console import Reporter
 from qlora_dist.data.sampler import collate
 from qlora_dist.data.samples import Sample
+from qlora_dist.model.adapters import whole_adapter
 from qlora_dist.model.nf4 import QuantizedLinear
 from qlora_dist.parallel import build_engine
 from qlora_dist.runtime import Runtime, start_runtime
@@ -51,7 +52,7 @@ def train_two_steps(folder: Path, backend: str, runtime: Runtime) -> tuple[list[
     for _ in range(2):
         sums = train_step(model, engine, batches, 1e-2, 1.0, runtime)
         losses.append(runtime.sum_over_ranks(sums.loss).item())
-    return losses, engine.whole_adapter()
+    return losses, whole_adapter(model)
 
 
 def check_families(folders: dict[str, Path]) -> None:

@@ -1,11 +1,13 @@
 """Sharded parameters that both ends of the model need: left whole between micro-batches, unless they are trained."""
 
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 import transformers
 from torch import nn
+from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 from torch.distributed.tensor import DTensor
 
 from qlora_dist.assemble import build_model
@@ -13,7 +15,7 @@ from qlora_dist.config import AdapterConfig, MemoryConfig, ModelConfig, OptimCon
 from qlora_dist.console import Reporter
 from qlora_dist.data.sampler import MicroBatch, collate
 from qlora_dist.data.samples import Sample
-from qlora_dist.model.adapters import adapter_parameters
+from qlora_dist.model.adapters import adapter_parameters, whole_adapter
 from qlora_dist.model.footprint import parameters_outside
 from qlora_dist.model.shards import local_bytes, whole_bytes
 from qlora_dist.model.skeleton import base_model, decoder_layers
@@ -44,7 +46,7 @@ def train(folder: Path, backend: Backend, runtime: Runtime) -> tuple[nn.Module, 
     for _ in range(NUM_STEPS):
         train_step(model, engine, micro_batches(runtime.rank), 1e-2, 1.0, runtime)
         places.append(base_model(model).get_input_embeddings().weight.data_ptr())
-    return model, torch.cat([tensor.flatten() for tensor in engine.whole_adapter().values()]), places
+    return model, torch.cat([tensor.flatten() for tensor in whole_adapter(model).values()]), places
 
 
 def check_tied(folder: Path) -> None:
@@ -90,3 +92,33 @@ def projected(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_what_is_trained_is_gathered_anew_for_every_micro_batch(projected: Path) -> None:
     """Left whole, it would stay as it was before the first update."""
     run_on_processes(check_trained, 2, projected)
+
+
+def check_untied(folder: Path) -> None:
+    runtime = start_runtime(seed=0, dtype="float32")
+    gathered: list[str] = []
+    original = _fsdp_param_group.foreach_all_gather
+
+    def logged(params, *arguments):
+        modules = [param._module_info.module for param in params]
+        gathered.extend(name for name, module in ends.items() if module in modules)
+        return original(params, *arguments)
+
+    config = TrainConfig(
+        model=ModelConfig(path=str(folder), dtype="float32"), adapter=AdapterConfig(rank=4),
+        memory=MemoryConfig(recompute="full"), optim=OptimConfig(lr=1e-2, grad_accum_steps=2),
+    )  # fmt: skip
+    model = build_model(config, folder, "fsdp", runtime, Reporter(is_main=False)).train()
+    base = base_model(model)
+    ends = {"embedding": base.get_input_embeddings(), "head": base.get_output_embeddings()}
+    engine = build_engine(model, config.optim, runtime)
+    train_step(model, engine, micro_batches(runtime.rank), 1e-2, 1.0, runtime)
+    with mock.patch.object(_fsdp_param_group, "foreach_all_gather", logged):
+        train_step(model, engine, micro_batches(runtime.rank), 1e-2, 1.0, runtime)
+    assert gathered == ["embedding", "head"] * 2
+
+
+def test_an_embedding_is_not_gathered_for_backward(families: dict[str, Path]) -> None:
+    """An untied one is gathered once for each micro-batch, as the head is. FSDP2 by itself would fetch it once more at
+    the end of each backward, which needs nothing of it."""
+    run_on_processes(check_untied, 2, families["llama"])

@@ -14,7 +14,7 @@ from qlora_dist.config import AdapterConfig, MemoryConfig, ModelConfig, OptimCon
 from qlora_dist.console import Reporter
 from qlora_dist.data.chat import Sample
 from qlora_dist.data.sampler import collate
-from qlora_dist.model.adapters import adapter_parameters, lora_layers
+from qlora_dist.model.adapters import adapter_parameters, lora_layers, whole_adapter
 from qlora_dist.model.lora_linear import FusedLinear
 from qlora_dist.model.shards import local_bytes, whole_bytes
 from qlora_dist.parallel import build_engine, engine_settings
@@ -70,7 +70,7 @@ def train(folder: Path, way: tuple, runtime: Runtime) -> tuple[bool, list[float]
         assert local_bytes(model) <= 0.55 * whole_bytes(model), "what was gathered is let go of"
         held = sum(layer.base_layer.weight.numel() for layer in lora_layers(model) if backend == "zero3")
         assert held == 0
-    return is_fused(model), losses, {name: tensor.clone() for name, tensor in engine.whole_adapter().items()}
+    return is_fused(model), losses, {name: tensor.clone() for name, tensor in whole_adapter(model).items()}
 
 
 def compare_backends(folder: Path, ways: dict) -> None:

@@ -11,6 +11,7 @@ from qlora_dist.config import AdapterConfig, MemoryConfig, ModelConfig, OptimCon
 from qlora_dist.console import Reporter
 from qlora_dist.data.sampler import MicroBatch, collate
 from qlora_dist.data.samples import Sample
+from qlora_dist.model.adapters import whole_adapter
 from qlora_dist.model.skeleton import decoder_layers
 from qlora_dist.overlap import Reductions
 from qlora_dist.parallel import build_engine
@@ -43,7 +44,7 @@ def train(folder: Path, recompute: int, replicas: int, runtime: Runtime) -> tupl
     for step in range(NUM_STEPS):
         sums = train_step(model, engine, micro_batches(runtime.rank, step), 1e-2, 1.0, runtime)
         found += [sums.loss, sums.grad_norm]
-    return found, torch.cat([tensor.flatten() for tensor in engine.whole_adapter().values()])
+    return found, torch.cat([tensor.flatten() for tensor in whole_adapter(model).values()])
 
 
 gathering: list[bool] = []

@@ -16,7 +16,7 @@ from qlora_dist.console import Reporter
 from qlora_dist.data.sampler import collate
 from qlora_dist.data.samples import Sample
 from qlora_dist.model.activations import GIB, LayerBytes, Recompute, layer_bytes
-from qlora_dist.model.adapters import adapter_parameters
+from qlora_dist.model.adapters import adapter_parameters, whole_adapter
 from qlora_dist.model.recompute import recompute_of
 from qlora_dist.model.skeleton import base_model
 from qlora_dist.parallel import build_engine, engine_settings
@@ -52,7 +52,7 @@ def train(folder: Path, backend: str, recompute: str | int, runtime: Runtime) ->
         choices.append(recompute_of(model))
     if recompute == "auto":
         assert choices[0] == Recompute(NUM_LAYERS), "a tiny model fits"
-    return losses, {name: tensor.clone() for name, tensor in engine.whole_adapter().items()}
+    return losses, {name: tensor.clone() for name, tensor in whole_adapter(model).items()}
 
 
 def compare_policies(folder: Path, backend: str, settings: tuple[str | int, ...]) -> None:

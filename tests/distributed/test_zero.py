@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qlora_dist.config import ModelConfig, OptimConfig, TrainConfig
+from qlora_dist.model.adapters import whole_adapter
 from qlora_dist.model.loss import target_loss_sum
 from qlora_dist.model.nf4 import QuantizedLinear
 from qlora_dist.model.shards import local_bytes, whole_bytes, whole_shape, whole_tensor
@@ -136,7 +137,7 @@ def check_stage_3(folder: Path) -> None:
         engine.update(lr=1e-3, max_grad_norm=1.0)
     assert_bytes_of_whole_matrices(model, config)
     assert local_bytes(model) <= 0.55 * whole_bytes(model)
-    gathered = engine.whole_adapter()
+    gathered = whole_adapter(model)
     assert gathered.keys() == {name for name, param in model.named_parameters() if param.requires_grad}
     assert all(".lora_" in name and tensor.any() for name, tensor in gathered.items())
 
