@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from qlora_dist.config import ModelConfig
-from qlora_dist.model.skeleton import base_model
+from qlora_dist.model.skeleton import base_model, flash_attention_problem
 
 _BY_LENGTHS = "flash_attention_2"
 """Takes the lengths of samples that follow each other (variable-length kernels) instead of a mask."""
@@ -18,6 +18,8 @@ def attention_note(model: nn.Module, config: ModelConfig, *, is_packed: bool) ->
     """What the log says of the attention."""
     name = _implementation(model)
     chosen = " (chosen by model.attention: auto)" if config.attention == "auto" else ""
+    if chosen and torch.cuda.is_available() and (problem := flash_attention_problem()) is not None:
+        chosen += f"; the package flash-attn is installed, but cannot be imported ({problem})"
     how = "their lengths, with variable-length kernels" if name == _BY_LENGTHS else "a mask over the row"
     return f"attention: {name}{chosen}" + (f"; samples in a packed row are kept apart by {how}" if is_packed else "")
 

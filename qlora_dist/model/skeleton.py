@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -139,10 +142,27 @@ def _attention(config: ModelConfig, model_config: PreTrainedConfig) -> dict[str,
         )
     if config.attention != "auto":
         return {"attn_implementation": config.attention}
-    has_kernels = is_flash_attn_2_available() and (cap is None or is_flash_attn_greater_or_equal(_FIRST_WITH_CAP))
+    is_usable = is_flash_attn_2_available() and flash_attention_problem() is None
+    has_kernels = is_usable and (cap is None or is_flash_attn_greater_or_equal(_FIRST_WITH_CAP))
     if torch.cuda.is_available() and has_kernels and config.dtype != "float32" and _takes_flash(model_config):
         return {"attn_implementation": "flash_attention_2"}
     return {} if cap is None else {"attn_implementation": "eager"}
+
+
+@cache
+def flash_attention_problem() -> str | None:
+    """Why the installed package flash-attn cannot be used; None if it can, or is not installed.
+
+    transformers asks its metadata only. One that was built for another version of torch is there,
+    and fails when it is imported ("undefined symbol").
+    """
+    if find_spec("flash_attn") is None:
+        return None
+    try:
+        import_module("flash_attn")
+    except Exception as error:  # noqa: BLE001 - whatever it is, the run can do without the package
+        return f"{type(error).__name__}: {error}"
+    return None
 
 
 def _takes_flash(model_config: PreTrainedConfig) -> bool:

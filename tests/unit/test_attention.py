@@ -1,12 +1,14 @@
 """The attention that a model runs with: chosen by itself, and told."""
 
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 import torch
-from transformers import BloomConfig, Gemma2Config
+from transformers import BloomConfig, Gemma2Config, LlamaConfig
 
 from qlora_dist.config import ModelConfig
 from qlora_dist.errors import ConfigError
@@ -50,6 +52,42 @@ def test_flash_attention_is_not_taken_where_it_would_fail() -> None:
     ):
         assert skeleton._attention(ModelConfig("m"), BloomConfig()) == {}
         assert skeleton._attention(ModelConfig("m"), Gemma2Config()) == {"attn_implementation": "eager"}
+
+
+@pytest.fixture(params=["ImportError('undefined symbol: _ZN3c104')", "RuntimeError('no kernel')", None])
+def installed_package(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[str | None]:
+    """A package flash_attn that raises this when it is imported, on a machine with a GPU."""
+    (tmp_path / "flash_attn").mkdir()
+    text = "" if request.param is None else f"raise {request.param}"
+    (tmp_path / "flash_attn" / "__init__.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(skeleton, "is_flash_attn_2_available", lambda: True)  # by its metadata
+    skeleton.flash_attention_problem.cache_clear()
+    yield request.param
+    skeleton.flash_attention_problem.cache_clear()
+    sys.modules.pop("flash_attn", None)
+
+
+def test_a_package_that_cannot_be_imported_is_not_taken(installed_package: str | None) -> None:
+    """One that was built for another torch: the run goes on with SDPA, and the log says why."""
+    found = skeleton._attention(ModelConfig("m"), LlamaConfig())
+    config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(_attn_implementation="sdpa"))
+    with mock.patch.object(attention, "base_model", return_value=SimpleNamespace(config=config)):
+        notes = [
+            attention.attention_note(torch.nn.Module(), ModelConfig("m", attention=asked), is_packed=False)
+            for asked in ("auto", "sdpa")
+        ]
+    if installed_package is None:
+        assert found == {"attn_implementation": "flash_attention_2"}
+        assert "cannot be imported" not in notes[0]
+        return
+    assert found == {}
+    kind, _, message = installed_package.rstrip(")'").partition("('")
+    assert notes[0].endswith(f"installed, but cannot be imported ({kind}: {message})")
+    assert "cannot be imported" not in notes[1]
 
 
 def test_sdpa_is_refused_where_it_would_leave_out_the_cap(families: dict[str, Path]) -> None:
