@@ -10,6 +10,7 @@ the same way, and later ones for whether they take too much. All ranks decide by
 from __future__ import annotations
 
 import ctypes
+import gc
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -19,8 +20,9 @@ from peft import PeftModel
 
 from qlora_dist.config import TrainConfig
 from qlora_dist.data.sampler import MicroBatch
-from qlora_dist.model.activations import GIB, LayerBytes, Recompute, activations_of, layer_bytes
+from qlora_dist.model.activations import GIB, LayerBytes, Recompute, activations_of, fixed_recompute, layer_bytes
 from qlora_dist.model.adapters import adapter_parameters
+from qlora_dist.model.attention import mask_elements
 from qlora_dist.model.footprint import free_bytes
 from qlora_dist.model.loss import is_chunked
 from qlora_dist.model.recompute import Survey, is_compiled, recompute_of, set_recompute
@@ -33,6 +35,8 @@ _RESERVE = 0.05
 _EARLY_RESERVE = 0.1
 """The same on the host until two steps were measured: more layers that keep everything take more than what they keep,
 because the C library's heap has gaps (10 to 30 % more, SmolLM2-135M)."""
+_FRAGMENTED_RESERVE = 0.1
+"""The same on a GPU once its allocator had to give memory back and ask anew because of such gaps."""
 _STATE_BYTES = {"adamw": 8, "adamw_8bit": 2, "paged_adamw_8bit": 2, "paged_adamw_32bit": 8}
 """Optimizer state per adapter parameter."""
 
@@ -75,12 +79,16 @@ class RecomputeBudget:
         nothing = Recompute(len(decoder_layers(self._model)))
         with runtime.autocast():
             is_loss_chunked = is_chunked(self._model)
+        rows, length, is_packed = optim.micro_batch_size, self._config.data.max_seq_len, self._config.data.packing
+        mask = element_size * mask_elements(
+            self._model, rows, length, is_packed=is_packed, is_on_gpu=runtime.device.type == "cuda"
+        )
         activations = activations_of(
             dimensions, num_tokens, num_tokens, nothing, element_size, self._config.adapter,
-            is_loss_chunked=is_loss_chunked,
+            is_loss_chunked=is_loss_chunked, mask_bytes=mask,
         )  # fmt: skip
         self._room = self._limit - self._meter.held() - later - (activations.total - activations.kept)
-        self._layer = layer_bytes(dimensions, num_tokens, element_size, self._config.adapter)
+        self._layer = layer_bytes(dimensions, num_tokens, element_size, self._config.adapter, mask)
         self._agree()
         choice = self._least_recompute(again=self._layer.none)
         set_recompute(self._model, choice)
@@ -130,6 +138,29 @@ class RecomputeBudget:
             )
 
     @property
+    def can_make_room(self) -> bool:
+        """Whether a step that does not fit may be taken again with more recomputation: in the first two, which follow
+        an estimate, and not with several ranks, of which others wait in a collective by then."""
+        is_early = self._is_auto and self._num_steps <= 2
+        return is_early and self._runtime.world_size == 1 and recompute_of(self._model) != self._everything
+
+    def make_room(self) -> None:
+        """Have all layers recompute fully, because this step did not fit."""
+        set_recompute(self._model, self._everything)
+        gc.collect()
+        if self._runtime.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self._meter.restart()
+        self._say(
+            f"the memory was full in step {self._num_steps}, which was estimated to fit (memory.recompute: auto): all "
+            "layers recompute fully now, and the step is taken again"
+        )
+
+    @property
+    def _everything(self) -> Recompute:
+        return fixed_recompute("full", len(decoder_layers(self._model)))
+
+    @property
     def _is_looking(self) -> bool:
         """Whether this step's memory is looked at: steps 1, 2, 4, 8 and so on."""
         return self._num_steps & (self._num_steps - 1) == 0
@@ -141,6 +172,8 @@ class RecomputeBudget:
 
     @property
     def _reserve(self) -> float:
+        if self._meter.num_retries() > 0:
+            return _FRAGMENTED_RESERVE
         return _EARLY_RESERVE if self._runtime.device.type == "cpu" and self._num_steps < 2 else _RESERVE
 
     @property
@@ -215,6 +248,12 @@ class MemoryMeter:
             return
         with suppress(OSError):  # not allowed in every container: the peak is then that of the whole life
             Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+    def num_retries(self) -> int:
+        """How often an allocation succeeded only after cached memory was given back; zero without a GPU."""
+        if self._device.type == "cuda":
+            return int(torch.cuda.memory_stats(self._device).get("num_alloc_retries", 0))
+        return 0
 
     def peak(self) -> int:
         """Most bytes since the restart."""

@@ -118,17 +118,22 @@ def engine_settings(config: TrainConfig, backend: Backend) -> Settings | None:
 class Engine(Protocol):
     """What the loop needs from a backend: one micro-batch's backward, and one update."""
 
+    can_drop_gradients: bool
+    """Whether a step can be begun again after an error in forward or backward: no collective is half done then."""
+    loss_scale: float
+    """What a loss is multiplied by before backward, a power of two; norms and gradients are divided by it."""
+
     def backward(self, loss: torch.Tensor, is_last_micro_batch: bool) -> None:
         """Add the gradient of `loss` (already divided by the global token count); ranks are summed at the last."""
 
-    def update(self, lr: float, max_grad_norm: float | None, loss_scale: float = 1.0) -> torch.Tensor:
+    def update(self, lr: float, max_grad_norm: float | None) -> torch.Tensor:
         """Clip, step, clear gradients; returns the global gradient norm before clipping (0-dim, on the device).
 
         A norm that is not finite means that nothing was updated, on no rank. Waits for the device.
-
-        Args:
-            loss_scale: what losses were multiplied by, a power of two; norm and gradients are divided by it.
         """
+
+    def drop_gradients(self) -> None:
+        """Forget what backward has added since the last update."""
 
     def whole_adapter(self) -> dict[str, torch.Tensor]:
         """All adapter tensors by parameter name on rank 0, nothing elsewhere; a collective."""
@@ -143,22 +148,28 @@ class Engine(Protocol):
 class _FlatEngine(ABC):
     """What the engines written here share: adapters in flat buffers, one norm, one update."""
 
+    can_drop_gradients = False
+    loss_scale = 1.0
+
     def __init__(self, model: nn.Module, config: OptimConfig, runtime: Runtime) -> None:
         self._model = model
         self._runtime = runtime
         self._optimizer = FlatAdamW(adapter_parameters(model), config)
 
-    def update(self, lr: float, max_grad_norm: float | None, loss_scale: float = 1.0) -> torch.Tensor:
+    def update(self, lr: float, max_grad_norm: float | None) -> torch.Tensor:
         self._optimizer.collect_gradients()
         gradients = self._optimizer.gradients
-        norm = (self._global_norm(gradients) / loss_scale).float()
+        norm = (self._global_norm(gradients) / self.loss_scale).float()
         if norm.isfinite():
-            if loss_scale != 1:
-                torch._foreach_mul_(gradients, 1 / loss_scale)
+            if self.loss_scale != 1:
+                torch._foreach_mul_(gradients, 1 / self.loss_scale)
             _clip(gradients, norm, max_grad_norm)
             self._optimizer.step(lr)
         self._optimizer.clear_gradients()
         return norm
+
+    def drop_gradients(self) -> None:
+        self._optimizer.clear_gradients()
 
     @abstractmethod
     def _global_norm(self, gradients: list[torch.Tensor]) -> torch.Tensor:
@@ -178,8 +189,10 @@ class _FlatEngine(ABC):
 class ReplicatedEngine(_FlatEngine):
     """Every rank holds the whole model; adapter gradients are summed in one flat all-reduce per optimizer step."""
 
+    can_drop_gradients = True
+
     def backward(self, loss: torch.Tensor, is_last_micro_batch: bool) -> None:
-        loss.backward()
+        (loss * self.loss_scale).backward()
 
     def _global_norm(self, gradients: list[torch.Tensor]) -> torch.Tensor:
         for gradient in gradients:
@@ -199,7 +212,7 @@ class ShardedEngine(_FlatEngine):
     def backward(self, loss: torch.Tensor, is_last_micro_batch: bool) -> None:
         self._model.set_requires_gradient_sync(is_last_micro_batch)
         self._model.set_is_last_backward(is_last_micro_batch)
-        loss.backward()
+        (loss * self.loss_scale).backward()
         if self._reductions is not None:
             self._reductions.wait()
 

@@ -206,10 +206,12 @@ class Training:
 
     def _attempt(self, batches: Sequence[MicroBatch], lr: float) -> StepSums:
         """A step that may turn out to have changed nothing."""
+        self.engine.loss_scale = self.loss_scale.value
         try:
             return train_step(
                 self.model, self.engine, batches, lr, self.config.optim.max_grad_norm, self.session.runtime,
-                self.session.alive, self.loss_scale.value,
+                self.session.alive,
+                self._make_room if self.engine.can_drop_gradients and self.budget.can_make_room else None,
             )  # fmt: skip
         except torch.OutOfMemoryError as error:
             raise TrainingError(self._too_large(batches)) from error
@@ -274,6 +276,10 @@ class Training:
         """Operations that this micro-batch needs."""
         return self._flops.of(batch.attention_mask, batch.position_ids, batch.num_tokens, batch.num_targets)
 
+    def _make_room(self) -> None:
+        self.engine.drop_gradients()
+        self.budget.make_room()
+
     def _too_large(self, batches: Sequence[MicroBatch]) -> str:
         """What to change when the largest of these micro-batches did not fit."""
         batch = max(batches, key=lambda batch: batch.input_ids.numel())
@@ -307,7 +313,7 @@ def train_step(
     max_grad_norm: float | None,
     runtime: Runtime,
     alive: Callable[[], None] = lambda: None,
-    loss_scale: float = 1.0,
+    make_room: Callable[[], None] | None = None,
 ) -> StepSums:
     """One optimizer step: forward and backward of each micro-batch, then one synchronisation and one update.
 
@@ -317,7 +323,7 @@ def train_step(
 
     Args:
         alive: called before each micro-batch; may raise to end the step, which then has changed nothing.
-        loss_scale: what losses are multiplied by for backward, a power of two; no result is.
+        make_room: called once if memory is full before the update; then all micro-batches are computed again.
     """
     counts = torch.tensor(
         [sum(batch.num_targets for batch in batches), sum(batch.num_tokens for batch in batches)],
@@ -325,14 +331,36 @@ def train_step(
     )  # fmt: skip
     runtime.sum_over_ranks(counts)
     num_targets = counts[0]
+    loss = None
+    try:
+        loss = _backward_of_all(model, engine, batches, num_targets, runtime, alive)
+    except torch.OutOfMemoryError:
+        if make_room is None:
+            raise
+    if loss is None:  # out of the handler: the error holds the frames, and these what forward has kept
+        assert make_room is not None
+        make_room()
+        loss = _backward_of_all(model, engine, batches, num_targets, runtime, alive)
+    grad_norm = engine.update(lr, max_grad_norm)
+    return StepSums(loss=loss, grad_norm=grad_norm, num_targets=counts[0], num_tokens=counts[1])
+
+
+def _backward_of_all(
+    model: PeftModel,
+    engine: Engine,
+    batches: Sequence[MicroBatch],
+    num_targets: torch.Tensor,
+    runtime: Runtime,
+    alive: Callable[[], None],
+) -> torch.Tensor:
+    """Forward and backward of a step's micro-batches; returns this rank's share of the loss, 0-dim float32."""
     loss = torch.zeros((), device=runtime.device)
     for number, batch in enumerate(batches, start=1):
         alive()
         micro_loss = micro_step(model, batch.to(runtime.device), num_targets, runtime)
-        engine.backward(micro_loss * loss_scale, is_last_micro_batch=number == len(batches))
+        engine.backward(micro_loss, is_last_micro_batch=number == len(batches))
         loss += micro_loss.detach()
-    grad_norm = engine.update(lr, max_grad_norm, loss_scale)
-    return StepSums(loss=loss, grad_norm=grad_norm, num_targets=counts[0], num_tokens=counts[1])
+    return loss
 
 
 def micro_step(model: PeftModel, batch: MicroBatch, num_targets: torch.Tensor, runtime: Runtime) -> torch.Tensor:

@@ -86,6 +86,9 @@ def gathered(module: nn.Module) -> Iterator[None]:
 class ZeroEngine:
     """Adapter gradients and optimizer state are sharded, and with stage 3 every parameter, by DeepSpeed."""
 
+    can_drop_gradients = False
+    loss_scale = 1.0
+
     def __init__(self, model: nn.Module, config: OptimConfig, settings: Settings, runtime: Runtime) -> None:
         deepspeed = _import_deepspeed(runtime)
         adapters = adapter_parameters(model)
@@ -109,7 +112,7 @@ class ZeroEngine:
             self._accumulation.enter_context(self._engine.coalesce_grad_reduction())
             self._is_accumulating = True
         # DeepSpeed averages over ranks. The loss is divided by the global token count already: ranks are summed.
-        loss = loss * self._world_size
+        loss = loss * (self.loss_scale * self._world_size)
         # The loop calls the model, not the engine, so what the engine's forward prepares is prepared here. DeepSpeed
         # tells by the running backward which graph it belongs to, so this has to happen inside of it.
         self._optimizer.clear_backward_seen_flag()
@@ -119,17 +122,20 @@ class ZeroEngine:
             self._accumulation.close()  # reduces the accumulated gradients
             self._is_accumulating = False
 
-    def update(self, lr: float, max_grad_norm: float | None, loss_scale: float = 1.0) -> torch.Tensor:
+    def update(self, lr: float, max_grad_norm: float | None) -> torch.Tensor:
         for group, multiplier in zip(self._optimizer.param_groups, self._lr_multipliers, strict=True):
             group["lr"] = lr * multiplier
         self._optimizer.clip_grad = max_grad_norm or 0.0
         self._engine.set_gradient_accumulation_boundary(True)
-        self._optimizer.loss_scale = loss_scale  # for this step only: backward would multiply by it
+        self._optimizer.loss_scale = self.loss_scale  # for this step only: backward would multiply by it
         self._engine.step()
         self._optimizer.loss_scale = 1.0
         if self._optimizer.overflow:  # gradients that are not finite: DeepSpeed has left everything as it was
             return torch.tensor(torch.nan, device=self._engine.device)
         return torch.as_tensor(self._engine.get_global_grad_norm(), dtype=torch.float32, device=self._engine.device)
+
+    def drop_gradients(self) -> None:
+        raise NotImplementedError("DeepSpeed's buckets and hooks cannot be put back")
 
     def whole_adapter(self) -> dict[str, torch.Tensor]:
         return whole_adapter(self._model, self._is_main)

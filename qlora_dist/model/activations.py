@@ -98,7 +98,9 @@ class Activations:
         return self.kept + max(self.working, self.loss)
 
 
-def layer_bytes(model: Any, num_tokens: int, element_size: int, adapter: AdapterConfig) -> LayerBytes:
+def layer_bytes(
+    model: Any, num_tokens: int, element_size: int, adapter: AdapterConfig, mask_bytes: int = 0
+) -> LayerBytes:
     """What a decoder layer keeps, from its dimensions.
 
     Per token and in the compute type: 8 vectors of d_model (inputs of norms and projections, residuals), 2 of the
@@ -114,6 +116,7 @@ def layer_bytes(model: Any, num_tokens: int, element_size: int, adapter: Adapter
     Args:
         model: the text part of a transformers config.
         num_tokens: padding included.
+        mask_bytes: what attention keeps of a mask besides.
     """
     hidden, heads = model.hidden_size, model.num_attention_heads
     key_value = hidden * (getattr(model, "num_key_value_heads", None) or heads) // heads
@@ -124,8 +127,8 @@ def layer_bytes(model: Any, num_tokens: int, element_size: int, adapter: Adapter
         adapted += num_tokens * (element_size + 1) * (6 * hidden + width)
     lengthened = token * (3 * hidden + 2 * key_value + 2 * width) if adapter.use_dora else 0
     return LayerBytes(
-        token * (8 * hidden + 2 * key_value + 4 * width) + adapted + lengthened,
-        token * (4 * hidden + 2 * key_value + 2 * width) + adapted + 2 * lengthened,
+        token * (8 * hidden + 2 * key_value + 4 * width) + adapted + lengthened + mask_bytes,
+        token * (4 * hidden + 2 * key_value + 2 * width) + adapted + 2 * lengthened + mask_bytes,
         token * hidden,
     )
 
@@ -139,6 +142,7 @@ def activations_of(
     adapter: AdapterConfig,
     *,
     is_loss_chunked: bool = True,
+    mask_bytes: int = 0,
 ) -> Activations:
     """Activations of a decoder, from its dimensions; arguments as in :func:`layer_bytes`.
 
@@ -147,7 +151,7 @@ def activations_of(
     """
     hidden = model.hidden_size
     width = getattr(model, "intermediate_size", None) or 4 * hidden
-    layer = layer_bytes(model, num_tokens, element_size, adapter)
+    layer = layer_bytes(model, num_tokens, element_size, adapter, mask_bytes)
     loss = loss_bytes(num_targets, model.vocab_size, hidden, element_size)
     if not is_loss_chunked:
         loss = num_tokens * model.vocab_size * FULL_LOGITS_BYTES

@@ -44,6 +44,16 @@ def model_inputs(
     return {"input_ids": input_ids, "position_ids": position_ids}
 
 
+def mask_elements(model: nn.Module, rows: int, length: int, *, is_packed: bool, is_on_gpu: bool) -> int:
+    """Elements of what SDPA makes of a mask and keeps for backward, in each layer, of a micro-batch of this shape.
+
+    On a GPU its masked kernel takes numbers to add to the scores, in the compute type. Rows that are
+    packed have a mask, and so have several that are padded to one length.
+    """
+    has_mask = is_on_gpu and _implementation(model) == "sdpa" and (is_packed or rows > 1)
+    return rows * length * length if has_mask else 0
+
+
 def in_one_row(input_ids: torch.Tensor, position_ids: torch.Tensor) -> dict[str, Any]:
     """Packed rows behind each other. transformers looks for samples in a batch of one row only: of several, each row
     would be one sample to variable-length kernels."""

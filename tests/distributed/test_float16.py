@@ -4,6 +4,7 @@ import math
 from contextlib import AbstractContextManager
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -95,8 +96,9 @@ def scale_in_float32(root: Path, model: Path, data: Path, backends: list[str], p
     """With scaled losses and without."""
     train_step = train_module.train_step
 
-    def scaled(*arguments: object) -> object:
-        return train_step(*arguments[:-1], 2.0**16)
+    def scaled(model: object, engine: Any, *arguments: object) -> object:
+        engine.loss_scale = 2.0**16
+        return train_step(model, engine, *arguments)
 
     for backend in backends:
         run = settings(model, data, backend, processes, "float32")

@@ -114,6 +114,21 @@ def test_the_log_says_which_it_is(name: str, asked: str, is_packed: bool, expect
     assert note == expected
 
 
+@pytest.mark.parametrize(
+    ("name", "rows", "is_packed", "is_on_gpu", "expected"),
+    [
+        ("sdpa", 1, True, True, 64), ("sdpa", 3, True, True, 192), ("sdpa", 3, False, True, 192),
+        ("sdpa", 1, False, True, 0), ("sdpa", 3, True, False, 0), ("flash_attention_2", 3, True, True, 0),
+        ("eager", 3, True, True, 0),
+    ],
+)  # fmt: skip
+def test_what_sdpa_keeps_of_a_mask(name: str, rows: int, is_packed: bool, is_on_gpu: bool, expected: int) -> None:
+    """On a GPU the square of each row's 8 tokens, packed or padded; a single row that is not packed has no mask."""
+    with mock.patch.object(attention, "_implementation", return_value=name):
+        found = attention.mask_elements(torch.nn.Module(), rows, 8, is_packed=is_packed, is_on_gpu=is_on_gpu)
+    assert found == expected
+
+
 def test_packed_rows_follow_each_other_for_variable_length_kernels() -> None:
     """One row of all tokens, in which positions still begin anew; other kinds keep the rows, and take no mask."""
     ids, positions = torch.arange(6).view(2, 3), torch.tensor([[0, 1, 0], [0, 1, 2]])
