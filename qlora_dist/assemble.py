@@ -69,7 +69,7 @@ def build_model(
         compile_layers(decoder_layers(model), runtime.device)
         reporter.say("decoder layers: compiled in the first steps, which take longer")
     else:
-        lighten(model)
+        lighten(model, runtime.device)
     apply_recompute(decoder_layers(model), config.memory)
     check_fits(model, backend, config.parallel, runtime)
     home = shard_skeleton(model, backend, config.parallel, runtime, settings)

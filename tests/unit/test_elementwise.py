@@ -85,6 +85,96 @@ def test_other_norms_are_left_alone(kind: type[nn.Module]) -> None:
     assert not is_lightened(module)
 
 
+class OnePlus(LlamaRMSNorm):
+    """Multiplies by 1 + w, under Llama's names."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * ((1 + self.weight) / self.weight).to(x.dtype)
+
+
+class Centered(LlamaRMSNorm):
+    """Takes the mean off first."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x - x.mean(-1, keepdim=True))
+
+
+class EpsilonOutside(LlamaRMSNorm):
+    """Adds the epsilon to the root instead of under it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        exact = x.float()
+        normed = exact / (exact.square().mean(-1, keepdim=True).sqrt() + self.variance_epsilon)
+        return self.weight * normed.to(x.dtype)
+
+
+class Exact(LlamaRMSNorm):
+    """Rounds nothing, and so is nearer to float32 than any kernel that does."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) if x.dtype == torch.float32 else self.float_forward(x)
+
+    def float_forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (LlamaRMSNorm.forward(self, x.float()) * self.weight.float() / self.weight.float()).float()
+
+
+class Gated(LlamaRMSNorm):
+    """Is called with a gate in its model, and can do without."""
+
+    def forward(self, x: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
+        return super().forward(x if gate is None else x * gate)
+
+
+@pytest.fixture
+def kernels_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Norms are asked on the CPU, where the operator of the kernel is composed of others and rounds as it does."""
+    ask = elementwise.kernel_is_as_exact
+    monkeypatch.setattr(elementwise, "kernel_is_as_exact", lambda norm, device: ask(norm, torch.device("cpu")))
+
+
+GPU = torch.device("cuda")
+
+
+@pytest.mark.usefixtures("kernels_here")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("kind", [LlamaRMSNorm, Olmo2RMSNorm])
+def test_a_kernel_is_as_exact(kind: type[nn.Module], dtype: torch.dtype) -> None:
+    """Output and gradient of the kernel that norms take on a GPU, whether their models round before the weight or
+    after it, are in bfloat16 no further from float32 than the module's own, and in float32 the same within 1e-6."""
+    module = norm(kind, dtype)
+    exact_out, exact = results(module.float(), torch.float32)
+    out, plain = results(module.to(dtype), dtype)
+    lighten(module, GPU)
+    assert is_lightened(module)
+    found_out, found = results(module, dtype)
+    for ours, theirs, expected in ((found_out, out, exact_out), (found, plain, exact)):
+        assert ours.dtype == theirs.dtype
+        assert distance(ours, expected) <= max(1.01 * distance(theirs, expected), 1e-6)
+    if kind is LlamaRMSNorm and dtype == torch.bfloat16:
+        assert distance(found_out, exact_out) < 0.9 * distance(out, exact_out), "it rounds once"
+
+
+@pytest.mark.usefixtures("kernels_here")
+@pytest.mark.parametrize("kind", [Gemma2RMSNorm, OnePlus, Centered, EpsilonOutside, Exact, Gated])
+def test_a_kernel_takes_the_place_of_nothing_else(kind: type[nn.Module]) -> None:
+    """Not of another function, nor of one that is more exact, nor of one that is called with more."""
+    module = kind(WIDTH).bfloat16().requires_grad_(False)
+    module.weight.copy_(torch.randn(WIDTH))
+    lighten(module, GPU)
+    assert not is_lightened(module)
+
+
+@pytest.mark.usefixtures("kernels_here")
+def test_an_input_of_another_type_is_left_to_the_norm() -> None:
+    """The kernel takes one type only: a residual stream in float32 is normed as without a GPU."""
+    module, other = norm(dtype=torch.bfloat16), norm(dtype=torch.bfloat16)
+    expected = results(module, torch.float32)
+    lighten(module, GPU)
+    assert all(map(torch.equal, results(module, torch.float32), expected[:1]))
+    lighten(other)
+    assert torch.equal(results(module, torch.float32)[1], results(other, torch.float32)[1])
+
+
 def test_other_activations_are_left_alone() -> None:
     """An MLP gated by GELU, and one that does something else with the same parts."""
 
