@@ -42,7 +42,7 @@ def make_config(folder: Path, shape: Shape, rows: int, seq_len: int, **sections:
     """
     write_model_config(shape, folder, seq_len)
     settings: dict[str, dict[str, Any]] = {
-        "model": {"path": str(folder)},
+        "model": {"path": str(folder), "dtype": "bfloat16"},
         "data": {"train": str(folder / "none.jsonl"), "max_seq_len": seq_len},
         "optim": {"micro_batch_size": rows, "lr": 1e-4, "schedule": "constant", "max_steps": 100},
     }

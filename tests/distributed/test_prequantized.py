@@ -49,7 +49,7 @@ def stored(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Stored
 def load_sharded(folder: Path, quantization: str, double_quant: bool):
     """The base model of `folder` sharded over the processes of this run, and the bytes that this one read."""
     runtime = start_runtime(seed=0, dtype="bfloat16")
-    model = build_skeleton(folder, ModelConfig(str(folder), quantization, double_quant))
+    model = build_skeleton(folder, ModelConfig(str(folder), quantization, double_quant, "bfloat16"))
     shard_skeleton(model, "fsdp", ParallelConfig(), runtime)
     materialize(model, runtime.device, runtime.device)
     return model, load_base_weights(model, folder, runtime.device).bytes_read

@@ -1,6 +1,7 @@
 """What a rank holds of a sharded model: its share and no more, in exactly the bytes of the whole."""
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import bitsandbytes.functional as bnb_functional
@@ -23,7 +24,8 @@ from tests.support.processes import run_on_processes
 
 
 def build_sharded(folder: Path, config: ModelConfig, backend: Backend):
-    """The model of `folder`, sharded over the processes of this run."""
+    """The model of `folder`, sharded over the processes of this run; in the type of its files, bfloat16."""
+    config = replace(config, dtype="bfloat16")
     runtime = start_runtime(seed=0, dtype=config.dtype)
     train_config = TrainConfig(model=config, adapter=AdapterConfig(rank=4), memory=MemoryConfig(recompute="none"))
     settings = engine_settings(train_config, backend)

@@ -18,7 +18,8 @@ from tests.support.training import train_here
 def run(tmp_path: Path, tiny_llama: Path, chat_file: Path) -> dict:
     """Settings of eight steps."""
     return {
-        "model": {"path": str(tiny_llama), "attention": "eager"},  # SDPA's backward adds in any order
+        # SDPA's backward adds in any order
+        "model": {"path": str(tiny_llama), "dtype": "bfloat16", "attention": "eager"},
         "adapter": {"rank": 64},  # enough for paged state to be paged
         "data": {"train": str(chat_file), "max_seq_len": 128, "cache_dir": str(tmp_path / "cache")},
         "optim": {"lr": 5e-3, "max_steps": 8, "micro_batch_size": 2, "schedule": "constant"},

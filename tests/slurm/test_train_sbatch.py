@@ -92,7 +92,7 @@ def config(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, chat_file
     return write_config(
         tmp_path_factory.mktemp("slurm") / "config.yaml",
         output_dir="given on the command line",
-        model={"path": str(tiny_llama)},
+        model={"path": str(tiny_llama), "dtype": "float32"},
         data={"train": str(chat_file)},
         optim={"max_steps": MAX_STEPS, "grad_accum_steps": 4},
         parallel={"backend": "fsdp"},

@@ -15,8 +15,9 @@ from qlora_dist.model.skeleton import build_skeleton
 
 
 def load_here(folder: Path, device: torch.device = torch.device("cpu"), **config: object):  # noqa: B008 - immutable
-    """The base model of `folder` as this program loads it, without adapters; with the attention of `load_there`."""
-    model = build_skeleton(folder, ModelConfig(path=str(folder), **config))
+    """The base model of `folder` as this program loads it, without adapters; with the type and the attention of
+    `load_there`."""
+    model = build_skeleton(folder, ModelConfig(path=str(folder), **{"dtype": "bfloat16", **config}))
     if model.config._attn_implementation == NAME:
         model.set_attn_implementation("sdpa")
     materialize(model, device, device)

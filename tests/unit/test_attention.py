@@ -50,8 +50,9 @@ def test_flash_attention_is_not_taken_where_it_would_fail() -> None:
         mock.patch.object(skeleton, "is_flash_attn_2_available", return_value=True),
         mock.patch.object(skeleton, "is_flash_attn_greater_or_equal", lambda version: version <= "2.5.9"),
     ):
-        assert skeleton._attention(ModelConfig("m"), BloomConfig()) == {}
-        assert skeleton._attention(ModelConfig("m"), Gemma2Config()) == {"attn_implementation": "eager"}
+        config = ModelConfig("m", dtype="bfloat16")
+        assert skeleton._attention(config, BloomConfig()) == {}
+        assert skeleton._attention(config, Gemma2Config()) == {"attn_implementation": "eager"}
 
 
 @pytest.fixture(params=["ImportError('undefined symbol: _ZN3c104')", "RuntimeError('no kernel')", None])

@@ -216,4 +216,5 @@ def test_a_model_with_its_own_attention_keeps_it(tmp_path: Path) -> None:
     falcon = FalconConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=32,
                           architectures=["FalconForCausalLM"])  # fmt: skip
     falcon.save_pretrained(tmp_path)
-    assert build_skeleton(tmp_path, ModelConfig(str(tmp_path))).config._attn_implementation == "sdpa"
+    model = build_skeleton(tmp_path, ModelConfig(str(tmp_path), dtype="bfloat16"))
+    assert model.config._attn_implementation == "sdpa"

@@ -25,7 +25,8 @@ def llama_65b(tmp_path_factory):
         hidden_size=HIDDEN, intermediate_size=INTERMEDIATE, num_hidden_layers=LAYERS, num_attention_heads=64,
         num_key_value_heads=64, vocab_size=VOCAB, tie_word_embeddings=False, architectures=["LlamaForCausalLM"],
     ).save_pretrained(folder)  # fmt: skip
-    return add_adapters(build_skeleton(folder, ModelConfig(path=str(folder))), AdapterConfig(rank=RANK), "base")
+    skeleton = build_skeleton(folder, ModelConfig(path=str(folder), dtype="bfloat16"))
+    return add_adapters(skeleton, AdapterConfig(rank=RANK), "base")
 
 
 def rows(count: int, num_shards: int, rank: int) -> int:
@@ -126,7 +127,8 @@ def shares_under_fsdp(folder: str, world_size: int) -> None:
 
     runtime = dataclasses.replace(start_runtime(seed=0, dtype="bfloat16"), world_size=world_size)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
-    model = add_adapters(build_skeleton(Path(folder), ModelConfig(path=folder)), AdapterConfig(rank=RANK), "base")
+    skeleton = build_skeleton(Path(folder), ModelConfig(path=folder, dtype="bfloat16"))
+    model = add_adapters(skeleton, AdapterConfig(rank=RANK), "base")
     total = whole_bytes(model)
     plan = plan_footprint(model, gathered_units(model), world_size, rank=0)
     shard_skeleton(model, "fsdp", ParallelConfig(), runtime)
