@@ -241,29 +241,6 @@ def test_two_runs_on_one_folder(tmp_path: Path, tiny_llama: Path, chat_file: Pat
     assert "stopped (file " in third.stdout
 
 
-def test_the_launcher_is_killed(tmp_path: Path, tiny_llama: Path, chat_file: Path) -> None:
-    """SIGKILL of the launcher leaves processes behind that nobody watches; they keep the folder locked while they
-    live, and STOP ends them in good order."""
-    run = settings(tiny_llama, chat_file)
-    run["optim"]["max_steps"] = 100_000
-    config = write_config(tmp_path / "c.yaml", **run, output_dir=str(tmp_path / "run"))
-    process, log = start(config, tmp_path)
-    pids = []
-    try:
-        wait_for(lambda: "step 3/" in log.read_text(), process, log)
-        pids = [rank_pid(process.pid, rank) for rank in (0, 1)]
-        process.kill()
-        process.wait()
-        (tmp_path / "run" / "STOP").touch()
-        wait_until_gone(pids)
-    finally:
-        for pid in pids:
-            if Path(f"/proc/{pid}").exists():
-                os.kill(pid, signal.SIGKILL)
-    assert (tmp_path / "run" / "STOPPED").read_text().startswith("file ")
-    assert complete_steps(tmp_path / "run" / "checkpoints")
-
-
 def wait_until_gone(pids: list[int]) -> None:
     """Wait for processes that are not this one's children."""
     deadline = time.monotonic() + 60
