@@ -76,7 +76,8 @@ def build_model(
     materialize(model, home, runtime.device)
     with reporter.loading(checkpoint_bytes(folder), len(decoder_layers(model)), alive) as on_progress:
         load_base_weights(model, folder, runtime.device, on_progress)
-    verify_base(model, backend, config.parallel, runtime)
+    with reporter.working("checking the weights"):
+        verify_base(model, backend, config.parallel, runtime)
     if saved_adapter is not None:
         load_adapter_weights(model, saved_adapter)
     else:

@@ -167,9 +167,12 @@ def train_command(argv: list[str]) -> None:
     if not looks_like_hub_name(config.model.path):
         resolve_model_folder(config.model.path)
     _quiet()
+    from qlora_dist.console import Reporter
+
     # A signal such as SIGBUS (a weight file that shrinks while it is mapped) says where it struck.
     faulthandler.enable()
-    from qlora_dist.train import train
+    with Reporter(os.environ.get("RANK", "0") == "0").working("loading libraries"):
+        from qlora_dist.train import train
 
     train(config)
 

@@ -6,49 +6,117 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TextIO
+from typing import TYPE_CHECKING, Protocol, TextIO
 
 from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Column
+from rich.text import Text
 
 from qlora_dist import streams
-from qlora_dist.metrics import EvalMetrics, StepMetrics
+from qlora_dist.heartbeat import Heartbeat, Work
+
+if TYPE_CHECKING:
+    from qlora_dist.metrics import EvalMetrics, StepMetrics
 
 _SAY_EVERY_SECONDS = 10.0
-"""Between lines about one long piece of work, where there is no terminal to show a bar on."""
+"""Longest silence about one long piece of work, where there is no terminal to show a bar on."""
+
+
+class Update(Protocol):
+    """Tells how far a piece of work is."""
+
+    def __call__(self, done: int, note: str = "") -> None: ...
 
 
 class Reporter:
-    """Speaks for the run on rank 0; on other ranks it is silent."""
+    """Speaks for the run on rank 0; on other ranks it is silent.
 
-    def __init__(self, is_main: bool, file: TextIO | None = None) -> None:
+    Args:
+        interval: seconds of silence after which long work is spoken of; None is ten.
+        clock: in seconds.
+    """
+
+    def __init__(
+        self,
+        is_main: bool,
+        file: TextIO | None = None,
+        interval: float | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
         self.console = Console(
             file=streams.lasting(file or sys.stdout), quiet=not is_main, highlight=False, emoji=False, soft_wrap=True
         )
+        self._clock = clock
+        self._heartbeat = Heartbeat(self.say, _SAY_EVERY_SECONDS if interval is None else interval, clock)
+        self._bars = _Bars(self.console) if self.console.is_terminal and is_main else None
+        self._is_main = is_main
         self._num_steps = 0
-        self._progress: Progress | None = None
+        self._training: Work | None = None
+        self._step_started = 0.0
 
     def say(self, text: str) -> None:
         """One plain line."""
+        self._heartbeat.spoke()
         self.console.print(text, markup=False)
 
     @contextmanager
+    def working(self, doing: str, total: int | None = None) -> Iterator[Update]:
+        """Show that something is being done that may take long; the body may tell how far it is.
+
+        On a terminal a bar shows it. In a log file there is a line after ten seconds in which nothing was said, and
+        again after ten more; nothing is written about work that is shorter.
+
+        Args:
+            doing: such as `evaluating batch`; how many of `total` are done is put behind it.
+        """
+        with self._showing(work := Work(doing, total)) as show:
+
+            def update(done: int, note: str = "") -> None:
+                work.done, work.note = done, note
+                show()
+
+            yield update
+
+    @contextmanager
+    def _showing(self, work: Work) -> Iterator[Callable[[], None]]:
+        """Show work while the body runs; the body calls what it gets when something about it has changed."""
+        if not self._is_main:
+            yield lambda: None
+        elif self._bars is not None:
+            with self._bars.showing(work, stays=work is self._training) as show:
+                yield show
+        else:
+            self._heartbeat.begin(work)
+            try:
+                yield self._heartbeat.look
+            finally:
+                self._heartbeat.end(work)
+
+    @contextmanager
     def training(self, num_steps: int) -> Iterator[None]:
-        """Show a live bar while the body runs, when there is a terminal to show it on."""
-        self._num_steps = num_steps
-        if not self.console.is_terminal or self.console.quiet:
-            yield
-            return
-        columns = (TextColumn("step {task.completed}/{task.total}"), BarColumn(bar_width=None),
-                   TextColumn("{task.fields[status]}"), TimeElapsedColumn())  # fmt: skip
-        with Progress(*columns, console=self.console) as progress:
-            self._progress = progress
-            progress.add_task("train", total=num_steps, status="")
+        """Show a live bar while the body runs, or, in a log file, where it stands when it was silent for long."""
+        self._num_steps, self._step_started = num_steps, self._clock()
+        work = Work("step", num_steps, line=self._training_line)
+        self._training = work
+        with self._showing(work):
             try:
                 yield
             finally:
-                self._progress = None
+                self._training = None
+
+    def at_step(self, step: int) -> None:
+        """An optimizer step is done, logged or not."""
+        if self._training is not None:
+            self._training.done, self._step_started = step, self._clock()
+            if self._bars is not None:
+                self._bars.refresh()
+
+    def _training_line(self, now: float) -> str:
+        assert self._training is not None
+        seconds, done = now - self._step_started, self._training.done
+        within = f", for {seconds:.0f} s in step {done + 1}" if seconds >= 1 and done < self._num_steps else ""
+        return f"after step {done}/{self._num_steps}{within}"
 
     @contextmanager
     def loading(
@@ -60,19 +128,15 @@ class Reporter:
             alive: called whenever another layer is filled, by all ranks alike.
         """
         started = time.perf_counter()
-        columns = (TextColumn("loading layer {task.completed}/{task.total}"), BarColumn(bar_width=None),
-                   TextColumn("{task.fields[mebibytes]:,} MiB read by this rank"))  # fmt: skip
-        hidden = not self.console.is_terminal or self.console.quiet
         last = last_layer = 0
-        with Progress(*columns, console=self.console, transient=True, disable=hidden) as progress:
-            task = progress.add_task("load", total=total_layers, mebibytes=0)
+        with self.working("loading layer", total_layers) as update:
 
             def on_progress(num_bytes: int, num_layers: int) -> None:
                 nonlocal last, last_layer
                 if num_layers != last_layer:
                     alive()
                 last, last_layer = num_bytes, num_layers
-                progress.update(task, completed=num_layers, mebibytes=num_bytes // 2**20)
+                update(num_layers, f"{num_bytes // 2**20:,} MiB read by this rank")
 
             yield on_progress
         seconds = time.perf_counter() - started
@@ -81,39 +145,29 @@ class Reporter:
     @contextmanager
     def preparing(self) -> Iterator[Callable[[str], None]]:
         """How far the data are: the body calls what it gets with a line, shown while it is true, or now and then."""
-        said = time.perf_counter()
-        if self.console.is_terminal and not self.console.quiet:
-            with self.console.status("") as status:
-                yield lambda text: status.update(escape(text))
-            return
+        work = Work("reading the data")
 
-        def show(text: str) -> None:
-            nonlocal said
-            if time.perf_counter() - said > _SAY_EVERY_SECONDS:
-                said = time.perf_counter()
-                self.say(text)
+        def line(now: float) -> str:
+            return f"{work.doing}, {now - work.started:.0f} s"
 
-        yield show
+        work.line = line
+        with self._showing(work) as show:
+
+            def say_now(text: str) -> None:
+                work.doing = text
+                show()
+
+            yield say_now
 
     @contextmanager
     def quantizing(self, total_bytes: int) -> Iterator[Callable[[int], None]]:
         """Progress of `quantize`: a bar on a terminal, else a line every ten seconds."""
-        started = said = time.perf_counter()
-        columns = (TextColumn("quantising"), BarColumn(bar_width=None), DownloadColumn(binary_units=True),
-                   TimeRemainingColumn())  # fmt: skip
-        has_bar = self.console.is_terminal and not self.console.quiet
-        with Progress(*columns, console=self.console, transient=True, disable=not has_bar) as progress:
-            task = progress.add_task("quantise", total=total_bytes)
+        started = time.perf_counter()
+        with self.working("quantising MiB", max(1, total_bytes // 2**20)) as update:
 
             def on_bytes(num_bytes: int) -> None:
-                nonlocal said
-                progress.update(task, completed=num_bytes)
-                now = time.perf_counter()
-                if not has_bar and now - said > _SAY_EVERY_SECONDS:
-                    said = now
-                    left = (now - started) * (total_bytes / num_bytes - 1)
-                    done, whole = num_bytes / 2**20, total_bytes / 2**20
-                    self.say(f"quantised {done:,.0f} of {whole:,.0f} MiB | {duration(left)} left")
+                left = (time.perf_counter() - started) * (total_bytes / max(1, num_bytes) - 1)
+                update(num_bytes // 2**20, f"{duration(left)} left")
 
             yield on_bytes
         seconds = time.perf_counter() - started
@@ -122,9 +176,9 @@ class Reporter:
     def step(self, row: StepMetrics, seconds_left: float | None) -> None:
         """One logged optimizer step."""
         status = step_line(row, self._num_steps, seconds_left)
-        if self._progress is not None:
-            task = self._progress.task_ids[0]
-            self._progress.update(task, completed=row.step, status=status.partition(" | ")[2])
+        if self._training is not None and self._bars is not None:
+            self._training.done, self._training.note = row.step, status.partition(" | ")[2]
+            self._bars.refresh()
         else:
             self.say(status)
 
@@ -134,6 +188,60 @@ class Reporter:
             f"eval at step {row.step} | loss {row.eval_loss:.4f} | perplexity {row.eval_perplexity:.2f} | "
             f"{row.num_target_tokens:,} target tokens | {row.seconds:.1f} s"
         )
+
+
+class _Bars:
+    """A bar for each piece of work that is being done, on a terminal; that of the innermost one is shown."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._progress: Progress | None = None
+        self._shown: list[tuple[Work, TaskID]] = []
+
+    @contextmanager
+    def showing(self, work: Work, stays: bool) -> Iterator[Callable[[], None]]:
+        """Show this work's bar while the body runs.
+
+        Args:
+            stays: its last state stays on the screen.
+        """
+        if self._progress is None:
+            text = TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True))
+            columns = (text, BarColumn(bar_width=None), _Note(), TimeElapsedColumn())
+            self._progress = Progress(*columns, console=self._console, transient=not stays)
+            self._progress.start()
+        progress = self._progress
+        for _, outer in self._shown[-1:]:
+            progress.update(outer, visible=False)
+        task = progress.add_task(work.text, total=work.total, note=work.note)
+        self._shown.append((work, task))
+        try:
+            yield self.refresh
+        finally:
+            self.refresh()
+            self._shown.pop()
+            for _, outer in self._shown[-1:]:
+                progress.remove_task(task)
+                progress.update(outer, visible=True)
+            if not self._shown:
+                progress.stop()
+                self._progress = None
+
+    def refresh(self) -> None:
+        """Something about the innermost work has changed."""
+        for work, task in self._shown[-1:]:
+            assert self._progress is not None
+            self._progress.update(task, description=work.text, completed=work.done, note=work.note)
+
+
+class _Note(ProgressColumn):
+    """More about how far it is, cut off where the terminal is too narrow; the other columns stay whole."""
+
+    def __init__(self) -> None:
+        super().__init__(table_column=Column(no_wrap=False))
+
+    def render(self, task: Task) -> Text:
+        return Text(str(task.fields["note"]), no_wrap=True, overflow="ellipsis")
 
 
 def step_line(row: StepMetrics, num_steps: int, seconds_left: float | None) -> str:

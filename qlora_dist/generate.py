@@ -46,7 +46,8 @@ def generate(adapter: str, prompt: str | None, chat: bool, max_new_tokens: int, 
     runtime = start_runtime(seed=0, dtype="auto")
     # Answers go to standard output alone, so that they can be piped on.
     reporter = Reporter(is_main=True, file=sys.stderr)
-    model, tokenizer = load_trained(Path(adapter), recipe, runtime=runtime, reporter=reporter)
+    with reporter.working("loading the model"):
+        model, tokenizer = load_trained(Path(adapter), recipe, runtime=runtime, reporter=reporter)
     settings = Sampling(max_new_tokens, temperature)
     if chat:
         _converse(model, tokenizer, recipe.layout, settings, runtime)

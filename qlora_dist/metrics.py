@@ -180,6 +180,7 @@ class Recorder:
         self._window_tokens += sums.num_tokens
         self._window_targets += sums.num_targets
         self._window_flops += flops
+        self._reporter.at_step(step)
         if step % self._config.every and step != self._num_steps:
             return
         summed = self._runtime.sum_over_ranks(torch.stack([sums.loss, sums.loss.new_tensor(self._window_flops)]))

@@ -75,9 +75,10 @@ def quantize(model: str, out: str, fmt: QuantFormat) -> None:
                     done += 2 * num_elements
                     on_bytes(done)
                 written.close()
-        _write_config(folder, partial, skeleton, fmt)
-        _copy_rest(folder, partial)
-        _check_result(partial, fmt)
+        with reporter.working("checking what was written"):
+            _write_config(folder, partial, skeleton, fmt)
+            _copy_rest(folder, partial)
+            _check_result(partial, fmt)
         os.replace(partial, target)  # onto nothing, or onto an empty folder
     except (OSError, SafetensorError) as error:
         raise ModelError(

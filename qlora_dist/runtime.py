@@ -155,6 +155,11 @@ def launched_world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def is_first_process() -> bool:
+    """Whether this is rank 0, known before the processes are."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def start_runtime(
     seed: int, dtype: str, collective_timeout_seconds: float = 1800, *, is_dtype_kept: bool = False
 ) -> Runtime:

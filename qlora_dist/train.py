@@ -20,11 +20,12 @@ from qlora_dist.assemble import build_model
 from qlora_dist.budget import RecomputeBudget
 from qlora_dist.checkpoint import Checkpoints, Identity, TrainState, adapter_shapes, choose_checkpoint
 from qlora_dist.config import TrainConfig
+from qlora_dist.console import Reporter
 from qlora_dist.data.dataset import Dataset
 from qlora_dist.data.loader import StepLoader
 from qlora_dist.data.sampler import BatchPlan, MicroBatch, run_end, sample_order
 from qlora_dist.errors import Stopped, TrainingError
-from qlora_dist.evaluate import evaluate
+from qlora_dist.evaluate import evaluate, num_eval_batches
 from qlora_dist.inputs import load_inputs
 from qlora_dist.loss_scale import LossScale
 from qlora_dist.metrics import Recorder, StepSums
@@ -44,7 +45,7 @@ from qlora_dist.parallel import Backend, Engine, Settings, build_engine, check_i
 from qlora_dist.peak import peak_flops
 from qlora_dist.profiler import StepProfiler
 from qlora_dist.run_folder import check_run_folder, dtype_of_run, identity
-from qlora_dist.runtime import Runtime, start_runtime
+from qlora_dist.runtime import Runtime, is_first_process, start_runtime
 from qlora_dist.session import Session
 from qlora_dist.tokenizer import pad_token_id
 
@@ -60,26 +61,31 @@ def train(config: TrainConfig) -> None:
     backend = choose_backend(config)
     dtype, is_kept = dtype_of_run(config, folder)
     patience = config.parallel.hang_timeout_seconds
-    runtime = start_runtime(config.seed, dtype, patience, is_dtype_kept=is_kept)
+    with Reporter(is_first_process()).working("waiting for all processes to start"):
+        runtime = start_runtime(config.seed, dtype, patience, is_dtype_kept=is_kept)
     config = replace(config, model=replace(config.model, dtype=runtime.dtype_name))
     settings = engine_settings(config, backend)
     with Session(folder, config, runtime) as session:
-        training = prepare(config, backend, settings, session)
+        with session.reporter.working("preparing the run"):
+            training = prepare(config, backend, settings, session)
         if training is not None:
             training.run()
-            training.finish()
+            with session.reporter.working("writing the adapter"):
+                training.finish()
 
 
 def prepare(config: TrainConfig, backend: Backend, settings: Settings | None, session: Session) -> Training | None:
     """Everything before the first step: data, checkpoint, model, engine; None when the run is finished already."""
-    runtime, say = session.runtime, session.reporter.say
+    runtime, say, working = session.runtime, session.reporter.say, session.reporter.working
     say(runtime.compute_note)
     check_offload(config.memory, runtime.device)
-    model_folder = runtime.main_first(lambda: resolve_model_folder(config.model.path))
+    with working(f"fetching {config.model.path}"):
+        model_folder = runtime.main_first(lambda: resolve_model_folder(config.model.path))
     tokenizer, data = load_inputs(config, model_folder, session.reporter, runtime.main_first)
     say("\n".join(data.notes))
 
-    checkpoint = choose_checkpoint(session.folder, config.checkpoint.resume, runtime, say)
+    with working("looking for a checkpoint"):
+        checkpoint = choose_checkpoint(session.folder, config.checkpoint.resume, runtime, say)
     state = checkpoint.state if checkpoint else TrainState()
     is_own = checkpoint is not None and checkpoint.path.parent.parent == session.folder
     if not is_own:
@@ -96,7 +102,8 @@ def prepare(config: TrainConfig, backend: Backend, settings: Settings | None, se
         return None
 
     session.watch()
-    model = build_model(config, model_folder, backend, runtime, session.reporter, settings, session.alive)
+    with working("building the model"):
+        model = build_model(config, model_folder, backend, runtime, session.reporter, settings, session.alive)
     held_bytes = local_bytes(model)  # a forward without a backward leaves some engines' output head gathered
     belongs_to = Identity(fingerprint(model_folder), data.fingerprint(), adapter_shapes(model), identity(config))
     if checkpoint:
@@ -184,7 +191,8 @@ class Training:
                 self.save()
                 raise
             finally:
-                self.checkpoints.wait()
+                with reporter.working("waiting for the checkpoint to be written"):
+                    self.checkpoints.wait()
 
     def step(self, recorder: Recorder) -> None:
         """One optimizer step, counted and recorded."""
@@ -233,16 +241,20 @@ class Training:
 
     def evaluate(self, recorder: Recorder) -> None:
         """Loss on the held-out samples."""
+        samples, settings, runtime = self.data.eval, self.config.eval, self.session.runtime
+        micro_batch_size = self.config.optim.micro_batch_size
+        num_batches = num_eval_batches(len(samples), settings, micro_batch_size, runtime)
         try:
-            result = evaluate(
-                self.model, self.data.eval, self.config.eval, self.session.runtime,
-                micro_batch_size=self.config.optim.micro_batch_size, pad_token_id=self.pad_token_id,
-                alive=self.session.alive, step=self.state.step, epoch=self.plan.epoch_at(self.state.num_samples_seen),
-            )  # fmt: skip
+            with self.session.reporter.working("evaluating batch", num_batches) as update:
+                result = evaluate(
+                    self.model, samples, settings, runtime, micro_batch_size=micro_batch_size,
+                    pad_token_id=self.pad_token_id, alive=self.session.alive, on_batch=update,
+                    step=self.state.step, epoch=self.plan.epoch_at(self.state.num_samples_seen),
+                )  # fmt: skip
         except torch.OutOfMemoryError as error:
             raise TrainingError(
                 "the GPU's memory is full in an evaluation, which keeps nothing for backward. Lower "
-                f"optim.micro_batch_size (now {self.config.optim.micro_batch_size}) or data.max_seq_len."
+                f"optim.micro_batch_size (now {micro_batch_size}) or data.max_seq_len."
             ) from error
         self.state.count_evaluation(result.eval_loss)
         recorder.evaluation(result)
@@ -252,9 +264,10 @@ class Training:
         state = self.state
         if state.step == 0 or self.checkpoints.has(state.step):
             return
-        check_in_sync(self.model, state.step, state.num_samples_seen, self.session.runtime)
-        optimizer = self.engine.optimizer_state() if state.num_updates else {}
-        self.checkpoints.write(state, self.engine.whole_adapter(), optimizer, is_trial)
+        with self.session.reporter.working("saving a checkpoint"):  # which waits for the one before
+            check_in_sync(self.model, state.step, state.num_samples_seen, self.session.runtime)
+            optimizer = self.engine.optimizer_state() if state.num_updates else {}
+            self.checkpoints.write(state, self.engine.whole_adapter(), optimizer, is_trial)
 
     def finish(self) -> None:
         """Write the trained adapter."""
