@@ -183,7 +183,8 @@ class Training:
         try:
             # Evaluations are estimated: two of them take as long as many steps.
             without = ["--data.eval", "null", "--logging.tensorboard", "false"]
-            seconds = _run([*self.command(str(folder), NUM_MEASURED), *without], is_quiet=True)
+            with reporter.working("measuring"):
+                seconds = _run([*self.command(str(folder), NUM_MEASURED), *without], is_quiet=True)
             steps = _rows_of_steps(folder)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
