@@ -153,10 +153,25 @@ def quantize_blocks(elements: torch.Tensor, fmt: QuantFormat) -> tuple[torch.Ten
         packed, state = bnb_functional.quantize_4bit(
             piece, blocksize=fmt.block_size, compress_statistics=False, quant_type=fmt.quant_type
         )
+        if piece.device.type == "cuda":
+            clear_zero_blocks(packed, state.absmax, fmt)
         pieces.append((packed, state.absmax))
     if len(pieces) == 1:
         return pieces[0]
     return torch.cat([packed for packed, _ in pieces]), torch.cat([absmax for _, absmax in pieces])
+
+
+def clear_zero_blocks(packed: torch.Tensor, absmax: torch.Tensor, fmt: QuantFormat) -> None:
+    """Give blocks of nothing but zeros the code of zero, as they have it on a CPU; in place.
+
+    bitsandbytes' CUDA kernel multiplies by 1 / 0 there, and compares NaN: the code of -1. That is
+    harmless only until the second quantisation: by it, the constant need not come back as zero.
+    """
+    size, whole = fmt.block_size // 2, 2 * packed.numel() // fmt.block_size
+    is_zero, code = absmax == 0, {"nf4": 0x77, "fp4": 0x00}[fmt.quant_type]
+    codes, rest = packed.view(-1)[: whole * size], packed.view(-1)[whole * size :]
+    codes.view(whole, size).masked_fill_(is_zero[:whole, None], code)
+    rest.masked_fill_(is_zero[whole:], code)
 
 
 def quantize_absmax(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qlora_dist.model.nf4 import QuantFormat, QuantizedLinear
+from qlora_dist.model.nf4 import QuantFormat, QuantizedLinear, quantize_matrix
 from qlora_dist.quantize import quantize
 from tests.support.models import load_here
 
@@ -51,6 +51,20 @@ def test_the_cpu_quantises_to_nearly_the_same(device: torch.device, tiny_llama: 
         assert (step > 0).float().mean() <= 1e-3, name
         weights = [one.dequantized().cpu().float() for one in (layer, here[name])]
         assert (weights[0] - weights[1]).norm() <= 0.01 * weights[1].norm(), name
+
+
+@pytest.mark.parametrize(
+    "fmt", [QuantFormat("nf4"), QuantFormat("nf4", double_quant=False), QuantFormat("fp4")], ids=str
+)
+def test_zeros_are_zeros_on_both(fmt: QuantFormat, device: torch.device) -> None:
+    """A block of zeros has the codes that it has on the CPU, and none of its weights comes back as anything else."""
+    matrix = torch.randn(64, 96, generator=torch.Generator().manual_seed(0)).bfloat16()
+    matrix.view(-1)[64 * 5 : 64 * 7] = 0
+    there, here = (quantize_matrix(matrix.to(where), fmt) for where in (device, torch.device("cpu")))
+    for found in (there, here):
+        assert found.weight.view(-1, 32)[5:7].cpu().unique().tolist() == [0x77 if fmt.quant_type == "nf4" else 0]
+    step = (there.weight.cpu().int() - here.weight.int()).abs()
+    assert (step > 0).float().mean() <= 1e-3
 
 
 def test_a_4_bit_checkpoint_has_the_same_bytes_on_both(device: torch.device, tiny_llama: Path, tmp_path: Path) -> None:

@@ -6,7 +6,13 @@ import torch
 from bitsandbytes import functional as bnb_functional
 from torch import nn
 
-from qlora_dist.model.nf4 import QuantFormat, QuantizedLinear, quantize_matrix
+from qlora_dist.model.nf4 import (
+    QuantFormat,
+    QuantizedLinear,
+    clear_zero_blocks,
+    quantize_blocks,
+    quantize_matrix,
+)
 
 FORMATS = [QuantFormat(quant_type, double) for quant_type in ("nf4", "fp4") for double in (True, False)]
 
@@ -88,3 +94,26 @@ def test_dequantized_is_close_to_the_original() -> None:
     layer = filled_layer(weight, None, QuantFormat(), torch.float32)
     error = (layer.dequantized() - weight).norm() / weight.norm()
     assert 0.05 < error < 0.12
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+@pytest.mark.parametrize("block_size", [64, 128])
+@pytest.mark.parametrize("numel", [1024, 1000, 1001, 30])
+def test_blocks_of_zeros_get_the_code_of_zero(fmt: QuantFormat, block_size: int, numel: int) -> None:
+    """Where another kernel has left some other code, those of the CPU come back, and nothing else changes; also in a
+    block at the end that is not full."""
+    fmt = QuantFormat(fmt.quant_type, fmt.double_quant, block_size)
+    elements = torch.randn(numel, generator=torch.Generator().manual_seed(0)).bfloat16()
+    is_zero = torch.zeros(numel, dtype=torch.bool)
+    is_zero[2 * block_size : 3 * block_size] = True
+    is_zero[numel - numel % block_size :] = True
+    elements[is_zero] = 0
+    packed, absmax = quantize_blocks(elements, fmt)
+    absmax[absmax < 1e-30] = 0  # a CPU's constant is not quite zero where such a block is not full
+    expected = packed.clone()
+    assert (absmax == 0).any() == is_zero.any()
+    packed[is_zero[::2]] = 0x3C
+    clear_zero_blocks(packed, absmax, fmt)
+    if numel % 2:  # the last half byte is nobody's
+        packed[-1], expected[-1] = packed[-1] & 0xF0, expected[-1] & 0xF0
+    assert torch.equal(packed, expected)
