@@ -49,3 +49,20 @@ def test_state_that_is_saved_and_taken_up_goes_on_bit_for_bit(optimizer: str, de
     for name, param in whole.items():
         assert torch.equal(again[name], param), name
         assert not torch.equal(param, first[name])
+
+
+def test_gathering_state_takes_no_memory_on_the_gpu(device: torch.device) -> None:
+    """8-bit state of 50 million elements in parameters of a million: less than a MiB beside what is held."""
+    config = OptimConfig(optimizer="adamw_8bit")
+    params = {str(number): nn.Parameter(torch.zeros(1000, 1000, device=device)) for number in range(50)}
+    flat = FlatAdamW(params, config)
+    for gradient in flat.gradients:
+        gradient.normal_()
+    flat.step(config.lr)
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    held = torch.cuda.memory_allocated(device)
+    saved = flat.moments(device).gather({name: param.numel() for name, param in params.items()})
+    assert torch.cuda.max_memory_allocated(device) - held < 2**20
+    assert sum(tensor.nbytes for tensor in saved.values()) <= 2.1 * 50e6
+    assert {tensor.device.type for tensor in saved.values()} == {"cpu"}
