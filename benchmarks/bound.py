@@ -3,8 +3,8 @@
     seconds >= F / f + D / d + (L + E) / c
 
 F   operations of `qlora_dist/model/flops.py`: 4 P per token for the frozen linear layers, 12 w for each attended pair
-    and layer, 4 d V per target token for the head. f: what a large bfloat16 product reaches here.
-D   bytes that dequantisation reads and writes, 0.516 + 2 per weight and pass; two passes, forward and for the gradient
+    and layer, 4 d V per target token for the head. f: what a large product reaches here.
+D   bytes that dequantisation reads and writes, 0.516 + b per weight and pass; two passes, forward and for the gradient
     of the input. d: the rate of bitsandbytes' kernel here.
 L   what LoRA adds. Its products are thin, so that their time is that of reading and writing: per token and layer x (in)
     is read for A x and for dA, the gradient (out) for g B and for dB, and the output (out) and dx (in) are read and
@@ -13,6 +13,8 @@ E   elementwise work, if each of these is one kernel: per token and layer, in el
     stream and normalising it, twice; 2 (d + kv) for the rotation; 3 i for the product of the MLP's two halves; backward
     8 d, 2 (d + kv) and 5 i.  d: hidden width, kv: width of the keys, i: of the MLP.
 c   bytes per second of a copy here, read and written.
+
+All in the compute type, of b bytes: 2 for bfloat16, 4 for float32.
 
 Every recomputed layer adds a forward: 2 P, 4 w, one pass of dequantisation, and its share of E and L. Not counted, so
 that no step can be quicker: softmax, the loss beyond its products, the optimizer, launches.
@@ -39,7 +41,6 @@ from qlora_dist.model.nf4 import QuantizedLinear
 from qlora_dist.model.skeleton import base_model, build_skeleton
 
 GIB = 2**30
-_ELEMENT = 2  # bytes of a bfloat16
 
 
 @dataclass(frozen=True)
@@ -49,14 +50,22 @@ class Rates:
     flops: float
     dequantized_bytes: float
     copied_bytes: float
+    element_bytes: int = 2
+    """Of the compute type in which they were measured."""
 
     @classmethod
-    def of(cls, limits: Mapping[str, Any]) -> Rates:
-        """Of what `limits.measure` returned."""
+    def of(cls, limits: Mapping[str, Any], dtype: str = "bfloat16") -> Rates:
+        """Of what `limits.measure` returned.
+
+        Args:
+            dtype: the compute type, `bfloat16` or `float32`.
+        """
+        dequantized = {"bfloat16": "dequantize_gib_per_second", "float32": "dequantize_float32_gib_per_second"}
         return cls(
-            flops=limits["gemm_tflops"]["bfloat16"] * 1e12,
-            dequantized_bytes=limits["dequantize_gib_per_second"] * GIB,
+            flops=limits["gemm_tflops"][dtype] * 1e12,
+            dequantized_bytes=limits[dequantized[dtype]] * GIB,
             copied_bytes=limits["copy_gib_per_second"] * GIB,
+            element_bytes={"bfloat16": 2, "float32": 4}[dtype],
         )
 
 
@@ -95,14 +104,15 @@ def bound_seconds(model: nn.Module, batch: MicroBatch, rates: Rates, recomputed_
     pairs = frozen - lora_flops - linear - head  # 12 w for each: 4 w of them forward
     arithmetic = (linear / 2 + pairs / 3) * forwards + linear / 2 + pairs * 2 / 3 + head
 
-    dequantized = 2.516 * num_weights * (1 + forwards)
+    element = rates.element_bytes
+    dequantized = (0.516 + element) * num_weights * (1 + forwards)
     rotated = 2 * (config.hidden_size + kv)
     elementwise_forward = 8 * config.hidden_size + rotated + 3 * config.intermediate_size
     elementwise_backward = 8 * config.hidden_size + rotated + 5 * config.intermediate_size
-    elementwise = tokens * config.num_hidden_layers * (elementwise_forward * forwards + elementwise_backward) * _ELEMENT
+    elementwise = tokens * config.num_hidden_layers * (elementwise_forward * forwards + elementwise_backward) * element
     # Forward reads x, and reads and writes the output; the rest is backward's.
     lora_elements = sum((inner + 2 * outer) * forwards + 3 * inner + 2 * outer for inner, outer, _ in lora)
-    lora_seconds = max(tokens * lora_elements * _ELEMENT / rates.copied_bytes, lora_flops / rates.flops)
+    lora_seconds = max(tokens * lora_elements * element / rates.copied_bytes, lora_flops / rates.flops)
     return (
         arithmetic / rates.flops
         + dequantized / rates.dequantized_bytes
@@ -112,18 +122,25 @@ def bound_seconds(model: nn.Module, batch: MicroBatch, rates: Rates, recomputed_
 
 
 def most_tokens_per_second(
-    folder: Path, adapter_rank: int, rows: int, seq_len: int, num_targets: int, measured: Sequence[Mapping[str, Any]]
+    folder: Path,
+    adapter_rank: int,
+    rows: int,
+    seq_len: int,
+    num_targets: int,
+    measured: Sequence[Mapping[str, Any]],
+    dtype: str = "bfloat16",
 ) -> float:
     """At the bound, of a model with adapters on all linear layers, on full rows; no weights are read.
 
     Args:
         measured: what `limits.measure` returned, several times where the machine's speed drifts.
+        dtype: the compute type.
     """
     skeleton = build_skeleton(folder, ModelConfig(path=str(folder)))
     model = add_adapters(skeleton, AdapterConfig(rank=adapter_rank), "base")
     ids = torch.zeros(rows, seq_len, dtype=torch.int64)
     batch = MicroBatch(ids, torch.ones_like(ids), ids, None, num_tokens=ids.numel(), num_targets=num_targets)
-    return ids.numel() / mean(bound_seconds(model, batch, Rates.of(limits)) for limits in measured)
+    return ids.numel() / mean(bound_seconds(model, batch, Rates.of(limits, dtype)) for limits in measured)
 
 
 def arithmetic_seconds(model: nn.Module, batch: MicroBatch, rates: Rates) -> float:

@@ -70,6 +70,9 @@ def measure() -> dict[str, Any]:
         },
         # On a GPU so large that the host, which prepares each call in Python, is not what is measured.
         "dequantize_gib_per_second": dequantize_gib_per_second(16384 if is_gpu else 4096, device),
+        "dequantize_float32_gib_per_second": dequantize_gib_per_second(
+            16384 if is_gpu else 4096, device, torch.float32
+        ),
         "attention_tflops": {f"{length} tokens": attention_tflops(length, device) for length in lengths},
         "copy_gib_per_second": copy_gib_per_second(2**30 if is_gpu else 2**27, device),
     }  # fmt: skip
@@ -115,13 +118,13 @@ def gemm_tflops(rows: int, inner: int, columns: int, dtype: torch.dtype, device:
     return rate(2 * rows * inner * columns / 1e12, lambda: functional.linear(a, b), device)
 
 
-def dequantize_gib_per_second(size: int, device: torch.device) -> float:
-    """NF4 with double quantisation to bfloat16; bytes read and written, 0.516 + 2 per weight."""
+def dequantize_gib_per_second(size: int, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> float:
+    """NF4 with double quantisation to `dtype`; bytes read and written, per weight 0.516 and those of `dtype`."""
     import bitsandbytes.functional as bnb
 
-    packed, state = bnb.quantize_4bit(torch.randn(size, size, device=device).bfloat16(), quant_type="nf4",
+    packed, state = bnb.quantize_4bit(torch.randn(size, size, device=device).to(dtype), quant_type="nf4",
                                       compress_statistics=True)  # fmt: skip
-    return rate(2.516 * size**2 / 2**30, lambda: bnb.dequantize_4bit(packed, state), device)
+    return rate((0.516 + dtype.itemsize) * size**2 / 2**30, lambda: bnb.dequantize_4bit(packed, state), device)
 
 
 def attention_tflops(length: int, device: torch.device) -> float:

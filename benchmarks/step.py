@@ -3,16 +3,24 @@
     python benchmarks/step.py                    # needs what `make demo` prepared; twenty minutes on two cores
     python benchmarks/step.py --check            # two contenders, against the committed result; fails on a 15 % loss
 
+All compute in the type that `model.dtype: auto` takes on this machine, or in `--dtype`. Where that is not TRL's own
+choice, bfloat16, TRL at its defaults is one contender more, and the base of all comparisons is TRL in that type: a CPU
+without bfloat16 instructions emulates its products, many times slower, and a lead over that would say nothing of us.
+
 Every contender trains the same 4-bit model with the same LoRA settings on the same token ids and loss masks in the same
 order, 2 x 512 tokens a step, no padding, each in a fresh process, forwards through the list and then backwards, as
-often as `--rounds` says. TRL at its defaults runs again after every second contender, and these are compared with the
-two of its runs that are nearest, since the speed of a machine drifts. Rates leave the first two steps out, and with
+often as `--rounds` says. The base runs again after every second contender, and these are compared with the two of its
+runs that are nearest, since the speed of a machine drifts. Rates leave the first two steps out, and with
 them what is compiled in these. The losses of the first step must agree, or the comparison compares nothing. The rates
 of the machine are measured before, between and after, and every contender's is held against the bound that they give
 for this step with nothing recomputed. Writes benchmarks/results/step_DEVICE.json and .png.
 
 "TRL, tuned" recomputes nothing. The rest that one would tune is there already: rows are full, so packing has nothing to
-add, and TRL itself turns adapters on a 4-bit base into bfloat16.
+add, and TRL itself turns adapters on a 4-bit base into bfloat16. In float32 they are turned back: their products would
+be emulated too.
+
+`--check` compares with the committed result where that was measured in the same type on a CPU (or GPU) of the same
+kind. Elsewhere it says so, and asks only that we are not slower than TRL in the same type.
 """
 
 from __future__ import annotations
@@ -24,10 +32,11 @@ import sys
 import tempfile
 import textwrap
 import time
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from unittest import mock
 
 import torch
@@ -39,13 +48,15 @@ from benchmarks.apart import in_turns, over_base, run_apart  # noqa: E402
 from benchmarks.bound import most_tokens_per_second  # noqa: E402
 from benchmarks.conversations import MODEL, check_prepared, write_long_conversations  # noqa: E402
 from benchmarks.limits import measure_apart  # noqa: E402
-from benchmarks.machine import describe_machine  # noqa: E402
+from benchmarks.machine import describe_machine, kind_of  # noqa: E402
 
 NUM_WARMUP = 2
 RANK, ALPHA, LR, SEQ_LEN, ROWS = 16, 32, 1e-4, 512, 2
 THREADS = 2
 LOST = 0.15
 """Share of the lead over TRL whose loss `--check` reports."""
+THEIRS = "bfloat16"
+"""The compute type that TRL 1.16 takes unasked, on every device: `SFTConfig.bf16` is true."""
 
 
 @dataclass(frozen=True)
@@ -60,21 +71,55 @@ class Ours:
     is_compiled: bool = False
 
 
-BASE, WHOLE = "TRL, defaults", "qlora_dist"
-CONTENDERS: dict[str, Ours | None] = {
-    BASE: None,
-    "TRL, tuned": None,
-    "HF Trainer, no recompute": None,
-    "plain loop: peft's layers, all logits, all layers recomputed": Ours("full", False, False, False, "sdpa"),
-    "+ nothing recomputed": Ours("none", False, False, False, "sdpa"),
-    "+ loss of target rows, in chunks": Ours("none", True, False, False, "sdpa"),
-    "+ fused 4-bit layers": Ours("none", True, True, False, "sdpa"),
-    "+ norms and SwiGLU as one function each": Ours("none", attention="sdpa"),
-    f"+ attention in blocks = {WHOLE}": Ours(),
-    f"{WHOLE}, layers compiled": Ours(is_compiled=True),
-    f"{WHOLE}, all layers recomputed": Ours("full"),
-}
-"""None: another program, see `run_other`."""
+@dataclass(frozen=True)
+class Peer:
+    """A trainer that people use today."""
+
+    program: Literal["TRL", "HF Trainer"]
+    dtype: str
+    is_recomputing: bool = False
+
+
+WHOLE = "qlora_dist"
+
+
+def base_of(dtype: str) -> str:
+    """The contender that the others are compared with: TRL at its defaults but for the compute type."""
+    return "TRL, defaults" if dtype == THEIRS else f"TRL, {dtype}"
+
+
+def contenders_in(dtype: str) -> dict[str, Ours | Peer]:
+    """All contenders in their order, the base first.
+
+    Args:
+        dtype: the compute type of all; where it is not theirs, TRL at its defaults runs as well.
+    """
+    in_type = "" if dtype == THEIRS else f", {dtype}"
+    norms = "+ norms and SwiGLU as one function each"
+    parts = {
+        "bfloat16": {norms: Ours(attention="sdpa"), f"+ attention in blocks = {WHOLE}": Ours()},
+        "float32": {f"{norms} = {WHOLE}": Ours()},  # where attention in blocks is not taken
+    }
+    found: dict[str, Ours | Peer] = {
+        base_of(dtype): Peer("TRL", dtype, is_recomputing=True),
+        f"TRL, tuned{in_type}": Peer("TRL", dtype),
+        f"HF Trainer, no recompute{in_type}": Peer("HF Trainer", dtype),
+        "plain loop: peft's layers, all logits, all layers recomputed": Ours("full", False, False, False, "sdpa"),
+        "+ nothing recomputed": Ours("none", False, False, False, "sdpa"),
+        "+ loss of target rows, in chunks": Ours("none", True, False, False, "sdpa"),
+        "+ fused 4-bit layers": Ours("none", True, True, False, "sdpa"),
+        **parts[dtype],
+        f"{WHOLE}, layers compiled": Ours(is_compiled=True),
+        f"{WHOLE}, all layers recomputed": Ours("full"),
+    }
+    if dtype != THEIRS:
+        found["TRL, defaults"] = Peer("TRL", THEIRS, is_recomputing=True)
+    return found
+
+
+def whole_of(contenders: Mapping[str, Ours | Peer]) -> str:
+    """The name of this program with all its parts."""
+    return next(name for name, one in contenders.items() if one == Ours())
 
 
 def main() -> None:
@@ -83,7 +128,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1, help="times through the list, forwards and backwards")
     parser.add_argument("--out", type=Path, default=None, help="JSON file to write")
     parser.add_argument("--check", action="store_true", help="compare a short run with the committed result")
-    parser.add_argument("--contender", choices=CONTENDERS, help=argparse.SUPPRESS)  # run one, in this process
+    parser.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="compute type of all")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="of the contenders, besides the base")
+    parser.add_argument("--contender", help=argparse.SUPPRESS)  # run one, in this process
     parser.add_argument("--rows", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.steps <= NUM_WARMUP:
@@ -92,60 +139,93 @@ def main() -> None:
         parser.error(f"--rounds {options.rounds}: there must be one at least.")
     check_prepared()
     if options.contender is not None:
-        run_here(options.contender, options.rows, options.steps, options.out)
+        run_here(contenders_in(options.dtype)[options.contender], options)
         return
-    machine = describe_machine()
+    machine, dtype = describe_machine(), compute_type(options.dtype)
+    contenders = contenders_in(dtype)
     kept = ROOT / "benchmarks" / "results" / f"step_{'cuda' if machine['num_gpus'] else 'cpu'}.json"
     if options.check:
-        check(kept, options.steps, options.rounds)
+        names = (base_of(dtype), whole_of(contenders))
+        measured, _ = compare({name: contenders[name] for name in names}, dtype, options.steps, options.rounds)
+        committed = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else None
+        print(verdict(measured[names[1]]["times_trl"], committed, machine, dtype))
         return
-    contenders, limits = compare(CONTENDERS, options.steps, options.rounds, with_limits=True)
+    measured, limits = compare(contenders, dtype, options.steps, options.rounds, with_limits=True)
     result = {
         "machine": machine,
-        "settings": settings(options.steps, options.rounds),
+        "settings": settings(dtype, options.steps, options.rounds),
         "limits": limits,
-        "contenders": contenders,
+        "contenders": measured,
     }
     out = options.out or kept
     out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    plot(contenders, out.with_suffix(".png"))
-    print(table(contenders))
+    plot(measured, [name for name, one in contenders.items() if isinstance(one, Peer)], out.with_suffix(".png"))
+    print(table(measured))
     print(f"written to {out}")
 
 
-def settings(steps: int, rounds: int) -> dict[str, Any]:
+def compute_type(asked: str) -> str:
+    """`asked`, or what `model.dtype: auto` takes on this machine.
+
+    Raises:
+        SystemExit: it takes float16, which these contenders do not compare.
+    """
+    if asked != "auto":
+        return asked
+    from qlora_dist.compute_type import ability, choose
+
+    torch.set_num_threads(THREADS)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    found = choose("auto", [ability(device, "auto")])
+    print(found.note, flush=True)
+    if found.name == "float16":
+        raise SystemExit("model.dtype: auto takes float16 on this GPU. Give --dtype bfloat16 or float32.")
+    return found.name
+
+
+def settings(dtype: str, steps: int, rounds: int) -> dict[str, Any]:
     """What all contenders share."""
     return {
-        "model": MODEL.name, "rank": RANK, "alpha": ALPHA, "target_modules": "all-linear", "dtype": "bfloat16",
+        "model": MODEL.name, "rank": RANK, "alpha": ALPHA, "target_modules": "all-linear", "dtype": dtype,
         "quantization": "nf4", "double_quant": True, "tokens_per_step": f"{ROWS} x {SEQ_LEN}", "threads": THREADS,
         "steps": steps, "warmup_steps_dropped": NUM_WARMUP, "rounds": rounds,
     }  # fmt: skip
 
 
-def check(kept: Path, steps: int, rounds: int) -> None:
-    """Compare the lead over TRL with the committed one.
+def verdict(lead: float, committed: Mapping[str, Any] | None, machine: Mapping[str, Any], dtype: str) -> str:
+    """What a lead over TRL says beside the committed result.
+
+    Args:
+        lead: our rate over TRL's, in the same type.
+        committed: a result of this benchmark, from any machine; None: there is none.
+        machine, dtype: of the lead.
 
     Raises:
-        SystemExit: it has become smaller by more than 15 %.
+        SystemExit: it has become smaller by more than 15 %; or, where the result is from another kind of machine or in
+            another type, it is no lead at all.
     """
-    whole = next(name for name, ours in CONTENDERS.items() if ours == Ours())
-    before = json.loads(kept.read_text(encoding="utf-8"))["contenders"][whole]["times_trl"]
-    now = compare({name: CONTENDERS[name] for name in (BASE, whole)}, steps, rounds)[0][whole]["times_trl"]
-    verdict = f"{now:g} times TRL at its defaults; {kept.name} says {before:g}"
-    if now < (1 - LOST) * before:
-        raise SystemExit(
-            f"slower: {verdict}, and {LOST:.0%} less is too much. On a machine with other work "
-            "this may be chance: ask again with --rounds 3."
-        )
-    print(f"as quick as before: {verdict}")
+    found = f"{lead:g} times {base_of(dtype)}"
+    again = "On a machine with other work this may be chance: ask again with --rounds 3."
+    then = None if committed is None else kind_of(committed["machine"], committed["settings"]["dtype"])
+    if committed is None or then != kind_of(machine, dtype):
+        where = f"the committed result is from {then}, this is {kind_of(machine, dtype)}"
+        nothing = f"nothing to compare with: {where if then else 'no result is committed'}"
+        if lead < 1:
+            raise SystemExit(f"slower than TRL in {dtype}: {found}. {again} ({nothing})")
+        return f"not slower than TRL: {found}. ({nothing})"
+    before = committed["contenders"][whole_of(contenders_in(dtype))]["times_trl"]
+    found = f"{found}; the committed result says {before:g}"
+    if lead < (1 - LOST) * before:
+        raise SystemExit(f"slower: {found}, and {LOST:.0%} less is too much. {again}")
+    return f"as quick as before: {found}"
 
 
 def compare(
-    contenders: dict[str, Ours | None], steps: int, rounds: int, with_limits: bool = False
+    contenders: Mapping[str, Ours | Peer], dtype: str, steps: int, rounds: int, with_limits: bool = False
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Run all, forwards and backwards; rate, spread and losses of each, and the machine's rates meanwhile."""
     in_order: list[tuple[str, list[dict[str, float]]]] = []
-    order = in_turns(list(contenders), BASE)
+    order = in_turns(list(contenders), base_of(dtype))
     limits = [measure_apart(THREADS)] if with_limits else []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -153,32 +233,37 @@ def compare(
         for turn in (order, order[::-1]) * rounds:
             for contender in turn:
                 print(f"{contender} ...", flush=True)
-                in_order.append((contender, run(contender, folder, steps)))
+                one = contenders[contender]
+                is_in_other_type = isinstance(one, Peer) and one.dtype != dtype  # there, many times slower
+                num_steps = NUM_WARMUP + 1 if is_in_other_type else steps
+                in_order.append((contender, run(contender, dtype, folder, num_steps)))
             limits += [measure_apart(THREADS)] if with_limits else []
-    return summarise(in_order, limits), limits
+    return summarise(in_order, dtype, limits), limits
 
 
-def run(contender: str, folder: Path, steps: int) -> list[dict[str, float]]:
+def run(contender: str, dtype: str, folder: Path, steps: int) -> list[dict[str, float]]:
     """One contender in a fresh process; a row for each optimizer step: loss, seconds, num_tokens."""
     out = folder / "steps.json"
-    command = [__file__, "--contender", contender, "--steps", str(steps),
+    command = [__file__, "--contender", contender, "--dtype", dtype, "--steps", str(steps),
                "--rows", str(folder / "rows.jsonl"), "--out", str(out)]  # fmt: skip
     run_apart(command, THREADS, XDG_CACHE_HOME=str(folder / "cache"))
     return list(json.loads(out.read_text(encoding="utf-8")))
 
 
-def run_here(contender: str, rows: Path, steps: int, out: Path) -> None:
+def run_here(one: Ours | Peer, options: argparse.Namespace) -> None:
     """Train in this process and write what was measured."""
-    ours = CONTENDERS[contender]
-    measured = run_other(contender, rows, steps) if ours is None else run_ours(ours, rows, steps)
-    out.write_text(json.dumps(measured), encoding="utf-8")
+    if isinstance(one, Peer):
+        measured = run_peer(one, options.rows, options.steps)
+    else:
+        measured = run_ours(one, options.dtype, options.rows, options.steps)
+    options.out.write_text(json.dumps(measured), encoding="utf-8")
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # This program.
 
 
-def run_ours(ours: Ours, rows: Path, steps: int) -> list[dict[str, float]]:
+def run_ours(ours: Ours, dtype: str, rows: Path, steps: int) -> list[dict[str, float]]:
     """What `qlora-dist train` does, with the parts that `ours` names."""
     from qlora_dist import assemble
     from qlora_dist import train as train_module
@@ -189,7 +274,7 @@ def run_ours(ours: Ours, rows: Path, steps: int) -> list[dict[str, float]]:
     with tempfile.TemporaryDirectory() as name:
         config = {
             "output_dir": f"{name}/run",
-            "model": {"path": str(MODEL), "attention": ours.attention},
+            "model": {"path": str(MODEL), "dtype": dtype, "attention": ours.attention},
             "adapter": {"rank": RANK, "alpha": ALPHA},
             "data": {"train": str(rows), "max_seq_len": SEQ_LEN, "packing": False},
             "optim": {"lr": LR, "schedule": "constant", "max_steps": steps, "micro_batch_size": ROWS},
@@ -223,7 +308,7 @@ def all_logits(model: Any, input_ids: Any, attention_mask: Any, labels: Any, *_:
 # Others.
 
 
-def run_other(contender: str, rows: Path, steps: int) -> list[dict[str, float]]:
+def run_peer(peer: Peer, rows: Path, steps: int) -> list[dict[str, float]]:
     """A trainer of TRL or transformers on the same samples, in the order in which this program takes them."""
     from datasets import Dataset
     from peft import LoraConfig
@@ -240,9 +325,11 @@ def run_other(contender: str, rows: Path, steps: int) -> list[dict[str, float]]:
     table = Dataset.from_list([{"input_ids": s.input_ids, "labels": s.labels} for s in chosen])
     quantization = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_compute_dtype=getattr(torch, peer.dtype),
     )  # fmt: skip
-    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.bfloat16, quantization_config=quantization)
+    model = AutoModelForCausalLM.from_pretrained(
+        MODEL, dtype=getattr(torch, peer.dtype), quantization_config=quantization
+    )
     lora = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
 
     class Clock(TrainerCallback):
@@ -267,13 +354,17 @@ def run_other(contender: str, rows: Path, steps: int) -> list[dict[str, float]]:
             "lr_scheduler_type": "constant", "use_cpu": not torch.cuda.is_available(), "logging_steps": 1,
             "save_strategy": "no", "report_to": "none", "disable_tqdm": True,
         }  # fmt: skip
-        kind, keywords = trainer_of(contender, model, lora, tokenizer, common)
+        kind, keywords = trainer_of(peer, model, lora, tokenizer, common)
 
         class InOrder(kind):  # type: ignore[misc, valid-type]
             def _get_train_sampler(self, *_: Any, **__: Any) -> SequentialSampler:
                 return SequentialSampler(table)
 
-        InOrder(train_dataset=table, callbacks=[clock], **keywords).train()
+        trainer = InOrder(train_dataset=table, callbacks=[clock], **keywords)
+        for param in trainer.model.parameters():
+            if param.requires_grad:
+                param.data = param.data.to(getattr(torch, peer.dtype))
+        trainer.train()
     seconds = [later - earlier for earlier, later in zip(clock.times, clock.times[1:], strict=False)]
     return [
         {"loss": loss, "seconds": second, "num_tokens": ROWS * SEQ_LEN}
@@ -282,32 +373,32 @@ def run_other(contender: str, rows: Path, steps: int) -> list[dict[str, float]]:
 
 
 def trainer_of(
-    contender: str, model: Any, lora: Any, tokenizer: Any, common: dict[str, Any]
+    peer: Peer, model: Any, lora: Any, tokenizer: Any, common: dict[str, Any]
 ) -> tuple[type, dict[str, Any]]:
-    """The class of a contender's trainer, and how it is made."""
-    if contender.startswith("TRL"):
+    """The class of a peer's trainer, and how it is made."""
+    if peer.program == "TRL":
         from trl import SFTConfig, SFTTrainer
 
-        tuned = {} if contender == BASE else {"gradient_checkpointing": False}
-        arguments = SFTConfig(max_length=SEQ_LEN, **tuned, **common)
+        tuned = {} if peer.is_recomputing else {"gradient_checkpointing": False}
+        in_type = {} if peer.dtype == THEIRS else {"bf16": False}
+        arguments = SFTConfig(max_length=SEQ_LEN, **tuned, **in_type, **common)
         return SFTTrainer, {
             "model": model, "args": arguments, "processing_class": tokenizer, "peft_config": lora,
         }  # fmt: skip
     from peft import get_peft_model
     from transformers import Trainer, TrainingArguments
 
-    adapted = get_peft_model(model, lora)
-    for param in adapted.parameters():
-        if param.requires_grad:
-            param.data = param.data.to(torch.bfloat16)
-    return Trainer, {"model": adapted, "args": TrainingArguments(bf16=True, **common)}
+    arguments = TrainingArguments(bf16=peer.dtype == "bfloat16", **common)
+    return Trainer, {"model": get_peft_model(model, lora), "args": arguments}
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # The report.
 
 
-def summarise(in_order: list[tuple[str, list[dict[str, float]]]], limits: list[dict[str, Any]]) -> dict[str, Any]:
+def summarise(
+    in_order: list[tuple[str, list[dict[str, float]]]], dtype: str, limits: list[dict[str, Any]]
+) -> dict[str, Any]:
     """Median and spread of tokens/s of each contender, its losses, and with `limits` its share of the bound.
 
     Raises:
@@ -316,10 +407,11 @@ def summarise(in_order: list[tuple[str, list[dict[str, float]]]], limits: list[d
     runs: dict[str, list[list[dict[str, float]]]] = {}
     for name, rows in in_order:
         runs.setdefault(name, []).append(rows)
-    reference = runs[BASE][0][0]["loss"]
+    base = base_of(dtype)
+    reference = runs[base][0][0]["loss"]
     result: dict[str, dict[str, Any]] = {}
-    bound = at_the_bound(runs, limits)
-    leads = over_base([(name, statistics.median(counted_rates(rows))) for name, rows in in_order], BASE)
+    bound = at_the_bound(runs, dtype, limits)
+    leads = over_base([(name, statistics.median(counted_rates(rows))) for name, rows in in_order], base)
     for name, repeats in runs.items():
         if abs(repeats[0][0]["loss"] / reference - 1) > 0.01:
             sys.exit(f"{name}: first loss {repeats[0][0]['loss']:.4f} is not the {reference:.4f} of the others.")
@@ -341,13 +433,15 @@ def counted_rates(rows: list[dict[str, float]]) -> list[float]:
     return [row["num_tokens"] / row["seconds"] for row in rows[NUM_WARMUP:]]
 
 
-def at_the_bound(runs: dict[str, list[list[dict[str, float]]]], limits: list[dict[str, Any]]) -> float | None:
+def at_the_bound(
+    runs: dict[str, list[list[dict[str, float]]]], dtype: str, limits: list[dict[str, Any]]
+) -> float | None:
     """Tokens per second of a step that takes no more than it must, at the rates of the machine."""
     if not limits:
         return None
-    ours = next(name for name, parts in CONTENDERS.items() if parts == Ours())
+    ours = whole_of(contenders_in(dtype))
     num_targets = statistics.mean(row["num_targets"] for row in runs[ours][0])
-    return most_tokens_per_second(MODEL, RANK, ROWS, SEQ_LEN, round(num_targets), limits)
+    return most_tokens_per_second(MODEL, RANK, ROWS, SEQ_LEN, round(num_targets), limits, dtype)
 
 
 def table(contenders: dict[str, Any]) -> str:
@@ -356,9 +450,10 @@ def table(contenders: dict[str, Any]) -> str:
         "| contender | tokens/s | each run | x TRL | each run | of the limit | loss, first and last |",
         "|---|---|---|---|---|---|---|",
     ]
+    base = next(iter(contenders))
     for name, row in contenders.items():
         each, leads = row["tokens_per_second_of_each_run"], row["times_trl_of_each_run"]
-        if name == BASE:  # it ran between all others
+        if name == base:  # it ran between all others
             each, leads = [min(each), max(each)], []
         lines.append(
             f"| {name} | {row['tokens_per_second']:g} | {', '.join(map('{:g}'.format, each))} | {row['times_trl']:g} | "
@@ -368,7 +463,7 @@ def table(contenders: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def plot(contenders: dict[str, Any], file: Path) -> None:
+def plot(contenders: dict[str, Any], peers: Sequence[str], file: Path) -> None:
     """A bar for each contender, with the rates of its runs as points and what the bound allows as a line."""
     import matplotlib
 
@@ -378,7 +473,7 @@ def plot(contenders: dict[str, Any], file: Path) -> None:
     figure, panel = pyplot.subplots(figsize=(8.5, 4))
     names = ["\n".join(textwrap.wrap(name, 42)) for name in contenders]
     rates = [row["tokens_per_second"] for row in contenders.values()]
-    colors = ["tab:grey" if CONTENDERS[name] is None else "tab:blue" for name in contenders]
+    colors = ["tab:grey" if name in peers else "tab:blue" for name in contenders]
     panel.barh(names, rates, color=colors, alpha=0.8)
     for place, row in enumerate(contenders.values()):
         each = row["tokens_per_second_of_each_run"]
@@ -387,7 +482,7 @@ def plot(contenders: dict[str, Any], file: Path) -> None:
     bound = rates[0] / next(iter(contenders.values()))["share_of_limit"]
     panel.axvline(bound, color="tab:red", linestyle="--")
     panel.set_title("dashed: the least work of a step at the rates of this machine", fontsize=9, color="tab:red")
-    panel.set(xlabel="tokens/s (marks: each run; x: of TRL at its defaults)")
+    panel.set(xlabel="tokens/s (marks: each run; x: of TRL, the first)")
     panel.invert_yaxis()
     panel.grid(axis="x", alpha=0.3)
     figure.tight_layout()
