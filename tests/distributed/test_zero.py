@@ -83,8 +83,8 @@ def runs(request, tmp_path_factory, tiny_llama: Path, chat_file: Path) -> tuple[
 
 
 OUR_LINES = (
-    "step ", "eval at step ", "compute type: ", "base model: ", "attention: ", "decoder layers: ", "single, ", "zero2, ",
-    "zero3, ", "adapter written ", "packed ", "recompute: ", "/",
+    "step ", "eval at step ", "compute type: ", "base model: ", "attention: ", "decoder layers: ", "single, ",
+    "zero2, ", "zero3, ", "adapter written ", "packed ", "recompute: ", "/",
 )  # fmt: skip
 """How the lines of a run begin; `/` is the path of the data file."""
 
