@@ -175,12 +175,14 @@ class Reporter:
 
     def step(self, row: StepMetrics, seconds_left: float | None) -> None:
         """One logged optimizer step."""
-        status = step_line(row, self._num_steps, seconds_left)
         if self._training is not None and self._bars is not None:
-            self._training.done, self._training.note = row.step, status.partition(" | ")[2]
+            # What is left comes first: a narrow terminal has no room for all.
+            left = [] if seconds_left is None else [f"{duration(seconds_left)} left"]
+            self._training.done = row.step
+            self._training.note = " | ".join([*left, step_line(row, self._num_steps, None).partition(" | ")[2]])
             self._bars.refresh()
         else:
-            self.say(status)
+            self.say(step_line(row, self._num_steps, seconds_left))
 
     def evaluation(self, row: EvalMetrics) -> None:
         """One evaluation."""
@@ -207,7 +209,7 @@ class _Bars:
         """
         if self._progress is None:
             text = TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True))
-            columns = (text, BarColumn(bar_width=None), _Note(), TimeElapsedColumn())
+            columns = (text, BarColumn(bar_width=24), _Note(), TimeElapsedColumn())
             self._progress = Progress(*columns, console=self._console, transient=not stays)
             self._progress.start()
         progress = self._progress

@@ -1,6 +1,8 @@
 """What a person sees."""
 
 import re
+import threading
+import time
 from io import StringIO
 
 import pytest
@@ -105,3 +107,135 @@ def test_brackets_and_colons_are_printed_as_they_are() -> None:
     out = StringIO()
     Reporter(is_main=True, file=out).say("x[:100:]")
     assert out.getvalue() == "x[:100:]\n"
+
+
+class Clock:
+    """A clock that a test sets."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def reporter_at(out: StringIO, is_main: bool = True) -> tuple[Reporter, Clock]:
+    """A reporter for a log file, and its clock."""
+    clock = Clock()
+    return Reporter(is_main, file=out, interval=10, clock=clock), clock
+
+
+def test_short_work_leaves_no_line() -> None:
+    """Nothing is written of what takes less than ten seconds, told or not."""
+    out = StringIO()
+    reporter, clock = reporter_at(out)
+    with reporter.working("evaluating batch", total=4) as update:
+        for number in range(1, 5):
+            clock.now += 2.4
+            update(number)
+    with reporter.training(4):
+        clock.now += 9.9
+        reporter.at_step(1)
+        reporter._heartbeat.look()
+    assert out.getvalue() == ""
+
+
+def test_long_work_says_how_far_it_is() -> None:
+    """A line every ten seconds, not more, with what is done, and since when."""
+    out = StringIO()
+    reporter, clock = reporter_at(out)
+    with reporter.working("evaluating batch", total=100) as update:
+        for number in range(1, 101):
+            clock.now += 0.25
+            update(number)
+    with reporter.working("loading layer", total=3) as update:
+        clock.now += 11
+        update(2, "7 MiB read by this rank")
+    assert out.getvalue().splitlines() == [
+        "evaluating batch 40/100, 10 s", "evaluating batch 80/100, 20 s",
+        "loading layer 2/3, 7 MiB read by this rank, 11 s",
+    ]  # fmt: skip
+
+
+def test_one_long_call_is_spoken_of_by_a_thread() -> None:
+    """Work that never says how far it is; the thread lives no longer than the work."""
+    out = StringIO()
+    num_threads = threading.active_count()
+    reporter = Reporter(True, file=out, interval=0.2)
+    with reporter.working("converting"):
+        time.sleep(1.1)
+    assert threading.active_count() == num_threads
+    lines = out.getvalue().splitlines()
+    assert 3 <= len(lines) <= 5
+    assert set(lines) <= {"still converting, 0 s", "still converting, 1 s"}
+
+
+def test_every_line_counts_as_a_sign_of_life() -> None:
+    """Ten seconds are counted from the last line, whoever wrote it; the innermost work is what is spoken of."""
+    out = StringIO()
+    reporter, clock = reporter_at(out)
+    with reporter.working("preparing the run"):
+        clock.now = 9
+        reporter.say("a line")
+        with reporter.working("fetching a model"):
+            clock.now = 18.5
+            reporter._heartbeat.look()
+            clock.now = 19
+            reporter._heartbeat.look()
+        clock.now = 29
+        reporter._heartbeat.look()
+    assert out.getvalue().splitlines() == ["a line", "still fetching a model, 10 s", "still preparing the run, 29 s"]
+
+
+def test_steps_that_are_long_or_seldom_logged() -> None:
+    """Where training stands: the last step that is done, and how long the next has been going on."""
+    out = StringIO()
+    reporter, clock = reporter_at(out)
+    with reporter.training(1000):
+        clock.now = 12
+        reporter._heartbeat.look()
+        for step in range(1, 121):
+            reporter.at_step(step)
+        clock.now = 22.4
+        reporter.at_step(121)
+        reporter._heartbeat.look()
+        clock.now = 25
+        reporter.step(STEP, None)
+        clock.now = 34.4
+        reporter._heartbeat.look()
+        clock.now = 35
+        reporter._heartbeat.look()
+    assert out.getvalue().splitlines() == [
+        "after step 0/1000, for 12 s in step 1", "after step 121/1000", STEP_TEXT,
+        "after step 121/1000, for 13 s in step 122",
+    ]  # fmt: skip
+
+
+def test_other_ranks_say_nothing_of_long_work() -> None:
+    """And start no thread for it."""
+    out = StringIO()
+    reporter, clock = reporter_at(out, is_main=False)
+    num_threads = threading.active_count()
+    with reporter.working("evaluating batch", total=4) as update:
+        assert threading.active_count() == num_threads
+        clock.now = 60
+        update(1)
+    assert out.getvalue() == ""
+
+
+def test_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On 80 columns the step stays whole, and what is said about it is cut off; one line at a time."""
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "80")
+    out = Terminal()
+    reporter = Reporter(True, file=out)
+    with reporter.training(1000):
+        reporter.step(STEP, 75.0)
+        with reporter.working("evaluating batch", total=4):
+            pass
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out.getvalue())
+    last = plain.rstrip("\n").splitlines()[-1].rpartition("\r")[2]
+    assert last.startswith("step 120/1000 ")
+    assert "1m15s left | loss 1.2345 | " in last
+    assert "evaluating batch 0/4" in plain
+    assert len(last) <= 80
