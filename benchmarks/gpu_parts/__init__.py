@@ -1,1 +1,5 @@
-"""The parts of `benchmarks/gpu.py`: each function runs in a process of its own and returns a row of results."""
+"""The parts of `benchmarks/gpu.py`: each case is a function that returns a row of results."""
+
+
+class NotMeasured(Exception):
+    """Why a case has no result here, in words that go into the results."""

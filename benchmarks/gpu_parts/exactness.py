@@ -1,8 +1,12 @@
 """What each quick path computes, beside the plain one: loss and gradients, against a reference in float32.
 
 The plain path is peft's composed layers, logits of all tokens, eager attention, nothing recomputed. The reference is
-the same in float32, on the same 4-bit bytes. In bfloat16 a quick path must not be further from the reference than the
-plain one is; in float32 it must be within 1e-5.
+the same in float32, on the same 4-bit bytes. In float32 a quick path must be within 1e-5 of it.
+
+In bfloat16 it may be 1.25 times as far from the reference as the plain path is. Both round in many places, and not in
+the same ones, so that paths of equal exactness come out at distances that differ by chance: over these few batches
+fused layers came to 1.05 times the plain path's on a CPU. An error of the size of all the plain path's own, added to
+it, would come to 1.41 times.
 """
 
 from __future__ import annotations
@@ -44,6 +48,8 @@ class Way:
     """How a step is computed."""
 
     is_fused: bool = False
+    is_light: bool = False
+    """Norms and SwiGLU as this program computes them."""
     is_loss_chunked: bool = False
     memory: Mapping[str, Any] = field(default_factory=lambda: {"recompute": "none"})
     attention: str = "eager"
@@ -52,14 +58,15 @@ class Way:
 PLAIN = Way()
 WAYS = {
     "fused layers": Way(is_fused=True),
+    "norms and SwiGLU": Way(is_light=True),
     "loss in chunks": Way(is_loss_chunked=True),
     "recompute: full": Way(memory={"recompute": "full"}),
     "recompute: selective": Way(memory={"recompute": "selective"}),
     "attention: sdpa": Way(attention="sdpa"),
     "attention: flash_attention_2": Way(attention="flash_attention_2"),
-    "all of it": Way(True, True, {"recompute": "full"}, "sdpa"),
+    "all of it": Way(True, True, True, {"recompute": "full"}, "sdpa"),
     "compile": Way(memory={"recompute": "none", "compile": True}),
-    "all of it, compiled": Way(True, True, {"recompute": "full", "compile": True}, "sdpa"),
+    "all of it, compiled": Way(True, True, True, {"recompute": "full", "compile": True}, "sdpa"),
 }
 
 
@@ -95,6 +102,8 @@ def compute(shape: Shape, seq_len: int, way: Way, dtype: str) -> list[Results]:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         if not way.is_fused:
             stack.enter_context(mock.patch.object(assemble, "fuse_adapters", return_value=None))
+        if not way.is_light:
+            stack.enter_context(mock.patch.object(assemble, "lighten", return_value=None))
         if not way.is_loss_chunked:
             stack.enter_context(mock.patch.object(train_module, "target_loss_sum", all_logits))
         config = make_config(
@@ -143,7 +152,7 @@ def compared(reference: list[Results], plain: list[Results], quick: list[Results
         names = [name for name in reference[0] if (name == OUT) == (what == OUT)]
         of_plain, of_quick = (distance(found, reference, names) for found in (plain, quick))
         row[what] = {"plain": of_plain, "quick": of_quick}
-        limit = 1e-5 if dtype == "float32" else 1.05 * of_plain
+        limit = 1e-5 if dtype == "float32" else 1.25 * of_plain
         if what == OUT and reference[0][OUT].ndim == 0 and dtype == "bfloat16":
             limit = max(limit, 2**-9)  # a few numbers may by chance be nearer than half a unit in the last place
         is_as_exact = is_as_exact and of_quick <= limit

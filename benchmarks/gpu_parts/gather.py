@@ -1,26 +1,31 @@
-"""Bytes through FSDP2's gather: integers, and floats of every bit pattern, NaNs among them.
+"""FSDP2 on one GPU, as rank 0 of several: the bytes of gathered weights, time and memory.
 
-FSDP2 copies shards into its buffers with `torch._foreach_copy_`, which is reported to rewrite NaNs of bfloat16 on CUDA;
-packed 4-bit weights in bfloat16 storage would change silently. Integers have no NaNs.
+A process group of one proves nothing here, as torch copies parameter by parameter then and gathers nothing. So the
+group pretends to have more ranks. Its gather repeats this rank's shard, at the speed of a copy in the GPU's memory; its
+reduce-scatter keeps this rank's part. Copies into and out of the buffers, streams, prefetching and memory are those of
+rank 0 of so many; links are not.
 """
 
 from __future__ import annotations
 
-import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
-from benchmarks.gpu_parts.models import build, make_batch, make_config
-from benchmarks.memory import Shape
-from qlora_dist.model.integrity import checksum
-from qlora_dist.parallel import _integer_parameters_allowed, build_engine
-from qlora_dist.runtime import start_runtime
+from benchmarks import memory
+from benchmarks.gpu_parts.models import fill, make_batch
+from benchmarks.gpu_parts.steps import GIB, busy, reset_peak, row_of, this_device, timed
+from qlora_dist.config import OptimConfig
+from qlora_dist.model.adapters import init_adapters
+from qlora_dist.model.loading import materialize
+from qlora_dist.parallel import build_engine
 from qlora_dist.train import train_step
 
 STORAGES = (torch.uint8, torch.bfloat16, torch.float16, torch.float32)
@@ -28,82 +33,141 @@ _COPIES = 64
 """Of all 65,536 patterns of two bytes: 8 MiB."""
 
 
-def start_group() -> torch.device:
-    """A process group of this process alone, over NCCL where there is a GPU; the device that it works on."""
-    is_gpu = torch.cuda.is_available()
-    device = torch.device("cuda", 0) if is_gpu else torch.device("cpu")
-    if is_gpu:
-        torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if is_gpu else "gloo", store=dist.HashStore(), rank=0, world_size=1)
-    return device
-
-
 def patterns(device: torch.device) -> torch.Tensor:
     """Every pattern of two bytes, and so every bfloat16 and float16, (8 MiB,) uint8."""
     return torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.uint8).repeat(_COPIES).to(device)
 
 
-def storages() -> dict[str, Any]:
-    """How many bytes come out changed, by storage type, of a foreach copy, a gather, and FSDP2's whole way."""
-    device = start_group()
-    before = patterns(device)
-    result: dict[str, Any] = {"bytes": before.numel(), "torch": torch.__version__}
+def foreach_copies() -> dict[str, Any]:
+    """Bytes that come out changed of `torch._foreach_copy_`, by storage type.
+
+    FSDP2 copies shards into its buffers with it, and it is reported to rewrite NaNs of bfloat16 on CUDA: packed 4-bit
+    weights in bfloat16 storage would change silently. Integers have no NaNs.
+    """
+    before = patterns(this_device())
+    result: dict[str, Any] = {"bytes": before.numel()}
     for dtype in STORAGES:
         source = before.view(dtype)
         copied = torch.empty_like(source)
         torch._foreach_copy_([copied], [source])
-        gathered = torch.empty_like(source)
-        dist.all_gather_into_tensor(gathered, source.clone())
-        module = nn.Module()
-        with _integer_parameters_allowed():
-            module.register_parameter("weight", nn.Parameter(source.clone().view(-1, 64), requires_grad=False))
-            fully_shard(module, mesh=init_device_mesh(device.type, (1,)))
-        module.unshard()
-        result[str(dtype).removeprefix("torch.")] = {
-            "foreach_copy": _changed(copied, before),
-            "all_gather": _changed(gathered, before),
-            "fully_shard": _changed(module.weight.detach(), before),
-        }
+        result[str(dtype).removeprefix("torch.")] = num_different(copied, before)
     return result
 
 
-def _changed(tensor: torch.Tensor, before: torch.Tensor) -> int:
-    """Bytes that are not what they were."""
-    return int((tensor.contiguous().view(-1).view(torch.uint8) != before).sum())
+def num_different(tensor: torch.Tensor, other: torch.Tensor) -> int:
+    """Bytes of one that are not those of the other."""
+    return int((_bytes(tensor) != _bytes(other)).sum())
 
 
-def whole_model(shape: dict[str, int], seq_len: int) -> dict[str, Any]:
-    """The same model unsharded and under FSDP2 in a group of one: gathered bytes, and the losses of three steps."""
-    start_group()
-    runtime = start_runtime(seed=0, dtype="bfloat16")
-    batch = make_batch(shape["vocab"], 2, seq_len, samples_per_row=2)
-    sums: dict[str, dict[str, int]] = {}
-    losses: dict[str, list[float]] = {}
-    for backend in ("single", "fsdp"):
-        with tempfile.TemporaryDirectory() as folder:
-            config = make_config(
-                Path(folder), Shape(**shape), 2, seq_len, memory={"recompute": "full"}, parallel={"backend": backend},
-                adapter={"rank": 8},
-            )  # fmt: skip
-            model, _ = build(config, runtime)
-        sums[backend] = _checksums(model)
-        engine = build_engine(model.train(), config.optim, runtime)
-        losses[backend] = [
-            train_step(model, engine, [batch], config.optim.lr, 1.0, runtime).loss.item() for _ in range(3)
-        ]
-    return {
-        "num_frozen_parameters": len(sums["single"]),
-        "same_bytes": sums["single"] == sums["fsdp"],
-        "losses": losses,
-    }
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().contiguous().view(-1).view(torch.uint8)
 
 
-def _checksums(model: nn.Module) -> dict[str, int]:
-    """Of each frozen parameter as the layers see it when they run."""
-    units = [module for module in model.modules() if hasattr(module, "unshard")]
-    for unit in units:
+class RepeatedGather:
+    """In place of an all-gather: every rank has what this one has."""
+
+    def __init__(self) -> None:
+        self.num_bytes = 0
+        """Written into outputs, this rank's part included."""
+
+    def allocate(self, size: tuple[int, ...], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """Memory for an output."""
+        return torch.empty(size, dtype=dtype, device=device)
+
+    def __call__(
+        self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: dist.ProcessGroup, async_op: bool = False
+    ) -> None:
+        """Copy the input, which lies in the output as its first part, over the others."""
+        parts = output_tensor.view(group.size(), -1)
+        parts[1:].copy_(input_tensor.expand(group.size() - 1, -1))
+        self.num_bytes += output_tensor.nbytes
+
+
+class KeptReduceScatter:
+    """In place of a reduce-scatter: the sum is this rank's own part."""
+
+    def allocate(self, size: tuple[int, ...], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """Memory for an input or output."""
+        return torch.empty(size, dtype=dtype, device=device)
+
+    def __call__(
+        self,
+        output_tensor: torch.Tensor,
+        input_tensor: torch.Tensor,
+        group: dist.ProcessGroup,
+        op: Any,
+        async_op: bool = False,
+    ) -> None:
+        """Copy the first part."""
+        output_tensor.copy_(input_tensor[: output_tensor.numel()])
+
+    def wait(self) -> None:
+        """Nothing runs on."""
+
+
+def pretended(shape: Mapping[str, int], seq_len: int, rank: int, ranks: int) -> dict[str, Any]:
+    """One row of tokens on rank 0 of so many: bytes of gathered weights, then optimizer steps.
+
+    Args:
+        rank: of the adapters.
+        ranks: of the pretended group.
+    """
+    with mock.patch.object(memory, "RANK", rank):
+        model, runtime = memory.describe(memory.Shape(**shape), ranks, seq_len, "full")
+    device = runtime.device
+    reset_peak(device)
+    materialize(model, device, device)
+    fill(model, Path(), device)
+    init_adapters(model, 0, "gaussian")
+    engine = build_engine(model.train(), OptimConfig(optimizer="adamw"), runtime)
+    gather, scatter = RepeatedGather(), KeptReduceScatter()
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_custom_all_gather(gather)
+            module.set_custom_reduce_scatter(scatter)
+    engine._reductions = None  # type: ignore[attr-defined]  # on a CPU: those that were replaced
+    row = compare_gathered(model, ranks)
+    batch = make_batch(shape["vocab"], 1, seq_len)
+    reset_peak(device)
+    gather.num_bytes = num_steps = 0
+
+    def step() -> float:
+        nonlocal num_steps
+        num_steps += 1
+        return train_step(model, engine, [batch], 1e-4, 1.0, runtime).loss.item()
+
+    steps = row_of(*timed(step, device), batch.num_tokens, device)
+    gathered = float(f"{gather.num_bytes / num_steps / GIB:.4g}")
+    return {**row, **steps, "gathered_gib_per_step": gathered, "busy": busy(step, device)}
+
+
+def compare_gathered(model: nn.Module, ranks: int) -> dict[str, int]:
+    """Each frozen parameter as layers see it, against this rank's shard repeated."""
+    parts = different = changed = 0
+    for unit, owned in _units(model):
+        shards = {name: param.to_local().clone() for name, param in owned.items() if isinstance(param, DTensor)}
         unit.unshard()
-    found = {name: int(checksum(param, 0, 1)) for name, param in model.named_parameters() if not param.requires_grad}
-    for unit in units:
+        for name, param in unit.named_parameters():
+            if name in shards:
+                expected = torch.cat([shards[name]] * ranks)[: param.shape[0]]
+                found = num_different(param, expected)
+                parts, different, changed = parts + 1, different + (found > 0), changed + found
         unit.reshard()
-    return found
+    return {"gathered_parameters": parts, "that_differ": different, "bytes_that_differ": changed}
+
+
+def _units(model: nn.Module) -> Iterator[tuple[Any, dict[str, torch.Tensor]]]:
+    """The units that are gathered at once, with the frozen parameters that each has to itself."""
+    units = [(prefix, module) for prefix, module in model.named_modules() if isinstance(module, FSDPModule)]
+    for prefix, unit in units:
+        inner = tuple(
+            other[len(prefix) :].lstrip(".") + "." for other, _ in units if other != prefix and other.startswith(prefix)
+        )
+        yield (
+            unit,
+            {
+                name: param
+                for name, param in unit.named_parameters()
+                if not param.requires_grad and not (inner and name.startswith(inner))
+            },
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import tempfile
 from collections.abc import Mapping
@@ -10,16 +11,36 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks.gpu_parts import NotMeasured
 from benchmarks.gpu_parts.models import SHARED_ABOVE, make_batch, random_matrix
-from benchmarks.gpu_parts.steps import NUM_WARMUP, reset_peak, row_of, timed, wait
+from benchmarks.gpu_parts.steps import (
+    NUM_WARMUP,
+    busy,
+    reset_peak,
+    row_of,
+    this_device,
+    timed,
+    wait,
+)
 from benchmarks.memory import Shape
 
 
-def hf_loop(shape: Mapping[str, int], rows: int, seq_len: int, *, rank: int = 64, recompute: str) -> dict[str, Any]:
-    """transformers' model with bitsandbytes' and peft's layers, bfloat16 adapters, nothing upcast, fused AdamW."""
-    device = _device()
+def hf_loop(
+    shape: Mapping[str, int], rows: int, seq_len: int, *, rank: int = 64, recompute: str, with_liger: bool = False
+) -> dict[str, Any]:
+    """transformers' model with bitsandbytes' and peft's layers, bfloat16 adapters, nothing upcast, fused AdamW.
+
+    Args:
+        with_liger: liger-kernel's norms, SwiGLU, rotation and loss without logits in the place of transformers'; it
+            patches them for the rest of the process.
+    """
+    device = this_device()
+    if with_liger and device.type == "cpu":
+        raise NotMeasured("needs a GPU: liger-kernel is written in Triton, which makes no code for a CPU")
     reset_peak(device)
     model = hf_model(Shape(**shape), seq_len, device)
+    if with_liger:
+        importlib.import_module("liger_kernel.transformers").apply_liger_kernel_to_llama(model=model)
     if recompute == "full":
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     adapted = _adapted(model, rank).train()
@@ -38,8 +59,8 @@ def hf_loop(shape: Mapping[str, int], rows: int, seq_len: int, *, rank: int = 64
         optimizer.zero_grad()
         return float(loss.item())
 
-    seconds, losses = timed(step, device)
-    return row_of(seconds, losses, batch.num_tokens, device)
+    row = row_of(*timed(step, device), batch.num_tokens, device)
+    return {**row, "busy": busy(step, device)}
 
 
 def trl(shape: Mapping[str, int], rows: int, seq_len: int, *, rank: int = 64, defaults: bool) -> dict[str, Any]:
@@ -54,7 +75,7 @@ def trl(shape: Mapping[str, int], rows: int, seq_len: int, *, rank: int = 64, de
     from transformers import PreTrainedTokenizerFast, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
-    device = _device()
+    device = this_device()
     reset_peak(device)
     model = hf_model(Shape(**shape), seq_len, device)
     raw = Tokenizer(models.WordLevel({"<unk>": 0, "<eos>": 1}, unk_token="<unk>"))
@@ -157,7 +178,3 @@ def _adapted(model: nn.Module, rank: int) -> nn.Module:
         if param.requires_grad:
             param.data = param.data.to(torch.bfloat16)
     return adapted
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -5,24 +5,32 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from safetensors.torch import save_file
 
 from benchmarks.bound import arithmetic_seconds, bound_seconds, measured_rates
 from benchmarks.gpu_parts.models import build, make_batch, make_config
+from benchmarks.limits import (
+    copy_gib_per_second,
+    dequantize_gib_per_second,
+    gemm_tflops,
+    host_to_device_gib_per_second,
+)
 from benchmarks.memory import Shape
 from qlora_dist.budget import RecomputeBudget
+from qlora_dist.checkpoint import Checkpoints, Identity, TrainState
 from qlora_dist.model.recompute import recompute_of
 from qlora_dist.parallel import build_engine
-from qlora_dist.runtime import start_runtime
+from qlora_dist.runtime import Runtime, start_runtime
 from qlora_dist.train import train_step
 
 GIB = 2**30
 NUM_WARMUP = 2
-TIMED_SECONDS = 4.0
+TIMED_SECONDS = 3.0
 """Steps are timed for about so long, and at least three of them."""
 
 
@@ -33,12 +41,14 @@ def ours(
     *,
     samples_per_row: int = 1,
     num_steps: int | None = None,
+    saves: Literal["gather", "write"] | None = None,
     **sections: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Steps of `train_step` on one micro-batch of `rows` x `seq_len` tokens.
 
     Args:
         num_steps: instead of as many as fit into some seconds.
+        saves: after the steps, gather what a checkpoint holds; or also write one.
         sections: of the configuration, as far as they are not its defaults.
     """
     runtime = start_runtime(seed=0, dtype="bfloat16")
@@ -67,6 +77,9 @@ def ours(
 
     tokens = batch.num_tokens
     row = row_of(*timed(step, device, num_steps), tokens, device)
+    row["busy"] = busy(step, device)
+    if saves:
+        row["save"] = save(engine, runtime, is_written=saves == "write")
     seconds = row["seconds_per_step"]
     share = recompute_of(adapted).num_full / shape["layers"]  # what is recomputed selectively multiplies nothing again
     bound = bound_seconds(adapted, batch, rates)
@@ -79,6 +92,7 @@ def ours(
         "build_seconds": round(build_seconds, 1),
         "build_peak_gib": build_peak,
         "rates": vars(rates),
+        "may_use_cudnn_attention": torch.backends.cuda.cudnn_sdp_enabled(),
         "said": said,
     }  # fmt: skip
 
@@ -111,6 +125,7 @@ def row_of(seconds: list[float], losses: list[float], tokens: int, device: torch
         "last_loss": round(losses[-1], 4),
         "peak_allocated_gib": peak_gib(device),
         "peak_reserved_gib": round(torch.cuda.max_memory_reserved(device) / GIB, 2) if device.type == "cuda" else None,
+        "allocation_retries": num_retries(device),
     }
 
 
@@ -126,6 +141,12 @@ def reset_peak(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
+        torch.cuda.reset_accumulated_memory_stats(device)
+
+
+def num_retries(device: torch.device) -> int | None:
+    """Allocations since the last reset that first had to give cached memory back; each waits for the device."""
+    return int(torch.cuda.memory_stats(device)["num_alloc_retries"]) if device.type == "cuda" else None
 
 
 def peak_gib(device: torch.device) -> float | None:
@@ -133,8 +154,113 @@ def peak_gib(device: torch.device) -> float | None:
     return round(torch.cuda.max_memory_allocated(device) / GIB, 2) if device.type == "cuda" else None
 
 
-def limits() -> dict[str, Any]:
-    """Everything that `benchmarks/limits.py` measures within one process."""
-    from benchmarks.limits import measure
+def this_device() -> torch.device:
+    """The GPU, where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-    return measure()
+
+def rates() -> dict[str, Any]:
+    """What the device does at most: products, dequantisation, copies; attention is measured kernel by kernel."""
+    device = this_device()
+    is_gpu = device.type == "cuda"
+    size, tokens = (8192, 4096) if is_gpu else (512, 256)
+    found: dict[str, Any] = {
+        "gemm_tflops": {
+            str(dtype).removeprefix("torch."): gemm_tflops(size, size, size, dtype, device)
+            for dtype in (torch.bfloat16, torch.float32)
+        },
+        "thin_gemm_tflops": {
+            f"rank {rank}": gemm_tflops(tokens, 4096, rank, torch.bfloat16, device) for rank in (16, 64)
+        },
+        "dequantize_gib_per_second": dequantize_gib_per_second(2 * size, device),
+        "copy_gib_per_second": copy_gib_per_second(2**30 if is_gpu else 2**25, device),
+    }
+    if is_gpu:
+        found["host_to_device_gib_per_second"] = host_to_device_gib_per_second(device)
+    return found
+
+
+def busy(step: Callable[[], float], device: torch.device) -> dict[str, Any]:
+    """Time in which at least one kernel or copy ran, of one more step, and its share of that step's time.
+
+    A share well below one means that the device waits for the host, which launches. Noting every kernel slows the host
+    down, so the share is a lower bound.
+    """
+    on_gpu = device.type == "cuda"
+    activity = torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU
+    started = wait(device)
+    with torch.profiler.profile(activities=[activity]) as profiler:
+        begun = wait(device)
+        step()
+        wall = wait(device) - begun
+    kind = torch.autograd.DeviceType.CUDA if on_gpu else torch.autograd.DeviceType.CPU
+    spans = sorted(
+        (event.start_ns(), event.start_ns() + event.duration_ns())
+        for event in profiler.profiler.kineto_results.events()
+        if event.device_type() == kind
+    )
+    covered = union_length(spans) / 1e9
+    return {
+        "share": round(covered / wall, 3),
+        "kernels": len(spans),
+        "seconds": float(f"{covered:.4g}"),
+        "of_seconds": float(f"{wall:.4g}"),
+        "profiling_seconds": round(wait(device) - started, 1),
+    }
+
+
+def union_length(spans: Sequence[tuple[int, int]]) -> int:
+    """Length of what sorted spans cover together."""
+    total, end = 0, None
+    for first, last in spans:
+        begin = first if end is None else max(first, end)
+        total += max(0, last - begin)
+        end = last if end is None else max(end, last)
+    return total
+
+
+def save(engine: Any, runtime: Runtime, is_written: bool) -> dict[str, Any]:
+    """Seconds and memory of what a checkpoint takes; memory is what the GPU holds at most beyond what it holds before.
+
+    Out of memory is a result: the steps before it stay measured.
+    """
+    device = runtime.device
+    reset_peak(device)
+    held = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+    started = wait(device)
+    try:
+        state = engine.optimizer_state()
+    except torch.OutOfMemoryError as error:
+        return {"not measured": f"out of memory: {str(error).splitlines()[0][:300]}"}
+    gathered = wait(device)
+    row: dict[str, Any] = {
+        "optimizer_state_seconds": round(gathered - started, 2),
+        "optimizer_state_host_gib": float(f"{sum(one.nbytes for one in state.values()) / GIB:.4g}"),
+        "optimizer_state_peak_gib": None,
+    }
+    if device.type == "cuda":
+        row["optimizer_state_peak_gib"] = round((torch.cuda.max_memory_allocated(device) - held) / GIB, 3)
+    adapter = engine.whole_adapter()
+    row["whole_adapter_seconds"] = round(wait(device) - gathered, 2)
+    if is_written:
+        row |= write_checkpoint(adapter, state, runtime)
+    return row
+
+
+def write_checkpoint(
+    adapter: dict[str, torch.Tensor], state: dict[str, torch.Tensor], runtime: Runtime
+) -> dict[str, Any]:
+    """Seconds of a checkpoint on this disk: written, synchronised, read back and compared, as the program does it."""
+
+    def write_adapter(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+        folder.mkdir()
+        save_file(tensors, folder / "adapter_model.safetensors")
+
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoints = Checkpoints(Path(folder), 1, Identity("", "", {}, {}), runtime, "single", write_adapter)
+        started = time.perf_counter()
+        checkpoints.write(TrainState(step=1), adapter, state, False)
+        checkpoints.wait()
+        seconds = time.perf_counter() - started
+        size = sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
+    return {"write_seconds": round(seconds, 2), "checkpoint_gib": float(f"{size / GIB:.4g}")}

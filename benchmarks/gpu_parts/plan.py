@@ -1,0 +1,192 @@
+"""Everything that the benchmark of one GPU runs, in its order, with the seconds that each part is planned to take.
+
+What may be wrong comes first, because nothing else means much then; after that the figures by their value. The seconds
+are estimates for an H100, with the start of the part's processes. They add up to less than nine minutes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+MOST_SECONDS = 540
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of a function in `benchmarks/gpu_parts`."""
+
+    name: str
+    function: str
+    """`module.function`."""
+    arguments: dict[str, Any] = field(default_factory=dict)
+    limit_seconds: int = 45
+    """After which its process is ended: it hangs."""
+    own_process: bool = False
+    """Begin a new process, because the cases before leave something behind: TRL patches models."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Cases that share a process."""
+
+    name: str
+    seconds: int
+    """Kept for it while the parts before it run; it may take longer where those leave time."""
+    cases: list[Case]
+
+
+TINY = {"hidden": 64, "intermediate": 176, "layers": 3, "heads": 4, "kv_heads": 2, "vocab": 320}
+EXACT = {"hidden": 1024, "intermediate": 2816, "layers": 4, "heads": 16, "kv_heads": 8, "vocab": 8192}
+WIDE = {"hidden": 4096, "intermediate": 11008, "layers": 4, "heads": 32, "kv_heads": 8, "vocab": 32000}
+"""Four layers of a 7B with grouped keys: attention as there, and quickly made."""
+
+LENGTHS = (512, 704, 960, 1088, 1600, 1999, 2041, 2048)
+"""Of padded rows. The second to the fifth leave 64 when divided by 128, where cuDNN's backward is known to fail."""
+TESTS = "loading or isolation or optim or loader or offload"
+
+
+def all_parts(is_small: bool) -> list[Part]:
+    """The plan; small, with tiny shapes."""
+    parts = [
+        Part("device", 70, device_cases(is_small)),
+        Part("exactness", 35, exactness_cases(is_small)),
+        Part("sharded", 40, sharded_cases(is_small)),
+        Part("7B", 100, steps_of_7b(is_small)),
+        Part("7B compiled", 90, compiled_cases(is_small)),
+        Part("peers", 75, peer_cases(is_small)),
+        Part("65B", 40, saving_cases(is_small)),
+        Part("rows", 45, row_cases(is_small)),
+        Part("tests", 40, [Case("tests/gpu", "suite.run", {"selection": TESTS, "seconds": None}, 300)]),
+    ]
+    return [_patient(part) for part in parts] if is_small else parts
+
+
+def _patient(part: Part) -> Part:
+    """The part with limits for a CPU, which may be a slow one: there they only end what hangs."""
+    return replace(part, cases=[replace(case, limit_seconds=600) for case in part.cases])
+
+
+def total_seconds(parts: Sequence[Part]) -> int:
+    return sum(part.seconds for part in parts)
+
+
+def device_cases(is_small: bool) -> list[Case]:
+    """Attention that returns something else than numbers; rates; attention by kernel; the norm."""
+    lengths = {"lengths": [192, 128] if is_small else [704, 1088, 1024]}
+    size = {"rows": 1, "heads": 4, "length": 64, "width": 16} if is_small else {}
+    ways = ("causal, flash", "causal, cuDNN", "masked, efficient", "masked, cuDNN", "varlen")
+    return [
+        Case("NaN in masked attention", "attention.not_numbers", lengths),
+        Case("rates", "steps.rates"),
+        *(Case(f"attention: {way}", "attention.speed", {"way": way, **size}) for way in ways),
+        Case("RMSNorm", "norms.compare", {"tokens": 64, "width": 128} if is_small else {}),
+    ]
+
+
+def exactness_cases(is_small: bool) -> list[Case]:
+    """Every quick path beside the plain one."""
+    layer = {"inner": 4096, "outer": 11008, "tokens": 2048, "rank": 64}
+    if is_small:
+        layer = {"inner": 128, "outer": 96, "tokens": 32, "rank": 4}
+    sizes = {"shape": TINY if is_small else EXACT, "seq_len": 16 if is_small else 512}
+    ways = ("fused layers", "norms and SwiGLU", "loss in chunks", "recompute: full", "recompute: selective",
+            "attention: sdpa", "all of it")  # fmt: skip
+    return [
+        *(Case(way, "exactness.of_models", {**sizes, "way": way}) for way in ways),
+        Case("one fused layer", "exactness.of_layer", layer),
+    ]
+
+
+def sharded_cases(is_small: bool) -> list[Case]:
+    """FSDP2 on one GPU."""
+    arguments = {**_sizes("7B", is_small, 2048), "ranks": 8}
+    return [
+        Case("bytes of a foreach copy", "gather.foreach_copies"),
+        Case("rank 0 of 8, 1x2048, full", "gather.pretended", arguments),
+    ]
+
+
+def steps_of_7b(is_small: bool) -> list[Case]:
+    """Optimizer steps of this program."""
+    return [
+        _step("8x2048, auto", is_small, rows=8, recompute="auto"),
+        _step("8x2048, full", is_small, rows=8, recompute="full"),
+        _step("4x2048, none", is_small, rows=4, recompute="none"),
+        _step("1x2048, none", is_small, rows=1, recompute="none"),
+        _step("1x2048, full", is_small, rows=1, recompute="full"),
+        _step("8x2048, full, 4 samples a row", is_small, rows=8, recompute="full", samples_per_row=4),
+        _step("8x2048, full, dropout 0.05", is_small, rows=8, recompute="full", adapter={"dropout": 0.05}),
+    ]
+
+
+def compiled_cases(is_small: bool) -> list[Case]:
+    """The same with compiled layers."""
+    memory = {"compile": True}
+    return [
+        _step("8x2048, full", is_small, rows=8, recompute="full", memory=memory, limit=120),
+        _step("4x2048, none", is_small, rows=4, recompute="none", memory=memory, limit=120),
+    ]
+
+
+def peer_cases(is_small: bool) -> list[Case]:
+    """The same model in what people use. liger-kernel patches transformers, so its case ends that process."""
+
+    def peer(name: str, function: str, rows: int, **keywords: Any) -> Case:
+        own_process = function == "peers.trl"
+        return Case(name, function, {**_sizes("7B", is_small, 2048), "rows": rows, **keywords}, 60, own_process)
+
+    return [
+        peer("HF + peft, 8x2048, full", "peers.hf_loop", 8, recompute="full"),
+        peer("HF + peft, 1x2048, full", "peers.hf_loop", 1, recompute="full"),
+        peer("HF + peft + liger, 8x2048, full", "peers.hf_loop", 8, recompute="full", with_liger=True),
+        peer("TRL, 8x2048, defaults", "peers.trl", 8, defaults=True),
+    ]
+
+
+def saving_cases(is_small: bool) -> list[Case]:
+    """A large model on one GPU, and what a save takes of it."""
+    eight_bit: dict[str, Any] = {"optim": {"optimizer": "adamw_8bit"}, "num_steps": 3, "saves": "gather"}
+    whole = {**eight_bit, "saves": "write"}
+    return [
+        _step("1x512, full, adamw_8bit, then gathered", is_small, shape="65B", rows=1, seq_len=512, recompute="full",
+              limit=120, **eight_bit),
+        _step("7B, 1x512, full, adamw_8bit, then written", is_small, rows=1, seq_len=512, recompute="full", **whole),
+    ]  # fmt: skip
+
+
+def row_cases(is_small: bool) -> list[Case]:
+    """What meets many lengths: paged state apart, generation and padded rows, each without cuDNN's attention and
+    with it."""
+    shape, llama = (TINY, TINY) if is_small else (WIDE, _sizes("7B", False, 0)["shape"])
+    lengths = [16, 24, 40] if is_small else list(LENGTHS)
+    cases = [Case("paged beside unpaged", "optimizers.paged")]
+    for with_cudnn in (False, True):
+        name = "with cuDNN" if with_cudnn else "without cuDNN"
+        tokens = {"num_tokens": 4 if is_small else 16, "prompt": 8 if is_small else 100}
+        cases += [
+            Case(f"padded rows, {name}", "rows.padded",
+                 {"shape": shape, "rows": 4, "lengths": lengths, "with_cudnn": with_cudnn}, 60),
+            Case(f"generation, {name}", "rows.generation", {"shape": llama, **tokens, "with_cudnn": with_cudnn}, 60),
+        ]  # fmt: skip
+    return cases
+
+
+def _sizes(shape: str, is_small: bool, seq_len: int) -> dict[str, Any]:
+    from benchmarks.memory import SHAPES  # imports torch
+
+    if is_small:
+        return {"shape": TINY, "seq_len": 64, "rank": 4}
+    return {"shape": vars(SHAPES[shape]), "seq_len": seq_len, "rank": 64}
+
+
+def _step(
+    name: str, is_small: bool, *, rows: int, recompute: str, shape: str = "7B", seq_len: int = 2048,
+    limit: int = 45, memory: dict[str, Any] | None = None, adapter: dict[str, Any] | None = None, **keywords: Any,
+) -> Case:  # fmt: skip
+    sizes = _sizes(shape, is_small, seq_len)
+    rank = sizes.pop("rank")
+    arguments = {**sizes, "rows": rows, "adapter": {"rank": rank, **(adapter or {})},
+                 "memory": {"recompute": recompute, **(memory or {})}, **keywords}  # fmt: skip
+    return Case(name, "steps.ours", arguments, limit)
