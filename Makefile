@@ -3,12 +3,17 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+PYTHON312 ?= python3.12
+ifndef PYTHON_GPU
+PYTHON_GPU := .venv-gpu/bin/python
+INSTALLED_GPU := .venv-gpu/.installed
+endif
 
 
-.PHONY: help setup demo test test-slow check format bench bench-check clean
+.PHONY: help setup demo test test-slow check format bench bench-check gpu-rehearsal clean
 
 help:  ## this list
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 15
 
 setup: $(INSTALLED)  ## make .venv with the tested versions
 
@@ -47,5 +52,18 @@ bench: $(VENV)/.bench  ## throughput beside what people use today (after `make d
 bench-check: $(VENV)/.bench  ## fail when the lead over TRL has shrunk by more than 15 % (after `make demo`)
 	$(BIN)/python benchmarks/step.py --check
 
+# Python 3.12 and the rented machine's packages: its torch is the build for CUDA 13, 5 GB installed.
+.venv-gpu/.installed: benchmarks/gpu_machine.txt
+	$(PYTHON312) -m venv .venv-gpu
+	.venv-gpu/bin/python -m pip install -q --no-deps -r $<
+	touch $@
+
+.site: benchmarks/gpu_carry.py $(INSTALLED_GPU)
+	$(PYTHON_GPU) $<
+	touch $@
+
+gpu-rehearsal: .site  ## benchmarks/gpu.py on the CPU, as on a rented GPU; not part of `test`: 5 GB once, and minutes
+	$(PYTHON_GPU) benchmarks/gpu_rehearsal.py --python $(PYTHON_GPU)
+
 clean:  ## remove what was installed and what runs left
-	rm -rf $(VENV) runs *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-gpu .site runs *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
