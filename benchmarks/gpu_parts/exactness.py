@@ -96,7 +96,7 @@ def plain_results(shape: Shape, seq_len: int, dtype: str) -> list[Results]:
 
 def compute(shape: Shape, seq_len: int, way: Way, dtype: str) -> list[Results]:
     """Loss, and the gradient of every adapter matrix, for each batch; the model is the same for every way and dtype."""
-    runtime = start_runtime(seed=0, dtype=dtype)  # type: ignore[arg-type]
+    runtime = start_runtime(seed=0, dtype=dtype)
     found: list[Results] = []
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
