@@ -100,6 +100,8 @@ def run_all(results: Results, left: list[tuple[Part, list[Case]]], workers: Work
                 continue
             if worker is None or worker.is_over or case.own_process:
                 worker = workers.fresh()
+                worker.wait_until_ready()
+                seconds = max(LEAST_SECONDS, min(seconds, part_ends - time.monotonic()))
             row = worker.run(case, seconds)
             results.add(part.name, case.name, row)
             print(f"{part.name} | {case.name} | {row['seconds']:.1f} s | {in_short(row)}", flush=True)

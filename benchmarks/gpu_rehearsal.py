@@ -43,6 +43,7 @@ def main() -> None:
     parser.add_argument("--python", required=True, help="of an environment with the packages of gpu_machine.txt")
     parser.add_argument("--keep", type=Path, help="folder for the results and what the calls said")
     options = parser.parse_args()
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     started = time.monotonic()
     python = str(Path(options.python).absolute())  # not resolved: a link to it is what makes an environment
     check_environment(python)

@@ -80,7 +80,7 @@ def _not_finite(backend: SDPBackend, length: int, mean: float) -> dict[str, Any]
     q, k, v, grad = (torch.randn(shape, generator=generator, device=device) for _ in range(4))
     q, k = (q + mean).bfloat16(), (k - mean).bfloat16()
     v, grad = v.bfloat16(), grad.bfloat16()
-    mask = packed_mask(length, device).expand(2, 1, -1, -1)
+    mask = packed_mask(length, device).repeat(2, 1, 1, 1)
     try:
         found = _results(backend, q, k, v, mask, grad)
     except RuntimeError as error:
@@ -158,7 +158,7 @@ def _sdpa(way: str, rows: int, heads: int, width: int, device: torch.device) -> 
 
     def masks(length: int) -> torch.Tensor:
         if length not in made:
-            made[length] = packed_mask(length, device).expand(rows, 1, -1, -1)
+            made[length] = packed_mask(length, device).repeat(rows, 1, 1, 1)  # one for each row, as models have it
         return made[length]
 
     return run

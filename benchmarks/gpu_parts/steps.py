@@ -64,6 +64,7 @@ def ours(
     if device.type == "cuda":
         batch = batch.pinned()
     build_seconds, build_peak = time.perf_counter() - started, peak_gib(device)
+    outside = outside_allocator_gib(device)
     reset_peak(device)
 
     budget = RecomputeBudget(config, adapted, runtime, said.append)
@@ -91,6 +92,7 @@ def ours(
         "share_of_bound_with_recompute": round(bound_seconds(adapted, batch, rates, share) / seconds, 4),
         "build_seconds": round(build_seconds, 1),
         "build_peak_gib": build_peak,
+        "outside_allocator_gib": outside,
         "rates": vars(rates),
         "may_use_cudnn_attention": torch.backends.cuda.cudnn_sdp_enabled(),
         "said": said,
@@ -149,6 +151,14 @@ def num_retries(device: torch.device) -> int | None:
     return int(torch.cuda.memory_stats(device)["num_alloc_retries"]) if device.type == "cuda" else None
 
 
+def outside_allocator_gib(device: torch.device) -> float | None:
+    """Memory of the GPU that is neither free nor the allocator's: CUDA contexts, that of the next worker among them."""
+    if device.type != "cuda":
+        return None
+    free, total = torch.cuda.mem_get_info(device)
+    return round((total - free - torch.cuda.memory_reserved(device)) / GIB, 2)
+
+
 def peak_gib(device: torch.device) -> float | None:
     """Largest allocation since the last reset; not known on the CPU."""
     return round(torch.cuda.max_memory_allocated(device) / GIB, 2) if device.type == "cuda" else None
@@ -197,7 +207,7 @@ def busy(step: Callable[[], float], device: torch.device) -> dict[str, Any]:
     spans = sorted(
         (event.start_ns(), event.start_ns() + event.duration_ns())
         for event in profiler.profiler.kineto_results.events()
-        if event.device_type() == kind
+        if event.device_type() == kind and not event.is_user_annotation()  # which spans whole phases, gaps and all
     )
     covered = union_length(spans) / 1e9
     return {

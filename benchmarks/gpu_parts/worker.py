@@ -64,11 +64,15 @@ class Worker:
             NotMeasured: it does not get so far.
         """
         if self._machine is None:
-            found = self._next(START_SECONDS)
-            if "not measured" in found:
-                raise NotMeasured(found["not measured"])
-            self._machine = found
+            self._machine = self._next(START_SECONDS)
+        if "not measured" in self._machine:
+            raise NotMeasured(self._machine["not measured"])
         return self._machine
+
+    def wait_until_ready(self) -> None:
+        """Wait for the imports, which may fail; :meth:`run` says why."""
+        with suppress(NotMeasured):
+            self.machine()
 
     def run(self, case: Case, seconds: float) -> Row:
         """The row of a case, or why there is none."""

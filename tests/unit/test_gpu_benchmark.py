@@ -84,6 +84,20 @@ def test_a_case_that_dies_or_hangs_leaves_the_others(workers: Workers, tmp_path:
     assert [case.name for _, cases in results.left_of([part], []) for case in cases] == ["hangs"]
 
 
+def test_processes_that_cannot_start_are_a_reason_and_no_wait(tmp_path: Path) -> None:
+    """The last line that they said is recorded, and another call may try."""
+    part = Part("one", 60, [Case("a", "answer"), Case("b", "answer")])
+    results = opened(tmp_path / "out.json")
+    started = time.monotonic()
+    with Workers([sys.executable, "-c", "import sys; sys.exit('no libcuda here')"]) as broken:
+        run_all(results, results.left_of([part], []), broken, started + 60)
+    assert time.monotonic() - started < 30
+    for row in rows_of(results.file, "one").values():
+        assert "did not start" in row["not measured"]
+        assert "no libcuda here" in row["not measured"]
+        assert row["unfinished"]
+
+
 def test_results_are_on_disk_after_every_case(workers: Workers, tmp_path: Path, capsys) -> None:
     """Each line that is printed of a case finds its row in the file, whole; nothing half-written is left."""
     file = tmp_path / "results" / "out.json"
