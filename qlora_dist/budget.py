@@ -36,7 +36,7 @@ _EARLY_RESERVE = 0.1
 """The same on the host until two steps were measured: more layers that keep everything take more than what they keep,
 because the C library's heap has gaps (10 to 30 % more, SmolLM2-135M)."""
 _FRAGMENTED_RESERVE = 0.1
-"""The same on a GPU once its allocator had to give memory back and ask anew because of such gaps."""
+"""The same on a GPU once its allocator had to give memory back and ask anew, for such gaps."""
 _STATE_BYTES = {"adamw": 8, "adamw_8bit": 2, "paged_adamw_8bit": 2, "paged_adamw_32bit": 8}
 """Optimizer state per adapter parameter."""
 
@@ -139,8 +139,11 @@ class RecomputeBudget:
 
     @property
     def can_make_room(self) -> bool:
-        """Whether a step that does not fit may be taken again with more recomputation: in the first two, which follow
-        an estimate, and not with several ranks, of which others wait in a collective by then."""
+        """Whether a step that does not fit may be taken again with more recomputation.
+
+        In the first two, which follow an estimate; and not with several ranks, of which others wait
+        in a collective by then.
+        """
         is_early = self._is_auto and self._num_steps <= 2
         return is_early and self._runtime.world_size == 1 and recompute_of(self._model) != self._everything
 
@@ -250,7 +253,7 @@ class MemoryMeter:
             Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
     def num_retries(self) -> int:
-        """How often an allocation succeeded only after cached memory was given back; zero without a GPU."""
+        """Allocations that succeeded only after cached memory was given back; zero without a GPU."""
         if self._device.type == "cuda":
             return int(torch.cuda.memory_stats(self._device).get("num_alloc_retries", 0))
         return 0

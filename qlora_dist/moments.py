@@ -12,8 +12,8 @@ elsewhere the values are quantised again. The tensors:
     PARAMETER.block_start       (num_blocks,) int64, first element of each block, ascending
     exp_avg_code_book           (256,) float32
 
-and the same of `exp_avg_sq`. Of a parameter there is the first, or the next three, or all of them: a
-rank with a buffer of a few thousand elements keeps float32 whatever the others do. Checkpoints of
+and the same of `exp_avg_sq`. Of a parameter there is the first, or the next three, or all of them:
+a rank with a buffer of a few thousand elements keeps float32 whatever the others do. Checkpoints of
 format version 1 have float32 values beside the codes, no `block_start`, and the constant of each
 element in place of each block.
 """
@@ -76,7 +76,7 @@ class Moments:
 
     @torch.no_grad()
     def gather(self, sizes: Mapping[str, int]) -> dict[str, torch.Tensor]:
-        """Whole moments on the CPU of rank 0, nothing elsewhere; a collective, after the first update.
+        """Whole moments on rank 0's CPU, nothing elsewhere; a collective, after the first update.
 
         On the device there is no more than one whole tensor at a time.
 

@@ -186,8 +186,8 @@ def whole_adapter(model: nn.Module, is_wanted: bool = True) -> dict[str, torch.T
     """All adapter tensors, whole, copied to the CPU, by parameter name; a collective.
 
     Args:
-        is_wanted: whether this rank is to have them. The others only take part: a copy in each rank's
-            host memory would be 3 GB a rank for a 65B model with rank 64.
+        is_wanted: whether this rank is to have them. The others only take part: a copy in host
+            memory would be 3 GB a rank for a 65B model with adapters of rank 64.
     """
     whole = {}
     for name, param in adapter_parameters(model).items():

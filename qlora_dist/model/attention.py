@@ -45,10 +45,10 @@ def model_inputs(
 
 
 def mask_elements(model: nn.Module, rows: int, length: int, *, is_packed: bool, is_on_gpu: bool) -> int:
-    """Elements of what SDPA makes of a mask and keeps for backward, in each layer, of a micro-batch of this shape.
+    """Elements of what SDPA makes of a micro-batch's mask, in each layer, and keeps for backward.
 
-    On a GPU its masked kernel takes numbers to add to the scores, in the compute type. Rows that are
-    packed have a mask, and so have several that are padded to one length.
+    On a GPU its masked kernel takes numbers to add to the scores, in the compute type. Packed rows
+    have a mask, and so have several that are padded to one length.
     """
     has_mask = is_on_gpu and _implementation(model) == "sdpa" and (is_packed or rows > 1)
     return rows * length * length if has_mask else 0

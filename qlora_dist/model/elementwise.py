@@ -8,9 +8,9 @@ Families spell these operations in many ways, and round in different places. So 
 stand in: each module is asked for results on a few numbers first, and is left alone unless these have the same bits.
 
 On a GPU PyTorch has RMSNorm as one kernel each way, which moves 10 bytes an element where single
-operations move 110. It rounds once, after the weight, so it has the bits of few models. The rule there:
-in float32 the module computes the same function, to 1e-6; and in its own type its output and its
-gradient are no nearer to that than the kernel's.
+operations move 110. It rounds once, after the weight, so it has the bits of few models. The rule
+there: in float32 the module computes the same function, to 1e-6; and in its own type its output and
+its gradient are no nearer to that than the kernel's, but for a hundredth.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ def kernel_is_as_exact(norm: nn.Module, device: torch.device) -> bool:
         found = _out_and_grad(partial(_kernel_forward, probe, probe.forward), x)
         found32 = _out_and_grad(partial(_kernel_forward, probe32, probe32.forward), x.float())
         for ours, theirs, ours32, expected in zip(found, own, found32, exact, strict=True):
-            # A hundredth for what the same rounding makes of sums in another order.
+            # The hundredth is for what the same rounding makes of sums in another order.
             allowed = max(1.01 * _distance(theirs, expected), 1e-6)
             if theirs.dtype != dtype or _distance(ours, expected) > allowed or _distance(ours32, expected) > 1e-6:
                 return False

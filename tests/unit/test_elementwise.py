@@ -112,10 +112,7 @@ class Exact(LlamaRMSNorm):
     """Rounds nothing, and so is nearer to float32 than any kernel that does."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x) if x.dtype == torch.float32 else self.float_forward(x)
-
-    def float_forward(self, x: torch.Tensor) -> torch.Tensor:
-        return (LlamaRMSNorm.forward(self, x.float()) * self.weight.float() / self.weight.float()).float()
+        return super().forward(x.float())
 
 
 class Gated(LlamaRMSNorm):
