@@ -7,9 +7,10 @@ import faulthandler
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO, TypeVar
 
 from qlora_dist import __version__, streams
 from qlora_dist.errors import EXIT_RESUME, ConfigError, Stopped
@@ -167,11 +168,9 @@ def train_command(argv: list[str]) -> None:
     if not looks_like_hub_name(config.model.path):
         resolve_model_folder(config.model.path)
     _quiet()
-    from qlora_dist.console import Reporter
-
     # A signal such as SIGBUS (a weight file that shrinks while it is mapped) says where it struck.
     faulthandler.enable()
-    with Reporter(os.environ.get("RANK", "0") == "0").working("loading libraries"):
+    with _loading_libraries(sys.stdout):
         from qlora_dist.train import train
 
     train(config)
@@ -188,7 +187,8 @@ def data_command(argv: list[str]) -> None:
     config = load_config(path, overrides)
     _check_sources(config)
     _quiet()
-    from qlora_dist.survey import survey
+    with _loading_libraries(sys.stderr):
+        from qlora_dist.survey import survey
 
     survey(config, num_shown=options.show, as_json=options.json)
 
@@ -213,7 +213,8 @@ def generate_command(argv: list[str]) -> None:
     if options.chat and options.prompt is not None:
         raise ConfigError("--chat and --prompt exclude each other. Leave one out.")
     _quiet()
-    from qlora_dist.generate import generate
+    with _loading_libraries(sys.stderr):
+        from qlora_dist.generate import generate
 
     generate(**vars(options))
 
@@ -227,8 +228,9 @@ def quantize_command(argv: list[str]) -> None:
     if not looks_like_hub_name(options.model):
         resolve_model_folder(options.model)
     _quiet()
-    from qlora_dist.model.nf4 import QuantFormat
-    from qlora_dist.quantize import quantize
+    with _loading_libraries(sys.stdout):
+        from qlora_dist.model.nf4 import QuantFormat
+        from qlora_dist.quantize import quantize
 
     fmt = QuantFormat(options.quantization, options.double_quant == "true", options.block_size)
     quantize(options.model, options.out, fmt)
@@ -308,6 +310,13 @@ def _parse_known(options: type[_Options], argv: list[str], prog: str) -> tuple[_
 
     config = (tyro.conf.FlagCreatePairsOff,)
     return tyro.cli(options, args=argv, prog=prog, config=config, use_underscores=True, return_unknown_args=True)
+
+
+def _loading_libraries(file: TextIO) -> AbstractContextManager[object]:
+    """A context for a command's imports, which take up to half a minute on a busy machine."""
+    from qlora_dist.console import Reporter
+
+    return Reporter(os.environ.get("RANK", "0") == "0", file=file).working("loading libraries")
 
 
 def _quiet() -> None:

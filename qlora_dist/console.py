@@ -92,6 +92,7 @@ class Reporter:
                 yield self._heartbeat.look
             finally:
                 self._heartbeat.end(work)
+                self._step_started = self._clock()  # what was done between two steps belongs to none
 
     @contextmanager
     def training(self, num_steps: int) -> Iterator[None]:

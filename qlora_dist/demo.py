@@ -329,12 +329,14 @@ def _show_answers(run: Path, eval_file: Path, reporter: Reporter) -> None:
 
     recipe = read_recipe(run / "adapter")
     runtime = start_runtime(seed=0, dtype="auto")
-    model, tokenizer = load_trained(run / "adapter", recipe, runtime=runtime, reporter=reporter)
+    with reporter.working("loading the model"):
+        model, tokenizer = load_trained(run / "adapter", recipe, runtime=runtime, reporter=reporter)
     row = min(_rows(eval_file), key=lambda row: abs(len(row[0]) - 420))
     ids = prompt_ids(row[0], tokenizer, "messages")
-    with model.disable_adapter():
-        before = answer(model, tokenizer, ids, Sampling(max_new_tokens=80), runtime)
-    after = answer(model, tokenizer, ids, Sampling(max_new_tokens=80), runtime)
+    with reporter.working("answering"):
+        with model.disable_adapter():
+            before = answer(model, tokenizer, ids, Sampling(max_new_tokens=80), runtime)
+        after = answer(model, tokenizer, ids, Sampling(max_new_tokens=80), runtime)
     reporter.say("\n" + row[0].removeprefix(PROMPT).strip() + "\n")
     table = Table(show_lines=True)
     for heading in ("base model", "with the adapter", "written by its author"):

@@ -196,18 +196,25 @@ def test_steps_that_are_long_or_seldom_logged() -> None:
         reporter._heartbeat.look()
         for step in range(1, 121):
             reporter.at_step(step)
-        clock.now = 22.4
+        with reporter.working("evaluating batch", total=4):
+            clock.now = 15
+        clock.now = 21
+        reporter.say("a line")
+        clock.now = 31
+        reporter._heartbeat.look()
+        clock.now = 32.4
         reporter.at_step(121)
+        clock.now = 41
+        reporter.at_step(122)
         reporter._heartbeat.look()
-        clock.now = 25
         reporter.step(STEP, None)
-        clock.now = 34.4
+        clock.now = 50.9
         reporter._heartbeat.look()
-        clock.now = 35
+        clock.now = 51
         reporter._heartbeat.look()
     assert out.getvalue().splitlines() == [
-        "after step 0/1000, for 12 s in step 1", "after step 121/1000", STEP_TEXT,
-        "after step 121/1000, for 13 s in step 122",
+        "after step 0/1000, for 12 s in step 1", "a line", "after step 120/1000, for 16 s in step 121",
+        "after step 122/1000", STEP_TEXT, "after step 122/1000, for 10 s in step 123",
     ]  # fmt: skip
 
 
