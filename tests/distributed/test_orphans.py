@@ -71,7 +71,10 @@ def exit_codes(pids: list[int], seconds: float = 60) -> list[int]:
     deadline = time.monotonic() + seconds
     codes = {}
     while len(codes) < len(pids):
-        assert time.monotonic() < deadline, f"{sorted(set(pids) - set(codes))} still run"
+        if time.monotonic() > deadline:
+            for pid in set(pids) - set(codes):
+                os.kill(pid, signal.SIGKILL)
+            raise AssertionError(f"{sorted(set(pids) - set(codes))} still ran")
         for pid in set(pids) - set(codes):
             found, status = os.waitpid(pid, os.WNOHANG)
             if found:
