@@ -87,7 +87,7 @@ OUR_LINES = (
     "zero2, ", "zero3, ", "adapter written ", "packed ", "recompute: ", "/",
     "still ", "loading ", "reading the data", "evaluating ", "after step ",
 )  # fmt: skip
-"""How the lines of a run begin; `/` is the path of the data file, and the last ones are a busy machine's signs of life."""
+"""How the lines of a run begin; `/` is the path of the data file, the last ones a busy machine's signs of life."""
 
 
 def test_losses_and_gradient_norms_are_those_of_one_process(runs) -> None:
