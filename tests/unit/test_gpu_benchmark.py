@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from benchmarks.gpu import run_all
+from benchmarks.gpu_parts import attention
 from benchmarks.gpu_parts.gather import foreach_copies, num_different
 from benchmarks.gpu_parts.norms import _numbers, _ways, distances
 from benchmarks.gpu_parts.plan import MOST_SECONDS, Case, Part, all_parts, total_seconds
@@ -183,6 +184,24 @@ def test_one_case_that_runs_and_one_that_cannot() -> None:
     report = table({"parts": {"7B": {"one": row, "other": refused}}})
     assert report.count("| 7B |") == 3  # the step, its save, and the refusal
     assert attempt(Case("x", "nowhere.function")) == {"not measured": "benchmarks.gpu_parts.nowhere is not installed"}
+
+
+def test_attention_that_returns_no_numbers_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each kernel and length by itself; a kernel that takes no mask here is said to refuse it."""
+    plain = attention._results
+
+    def faulty(backend, q, *others):
+        found = plain(backend, q, *others)
+        if backend == attention.BACKENDS["flash"] and q.shape[2] == 8:
+            found["dq"][0, 0, 3] = float("nan")
+        return found
+
+    monkeypatch.setattr(attention, "_results", faulty)
+    row = attention.not_numbers([8, 16])
+    assert row["wrong"] == ["flash, 8, ordinary", "flash, 8, massive"]
+    assert row["flash, 8, massive"] == {"out": 0, "dq": 128, "dk": 0, "dv": 0, "distance": "not a number"}
+    assert row["math, 16, massive"]["distance"] < 0.01
+    assert row["cuDNN, 8, ordinary"].startswith("refused: ")
 
 
 def test_kernels_that_run_at_once_are_counted_once() -> None:
