@@ -32,7 +32,8 @@ def in_short(row: dict[str, Any]) -> str:
     peak = row["peak_allocated_gib"]
     memory = "" if peak is None else f", {peak:.2f} GiB"
     speed = f"{row['tokens_per_second']:,.0f} tokens/s, {row['seconds_per_step']:.4g} s a step"
-    return f"{speed}{share}{busy}{memory}"
+    found = _found(row)
+    return f"{speed}{share}{busy}{memory}{', ' + json.dumps(found) if found else ''}"
 
 
 def table(result: dict[str, Any]) -> str:
@@ -47,9 +48,14 @@ def table(result: dict[str, Any]) -> str:
         for name, row in rows.items():
             if "tokens_per_second" in row:
                 lines.append(f"| {part} | {name} | {' | '.join(_step_cells(row))} |")
-            if "tokens_per_second" not in row or "save" in row:
-                checks.append(f"| {part} | {name} | {verdict({'save': row['save']} if 'save' in row else row)} |")
+            if "tokens_per_second" not in row or _found(row):
+                checks.append(f"| {part} | {name} | {verdict(_found(row) or row)} |")
     return "\n".join([*lines, "", *checks])
+
+
+def _found(row: dict[str, Any]) -> dict[str, Any]:
+    """What a case that takes steps also looked at: gathered weights, a save."""
+    return {key: row[key] for key in ("gathered_parameters", "bytes_that_differ", "save") if key in row}
 
 
 def _step_cells(row: dict[str, Any]) -> list[str]:

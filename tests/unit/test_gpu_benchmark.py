@@ -181,8 +181,9 @@ def test_one_case_that_runs_and_one_that_cannot() -> None:
     refused = attempt(replace(case, arguments={**case.arguments, "memory": {"never": True}}))
     assert refused.keys() == {"not measured"}
     assert "unknown key memory.never" in refused["not measured"]
-    report = table({"parts": {"7B": {"one": row, "other": refused}}})
-    assert report.count("| 7B |") == 3  # the step, its save, and the refusal
+    report = table({"parts": {"7B": {"one": row, "other": refused, "third": {**row, "bytes_that_differ": 7}}}})
+    assert report.count("| 7B |") == 5  # steps and what else they found, and the refusal
+    assert '"bytes_that_differ": 7' in report
     assert attempt(Case("x", "nowhere.function")) == {"not measured": "benchmarks.gpu_parts.nowhere is not installed"}
 
 
