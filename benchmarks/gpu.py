@@ -1,14 +1,15 @@
-"""One GPU: what is wrong, how quick, how much memory, for models of 7B to 65B whose weights are random.
+"""One GPU: errors, speed and memory, for models of 7B to 65B whose weights are random.
 
     python benchmarks/gpu.py                             # under nine minutes on an H100; nothing is downloaded
     python benchmarks/gpu.py --plan                      # what would run, and how long it may take
     python benchmarks/gpu.py --parts 7B peers            # only these
     python benchmarks/gpu.py --device cpu --small        # tiny shapes: tries every path, its figures mean nothing
 
-Each part is a list of cases, run by a process of its own. One that fails, does not fit, takes longer than its limit or
-asks for what is not there is recorded as "not measured" with the reason, and the rest goes on, in a new process if need
-be. Results are written after every case. The same command again goes on where the one before ended: it runs the cases
-that have neither a result nor a reason, and those that time was too short for. The share of the bound: bound.py.
+Each part is a list of cases, run by a process of its own. One that fails, does not fit, takes
+longer than its limit or asks for what is not there is recorded as "not measured" with the reason,
+and the rest goes on, in a new process if need be. Results are written after every case. The same
+command again goes on where the one before ended: it runs the cases that have neither a result nor a
+reason, and those that time was too short for. The share of the bound: bound.py.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ def main() -> None:
 
 
 def default_file(is_small: bool) -> Path:
-    """Where results go that no file was named for."""
+    """File for results that no other was named for."""
     return ROOT / "benchmarks" / "results" / ("gpu_small.json" if is_small else "gpu.json")
 
 
@@ -82,7 +83,8 @@ def described(workers: Workers) -> dict[str, object]:
 def run_all(results: Results, left: list[tuple[Part, list[Case]]], workers: Workers, ends: float) -> None:
     """Run cases until the time is up, and keep the result of each.
 
-    A part may take what those behind it do not need: its own seconds at least, and all that those before it saved.
+    A part may take what those behind it do not need: its own seconds at least, and all that those
+    before it saved.
 
     Args:
         ends: when everything must be over, in `time.monotonic()`.

@@ -1,11 +1,12 @@
-"""The packages that a rented GPU machine lacks, unpacked in one folder and stripped: nothing is installed there.
+"""The packages that a rented GPU machine lacks, unpacked in one folder and stripped.
 
     python benchmarks/gpu_carry.py               # writes .site; needs pip and a package index
     PYTHONPATH=$PWD/.site python3 benchmarks/gpu.py
 
-For Python 3.12 on x86-64 Linux and CUDA 13.0, whatever Python runs this script. Of bitsandbytes' libraries, 125 MB of
-it, one for CUDA 13.0 and one for the CPU are kept. FlashAttention-2 and Unsloth are not carried: the one is a binary
-of hundreds of megabytes for one version of torch, the other wants versions of its own of most of what is there.
+For Python 3.12 on x86-64 Linux and CUDA 13.0, whatever Python runs this script. Of bitsandbytes'
+libraries, 125 MB of it, one for CUDA 13.0 and one for the CPU are kept. FlashAttention-2 and
+Unsloth are not carried: the one is a binary of hundreds of megabytes for one version of torch, the
+other wants versions of its own of most of what is there.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ MODULES = [*PACKAGES, "_multiprocess"]
 LIBRARIES = {"libbitsandbytes_cuda130.so", "libbitsandbytes_cpu.so"}
 PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in (17, 24, 27, 28, 34)]
 MOST_BYTES = 64 * 2**20
-"""Of everything that is carried, the program's own files included."""
+"""Limit on everything that is carried, the program's own files included."""
 
 
 def main() -> None:

@@ -1,12 +1,13 @@
-"""A rehearsal, on this CPU, of the one run that `gpu.py` gets on a rented GPU: all but the GPU is as it is there.
+"""A rehearsal, on this CPU, of the one run that `gpu.py` gets on a rented GPU.
 
     make gpu-rehearsal                           # makes the environment first: some gigabytes, once
     python benchmarks/gpu_rehearsal.py --python .venv-gpu/bin/python
 
-The tracked files and the carried packages go into a clean folder, and the same command as there runs in it, with the
-packages of `gpu_machine.txt` and no others, with tiny shapes, and without a network where this system can take it away.
-It is killed after some cases and started again. Then every case must have a result, or a reason that the missing GPU
-explains. Fails with what is not as it must be.
+The tracked files and the carried packages go into a clean folder, and the same command as there
+runs in it, with the packages of `gpu_machine.txt` and no others, with tiny shapes, and without a
+network where this system can take it away. It is killed after some cases and started again. Then
+every case must have a result, or a reason that the missing GPU explains. Fails with what is not as
+it must be.
 """
 
 from __future__ import annotations
@@ -218,7 +219,7 @@ print(json.dumps(found))
 
 
 def is_for_want_of_gpu(reason: str) -> bool:
-    """Whether a case has no result because this machine has no GPU, and for nothing else."""
+    """True for a reason that the missing GPU explains, and nothing else does."""
     skipped = re.fullmatch(r"all \d+ tests were skipped: (.*)", reason)
     if skipped:
         return all("CUDA device" in one or "GPU" in one for one in skipped[1].split("; "))

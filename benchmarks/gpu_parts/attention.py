@@ -1,7 +1,7 @@
-"""Attention by kernel: which return something else than numbers, how quick each is, what a new length costs.
+"""Attention by kernel: values that are no numbers, rates, and the cost of a new length.
 
-The shapes are those of a 7B micro-batch, 8 rows x 32 heads x 128. Operations are counted as useful ones, of causal
-pairs only: a kernel that takes a mask computes all pairs, and its rate shows that.
+The shapes are those of a 7B micro-batch, 8 rows x 32 heads x 128. Operations are counted as useful
+ones, of causal pairs only: a kernel that takes a mask computes all pairs, and its rate shows that.
 """
 
 from __future__ import annotations
@@ -57,11 +57,12 @@ def check_cudnn(device: torch.device, is_wanted: bool) -> None:
 
 
 def not_numbers(lengths: Sequence[int]) -> dict[str, Any]:
-    """Elements of output and gradients that are not finite, by kernel, of attention with a mask in bfloat16.
+    """Elements of output and gradients that are not finite, by kernel, of attention with a mask in
+    bfloat16.
 
-    Queries and keys are once ordinary and once as heads with massive activations have them, with every row's logsumexp
-    near -180. cuDNN's backward is reported to return NaN there when the length leaves 64 divided by 128
-    (https://github.com/pytorch/pytorch/issues/196678).
+    Queries and keys are once ordinary and once as heads with massive activations have them, with
+    every row's logsumexp near -180. cuDNN's backward is reported to return NaN there when the
+    length leaves 64 divided by 128 (https://github.com/pytorch/pytorch/issues/196678).
     """
     found = {
         f"{name}, {length}, {kind}": _not_finite(backend, length, mean)
@@ -107,7 +108,8 @@ def _results(
 
 
 def packed_mask(length: int, device: torch.device) -> torch.Tensor:
-    """Of a row with two samples, (1, 1, length, length): each token sees those before it in its own."""
+    """Mask of a row with two samples, (1, 1, length, length), bool: each token sees those before it
+    in its own."""
     place = torch.arange(length, device=device)
     sample = place >= length // 3
     return ((place[:, None] >= place) & (sample[:, None] == sample))[None, None]
@@ -118,7 +120,8 @@ def packed_mask(length: int, device: torch.device) -> torch.Tensor:
 
 
 def speed(way: str, rows: int = 8, heads: int = 32, length: int = 2048, width: int = 128) -> dict[str, Any]:
-    """TFLOP/s of forward and backward, and seconds of the first call for lengths that were not met before.
+    """TFLOP/s of forward and backward, and seconds of the first call for lengths that were not met
+    before.
 
     Args:
         way: `varlen`, or causal or masked and a kernel's name.
@@ -187,14 +190,14 @@ def _find_varlen() -> Callable[..., torch.Tensor]:
 
 
 def _causal(varlen_attn: Callable[..., Any]) -> dict[str, Any]:
-    """How this version of torch is told to be causal."""
+    """Arguments that make it causal in this version of torch."""
     import inspect
 
     return {"is_causal": True} if "is_causal" in inspect.signature(varlen_attn).parameters else {"window_size": (-1, 0)}
 
 
 def _fewer_key_heads(rows: int, heads: int, length: int, width: int, device: torch.device) -> str:
-    """Whether grouped keys are taken as they are."""
+    """Word on whether grouped keys are taken as they are."""
     try:
         started = time.perf_counter()
         _varlen(rows, heads, width, device, heads // 4)(length)
@@ -206,7 +209,8 @@ def _fewer_key_heads(rows: int, heads: int, length: int, width: int, device: tor
 def _inputs(
     shape: tuple[int, ...], device: torch.device, keys: tuple[int, ...] | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Queries, keys and values; ones of random numbers that are made once, as making them takes time too."""
+    """Queries, keys and values; ones of random numbers that are made once, as making them takes
+    time too."""
     return tuple(_random(size, device).detach().requires_grad_() for size in (shape, keys or shape, keys or shape))
 
 

@@ -1,9 +1,9 @@
 """FSDP2 on one GPU, as rank 0 of several: the bytes of gathered weights, time and memory.
 
-A process group of one proves nothing here, as torch copies parameter by parameter then and gathers nothing. So the
-group pretends to have more ranks. Its gather repeats this rank's shard, at the speed of a copy in the GPU's memory; its
-reduce-scatter keeps this rank's part. Copies into and out of the buffers, streams, prefetching and memory are those of
-rank 0 of so many; links are not.
+A process group of one proves nothing here, as torch copies parameter by parameter then and gathers
+nothing. So the group pretends to have more ranks. Its gather repeats this rank's shard, at the
+speed of a copy in the GPU's memory; its reduce-scatter keeps this rank's part. Copies into and out
+of the buffers, streams, prefetching and memory are those of rank 0 of so many; links are not.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def patterns(device: torch.device) -> torch.Tensor:
 def foreach_copies() -> dict[str, Any]:
     """Bytes that come out changed of `torch._foreach_copy_`, by storage type.
 
-    FSDP2 copies shards into its buffers with it, and it is reported to rewrite NaNs of bfloat16 on CUDA: packed 4-bit
-    weights in bfloat16 storage would change silently. Integers have no NaNs.
+    FSDP2 copies shards into its buffers with it, and it is reported to rewrite NaNs of bfloat16 on
+    CUDA: packed 4-bit weights in bfloat16 storage would change silently. Integers have no NaNs.
     """
     before = patterns(this_device())
     result: dict[str, Any] = {"bytes": before.numel()}

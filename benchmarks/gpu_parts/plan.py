@@ -1,7 +1,8 @@
-"""Everything that the benchmark of one GPU runs, in its order, with the seconds that each part is planned to take.
+"""Everything that the benchmark of one GPU runs, in its order, with each part's planned seconds.
 
-What may be wrong comes first, because nothing else means much then; after that the figures by their value. The seconds
-are estimates for an H100, with the start of the part's processes. They add up to less than nine minutes.
+What may be wrong comes first, because nothing else means much then; after that the figures by their
+value. The seconds are estimates for an H100, with the start of the part's processes. They add up to
+less than nine minutes.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ WIDE = {"hidden": 4096, "intermediate": 11008, "layers": 4, "heads": 32, "kv_hea
 """Four layers of a 7B with grouped keys: attention as there, and quickly made."""
 
 LENGTHS = (512, 704, 960, 1088, 1600, 1999, 2041, 2048)
-"""Of padded rows. The second to the fifth leave 64 when divided by 128, where cuDNN's backward is known to fail."""
+"""Lengths of padded rows. The second to the fifth leave 64 when divided by 128, where cuDNN's backward is
+known to fail."""
 TESTS = "loading or isolation or optim or loader or offload"
 
 
@@ -131,7 +133,8 @@ def compiled_cases(is_small: bool) -> list[Case]:
 
 
 def peer_cases(is_small: bool) -> list[Case]:
-    """The same model in what people use. liger-kernel patches transformers, so its case ends that process."""
+    """The same model in what people use. liger-kernel patches transformers, so its case ends that
+    process."""
 
     def peer(name: str, function: str, rows: int, **keywords: Any) -> Case:
         own_process = function == "peers.trl"
@@ -157,8 +160,8 @@ def saving_cases(is_small: bool) -> list[Case]:
 
 
 def row_cases(is_small: bool) -> list[Case]:
-    """What meets many lengths: paged state apart, generation and padded rows, each without cuDNN's attention and
-    with it."""
+    """Paged state, and what meets many lengths: generation and padded rows, each without cuDNN's
+    attention and with it."""
     shape, llama = (TINY, TINY) if is_small else (WIDE, _sizes("7B", False, 0)["shape"])
     lengths = [16, 24, 40] if is_small else list(LENGTHS)
     cases = [Case("paged beside unpaged", "optimizers.paged")]

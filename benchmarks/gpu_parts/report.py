@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks.gpu_parts.plan import MOST_SECONDS, Part, total_seconds
 
 _NOTES = ("seconds", "program", "unfinished")
-"""Of how a row came about."""
+"""Notes on how a row came about."""
 
 
 def plan_table(parts: Sequence[Part]) -> str:
@@ -54,7 +54,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def _found(row: dict[str, Any]) -> dict[str, Any]:
-    """What a case that takes steps also looked at: gathered weights, a save."""
+    """Findings of a case that takes steps, besides its speed: gathered weights, a save."""
     return {key: row[key] for key in ("gathered_parameters", "bytes_that_differ", "save") if key in row}
 
 

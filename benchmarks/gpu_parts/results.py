@@ -1,4 +1,4 @@
-"""The results of the benchmark on disk: complete after every case, and what a second call goes on from."""
+"""The results of the benchmark on disk: complete after every case, and gone on with."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ MACHINE = ("device", "python", "torch", "transformers", "peft", "bitsandbytes")
 """Results under different ones are not put into one file."""
 
 Row = dict[str, Any]
-"""Figures by name, or `not measured` with the reason; `unfinished` where that is the time, and another call may try."""
+"""Figures by name, or `not measured` with the reason; `unfinished` where that is the time, and
+another call may try."""
 
 
 class Results:
@@ -49,7 +50,7 @@ class Results:
         self.content |= {"machine": dict(machine), "is_small": is_small, "adapter_rank": 4 if is_small else 64}
 
     def is_done(self, part: str, case: str) -> bool:
-        """Whether a case has a result, or a reason that another call would find as well."""
+        """True for a case with a result, or with a reason that another call would find as well."""
         row = self.content["parts"].get(part, {}).get(case)
         return row is not None and not row.get("unfinished")
 

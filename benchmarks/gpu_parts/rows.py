@@ -1,7 +1,7 @@
-"""What meets many lengths: padded rows in training, and generation, whose keys grow with every token.
+"""Work that meets many lengths: padded rows in training, and generation, token by token.
 
-cuDNN makes a plan for each shape that it has not met, and its backward is known to return NaN for some lengths with a
-mask. So both run with it and without.
+cuDNN makes a plan for each shape that it has not met, and its backward is known to return NaN for
+some lengths with a mask. So both run with it and without.
 """
 
 from __future__ import annotations
@@ -26,12 +26,13 @@ from qlora_dist.runtime import start_runtime
 from qlora_dist.train import train_step
 
 FILLED = (1.0, 0.8, 0.55, 0.3)
-"""Of each row in turn, the share that is no padding."""
+"""Share of each row in turn that is no padding."""
 
 
 def padded(shape: Mapping[str, int], rows: int, lengths: Sequence[int], with_cudnn: bool) -> dict[str, Any]:
-    """Two steps at each length: seconds of both, and whether the gradient is finite. The weights are random, so no head
-    has the massive activations that bring cuDNN's backward down; that is looked for by itself, in `attention.py`."""
+    """Two steps at each length: seconds of both, and whether the gradient is finite. The weights
+    are random, so no head has the massive activations that bring cuDNN's backward down; that is
+    looked for by itself, in `attention.py`."""
     runtime = start_runtime(seed=0, dtype="bfloat16")
     check_cudnn(runtime.device, with_cudnn)
     model, config = _model(shape, rows, max(lengths), runtime)

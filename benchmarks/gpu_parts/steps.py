@@ -170,7 +170,7 @@ def this_device() -> torch.device:
 
 
 def rates() -> dict[str, Any]:
-    """What the device does at most: products, dequantisation, copies; attention is measured kernel by kernel."""
+    """Rates of products, dequantisation and copies; attention is measured kernel by kernel."""
     device = this_device()
     is_gpu = device.type == "cuda"
     size, tokens = (8192, 4096) if is_gpu else (512, 256)

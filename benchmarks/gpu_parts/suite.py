@@ -32,7 +32,7 @@ def run(selection: str, seconds: float) -> dict[str, Any]:
 
 
 def outcome(said: str, code: int, ended_after: float | None) -> dict[str, Any]:
-    """What pytest's lines say."""
+    """Row of results from pytest's lines."""
     found = re.findall(r"^(tests/\S+::.*?) (PASSED|FAILED|ERROR|SKIPPED|XFAIL)", said, re.MULTILINE)
     counts = {word.lower(): sum(1 for _, one in found if one == word) for word in sorted({one for _, one in found})}
     failed = [name for name, word in found if word in ("FAILED", "ERROR")]

@@ -1,7 +1,9 @@
-"""The processes that cases run in: one that crashes, hangs or leaves something behind takes no other case with it.
+"""The processes that cases run in: one that crashes, hangs or leaves something behind takes no
+other case with it.
 
-A worker imports everything before it is given a case, while the worker before it still measures: importing takes ten
-seconds or more, fifteen times over. It talks in lines of JSON: a case comes in, and a row goes out.
+A worker imports everything before it is given a case, while the worker before it still measures:
+importing takes ten seconds or more, fifteen times over. It talks in lines of JSON: a case comes in,
+and a row goes out.
 """
 
 from __future__ import annotations
@@ -47,7 +49,7 @@ class Worker:
         self._lines: queue.Queue[str | None] = queue.Queue()
         self._machine: dict[str, Any] | None = None
         self.is_over = False
-        """Whether it can take no more cases."""
+        """True when it can take no more cases."""
         threading.Thread(target=self._read, daemon=True).start()
 
     def _read(self) -> None:
@@ -58,7 +60,7 @@ class Worker:
         self._lines.put(None)
 
     def machine(self) -> dict[str, Any]:
-        """Where it runs; waits until it is ready.
+        """Hardware and versions of its process; waits until it is ready.
 
         Raises:
             NotMeasured: it does not get so far.
@@ -121,7 +123,7 @@ class Workers:
         self._current: Worker | None = None
 
     def machine(self) -> dict[str, Any]:
-        """Where workers run."""
+        """Hardware and versions of the workers' processes."""
         return self._next.machine()
 
     def fresh(self) -> Worker:
@@ -200,7 +202,8 @@ def attempt(case: Case, seconds: float = 600.0) -> Row:
     """What the case returns, or why it does not.
 
     Args:
-        seconds: given to the case where it has an argument `seconds`, less a little to report within them.
+        seconds: given to the case where it has an argument `seconds`, less a little to report
+        within them.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""The benchmark of one GPU: its plan, what a second call goes on from, and cases that cannot run or crash."""
+"""The benchmark of one GPU: its plan, its second call, cases that cannot run or crash."""
 
 import json
 import sys
@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from benchmarks.gpu import run_all
+from benchmarks.gpu_carry import size_of, strip
 from benchmarks.gpu_parts import attention
 from benchmarks.gpu_parts.gather import foreach_copies, num_different
 from benchmarks.gpu_parts.norms import _numbers, _ways, distances
@@ -21,6 +22,7 @@ from benchmarks.gpu_parts.rows import padded_batch
 from benchmarks.gpu_parts.steps import union_length
 from benchmarks.gpu_parts.suite import outcome
 from benchmarks.gpu_parts.worker import Workers, attempt
+from benchmarks.gpu_rehearsal import check_environment, is_for_want_of_gpu
 
 HERE = dict.fromkeys(MACHINE, "1")
 PROBE = f"""
@@ -57,7 +59,8 @@ def rows_of(file: Path, part: str) -> dict[str, dict]:
 
 
 def test_the_plan_stays_under_nine_minutes() -> None:
-    """By its planned seconds; cases have names of their own, the same with tiny shapes, and `--plan` prints them."""
+    """By its planned seconds; cases have names of their own, the same with tiny shapes, and
+    `--plan` prints them."""
     parts = all_parts(is_small=False)
     assert total_seconds(parts) < MOST_SECONDS == 9 * 60
     names = [(part.name, case.name) for part in parts for case in part.cases]
@@ -69,7 +72,8 @@ def test_the_plan_stays_under_nine_minutes() -> None:
 
 
 def test_a_case_that_dies_or_hangs_leaves_the_others(workers: Workers, tmp_path: Path) -> None:
-    """Those behind it run in a new process; it is recorded with the reason; only time is a reason to try again."""
+    """Those behind it run in a new process; it is recorded with the reason; only time is a reason
+    to try again."""
     part = Part("one", 60, [
         Case("first", "answer"), Case("dies", "die"), Case("second", "answer"), Case("third", "answer"),
         Case("hangs", "hang", limit_seconds=3), Case("last", "answer"), Case("apart", "answer", own_process=True),
@@ -100,7 +104,8 @@ def test_processes_that_cannot_start_are_a_reason_and_no_wait(tmp_path: Path) ->
 
 
 def test_results_are_on_disk_after_every_case(workers: Workers, tmp_path: Path, capsys) -> None:
-    """Each line that is printed of a case finds its row in the file, whole; nothing half-written is left."""
+    """Each line that is printed of a case finds its row in the file, whole; nothing half-written is
+    left."""
     file = tmp_path / "results" / "out.json"
     results = opened(file)
     seen: list[list[str]] = []
@@ -119,7 +124,8 @@ def test_results_are_on_disk_after_every_case(workers: Workers, tmp_path: Path, 
 
 
 def test_a_second_call_goes_on_where_the_first_ended(workers: Workers, tmp_path: Path) -> None:
-    """Results and reasons stay as they are; cases without one run, and parts that are asked for once more."""
+    """Results and reasons stay as they are; cases without one run, and parts that are asked for
+    once more."""
     file = tmp_path / "out.json"
     parts = [
         Part("one", 60, [Case(name, "answer") for name in ("done", "refused", "late", "new")]),
@@ -141,8 +147,8 @@ def test_a_second_call_goes_on_where_the_first_ended(workers: Workers, tmp_path:
 
 
 def test_without_time_nothing_begins_and_results_stay(workers: Workers, tmp_path: Path) -> None:
-    """Cases are recorded as unfinished, and one that is measured again keeps what it had. With less time than the plan
-    has, the first parts get it."""
+    """Cases are recorded as unfinished, and one that is measured again keeps what it had. With less
+    time than the plan has, the first parts get it."""
     file = tmp_path / "out.json"
     results = opened(file)
     results.add("one", "done", {"answer": 0})
@@ -169,7 +175,8 @@ def test_results_of_another_machine_are_not_mixed_in(tmp_path: Path) -> None:
 
 
 def test_one_case_that_runs_and_one_that_cannot() -> None:
-    """A step is reported with its rate and its share of the bound; a setting that is not there, by its name."""
+    """A step is reported with its rate and its share of the bound; a setting that is not there, by
+    its name."""
     cases = {case.name: case for part in all_parts(is_small=True) for case in part.cases if part.name == "7B"}
     case = cases["1x2048, none"]
     row = attempt(replace(case, arguments={**case.arguments, "num_steps": 1, "saves": "write"}))
@@ -221,7 +228,8 @@ def test_padded_rows_have_targets_in_their_samples_only() -> None:
 
 
 def test_one_changed_bit_is_one_byte_that_differs() -> None:
-    """Also in a NaN, whose values compare as unequal anyway; a copy on this machine changes none."""
+    """Also in a NaN, whose values compare as unequal anyway; a copy on this machine changes
+    none."""
     weights = torch.tensor([float("nan"), 1.0, 2.0], dtype=torch.bfloat16)
     other = weights.clone()
     assert num_different(weights, other) == 0
@@ -241,7 +249,8 @@ def test_the_norm_is_compared_with_exact_results() -> None:
 
 
 def test_outcomes_of_tests_are_counted() -> None:
-    """Passed, failed and skipped ones; tests that were all skipped are no result, and ones cut short are unfinished."""
+    """Passed, failed and skipped ones; tests that were all skipped are no result, and ones cut
+    short are unfinished."""
     said = "tests/gpu/test_a.py::test_b[x y] PASSED [ 5%]\ntests/gpu/test_a.py::test_c FAILED [10%]\n"
     row = outcome(said, 1, None)
     assert row["outcome"] == {"failed": 1, "passed": 1}
@@ -250,3 +259,43 @@ def test_outcomes_of_tests_are_counted() -> None:
     skipped = "tests/gpu/test_a.py::test_b SKIPPED (x) [50%]\nSKIPPED [1] tests/gpu/test_a.py:3: needs a CUDA device\n"
     assert outcome(skipped, 0, None) == {"not measured": "all 1 tests were skipped: needs a CUDA device"}
     assert "ended with 4" in outcome("no such file", 4, None)["not measured"]
+
+
+def test_only_what_a_cpu_lacks_excuses_a_rehearsed_case() -> None:
+    """Not a missing package, an error, or the time."""
+    assert is_for_want_of_gpu("needs a GPU: no such kernel")
+    assert is_for_want_of_gpu("all 2 tests were skipped: needs a CUDA device; copies need a GPU")
+    assert not is_for_want_of_gpu("all 2 tests were skipped: needs a CUDA device; flash-attn is not installed")
+    for reason in ("trl is not installed", "RuntimeError: no GPU", "the time was used up"):
+        assert not is_for_want_of_gpu(reason)
+
+
+def test_a_rehearsal_wants_the_listed_packages_and_no_others() -> None:
+    """This environment has others, and the first that differ are named."""
+    with pytest.raises(SystemExit, match=r"is not as gpu_machine.txt says: .*bitsandbytes: none there"):
+        check_environment(sys.executable)
+
+
+def test_carried_packages_are_stripped_to_what_a_run_reads(tmp_path: Path) -> None:
+    """Libraries of other CUDA versions, caches, scripts and tests go; metadata stays, it tells
+    versions."""
+    kept = [
+        "bitsandbytes/__init__.py",
+        "bitsandbytes/libbitsandbytes_cuda130.so",
+        "bitsandbytes/libbitsandbytes_cpu.so",
+        "trl-1.dist-info/METADATA",
+        "peft/tuners/tests.py",
+    ]
+    gone = [
+        "bitsandbytes/libbitsandbytes_cuda128.so",
+        "dill/tests/test_x.py",
+        "peft/tuners/__pycache__/x.pyc",
+        "bin/trl",
+    ]
+    for name in (*kept, *gone):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("12345678")
+    strip(tmp_path)
+    found = {str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*") if file.is_file()}
+    assert found == set(kept)
+    assert size_of(tmp_path) == 8 * len(kept)
