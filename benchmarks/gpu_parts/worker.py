@@ -194,8 +194,8 @@ def _carried() -> list[str]:
     """Packages that come from a folder beside the program, with their versions."""
     from importlib.metadata import distributions
 
-    site = ROOT / ".site"
-    return sorted(f"{found.name} {found.version}" for found in distributions(path=[str(site)])) if site.exists() else []
+    sites = [entry for entry in sys.path if Path(entry).resolve() == ROOT / ".site"]
+    return sorted(f"{found.name} {found.version}" for found in distributions(path=sites))
 
 
 def attempt(case: Case, seconds: float = 600.0) -> Row:
