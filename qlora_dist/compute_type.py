@@ -22,7 +22,7 @@ DType = Literal["bfloat16", "float16", "float32"]
 _NUM_TOKENS, _WIDTH = 128, 512
 """Of the timed products: 67 MFLOP each, 0.06 s where they are slowest (1.1 GFLOP/s)."""
 _FORM_SECONDS = 0.03
-"""For which each form is repeated; at least twice, because the first makes a plan."""
+"""For which each form is repeated; at least three times, because the first makes a plan."""
 _TIE = 0.9
 """float32 must take less than this share of bfloat16's time: at equal speed, half the memory decides."""
 _WORTH_SAYING = 1.5
@@ -39,7 +39,8 @@ class Ability:
     has_bfloat16: bool = True
     """Whether a GPU multiplies it by itself."""
     flops: dict[str, float] = field(default_factory=dict)
-    """Measured floating-point operations per second by type; of types that nobody asks for, none."""
+    """Measured floating-point operations per second by type, of a CPU those of a core; of types that nobody asks for,
+    none."""
 
 
 @dataclass(frozen=True)
@@ -91,10 +92,9 @@ def choose(asked: str, abilities: Sequence[Ability], is_kept: bool = False) -> C
 
 
 def product_flops(device: torch.device, name: str) -> float:
-    """Floating-point operations per second of x W^T, g W and g^T x together, the forms of a training step.
+    """Operations per second, of a CPU by one core, of x W^T, g W and g^T x together: the forms of a training step.
 
-    With x (tokens, in_features), W (out_features, in_features) and g (tokens, out_features). The quickest of several:
-    on a machine that others use as well, the mean would be their mood.
+    With x (tokens, in_features), W (out_features, in_features) and g (tokens, out_features).
     """
     dtype = getattr(torch, name)
     x, grad = (torch.ones(_NUM_TOKENS, _WIDTH, dtype=dtype, device=device) for _ in range(2))
@@ -109,14 +109,17 @@ def product_flops(device: torch.device, name: str) -> float:
 
 
 def _quickest(product: Callable[[], torch.Tensor], device: torch.device) -> float:
-    """Seconds of the quickest of at least two."""
+    """Seconds of the quickest of at least three: on a CPU of its processor, since on one that others use as well a
+    product is now and then left waiting for longer than it takes, which would be taken for the type's fault."""
+    is_gpu = device.type == "cuda"
+    clock = time.perf_counter if is_gpu else time.process_time
     seconds: list[float] = []
-    while len(seconds) < 2 or sum(seconds) < _FORM_SECONDS:
-        started = time.perf_counter()
+    while len(seconds) < 3 or sum(seconds) < _FORM_SECONDS:
+        started = clock()
         product()
-        if device.type == "cuda":
+        if is_gpu:
             torch.cuda.synchronize(device)
-        seconds.append(time.perf_counter() - started)
+        seconds.append(clock() - started)
     return min(seconds)
 
 
@@ -135,8 +138,8 @@ def _best(abilities: Sequence[Ability]) -> tuple[DType, str]:
     # All ranks wait for the slowest.
     half, single = (min(one.flops[name] for one in abilities) for name in ("bfloat16", "float32"))
     name: DType = "float32" if half < _TIE * single else "bfloat16"
-    slowest = " on the slowest rank" if len(abilities) > 1 else ""
-    return name, f"this CPU multiplies bfloat16 at {_rate(half)} and float32 at {_rate(single)}{slowest}"
+    where = "a core" + (" on the slowest rank" if len(abilities) > 1 else "")
+    return name, f"this CPU multiplies bfloat16 at {_rate(half)} and float32 at {_rate(single)} {where}"
 
 
 def _slowness(asked: str, abilities: Sequence[Ability]) -> str | None:
