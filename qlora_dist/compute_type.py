@@ -105,7 +105,12 @@ def product_flops(device: torch.device, name: str) -> float:
         lambda: grad.t() @ x,
     )
     operations = 2 * _NUM_TOKENS * _WIDTH * _WIDTH
-    return len(forms) * operations / sum(_quickest(form, device) for form in forms)
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # several that wait for each other spend processor time on it
+    try:
+        return len(forms) * operations / sum(_quickest(form, device) for form in forms)
+    finally:
+        torch.set_num_threads(num_threads)
 
 
 def _quickest(product: Callable[[], torch.Tensor], device: torch.device) -> float:
