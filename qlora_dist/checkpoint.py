@@ -63,7 +63,7 @@ class TrainState:
     best_eval_loss: float | None = None
     best_step: int | None = None
     loss_scale: float | None = None
-    """What the loss is multiplied by before backward, see `loss_scale.py`; None: nothing yet."""
+    """Factor of the loss before backward, see `loss_scale.py`; None: nothing yet."""
     num_steps_at_scale: int = 0
     """Steps in a row that `loss_scale` held for."""
 

@@ -20,7 +20,7 @@ import torch
 DType = Literal["bfloat16", "float16", "float32"]
 
 _NUM_TOKENS, _WIDTH = 128, 512
-"""Of the timed products: 67 MFLOP each, 0.06 s where they are slowest (1.1 GFLOP/s)."""
+"""Sizes of the timed products: 67 MFLOP each, 0.06 s where they are slowest (1.1 GFLOP/s)."""
 _FORM_SECONDS = 0.03
 """For which each form is repeated; at least three times, because the first makes a plan."""
 _TIE = 0.9
@@ -31,13 +31,13 @@ _WORTH_SAYING = 1.5
 
 @dataclass(frozen=True)
 class Ability:
-    """What one rank's device can multiply."""
+    """The types that one rank's device multiplies, and how quickly."""
 
     device: str
     """Its name."""
     is_gpu: bool
     has_bfloat16: bool = True
-    """Whether a GPU multiplies it by itself."""
+    """True for a GPU that multiplies it by itself."""
     flops: dict[str, float] = field(default_factory=dict)
     """Measured floating-point operations per second by type, of a CPU those of a core; of types that nobody asks for,
     none."""
@@ -45,7 +45,7 @@ class Ability:
 
 @dataclass(frozen=True)
 class ComputeType:
-    """What was chosen, and what the log says of it."""
+    """The type chosen, and the log's line about it."""
 
     name: DType
     note: str
@@ -129,7 +129,7 @@ def _quickest(product: Callable[[], torch.Tensor], device: torch.device) -> floa
 
 
 def _best(abilities: Sequence[Ability]) -> tuple[DType, str]:
-    """What suits the weakest of all ranks' devices, and why."""
+    """Choose what suits the weakest of all ranks' devices; returns the type and the reason."""
     if all(one.is_gpu for one in abilities):
         devices = Counter(one.device for one in abilities)
         emulating = {one.device for one in abilities if not one.has_bfloat16}
@@ -148,7 +148,7 @@ def _best(abilities: Sequence[Ability]) -> tuple[DType, str]:
 
 
 def _slowness(asked: str, abilities: Sequence[Ability]) -> str | None:
-    """What to tell of a type that is not what the devices do best; of the rank where that is worst."""
+    """Describe by how much a type is slower than the best one, on the rank where that is worst."""
     found: list[tuple[float, str]] = []
     for one in abilities:
         others = {name: rate for name, rate in one.flops.items() if name != asked}

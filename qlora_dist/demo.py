@@ -131,7 +131,7 @@ def demo(output_dir: str, model: str | None, minutes: float, max_steps: int | No
 
 @dataclass(frozen=True)
 class Pace:
-    """How quickly this machine trains the demo's model."""
+    """Speed of this machine at the demo's model."""
 
     step_seconds: float
     other_seconds: float
@@ -292,7 +292,7 @@ def _rows_of_steps(run: Path) -> list[dict[str, Any]]:
 
 
 def _num_tokens(file: Path) -> int:
-    """Of a file of conversations, about: four characters each."""
+    """Estimate the tokens of a file of conversations, four characters each."""
     return file.stat().st_size // 4
 
 

@@ -38,11 +38,11 @@ class LossScale:
 
     @property
     def value(self) -> float:
-        """What the loss is multiplied by."""
+        """The factor of the loss."""
         return self._state.loss_scale if self._is_on and self._state.loss_scale is not None else 1.0
 
     def is_to_repeat(self, sums: StepSums) -> bool:
-        """Whether a step is to be taken again because of its scale, which is half of it by then; a collective then.
+        """Decide whether a step is taken again, with half the scale; a collective if it overflowed.
 
         A loss that is not finite is none of the scale's doing, nor are gradients that are not with a scale of 1: the
         scale is what it was before, and the step counts as skipped, as in any other type.

@@ -121,7 +121,7 @@ class Engine(Protocol):
     can_drop_gradients: bool
     """Whether a step can be begun again after an error in forward or backward: no collective is half done then."""
     loss_scale: float
-    """What a loss is multiplied by before backward, a power of two; norms and gradients are divided by it."""
+    """Factor of a loss before backward, a power of two; norms and gradients are divided by it."""
 
     def backward(self, loss: torch.Tensor, is_last_micro_batch: bool) -> None:
         """Add the gradient of `loss` (already divided by the global token count); ranks are summed at the last."""

@@ -33,9 +33,9 @@ class Runtime:
     local_world_size: int
     """Processes on this node."""
     compute_dtype: torch.dtype
-    """What products are computed in, the same on all ranks."""
+    """Type of products, the same on all ranks."""
     compute_note: str = ""
-    """What the log says of it."""
+    """Line of the log about it."""
     host_group: dist.ProcessGroup | None = None
     """All ranks, for what they agree on without their devices; None is the default group."""
 
@@ -101,7 +101,7 @@ class Runtime:
         return box[0]
 
     def from_all(self, value: Made) -> list[Made]:
-        """What each rank has, in their order, on every rank; small and picklable; a collective."""
+        """Collect each rank's value, in their order, on every rank; small and picklable; a collective."""
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
