@@ -33,12 +33,13 @@ import torch
 from torch import nn
 
 from benchmarks.limits import copy_gib_per_second, dequantize_gib_per_second, gemm_tflops
-from qlora_dist.config import AdapterConfig, ModelConfig
-from qlora_dist.data.sampler import MicroBatch
+from qlora_dist.config.schema import AdapterConfig, ModelConfig
+from qlora_dist.data.batch import MicroBatch
 from qlora_dist.model.adapters import add_adapters, lora_layers
 from qlora_dist.model.flops import flops_of
 from qlora_dist.model.nf4 import QuantizedLinear
-from qlora_dist.model.skeleton import base_model, build_skeleton
+from qlora_dist.model.parts import base_model
+from qlora_dist.model.skeleton import build_skeleton
 
 GIB = 2**30
 

@@ -80,11 +80,11 @@ def median_of(runs: list[dict[str, Any]], key: str) -> float:
 
 def measure(mode: str) -> dict[str, Any]:
     """One run in this process."""
-    from qlora_dist.noise import quiet_third_parties
+    from qlora_dist.commands.noise import quiet_third_parties
 
     quiet_third_parties()
-    from qlora_dist import checkpoint as checkpoint_module
-    from qlora_dist.config_file import load_config
+    from qlora_dist.config.load import load_config
+    from qlora_dist.run import checkpoint as checkpoint_module
     from qlora_dist.train import Training, train
 
     gather_seconds: list[float] = []

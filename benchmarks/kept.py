@@ -46,8 +46,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=None, help="JSON file to write")
     options = parser.parse_args()
-    from qlora_dist.noise import quiet_third_parties
-    from qlora_dist.runtime import start_runtime
+    from qlora_dist.commands.noise import quiet_third_parties
+    from qlora_dist.runtime.processes import start_runtime
 
     quiet_third_parties()
     machine = describe_machine()
@@ -73,7 +73,7 @@ def main() -> None:
 @contextmanager
 def left_to_the_model(names: set[str]) -> Iterator[None]:
     """Some modules are not recognised while a model is built."""
-    from qlora_dist.model import elementwise
+    from qlora_dist.model import fused_norm_mlp as elementwise
 
     with ExitStack() as patches:
         for name in names:
@@ -100,7 +100,7 @@ def saved_bytes(runtime: Any, memory: dict[str, Any]) -> int:
 
 def layer_bytes(runtime: Any) -> dict[str, int]:
     """Bytes that one decoder layer keeps, by policy."""
-    from qlora_dist.model.recompute import Survey
+    from qlora_dist.memory.recompute import Survey
 
     model, forward = build_model(runtime, {"recompute": "none"})
     with Survey(model) as survey:

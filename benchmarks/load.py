@@ -149,16 +149,16 @@ def measure(load: Any, folder: Path, out: Path) -> None:
 
 def load_ours(folder: Path) -> Any:
     """Everything up to where reading starts; what is returned does the reading."""
-    from qlora_dist.noise import quiet_third_parties
+    from qlora_dist.commands.noise import quiet_third_parties
 
     quiet_third_parties()
-    from qlora_dist.config import AdapterConfig, ModelConfig, ParallelConfig
+    from qlora_dist.config.schema import AdapterConfig, ModelConfig, ParallelConfig
     from qlora_dist.model.adapters import add_adapters
-    from qlora_dist.model.loading import load_base_weights, materialize
-    from qlora_dist.model.shards import local_part
     from qlora_dist.model.skeleton import build_skeleton
-    from qlora_dist.parallel import shard_skeleton
-    from qlora_dist.runtime import start_runtime
+    from qlora_dist.parallel.fsdp import shard_skeleton
+    from qlora_dist.runtime.processes import start_runtime
+    from qlora_dist.runtime.shards import local_part
+    from qlora_dist.weights.loading import load_base_weights, materialize
 
     runtime = start_runtime(seed=0, dtype="bfloat16")
     model = add_adapters(build_skeleton(folder, ModelConfig(path=str(folder))), AdapterConfig(rank=8), str(folder))

@@ -148,11 +148,11 @@ def measure(shape: Shape, world_size: int, seq_len: int, recompute: str, is_real
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from qlora_dist.config import OptimConfig
-    from qlora_dist.model.loading import materialize
+    from qlora_dist.config.schema import OptimConfig
     from qlora_dist.model.loss import LogitsForm, _HeadLoss, target_loss_sum
-    from qlora_dist.model.shards import local_bytes
-    from qlora_dist.parallel import build_engine
+    from qlora_dist.parallel.choice import build_engine
+    from qlora_dist.runtime.shards import local_bytes
+    from qlora_dist.weights.loading import materialize
 
     model, runtime = describe(shape, world_size, seq_len, recompute)
     device = runtime.device
@@ -192,21 +192,22 @@ def measure(shape: Shape, world_size: int, seq_len: int, recompute: str, is_real
 
 def describe(shape: Shape, world_size: int, seq_len: int, recompute: str) -> tuple[Any, Any]:
     """The model as rank 0 of `world_size` describes it, on meta and in shards; and that rank's runtime."""
-    from qlora_dist.noise import quiet_third_parties
+    from qlora_dist.commands.noise import quiet_third_parties
 
     quiet_third_parties()
     from torch import distributed as dist
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    from qlora_dist.config import AdapterConfig, MemoryConfig, ModelConfig, ParallelConfig
+    from qlora_dist.config.schema import AdapterConfig, MemoryConfig, ModelConfig, ParallelConfig
+    from qlora_dist.memory.recompute import apply_recompute
     from qlora_dist.model.adapters import add_adapters
-    from qlora_dist.model.elementwise import lighten
+    from qlora_dist.model.fused_norm_mlp import lighten
     from qlora_dist.model.lora_linear import fuse_adapters
     from qlora_dist.model.nf4 import dynamic_code, four_bit_code
-    from qlora_dist.model.recompute import apply_recompute
-    from qlora_dist.model.skeleton import build_skeleton, decoder_layers
-    from qlora_dist.parallel import shard_skeleton
-    from qlora_dist.runtime import start_runtime
+    from qlora_dist.model.parts import decoder_layers
+    from qlora_dist.model.skeleton import build_skeleton
+    from qlora_dist.parallel.fsdp import shard_skeleton
+    from qlora_dist.runtime.processes import start_runtime
 
     runtime = dataclasses.replace(start_runtime(seed=0, dtype="bfloat16"), world_size=world_size)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)

@@ -85,7 +85,7 @@ def fill(rows: Path, max_seq_len: int) -> dict[str, float]:
     import torch
     from transformers import AutoTokenizer
 
-    from qlora_dist.config import DataConfig
+    from qlora_dist.config.schema import DataConfig
     from qlora_dist.data.dataset import load_dataset
 
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
@@ -182,7 +182,7 @@ def tokenize_here(rows: Path) -> dict[str, float]:
     """This program's way: what `train` does before it loads the model."""
     from transformers import AutoTokenizer
 
-    from qlora_dist.config import DataConfig
+    from qlora_dist.config.schema import DataConfig
     from qlora_dist.data.dataset import load_dataset
 
     tokenizer = AutoTokenizer.from_pretrained(MODEL)

@@ -156,10 +156,10 @@ def run(memory: dict[str, Any], folder: Path, steps: int) -> dict[str, Any]:
 def measure(memory: dict[str, Any], rows: Path, steps: int) -> dict[str, Any]:
     """Train in this process: seconds, peak and recomputation of each step, and the losses."""
     from qlora_dist import train as train_module
-    from qlora_dist.budget import MemoryMeter
-    from qlora_dist.config_file import load_config
-    from qlora_dist.model.recompute import recompute_of
-    from qlora_dist.noise import quiet_third_parties
+    from qlora_dist.commands.noise import quiet_third_parties
+    from qlora_dist.config.load import load_config
+    from qlora_dist.memory.recompute import recompute_of
+    from qlora_dist.runtime.memory import MemoryMeter
 
     quiet_third_parties()
     train_step = train_module.train_step

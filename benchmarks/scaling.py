@@ -215,8 +215,8 @@ def start(case: Case, folder: Path, rows: Path, steps: int, where: dict[str, str
 def work(file: Path) -> None:
     """Train as the file says; in one step count every collective of this process, in later ones time them."""
     from qlora_dist import train as train_module
-    from qlora_dist.config_file import load_config
-    from qlora_dist.noise import quiet_third_parties
+    from qlora_dist.commands.noise import quiet_third_parties
+    from qlora_dist.config.load import load_config
 
     quiet_third_parties()
     config, rank = load_config(file), os.environ.get("RANK", "0")
@@ -301,9 +301,9 @@ def expected_bytes(model: Any, config: Any) -> dict[str, int]:
     `one_gather_of_quantized` is the part of the 4-bit matrices and their constants, 0.516 bytes per weight.
     """
     from qlora_dist.model.nf4 import QuantizedLinear
-    from qlora_dist.model.shards import whole_bytes, whole_shape
-    from qlora_dist.model.skeleton import base_model, decoder_layers
-    from qlora_dist.parallel import gathered_units
+    from qlora_dist.model.parts import base_model, decoder_layers
+    from qlora_dist.parallel.fsdp import gathered_units
+    from qlora_dist.runtime.shards import whole_bytes, whole_shape
 
     world = int(os.environ.get("WORLD_SIZE", "1"))
     share = (world - 1) / world

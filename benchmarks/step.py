@@ -172,7 +172,7 @@ def compute_type(asked: str) -> str:
     """
     if asked != "auto":
         return asked
-    from qlora_dist.compute_type import ability, choose
+    from qlora_dist.runtime.compute_type import ability, choose
 
     torch.set_num_threads(THREADS)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -265,10 +265,10 @@ def run_here(one: Ours | Peer, options: argparse.Namespace) -> None:
 
 def run_ours(ours: Ours, dtype: str, rows: Path, steps: int) -> list[dict[str, float]]:
     """What `qlora-dist train` does, with the parts that `ours` names."""
-    from qlora_dist import assemble
+    from qlora_dist import build as assemble
     from qlora_dist import train as train_module
-    from qlora_dist.config_file import load_config
-    from qlora_dist.noise import quiet_third_parties
+    from qlora_dist.commands.noise import quiet_third_parties
+    from qlora_dist.config.load import load_config
 
     quiet_third_parties()
     with tempfile.TemporaryDirectory() as name:
@@ -315,9 +315,9 @@ def run_peer(peer: Peer, rows: Path, steps: int) -> list[dict[str, float]]:
     from torch.utils.data import SequentialSampler
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback
 
-    from qlora_dist.config import DataConfig
+    from qlora_dist.config.schema import DataConfig
     from qlora_dist.data.dataset import load_dataset
-    from qlora_dist.data.sampler import SampleOrder
+    from qlora_dist.data.order import SampleOrder
 
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     samples = load_dataset(DataConfig(train=str(rows), max_seq_len=SEQ_LEN, packing=False), tokenizer, seed=0).train

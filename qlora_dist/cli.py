@@ -12,13 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO, TypeVar
 
-from qlora_dist import __version__, streams
+from qlora_dist import __version__
 from qlora_dist.errors import EXIT_RESUME, ConfigError, Stopped
-from qlora_dist.failure import exit_code_after, tell_launcher
-from qlora_dist.launcher import watch_launcher
+from qlora_dist.metrics import streams
+from qlora_dist.run.failure import exit_code_after, tell_launcher
+from qlora_dist.run.launcher import watch_launcher
 
 if TYPE_CHECKING:
-    from qlora_dist.config import TrainConfig
+    from qlora_dist.config.schema import TrainConfig
+
 
 USAGE = """\
 usage: qlora-dist COMMAND [ARGUMENTS]
@@ -155,14 +157,14 @@ def _leave(exit_code: int) -> None:
 
 def train_command(argv: list[str]) -> None:
     """train a model as a YAML file says"""
-    from qlora_dist.config_file import load_config
+    from qlora_dist.config.load import load_config
 
     if not argv or argv[0] in ("-h", "--help"):
         _show_train_help()
         return
     watch_launcher()
     config = load_config(argv[0], argv[1:])
-    from qlora_dist.model.files import looks_like_hub_name, resolve_model_folder
+    from qlora_dist.weights.files import looks_like_hub_name, resolve_model_folder
 
     _check_sources(config)
     if not looks_like_hub_name(config.model.path):
@@ -178,7 +180,7 @@ def train_command(argv: list[str]) -> None:
 
 def data_command(argv: list[str]) -> None:
     """tell what a run's data are like, and show samples"""
-    from qlora_dist.config_file import load_config
+    from qlora_dist.config.load import load_config
 
     path, rest = (argv[0], argv[1:]) if argv and argv[0] not in ("-h", "--help") else ("", ["--help"])
     options, overrides = _parse_known(DataOptions, rest, "qlora-dist data CONFIG.yaml")
@@ -188,7 +190,7 @@ def data_command(argv: list[str]) -> None:
     _check_sources(config)
     _quiet()
     with _loading_libraries(sys.stderr):
-        from qlora_dist.survey import survey
+        from qlora_dist.inspection.survey import survey
 
     survey(config, num_shown=options.show, as_json=options.json)
 
@@ -214,7 +216,7 @@ def generate_command(argv: list[str]) -> None:
         raise ConfigError("--chat and --prompt exclude each other. Leave one out.")
     _quiet()
     with _loading_libraries(sys.stderr):
-        from qlora_dist.generate import generate
+        from qlora_dist.generation import generate
 
     generate(**vars(options))
 
@@ -222,7 +224,7 @@ def generate_command(argv: list[str]) -> None:
 def quantize_command(argv: list[str]) -> None:
     """write a model in 4 bits, to load it without quantising"""
     options = _parse(QuantizeOptions, argv, "qlora-dist quantize", positional=True)
-    from qlora_dist.model.files import check_new_folder, looks_like_hub_name, resolve_model_folder
+    from qlora_dist.weights.files import check_new_folder, looks_like_hub_name, resolve_model_folder
 
     check_new_folder(Path(options.out))
     if not looks_like_hub_name(options.model):
@@ -230,7 +232,7 @@ def quantize_command(argv: list[str]) -> None:
     _quiet()
     with _loading_libraries(sys.stdout):
         from qlora_dist.model.nf4 import QuantFormat
-        from qlora_dist.quantize import quantize
+        from qlora_dist.weights.quantize import quantize
 
     fmt = QuantFormat(options.quantization, options.double_quant == "true", options.block_size)
     quantize(options.model, options.out, fmt)
@@ -244,7 +246,7 @@ def demo_command(argv: list[str]) -> None:
     if not 0 < options.minutes < float("inf"):
         raise ConfigError(f"--minutes is {options.minutes:g}, but must be a number greater than 0.")
     _quiet()
-    from qlora_dist.demo import demo
+    from qlora_dist.commands.demo_run import demo
 
     demo(**vars(options))
 
@@ -267,7 +269,7 @@ def _show_train_help() -> None:
     import tyro
     from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-    from qlora_dist.config import Source, TrainConfig
+    from qlora_dist.config.schema import Source, TrainConfig
 
     registry = ConstructorRegistry()
 
@@ -314,12 +316,12 @@ def _parse_known(options: type[_Options], argv: list[str], prog: str) -> tuple[_
 
 def _loading_libraries(file: TextIO) -> AbstractContextManager[object]:
     """A context for a command's imports, which take up to half a minute on a busy machine."""
-    from qlora_dist.console import Reporter
+    from qlora_dist.metrics.console import Reporter
 
     return Reporter(os.environ.get("RANK", "0") == "0", file=file).working("loading libraries")
 
 
 def _quiet() -> None:
-    from qlora_dist.noise import quiet_third_parties
+    from qlora_dist.commands.noise import quiet_third_parties
 
     quiet_third_parties()

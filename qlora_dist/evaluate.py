@@ -9,12 +9,12 @@ from collections.abc import Callable, Sequence
 import torch
 from peft import PeftModel
 
-from qlora_dist.config import EvalConfig
-from qlora_dist.data.sampler import collate, eval_batches
+from qlora_dist.config.schema import EvalConfig
+from qlora_dist.data.batch import collate, eval_batches
 from qlora_dist.data.samples import Sample
-from qlora_dist.metrics import EvalMetrics
+from qlora_dist.metrics.rows import EvalMetrics
 from qlora_dist.model.loss import target_loss_sum
-from qlora_dist.runtime import Runtime
+from qlora_dist.runtime.processes import Runtime
 
 
 def num_eval_batches(num_samples: int, config: EvalConfig, micro_batch_size: int, runtime: Runtime) -> int:

@@ -18,7 +18,7 @@ CHATML = (
 
 @pytest.fixture(autouse=True, scope="session")
 def _quiet() -> None:
-    from qlora_dist.noise import quiet_third_parties
+    from qlora_dist.commands.noise import quiet_third_parties
 
     quiet_third_parties()
 

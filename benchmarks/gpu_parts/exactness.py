@@ -26,14 +26,14 @@ from torch import nn
 
 from benchmarks.gpu_parts.models import build, make_batch, make_config, random_quantized
 from benchmarks.memory import Shape
-from qlora_dist import assemble
+from qlora_dist import build as assemble
 from qlora_dist import train as train_module
-from qlora_dist.config import IGNORE_INDEX
+from qlora_dist.config.schema import IGNORE_INDEX
 from qlora_dist.model.adapters import adapter_parameters
 from qlora_dist.model.attention import model_inputs
 from qlora_dist.model.lora_linear import fuse_adapters
 from qlora_dist.model.nf4 import QuantFormat, QuantizedLinear
-from qlora_dist.runtime import start_runtime
+from qlora_dist.runtime.processes import start_runtime
 from qlora_dist.train import micro_step
 
 NUM_BATCHES = 4

@@ -22,11 +22,11 @@ from torch.distributed.tensor import DTensor
 from benchmarks import memory
 from benchmarks.gpu_parts.models import fill, make_batch
 from benchmarks.gpu_parts.steps import GIB, busy, reset_peak, row_of, this_device, timed
-from qlora_dist.config import OptimConfig
+from qlora_dist.config.schema import OptimConfig
 from qlora_dist.model.adapters import init_adapters
-from qlora_dist.model.loading import materialize
-from qlora_dist.parallel import build_engine
+from qlora_dist.parallel.choice import build_engine
 from qlora_dist.train import train_step
+from qlora_dist.weights.loading import materialize
 
 STORAGES = (torch.uint8, torch.bfloat16, torch.float16, torch.float32)
 _COPIES = 64

@@ -15,16 +15,16 @@ from peft import PeftModel
 from torch import nn
 
 from benchmarks.memory import Shape, write_model_config
-from qlora_dist import assemble
-from qlora_dist.config import IGNORE_INDEX, TrainConfig
-from qlora_dist.config_file import load_config
-from qlora_dist.console import Reporter
-from qlora_dist.data.sampler import MicroBatch
-from qlora_dist.model.loading import LoadStats
+from qlora_dist import build as assemble
+from qlora_dist.config.load import load_config
+from qlora_dist.config.schema import IGNORE_INDEX, TrainConfig
+from qlora_dist.data.batch import MicroBatch
+from qlora_dist.metrics.console import Reporter
 from qlora_dist.model.nf4 import QuantFormat, QuantizedLinear, QuantizedTensors, quantize_matrix
-from qlora_dist.model.shards import keep_local, whole_shape
-from qlora_dist.parallel import choose_backend
-from qlora_dist.runtime import Runtime
+from qlora_dist.parallel.choice import choose_backend
+from qlora_dist.runtime.processes import Runtime
+from qlora_dist.runtime.shards import keep_local, whole_shape
+from qlora_dist.weights.loading import LoadStats
 
 SHARED_ABOVE = 2**22
 """Elements of a matrix from which on all matrices of its shape get the same bytes: speed and memory are those of

@@ -11,7 +11,7 @@ from torch import nn
 
 from benchmarks.gpu_parts.steps import GIB, this_device
 from benchmarks.limits import rate
-from qlora_dist.model.elementwise import lighten
+from qlora_dist.model.fused_norm_mlp import lighten
 
 EPSILON = 1e-6
 Norm = Callable[[torch.Tensor], torch.Tensor]

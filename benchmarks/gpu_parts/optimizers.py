@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from qlora_dist.config import OptimConfig
-from qlora_dist.optim import build_optimizer
+from qlora_dist.config.schema import OptimConfig
+from qlora_dist.optim.adamw import build_optimizer
 
 _NUMEL = 2**18
 """Elements: more than the 100,000 from which on bitsandbytes pages, and a megabyte of managed memory at most."""

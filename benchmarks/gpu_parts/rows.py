@@ -19,10 +19,10 @@ from benchmarks.gpu_parts.attention import check_cudnn, cudnn_attention
 from benchmarks.gpu_parts.models import build, make_batch, make_config
 from benchmarks.gpu_parts.steps import peak_gib, reset_peak, wait
 from benchmarks.memory import Shape
-from qlora_dist.config import IGNORE_INDEX
-from qlora_dist.data.sampler import MicroBatch
-from qlora_dist.parallel import build_engine
-from qlora_dist.runtime import start_runtime
+from qlora_dist.config.schema import IGNORE_INDEX
+from qlora_dist.data.batch import MicroBatch
+from qlora_dist.parallel.choice import build_engine
+from qlora_dist.runtime.processes import start_runtime
 from qlora_dist.train import train_step
 
 FILLED = (1.0, 0.8, 0.55, 0.3)

@@ -21,11 +21,12 @@ from benchmarks.limits import (
     host_to_device_gib_per_second,
 )
 from benchmarks.memory import Shape
-from qlora_dist.budget import RecomputeBudget
-from qlora_dist.checkpoint import Checkpoints, Identity, TrainState
-from qlora_dist.model.recompute import recompute_of
-from qlora_dist.parallel import build_engine
-from qlora_dist.runtime import Runtime, start_runtime
+from qlora_dist.memory.auto import RecomputeBudget
+from qlora_dist.memory.recompute import recompute_of
+from qlora_dist.parallel.choice import build_engine
+from qlora_dist.run.checkpoint import Checkpoints
+from qlora_dist.run.state import Identity, TrainState
+from qlora_dist.runtime.processes import Runtime, start_runtime
 from qlora_dist.train import train_step
 
 GIB = 2**30

@@ -15,15 +15,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from qlora_dist.config import DataConfig
-from qlora_dist.data.encode import Report, encode_rows
+from qlora_dist.atomic import remove, sync_folder, sync_tree
+from qlora_dist.config.schema import DataConfig
+from qlora_dist.data.encode import encode_rows
+from qlora_dist.data.report import Report
 from qlora_dist.data.samples import SampleStore, SampleWriter
 from qlora_dist.data.sources import fingerprint, load_rows, stamp
-from qlora_dist.durable import remove, sync_folder, sync_tree
 from qlora_dist.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
 
 _REPORT = "report.json"
 _POLL_SECONDS = 1.0

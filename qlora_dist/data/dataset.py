@@ -9,16 +9,24 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from qlora_dist.config import DataConfig
+from qlora_dist.config.schema import DataConfig
 from qlora_dist.data.cache import TokenizedSource, tokenized
-from qlora_dist.data.encode import Report
 from qlora_dist.data.formats import Layout
 from qlora_dist.data.packing import pack
+from qlora_dist.data.report import Report
 from qlora_dist.data.samples import Rows
 from qlora_dist.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from qlora_dist.config.schema import TrainConfig
+from qlora_dist.data.chat_template import set_chat_template
+from qlora_dist.data.tokenizer import check_tokenizer_fits, load_tokenizer, num_embeddings
+from qlora_dist.metrics.console import Reporter
 
 
 @dataclass(frozen=True)
@@ -107,3 +115,29 @@ def _split(source: TokenizedSource, eval_fraction: float, seed: int) -> tuple[Ro
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
     held_out, train = sorted(order[:num_eval]), sorted(order[num_eval:])
     return rows.grouped([[i] for i in train]), rows.grouped([[i] for i in held_out])
+
+
+def load_inputs(
+    config: TrainConfig,
+    model_folder: Path,
+    reporter: Reporter,
+    main_first: Callable[[Callable[[], Dataset]], Dataset] = lambda make: make(),
+) -> tuple[PreTrainedTokenizerBase, Dataset]:
+    """The tokenizer in `model_folder`, and the samples of the run; whoever looks at them sees what training sees.
+
+    Args:
+        main_first: `Runtime.main_first`, where several processes load the same.
+
+    Raises:
+        ModelError: see `load_tokenizer` and `check_tokenizer_fits`.
+        ConfigError: see `set_chat_template`.
+        DataError: see `load_dataset`.
+    """
+    tokenizer = load_tokenizer(model_folder, config.model.trust_remote_code)
+    set_chat_template(tokenizer, config.data.chat_template)
+    with reporter.preparing() as show:
+        data = main_first(lambda: load_dataset(config.data, tokenizer, config.seed, show))
+    if (model_folder / "config.json").is_file():  # a look at the data does not need one
+        largest = max(report.max_token_id for report in data.reports)
+        check_tokenizer_fits(tokenizer, largest, num_embeddings(model_folder, config.model))
+    return tokenizer, data

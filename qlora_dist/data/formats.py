@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import islice
-from typing import Any, Literal
+from itertools import chain, islice
+from typing import TYPE_CHECKING, Any, Literal
+
+from qlora_dist.data.sources import Row
+from qlora_dist.errors import DataError
+
+if TYPE_CHECKING:
+    pass
 
 Format = Literal["messages", "sharegpt", "prompt_completion", "alpaca", "text"]
 """How rows are written."""
@@ -290,3 +296,37 @@ def listed(columns: Collection[str]) -> str:
     """The first columns for a message, and how many there are when these are not all."""
     names = ", ".join(f"`{column:.40}`" for column in islice(columns, 10)) or "no columns"
     return names if len(columns) <= 10 else f"{names} and others, {len(columns):,} in all"
+
+
+_LOOKED_AT = 100
+"""Rows within which the format of a source must show: the first ones may be faulty."""
+
+
+def recognise_format(rows: Iterable[Row], asked: Literal["auto"] | Format) -> tuple[Format, Iterator[Row]]:
+    """The format of a source, as its first rows show it, and all of its rows.
+
+    Raises:
+        DataError: none of the first rows has the columns of a format, or of the one that is asked for.
+    """
+    rest = iter(rows)
+    first: list[Row] = []
+    for row in islice(rest, _LOOKED_AT):
+        first.append(row)
+        # A table has every column in each row; those that a row does not use are empty.
+        if (found := _asked_or_found((c for c, value in row.values.items() if value is not None), asked)) is not None:
+            return found, chain(first, rest)
+    if (found := _asked_or_found(first[0].values, asked)) is not None:
+        return found, chain(first, rest)
+    formats = list(COLUMNS) if asked == "auto" else [asked]
+    needed = "; or ".join(" and ".join(f"`{column}`" for column in COLUMNS[format]) for format in formats)
+    raise DataError(
+        f"{first[0].where} has the columns {listed(first[0].values)}, but data.format: {asked} needs {needed}. "
+        "Rename the columns."
+    )
+
+
+def _asked_or_found(columns: Iterable[str], asked: Literal["auto"] | Format) -> Format | None:
+    """`format_of` the columns, or the format that is asked for if they are its columns."""
+    if asked == "auto":
+        return format_of(columns)
+    return asked if set(COLUMNS[asked]) <= set(columns) else None

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 
-from qlora_dist.data.sampler import BatchPlan, MicroBatch, collate, seed_of
+from qlora_dist.data.batch import MicroBatch, collate
+from qlora_dist.data.order import BatchPlan, seed_of
 from qlora_dist.data.samples import Sample
 
 

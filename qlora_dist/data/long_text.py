@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+
 Span = tuple[int, int]
 """First and past-last character of a part of a text."""
 

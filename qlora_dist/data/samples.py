@@ -13,7 +13,7 @@ from typing import BinaryIO, Final, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from qlora_dist.config import IGNORE_INDEX
+from qlora_dist.config.schema import IGNORE_INDEX
 
 
 @dataclass(frozen=True)

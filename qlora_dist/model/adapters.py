@@ -15,11 +15,11 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
-from qlora_dist.config import AdapterConfig
+from qlora_dist.config.saved_adapter import ADAPTER_WEIGHTS, BASE_KEEPING_INITS
+from qlora_dist.config.schema import AdapterConfig
 from qlora_dist.errors import CheckpointError, ConfigError
 from qlora_dist.model.dora import DoraVariant
-from qlora_dist.model.shards import keep_local, whole_shape, whole_tensor
-from qlora_dist.saved_adapter import ADAPTER_WEIGHTS, BASE_KEEPING_INITS
+from qlora_dist.runtime.shards import keep_local, whole_shape, whole_tensor
 
 
 def add_adapters(model: PreTrainedModel, config: AdapterConfig, base_path: str) -> PeftModel:

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    PreTrainedConfig,
+)
+from transformers.utils import is_flash_attn_2_available, is_flash_attn_greater_or_equal
 
-from qlora_dist.config import ModelConfig
-from qlora_dist.model.skeleton import base_model, flash_attention_problem
+from qlora_dist.config.schema import ModelConfig
+from qlora_dist.errors import ConfigError
+from qlora_dist.model.parts import base_model
 
 _BY_LENGTHS = "flash_attention_2"
 """Takes the lengths of samples that follow each other (variable-length kernels) instead of a mask."""
@@ -62,3 +71,51 @@ def in_one_row(input_ids: torch.Tensor, position_ids: torch.Tensor) -> dict[str,
 
 def _implementation(model: nn.Module) -> str:
     return str(base_model(model).config.get_text_config()._attn_implementation)
+
+
+_FIRST_WITH_CAP = "2.6.0"
+"""The first flash-attn that soft-caps scores."""
+
+
+def attention_arguments(config: ModelConfig, model_config: PreTrainedConfig) -> dict[str, str]:
+    """The implementation to ask for; none leaves it to the model, which takes SDPA if it can.
+
+    On a GPU with the package flash-attn, its kernels: they are the ones that skip what packed samples must not see,
+    where SDPA computes it and masks it out. They know 16-bit types only. SDPA does not know soft-capped scores (Gemma
+    2), and in some versions of transformers (5.17) leaves the cap out without a word.
+    """
+    cap = getattr(model_config.get_text_config(), "attn_logit_softcapping", None)
+    if config.attention == "sdpa" and cap is not None:
+        raise ConfigError(
+            f"model.attention is sdpa, which cannot soft-cap attention scores (attn_logit_softcapping is {cap:g} in "
+            "this model). Use auto, eager or flash_attention_2."
+        )
+    if config.attention != "auto":
+        return {"attn_implementation": config.attention}
+    is_usable = is_flash_attn_2_available() and flash_attention_problem() is None
+    has_kernels = is_usable and (cap is None or is_flash_attn_greater_or_equal(_FIRST_WITH_CAP))
+    if torch.cuda.is_available() and has_kernels and config.dtype != "float32" and _takes_flash(model_config):
+        return {"attn_implementation": "flash_attention_2"}
+    return {} if cap is None else {"attn_implementation": "eager"}
+
+
+@cache
+def flash_attention_problem() -> str | None:
+    """Why the installed package flash-attn cannot be used; None if it can, or is not installed.
+
+    transformers asks its metadata only. One that was built for another version of torch is there,
+    and fails when it is imported ("undefined symbol").
+    """
+    if find_spec("flash_attn") is None:
+        return None
+    try:
+        import_module("flash_attn")
+    except Exception as error:  # noqa: BLE001 - whatever it is, the run can do without the package
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _takes_flash(model_config: PreTrainedConfig) -> bool:
+    """Whether transformers' class of the model runs with flash-attn; of code shipped with a model nobody knows."""
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model_config), None)
+    return getattr(model_class, "_supports_flash_attn", False) is True

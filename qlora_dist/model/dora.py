@@ -19,7 +19,7 @@ from peft.tuners.lora.layer import LoraVariant
 from torch import nn
 
 from qlora_dist.model.nf4 import QuantizedLinear
-from qlora_dist.model.shards import keep_local
+from qlora_dist.runtime.shards import keep_local
 
 _ADAPTER = "default"
 """peft's name for the one adapter of a model."""

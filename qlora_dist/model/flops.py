@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from qlora_dist.model.skeleton import base_model
+from qlora_dist.model.parts import base_model
 
 
 @dataclass(frozen=True)

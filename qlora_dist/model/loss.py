@@ -21,10 +21,10 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from qlora_dist.config import IGNORE_INDEX
+from qlora_dist.config.schema import IGNORE_INDEX
 from qlora_dist.model.attention import model_inputs
-from qlora_dist.model.shards import is_partitioned
-from qlora_dist.model.skeleton import base_model
+from qlora_dist.model.parts import base_model
+from qlora_dist.runtime.shards import is_partitioned
 
 FULL_LOGITS_BYTES = 12
 """Per token and vocabulary entry: logits in float32, as log-probabilities and as their gradient."""

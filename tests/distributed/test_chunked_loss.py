@@ -6,16 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from qlora_dist.assemble import build_model
-from qlora_dist.config import IGNORE_INDEX, AdapterConfig, MemoryConfig, ModelConfig, OptimConfig, TrainConfig
-from qlora_dist.console import Reporter
-from qlora_dist.data.sampler import MicroBatch, collate
+from qlora_dist.build import build_model
+from qlora_dist.config.schema import IGNORE_INDEX, AdapterConfig, MemoryConfig, ModelConfig, OptimConfig, TrainConfig
+from qlora_dist.data.batch import MicroBatch, collate
 from qlora_dist.data.samples import Sample
+from qlora_dist.metrics.console import Reporter
 from qlora_dist.model import loss as loss_module
 from qlora_dist.model.adapters import whole_adapter
 from qlora_dist.model.loss import logits_form
-from qlora_dist.parallel import build_engine, engine_settings
-from qlora_dist.runtime import Runtime, start_runtime
+from qlora_dist.parallel.choice import build_engine, engine_settings
+from qlora_dist.runtime.processes import Runtime, start_runtime
 from qlora_dist.train import train_step
 from tests.support.processes import run_on_processes
 

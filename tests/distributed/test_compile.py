@@ -6,16 +6,16 @@ import pytest
 import torch
 from torch import nn
 
-from qlora_dist.assemble import build_model
-from qlora_dist.config import AdapterConfig, MemoryConfig, ModelConfig, OptimConfig, TrainConfig
-from qlora_dist.console import Reporter
-from qlora_dist.data.chat import Sample
-from qlora_dist.data.sampler import collate
+from qlora_dist.build import build_model
+from qlora_dist.config.schema import AdapterConfig, MemoryConfig, ModelConfig, OptimConfig, TrainConfig
+from qlora_dist.data.batch import collate
+from qlora_dist.data.tokenization import Sample
+from qlora_dist.metrics.console import Reporter
 from qlora_dist.model.adapters import whole_adapter
-from qlora_dist.model.shards import local_bytes, whole_bytes
-from qlora_dist.model.skeleton import decoder_layers
-from qlora_dist.parallel import build_engine, engine_settings
-from qlora_dist.runtime import Runtime, start_runtime
+from qlora_dist.model.parts import decoder_layers
+from qlora_dist.parallel.choice import build_engine, engine_settings
+from qlora_dist.runtime.processes import Runtime, start_runtime
+from qlora_dist.runtime.shards import local_bytes, whole_bytes
 from qlora_dist.train import train_step
 from tests.support.compiled import without_kernels
 from tests.support.processes import run_on_processes

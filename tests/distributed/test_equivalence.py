@@ -83,10 +83,10 @@ def test_two_ranks_give_the_same_bits_sharded_or_not(runs) -> None:
 
 def test_training_reached_every_layer(runs, tiny_llama: Path) -> None:
     """After training, every A differs from its initial value and every B from zero, on all layers and projections."""
-    from qlora_dist.config import AdapterConfig, ModelConfig
+    from qlora_dist.config.schema import AdapterConfig, ModelConfig
     from qlora_dist.model.adapters import adapter_parameters, add_adapters, init_adapters
-    from qlora_dist.model.loading import materialize
     from qlora_dist.model.skeleton import build_skeleton
+    from qlora_dist.weights.loading import materialize
 
     model = add_adapters(build_skeleton(tiny_llama, ModelConfig()), AdapterConfig(rank=4), "base")
     materialize(model, torch.device("cpu"), torch.device("cpu"))

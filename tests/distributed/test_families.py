@@ -5,15 +5,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from qlora_dist.assemble import build_model
-from qlora_dist.config import AdapterConfig, MemoryConfig, ModelConfig, OptimConfig, TrainConfig
-from qlora_dist.console import Reporter
-from qlora_dist.data.sampler import collate
+from qlora_dist.build import build_model
+from qlora_dist.config.schema import AdapterConfig, MemoryConfig, ModelConfig, OptimConfig, TrainConfig
+from qlora_dist.data.batch import collate
 from qlora_dist.data.samples import Sample
+from qlora_dist.metrics.console import Reporter
 from qlora_dist.model.adapters import whole_adapter
 from qlora_dist.model.nf4 import QuantizedLinear
-from qlora_dist.parallel import build_engine
-from qlora_dist.runtime import Runtime, start_runtime
+from qlora_dist.parallel.choice import build_engine
+from qlora_dist.runtime.processes import Runtime, start_runtime
 from qlora_dist.train import train_step
 from tests.support.families import FAMILIES, GROUPED
 from tests.support.models import load_here, load_there, logits

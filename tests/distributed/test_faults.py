@@ -12,9 +12,9 @@ from unittest import mock
 
 import pytest
 
-from qlora_dist import checkpoint as checkpoint_module
 from qlora_dist import train as train_module
-from qlora_dist.checkpoint import complete_steps, newest_checkpoint
+from qlora_dist.run import checkpoint as checkpoint_module
+from qlora_dist.run.checkpoint import complete_steps, newest_checkpoint
 from tests.distributed.test_failures import rank_pid, start, wait_for
 from tests.support.command import run_forked, write_config
 from tests.support.processes import exit_code_of, run_on_processes
@@ -46,15 +46,15 @@ def undisturbed(tmp_path_factory, tiny_llama: Path, chat_file: Path) -> Path:
 
 # Where the process is killed: module, function, and at which call.
 MOMENTS = {
-    "while weights are read": ("qlora_dist.assemble", "load_base_weights", 1),
+    "while weights are read": ("qlora_dist.build", "load_base_weights", 1),
     "in the first evaluation": ("qlora_dist.train", "evaluate", 1),
     "in a step": ("qlora_dist.train", "micro_step", 9),
-    "while the trial checkpoint is written": ("qlora_dist.checkpoint", "save_file", 1),
-    "after tensors, before the rest": ("qlora_dist.checkpoint", "_verify_tensors", 2),
-    "before the folder gets its name": ("qlora_dist.checkpoint", "_manifest", 2),
-    "before COMPLETE": ("qlora_dist.checkpoint.Checkpoints", "_mark_complete", 2),
-    "after COMPLETE, before old ones go": ("qlora_dist.checkpoint.Checkpoints", "_rotate", 3),
-    "while an old one is removed": ("qlora_dist.checkpoint", "remove", 5),
+    "while the trial checkpoint is written": ("qlora_dist.run.checkpoint", "save_file", 1),
+    "after tensors, before the rest": ("qlora_dist.run.checkpoint", "_verify_tensors", 2),
+    "before the folder gets its name": ("qlora_dist.run.checkpoint", "_manifest", 2),
+    "before COMPLETE": ("qlora_dist.run.checkpoint.Checkpoints", "_mark_complete", 2),
+    "after COMPLETE, before old ones go": ("qlora_dist.run.checkpoint.Checkpoints", "_rotate", 3),
+    "while an old one is removed": ("qlora_dist.run.checkpoint", "remove", 5),
     "while the final adapter is written": ("qlora_dist.train.Training", "finish", 1),
 }
 

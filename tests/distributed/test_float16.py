@@ -10,11 +10,11 @@ from unittest import mock
 import pytest
 import torch
 
-from qlora_dist import loss_scale as loss_scale_module
 from qlora_dist import train as train_module
-from qlora_dist.checkpoint import newest_checkpoint
 from qlora_dist.errors import TrainingError
-from qlora_dist.parallel import ReplicatedEngine
+from qlora_dist.optim.adamw import loss_scale as loss_scale_module
+from qlora_dist.parallel.engine import ReplicatedEngine
+from qlora_dist.run.checkpoint import newest_checkpoint
 from tests.distributed.test_equivalence import adapter_vector
 from tests.support.command import losses
 from tests.support.processes import run_on_processes

@@ -10,17 +10,18 @@ from torch import nn
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 from torch.distributed.tensor import DTensor
 
-from qlora_dist.assemble import build_model
-from qlora_dist.config import AdapterConfig, MemoryConfig, ModelConfig, OptimConfig, TrainConfig
-from qlora_dist.console import Reporter
-from qlora_dist.data.sampler import MicroBatch, collate
+from qlora_dist.build import build_model
+from qlora_dist.config.schema import AdapterConfig, MemoryConfig, ModelConfig, OptimConfig, TrainConfig
+from qlora_dist.data.batch import MicroBatch, collate
 from qlora_dist.data.samples import Sample
+from qlora_dist.memory.footprint import parameters_outside
+from qlora_dist.metrics.console import Reporter
 from qlora_dist.model.adapters import adapter_parameters, whole_adapter
-from qlora_dist.model.footprint import parameters_outside
-from qlora_dist.model.shards import local_bytes, whole_bytes
-from qlora_dist.model.skeleton import base_model, decoder_layers
-from qlora_dist.parallel import Backend, build_engine, gathered_units
-from qlora_dist.runtime import Runtime, start_runtime
+from qlora_dist.model.parts import base_model, decoder_layers
+from qlora_dist.parallel.choice import Backend, build_engine
+from qlora_dist.parallel.fsdp import gathered_units
+from qlora_dist.runtime.processes import Runtime, start_runtime
+from qlora_dist.runtime.shards import local_bytes, whole_bytes
 from qlora_dist.train import train_step
 from tests.support.processes import run_on_processes
 

@@ -9,16 +9,16 @@ import pytest
 import torch
 from peft import PeftModel
 
-from qlora_dist import assemble
-from qlora_dist.config import AdapterConfig, MemoryConfig, ModelConfig, OptimConfig, ParallelConfig, TrainConfig
-from qlora_dist.console import Reporter
-from qlora_dist.data.chat import Sample
-from qlora_dist.data.sampler import collate
+from qlora_dist import build as assemble
+from qlora_dist.config.schema import AdapterConfig, MemoryConfig, ModelConfig, OptimConfig, ParallelConfig, TrainConfig
+from qlora_dist.data.batch import collate
+from qlora_dist.data.tokenization import Sample
+from qlora_dist.metrics.console import Reporter
 from qlora_dist.model.adapters import adapter_parameters, lora_layers, whole_adapter
 from qlora_dist.model.lora_linear import FusedLinear
-from qlora_dist.model.shards import local_bytes, whole_bytes
-from qlora_dist.parallel import build_engine, engine_settings
-from qlora_dist.runtime import Runtime, start_runtime
+from qlora_dist.parallel.choice import build_engine, engine_settings
+from qlora_dist.runtime.processes import Runtime, start_runtime
+from qlora_dist.runtime.shards import local_bytes, whole_bytes
 from qlora_dist.train import micro_step, train_step
 from tests.support.adapted import build_adapted
 from tests.support.processes import run_on_processes

@@ -9,16 +9,16 @@ import torch
 from torch import distributed as dist
 from torch import nn
 
-from qlora_dist.assemble import build_model
-from qlora_dist.config import AdapterConfig, MemoryConfig, ModelConfig, OptimConfig, ParallelConfig, TrainConfig
-from qlora_dist.console import Reporter
-from qlora_dist.data.sampler import collate
+from qlora_dist.build import build_model
+from qlora_dist.config.schema import AdapterConfig, MemoryConfig, ModelConfig, OptimConfig, ParallelConfig, TrainConfig
+from qlora_dist.data.batch import collate
 from qlora_dist.data.samples import Sample
+from qlora_dist.metrics.console import Reporter
 from qlora_dist.model.adapters import adapter_parameters
-from qlora_dist.moments import Moments, Piece
-from qlora_dist.optim import build_optimizer
-from qlora_dist.parallel import build_engine, engine_settings
-from qlora_dist.runtime import start_runtime
+from qlora_dist.optim.adamw import build_optimizer
+from qlora_dist.optim.moments import Moments, Piece
+from qlora_dist.parallel.choice import build_engine, engine_settings
+from qlora_dist.runtime.processes import start_runtime
 from qlora_dist.train import train_step
 from tests.support.processes import run_on_processes
 

@@ -15,8 +15,8 @@ from unittest import mock
 
 import pytest
 
-from qlora_dist.checkpoint import complete_steps
-from qlora_dist.launcher import LauncherWatch
+from qlora_dist.run.checkpoint import complete_steps
+from qlora_dist.run.launcher import LauncherWatch
 from tests.distributed.test_failures import children, rank_pid, wait_for
 from tests.distributed.test_faults import settings
 from tests.support.command import ROOT, run_forked, run_ranks, write_config

@@ -6,16 +6,16 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
-from qlora_dist.assemble import build_model
-from qlora_dist.config import AdapterConfig, MemoryConfig, ModelConfig, OptimConfig, ParallelConfig, TrainConfig
-from qlora_dist.console import Reporter
-from qlora_dist.data.sampler import MicroBatch, collate
+from qlora_dist.build import build_model
+from qlora_dist.config.schema import AdapterConfig, MemoryConfig, ModelConfig, OptimConfig, ParallelConfig, TrainConfig
+from qlora_dist.data.batch import MicroBatch, collate
 from qlora_dist.data.samples import Sample
+from qlora_dist.metrics.console import Reporter
 from qlora_dist.model.adapters import whole_adapter
-from qlora_dist.model.skeleton import decoder_layers
-from qlora_dist.overlap import Reductions
-from qlora_dist.parallel import build_engine
-from qlora_dist.runtime import Runtime, start_runtime
+from qlora_dist.model.cpu.overlap import Reductions
+from qlora_dist.model.parts import decoder_layers
+from qlora_dist.parallel.choice import build_engine
+from qlora_dist.runtime.processes import Runtime, start_runtime
 from qlora_dist.train import train_step
 from tests.support.processes import run_on_processes
 
@@ -75,13 +75,13 @@ def compare(folder: Path) -> None:
     runtime = start_runtime(seed=0, dtype="float32")
     for recompute, replicas in ((0, 1), (1, 1), (0, runtime.world_size)):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("qlora_dist.parallel.overlap_on_cpu", lambda _: None)
+            patch.setattr("qlora_dist.parallel.choice.overlap_on_cpu", lambda _: None)
             expected_sums, expected = train(folder, recompute, replicas, runtime)
         assert not any(gathering)
         gathering.clear()
         Watched.running.clear()
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("qlora_dist.overlap.Reductions", Watched)
+            patch.setattr("qlora_dist.model.cpu.overlap.Reductions", Watched)
             sums, adapter = train(folder, recompute, replicas, runtime)
         assert gathering[0] == (replicas == 1)  # of replicas, each holds whole layers
         gathering.clear()

@@ -8,17 +8,17 @@ from unittest import mock
 import pytest
 import torch
 
-from qlora_dist.assemble import build_model
-from qlora_dist.config import IGNORE_INDEX, AdapterConfig, ModelConfig, TrainConfig
-from qlora_dist.console import Reporter
-from qlora_dist.data.sampler import MicroBatch, collate
+from qlora_dist.build import build_model
+from qlora_dist.config.schema import IGNORE_INDEX, AdapterConfig, ModelConfig, TrainConfig
+from qlora_dist.data.batch import MicroBatch, collate
 from qlora_dist.data.samples import Sample, join
 from qlora_dist.errors import ModelError
+from qlora_dist.metrics.console import Reporter
 from qlora_dist.model import attention
 from qlora_dist.model.adapters import adapter_parameters
-from qlora_dist.model.isolation import check_isolation
 from qlora_dist.model.loss import target_loss_sum
-from qlora_dist.runtime import start_runtime
+from qlora_dist.model.packing_check import check_isolation
+from qlora_dist.runtime.processes import start_runtime
 from tests.support.command import run_rows
 from tests.support.families import FAMILIES
 from tests.support.processes import run_on_processes

@@ -9,15 +9,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import distributed as dist
 
-from qlora_dist.config import ModelConfig, ParallelConfig
+from qlora_dist.config.schema import ModelConfig, ParallelConfig
 from qlora_dist.errors import ModelError
-from qlora_dist.model.loading import load_base_weights, materialize
 from qlora_dist.model.nf4 import QuantFormat, QuantizedLinear
-from qlora_dist.model.shards import local_bytes, whole_bytes, whole_tensor
 from qlora_dist.model.skeleton import build_skeleton
-from qlora_dist.parallel import shard_skeleton
-from qlora_dist.quantize import quantize
-from qlora_dist.runtime import start_runtime
+from qlora_dist.parallel.fsdp import shard_skeleton
+from qlora_dist.runtime.processes import start_runtime
+from qlora_dist.runtime.shards import local_bytes, whole_bytes, whole_tensor
+from qlora_dist.weights.loading import load_base_weights, materialize
+from qlora_dist.weights.quantize import quantize
 from tests.support.models import save_with_transformers, tensors_of
 from tests.support.processes import run_on_processes
 

@@ -9,18 +9,20 @@ from unittest import mock
 import pytest
 import torch
 
-from qlora_dist import assemble
-from qlora_dist.budget import MemoryMeter, RecomputeBudget
-from qlora_dist.config import AdapterConfig, DataConfig, MemoryConfig, ModelConfig, OptimConfig, TrainConfig
-from qlora_dist.console import Reporter
-from qlora_dist.data.sampler import collate
+from qlora_dist import build as assemble
+from qlora_dist.config.schema import AdapterConfig, DataConfig, MemoryConfig, ModelConfig, OptimConfig, TrainConfig
+from qlora_dist.data.batch import collate
 from qlora_dist.data.samples import Sample
-from qlora_dist.model.activations import GIB, LayerBytes, Recompute, layer_bytes
+from qlora_dist.memory.activations import LayerBytes, layer_bytes
+from qlora_dist.memory.auto import RecomputeBudget
+from qlora_dist.memory.policy import Recompute
+from qlora_dist.memory.recompute import recompute_of
+from qlora_dist.metrics.console import Reporter
 from qlora_dist.model.adapters import adapter_parameters, whole_adapter
-from qlora_dist.model.recompute import recompute_of
-from qlora_dist.model.skeleton import base_model
-from qlora_dist.parallel import build_engine, engine_settings
-from qlora_dist.runtime import Runtime, start_runtime
+from qlora_dist.model.parts import base_model
+from qlora_dist.parallel.choice import build_engine, engine_settings
+from qlora_dist.runtime.memory import GIB, MemoryMeter
+from qlora_dist.runtime.processes import Runtime, start_runtime
 from qlora_dist.train import train_step
 from tests.support.processes import run_on_processes
 
@@ -122,10 +124,10 @@ def choices_of(folder: Path, runtime: Runtime, num_layers_less: int) -> list[Rec
     num_adapted = sum(param.numel() for param in adapter_parameters(model).values())
     each = math.ceil(layer.none / num_adapted)  # as much as a layer keeps, so that leaving it out is noticed
     state = each * num_adapted
-    limit = mock.patch("qlora_dist.budget.memory_limit", return_value=GIB + state + NUM_LAYERS * layer.none)
+    limit = mock.patch("qlora_dist.memory.auto.memory_limit", return_value=GIB + state + NUM_LAYERS * layer.none)
     nothing_left_free = mock.patch.object(RecomputeBudget, "_reserve", 0)
-    bytes_of_state = mock.patch.dict("qlora_dist.budget._STATE_BYTES", {config.optim.optimizer: each})
-    pretended = mock.patch("qlora_dist.budget.MemoryMeter", PretendedMeter)
+    bytes_of_state = mock.patch.dict("qlora_dist.memory.auto._STATE_BYTES", {config.optim.optimizer: each})
+    pretended = mock.patch("qlora_dist.memory.auto.MemoryMeter", PretendedMeter)
     with pretended, bytes_of_state, limit, nothing_left_free, as_on_a_gpu():
         budget = RecomputeBudget(config, model, runtime, said.append)
         meter = budget._meter

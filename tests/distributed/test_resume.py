@@ -10,9 +10,9 @@ from unittest import mock
 import pytest
 from safetensors.torch import load_file, save_file
 
-from qlora_dist.checkpoint import newest_checkpoint
 from qlora_dist.data import loader as loader_module
 from qlora_dist.errors import CheckpointError
+from qlora_dist.run.checkpoint import newest_checkpoint
 from tests.distributed.test_equivalence import adapter_vector
 from tests.support.processes import run_on_processes
 from tests.support.training import adapter_bytes, lasting_rows, train_here

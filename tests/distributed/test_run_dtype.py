@@ -9,12 +9,11 @@ import pytest
 import torch
 import yaml
 
-from qlora_dist import compute_type
-from qlora_dist.adapter_folder import read_recipe
-from qlora_dist.assemble import build_model, load_trained
-from qlora_dist.config import ModelConfig, TrainConfig
-from qlora_dist.console import Reporter
-from qlora_dist.runtime import start_runtime
+from qlora_dist.build import build_model, load_trained
+from qlora_dist.config.schema import ModelConfig, TrainConfig
+from qlora_dist.metrics.console import Reporter
+from qlora_dist.run.adapter_folder import read_recipe
+from qlora_dist.runtime.processes import compute_type, start_runtime
 from tests.support.processes import run_on_processes
 from tests.support.training import adapter_bytes, lasting_rows, train_here
 

@@ -11,15 +11,17 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from qlora_dist.assemble import build_model
-from qlora_dist.config import AdapterConfig, MemoryConfig, ModelConfig, ParallelConfig, TrainConfig
-from qlora_dist.console import Reporter
-from qlora_dist.model.loading import load_base_weights, materialize
+from qlora_dist.build import build_model
+from qlora_dist.config.schema import AdapterConfig, MemoryConfig, ModelConfig, ParallelConfig, TrainConfig
+from qlora_dist.metrics.console import Reporter
 from qlora_dist.model.nf4 import QuantFormat, QuantizedLinear
-from qlora_dist.model.shards import local_bytes, whole_bytes, whole_tensor
-from qlora_dist.model.skeleton import build_skeleton, decoder_layers, quantize_skeleton
-from qlora_dist.parallel import Backend, engine_settings, shard_skeleton
-from qlora_dist.runtime import start_runtime
+from qlora_dist.model.parts import decoder_layers
+from qlora_dist.model.skeleton import build_skeleton, quantize_skeleton
+from qlora_dist.parallel.choice import Backend, engine_settings
+from qlora_dist.parallel.fsdp import shard_skeleton
+from qlora_dist.runtime.processes import start_runtime
+from qlora_dist.runtime.shards import local_bytes, whole_bytes, whole_tensor
+from qlora_dist.weights.loading import load_base_weights, materialize
 from tests.support.processes import run_on_processes
 
 

@@ -10,13 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qlora_dist.config import ModelConfig, OptimConfig, TrainConfig
+from qlora_dist.config.schema import ModelConfig, OptimConfig, TrainConfig
 from qlora_dist.model.adapters import whole_adapter
 from qlora_dist.model.loss import target_loss_sum
 from qlora_dist.model.nf4 import QuantizedLinear
-from qlora_dist.model.shards import local_bytes, whole_bytes, whole_shape, whole_tensor
-from qlora_dist.parallel import build_engine, engine_settings
-from qlora_dist.runtime import start_runtime
+from qlora_dist.parallel.choice import build_engine, engine_settings
+from qlora_dist.runtime.processes import start_runtime
+from qlora_dist.runtime.shards import local_bytes, whole_bytes, whole_shape, whole_tensor
 from tests.distributed.test_equivalence import adapter_vector
 from tests.distributed.test_sharding import assert_bytes_of_whole_matrices, build_sharded
 from tests.support.command import losses, run_command, run_ranks, run_rows, write_config

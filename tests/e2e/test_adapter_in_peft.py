@@ -8,11 +8,11 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from qlora_dist.adapter_folder import read_recipe
-from qlora_dist.assemble import load_trained
-from qlora_dist.config_file import load_config
-from qlora_dist.console import Reporter
-from qlora_dist.runtime import start_runtime
+from qlora_dist.build import load_trained
+from qlora_dist.config.load import load_config
+from qlora_dist.metrics.console import Reporter
+from qlora_dist.run.adapter_folder import read_recipe
+from qlora_dist.runtime.processes import start_runtime
 from qlora_dist.train import train
 from tests.support.command import run_command, run_rows, write_config
 

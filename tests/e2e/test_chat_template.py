@@ -4,8 +4,8 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from qlora_dist.data.template import end_of_turn_id
-from qlora_dist.generate import chat_ids
+from qlora_dist.data.chat_template import end_of_turn_id
+from qlora_dist.generation import chat_ids
 from tests.support.command import run_forked, write_config
 
 

@@ -147,7 +147,7 @@ def test_kill_9_while_tokenising(run: dict, owner: str, function: str, call: int
 
 def speak_at_once() -> None:
     """Say how far things are all the time, not every ten seconds."""
-    mock.patch("qlora_dist.console._SAY_EVERY_SECONDS", 0).start()
+    mock.patch("qlora_dist.metrics.console._SAY_EVERY_SECONDS", 0).start()
 
 
 def tokenise_slowly(log: Path) -> None:
@@ -191,7 +191,7 @@ def train_on_two(run: dict, before: Callable[[], None] | None = None, **data: ob
 
 
 def be_impatient(before: Callable[[], None] | None) -> None:
-    mock.patch("qlora_dist.failure._PATIENCE_SECONDS", 1).start()
+    mock.patch("qlora_dist.run.failure._PATIENCE_SECONDS", 1).start()
     if before is not None:
         before()
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_dist.data.encode import Report
+from qlora_dist.data.report import Report
 from tests.support.command import run_command, run_rows, write_config
 from tests.support.training import train_here
 

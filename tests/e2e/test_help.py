@@ -70,7 +70,7 @@ def test_help_and_config_errors_import_nothing_heavy(arguments: list[str]) -> No
 
 def test_help_names_every_key() -> None:
     """`train --help` lists each config key with its section."""
-    from qlora_dist.config import TrainConfig, flatten
+    from qlora_dist.config.schema import TrainConfig, flatten
 
     text = run_command("train", "--help").stdout
     for key in flatten(TrainConfig()):

@@ -19,15 +19,15 @@ LONG = 3.0
 """Seconds that each of the following takes."""
 SLOW = {
     "sample_order": "qlora_dist.train",
-    "load_dataset": "qlora_dist.inputs",
+    "load_dataset": "qlora_dist.data.inputs",
     "choose_checkpoint": "qlora_dist.train",
-    "build_skeleton": "qlora_dist.assemble",
-    "load_base_weights": "qlora_dist.assemble",
-    "verify_base": "qlora_dist.assemble",
+    "build_skeleton": "qlora_dist.build",
+    "load_base_weights": "qlora_dist.build",
+    "verify_base": "qlora_dist.build",
     "build_engine": "qlora_dist.train",
     "target_loss_sum": "qlora_dist.evaluate",
     "micro_step": "qlora_dist.train",
-    "_verify_tensors": "qlora_dist.checkpoint",
+    "_verify_tensors": "qlora_dist.run.checkpoint",
     "finish": "qlora_dist.train.Training",
 }
 
@@ -36,7 +36,7 @@ def run_slowly(config: Path, out: Path) -> None:
     """`train`, in which much takes seconds, with little patience for silence."""
     from qlora_dist.cli import main
 
-    mock.patch("qlora_dist.console._SAY_EVERY_SECONDS", INTERVAL).start()
+    mock.patch("qlora_dist.metrics.console._SAY_EVERY_SECONDS", INTERVAL).start()
     for function, owner in SLOW.items():
         # The first checkpoint is written beside the second step, the last one while nothing else is left to do.
         call = 2 if function == "_verify_tensors" else 1

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from qlora_dist.runtime import start_runtime
+from qlora_dist.runtime.processes import start_runtime
 
 HEADS, WIDTH = 8, 128
 

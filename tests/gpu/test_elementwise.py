@@ -7,7 +7,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
-from qlora_dist.model.elementwise import lighten
+from qlora_dist.model.fused_norm_mlp import lighten
 
 TOKENS, WIDTH = 3000, 4096
 

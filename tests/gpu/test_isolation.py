@@ -6,12 +6,12 @@ import pytest
 import torch
 from transformers.utils import is_flash_attn_2_available
 
-from qlora_dist.data.sampler import MicroBatch, collate
+from qlora_dist.data.batch import MicroBatch, collate
 from qlora_dist.data.samples import Sample, join
 from qlora_dist.model.adapters import adapter_parameters
-from qlora_dist.model.isolation import check_isolation
 from qlora_dist.model.loss import target_loss_sum
-from qlora_dist.runtime import start_runtime
+from qlora_dist.model.packing_check import check_isolation
+from qlora_dist.runtime.processes import start_runtime
 from tests.support.adapted import build_adapted
 
 LENGTHS = (5, 130, 3, 61)

@@ -3,7 +3,7 @@
 import torch
 
 from qlora_dist.data.loader import StepLoader, step_batches
-from qlora_dist.data.sampler import BatchPlan, SampleOrder
+from qlora_dist.data.order import BatchPlan, SampleOrder
 from qlora_dist.data.samples import Sample
 
 SAMPLES = [Sample([i + 1] * (i + 1), [i + 1] * (i + 1)) for i in range(12)]

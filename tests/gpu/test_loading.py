@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from qlora_dist.model.nf4 import QuantFormat, QuantizedLinear, quantize_matrix
-from qlora_dist.quantize import quantize
+from qlora_dist.weights.quantize import quantize
 from tests.support.models import load_here
 
 

@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from qlora_dist.model.activations import Recompute
-from qlora_dist.model.offload import CudaLane, Offload
-from qlora_dist.model.recompute import set_recompute
-from qlora_dist.model.skeleton import decoder_layers
-from qlora_dist.runtime import start_runtime
+from qlora_dist.memory.offload import CudaLane, Offload
+from qlora_dist.memory.policy import Recompute
+from qlora_dist.memory.recompute import set_recompute
+from qlora_dist.model.parts import decoder_layers
+from qlora_dist.runtime.processes import start_runtime
 from tests.support.adapted import build_adapted
 from tests.unit.test_selective import loss_and_gradient
 

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from benchmarks.gpu_parts.optimizers import paged
-from qlora_dist.config import OptimConfig
-from qlora_dist.optim import FlatAdamW
+from qlora_dist.config.schema import OptimConfig
+from qlora_dist.optim.adamw import FlatAdamW
 
 
 @pytest.mark.parametrize("name", ["paged_adamw_8bit", "paged_adamw_32bit"])

@@ -5,11 +5,11 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 
-from qlora_dist.assemble import build_model
-from qlora_dist.config import AdapterConfig, MemoryConfig, ModelConfig, TrainConfig
-from qlora_dist.console import Reporter
+from qlora_dist.build import build_model
+from qlora_dist.config.schema import AdapterConfig, MemoryConfig, ModelConfig, TrainConfig
+from qlora_dist.metrics.console import Reporter
 from qlora_dist.model.adapters import adapter_parameters
-from qlora_dist.runtime import Runtime
+from qlora_dist.runtime.processes import Runtime
 
 
 def build_adapted(

@@ -7,11 +7,11 @@ from unittest import mock
 import torch
 from peft import PeftModel
 
-from qlora_dist.data.chat import Sample
-from qlora_dist.data.sampler import collate
+from qlora_dist.data.batch import collate
+from qlora_dist.data.tokenization import Sample
 from qlora_dist.model import compile as compile_module
 from qlora_dist.model.adapters import adapter_parameters
-from qlora_dist.runtime import Runtime
+from qlora_dist.runtime.processes import Runtime
 from qlora_dist.train import micro_step
 
 LENGTHS = ((12, 20), (20, 17))

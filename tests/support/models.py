@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from qlora_dist.config import ModelConfig
-from qlora_dist.model.cpu_attention import NAME
-from qlora_dist.model.loading import load_base_weights, materialize
+from qlora_dist.config.schema import ModelConfig
+from qlora_dist.model.cpu.attention import NAME
 from qlora_dist.model.skeleton import build_skeleton
+from qlora_dist.weights.loading import load_base_weights, materialize
 
 
 def load_here(folder: Path, device: torch.device = torch.device("cpu"), **config: object):  # noqa: B008 - immutable

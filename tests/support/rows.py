@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from qlora_dist.config import DataConfig
-from qlora_dist.data.encode import Report, encode_rows
+from qlora_dist.config.schema import DataConfig
+from qlora_dist.data.encode import encode_rows
+from qlora_dist.data.report import Report
 from qlora_dist.data.samples import Rows, Sample, SampleStore, SampleWriter
 from qlora_dist.data.sources import Row
 

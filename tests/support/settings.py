@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from qlora_dist.config import DataConfig, ModelConfig, TrainConfig
-from qlora_dist.config_file import load_config
+from qlora_dist.config.load import load_config
+from qlora_dist.config.schema import DataConfig, ModelConfig, TrainConfig
 from qlora_dist.errors import ConfigError
 
 REQUIRED = {"output_dir": "out", "model": {"path": "m"}, "data": {"train": "t.jsonl"}}

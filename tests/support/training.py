@@ -8,7 +8,7 @@ from unittest import mock
 import yaml
 
 from qlora_dist import train as train_module
-from qlora_dist.config_file import load_config
+from qlora_dist.config.load import load_config
 from qlora_dist.errors import Stopped
 from tests.support.command import run_rows
 

@@ -7,15 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_dist.config import AdapterConfig, MemoryConfig, OptimConfig, ParallelConfig, TrainConfig
-from qlora_dist.model.activations import (
-    GIB,
-    LayerBytes,
-    Recompute,
-    activations_of,
-    fixed_recompute,
-    out_of_memory_message,
-)
+from qlora_dist.config.schema import AdapterConfig, MemoryConfig, OptimConfig, ParallelConfig, TrainConfig
+from qlora_dist.memory.activations import LayerBytes, activations_of
+from qlora_dist.memory.out_of_memory import out_of_memory_message
+from qlora_dist.memory.policy import Recompute, fixed_recompute
+from qlora_dist.runtime.memory import GIB
 from tests.support.command import ROOT
 
 

@@ -6,13 +6,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qlora_dist import adapter_folder
-from qlora_dist.adapter_folder import Recipe, read_recipe, save_adapter
-from qlora_dist.config import AdapterConfig, ModelConfig
+from qlora_dist.config.schema import AdapterConfig, ModelConfig
 from qlora_dist.errors import CheckpointError
 from qlora_dist.model.adapters import add_adapters, load_adapter_weights
-from qlora_dist.model.loading import materialize
 from qlora_dist.model.skeleton import build_skeleton
+from qlora_dist.run import adapter_folder
+from qlora_dist.run.adapter_folder import Recipe, read_recipe, save_adapter
+from qlora_dist.weights.loading import materialize
 
 RECIPE = Recipe(ModelConfig(path="base", quantization="fp4", double_quant=False), "prompt_completion")
 

@@ -8,8 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qlora_dist.adapter_folder import Recipe, save_adapter
-from qlora_dist.config import AdapterConfig, ModelConfig, OptimConfig
+from qlora_dist.config.schema import AdapterConfig, ModelConfig, OptimConfig
 from qlora_dist.errors import CheckpointError, ConfigError
 from qlora_dist.model.adapters import (
     adapter_parameters,
@@ -19,9 +18,10 @@ from qlora_dist.model.adapters import (
     load_adapter_weights,
     wrap_with_saved_adapter,
 )
-from qlora_dist.model.loading import materialize
 from qlora_dist.model.skeleton import build_skeleton
-from qlora_dist.optim import parameter_groups
+from qlora_dist.optim.adamw import parameter_groups
+from qlora_dist.run.adapter_folder import Recipe, save_adapter
+from qlora_dist.weights.loading import materialize
 from tests.support.models import edit_json
 
 CPU = torch.device("cpu")

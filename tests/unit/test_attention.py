@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import BloomConfig, Gemma2Config, LlamaConfig
 
-from qlora_dist.config import ModelConfig
+from qlora_dist.config.schema import ModelConfig
 from qlora_dist.errors import ConfigError
 from qlora_dist.model import attention, skeleton
 

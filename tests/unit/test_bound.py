@@ -8,7 +8,7 @@ import torch
 from benchmarks.bound import GIB, Rates, bound_seconds, most_tokens_per_second
 from benchmarks.gpu_parts.models import build, make_batch, make_config
 from benchmarks.memory import Shape
-from qlora_dist.runtime import start_runtime
+from qlora_dist.runtime.processes import start_runtime
 
 SHAPE = Shape(64, 176, 3, 4, 2, 320)
 

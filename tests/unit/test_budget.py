@@ -7,11 +7,12 @@ from unittest import mock
 import pytest
 import torch
 
-from qlora_dist.budget import MemoryMeter, RecomputeBudget, memory_limit
-from qlora_dist.config import AdapterConfig, ModelConfig, TrainConfig
-from qlora_dist.model.activations import GIB, Recompute
-from qlora_dist.model.recompute import recompute_of
-from qlora_dist.runtime import start_runtime
+from qlora_dist.config.schema import AdapterConfig, ModelConfig, TrainConfig
+from qlora_dist.memory.auto import RecomputeBudget
+from qlora_dist.memory.policy import Recompute
+from qlora_dist.memory.recompute import recompute_of
+from qlora_dist.runtime.memory import GIB, MemoryMeter, memory_limit
+from qlora_dist.runtime.processes import start_runtime
 from tests.support.adapted import build_adapted
 
 
@@ -23,7 +24,7 @@ def test_the_limit(budget_gib: float | None, local_world_size: int, device: str,
     """What is held, what the processes of a host share of what is free, and what the allocator has over; or less."""
     meter = SimpleNamespace(held=lambda: 3 * GIB, unused=lambda: (device == "cuda") * GIB)
     runtime = SimpleNamespace(device=torch.device(device), local_world_size=local_world_size)
-    with mock.patch("qlora_dist.budget.free_bytes", return_value=8 * GIB):
+    with mock.patch("qlora_dist.memory.auto.free_bytes", return_value=8 * GIB):
         assert memory_limit(budget_gib, meter, runtime) == expected * GIB
 
 
@@ -59,7 +60,7 @@ def test_the_first_estimate_counts_the_mask(tiny_llama: Path) -> None:
     model = build_adapted(tiny_llama, runtime, recompute="auto")
     config = TrainConfig(model=ModelConfig(path=str(tiny_llama), dtype="float32"), adapter=AdapterConfig(rank=4))
     for elements, expected in ((0, Recompute(3)), (2**40, Recompute(3, 0, 3))):
-        with mock.patch("qlora_dist.budget.mask_elements", return_value=elements) as asked:
+        with mock.patch("qlora_dist.memory.auto.mask_elements", return_value=elements) as asked:
             RecomputeBudget(config, model, runtime, lambda text: None).choose()
         assert recompute_of(model) == expected
         assert asked.call_args == mock.call(model, 1, config.data.max_seq_len, is_packed=True, is_on_gpu=False)

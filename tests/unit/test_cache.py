@@ -18,12 +18,12 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from qlora_dist.config import IGNORE_INDEX, DataConfig, Source
+from qlora_dist.config.schema import IGNORE_INDEX, DataConfig, Source
 from qlora_dist.data import cache
 from qlora_dist.data.dataset import Dataset, load_dataset
 from qlora_dist.data.loader import StepLoader, step_batches
+from qlora_dist.data.order import BatchPlan, SampleOrder
 from qlora_dist.data.packing import pack
-from qlora_dist.data.sampler import BatchPlan, SampleOrder
 from qlora_dist.data.samples import Rows, Sample, join
 from qlora_dist.errors import DataError
 from tests.support.rows import encode, stored
@@ -428,7 +428,7 @@ def test_waiting_is_counted(tmp_path: Path) -> None:
 _MEASURE = """
 import resource, sys, time
 from transformers import AutoTokenizer
-from qlora_dist.config import DataConfig
+from qlora_dist.config.schema import DataConfig
 from qlora_dist.data.dataset import load_dataset
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 def load(name):

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers.processors import ByteLevel, TemplateProcessing
 
-from qlora_dist.config import IGNORE_INDEX
+from qlora_dist.config.schema import IGNORE_INDEX
 from qlora_dist.data.samples import Sample
 from qlora_dist.errors import DataError
 from tests.support.rows import encode

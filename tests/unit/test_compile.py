@@ -14,7 +14,7 @@ from qlora_dist.errors import LaunchError
 from qlora_dist.model import compile as compile_module
 from qlora_dist.model.adapters import adapter_parameters
 from qlora_dist.model.compile import check_compiler
-from qlora_dist.runtime import Runtime, start_runtime
+from qlora_dist.runtime.processes import Runtime, start_runtime
 from tests.support.adapted import build_adapted
 from tests.support.compiled import gradient, without_kernels
 

@@ -6,10 +6,7 @@ import sys
 
 import pytest
 
-from qlora_dist.config import (
-    DataConfig,
-    Source,
-)
+from qlora_dist.config.schema import DataConfig, Source
 from tests.support.settings import MINIMAL
 
 
@@ -35,6 +32,6 @@ def test_every_section_is_frozen() -> None:
 def test_bad_settings_are_refused_without_loading_a_library() -> None:
     """Reading a configuration and the command line pulls in neither torch nor transformers nor peft."""
     heavy = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets")
-    code = f"import sys, qlora_dist.config_file, qlora_dist.cli; print([m for m in {heavy} if m in sys.modules])"
+    code = f"import sys, qlora_dist.config.load, qlora_dist.cli; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -8,7 +8,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlora_dist.config import (
+from qlora_dist.config.load import dump_config, load_config
+from qlora_dist.config.schema import (
     AdapterConfig,
     DataConfig,
     LoggingConfig,
@@ -19,7 +20,6 @@ from qlora_dist.config import (
     TrainConfig,
     flatten,
 )
-from qlora_dist.config_file import dump_config, load_config
 from qlora_dist.errors import ConfigError
 from tests.support.settings import MINIMAL, REQUIRED, refusal
 

@@ -8,16 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from qlora_dist.config import (
-    AdapterConfig,
-    EvalConfig,
-    OptimConfig,
-    ParallelConfig,
-    declared_type,
-    flatten,
-)
-from qlora_dist.config_file import dump_config, load_config
-from qlora_dist.config_rules import validate
+from qlora_dist.config.load import dump_config, load_config
+from qlora_dist.config.rules import validate
+from qlora_dist.config.schema import AdapterConfig, EvalConfig, OptimConfig, ParallelConfig, declared_type, flatten
 from qlora_dist.errors import ConfigError
 from tests.support.settings import MINIMAL, refusal
 

@@ -7,8 +7,8 @@ from io import StringIO
 
 import pytest
 
-from qlora_dist.console import Reporter, duration, step_line
-from qlora_dist.metrics import EvalMetrics, StepMetrics
+from qlora_dist.metrics.console import Reporter, duration, step_line
+from qlora_dist.metrics.rows import EvalMetrics, StepMetrics
 
 STEP = StepMetrics(
     step=120, loss=1.23449, grad_norm=0.4321, lr=1.8e-4, num_tokens=4100, num_target_tokens=900,

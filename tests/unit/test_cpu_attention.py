@@ -10,9 +10,9 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import FalconConfig, LlamaConfig
 
-from qlora_dist.config import ModelConfig
-from qlora_dist.model import cpu_attention
-from qlora_dist.model.cpu_attention import NAME, attend
+from qlora_dist.config.schema import ModelConfig
+from qlora_dist.model.cpu import attention as cpu_attention
+from qlora_dist.model.cpu.attention import NAME, attend
 from qlora_dist.model.skeleton import build_skeleton
 
 Attention = Callable[..., torch.Tensor]

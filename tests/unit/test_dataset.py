@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_dist.config import DataConfig, Source
+from qlora_dist.config.schema import DataConfig, Source
 from qlora_dist.data.dataset import load_dataset
 from qlora_dist.data.samples import Sample
 from qlora_dist.errors import DataError

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from qlora_dist.config_file import load_config
-from qlora_dist.demo import Pace, Training, steps_within
-from qlora_dist.optim import lr_at
+from qlora_dist.commands.demo_run import Pace, Training, steps_within
+from qlora_dist.config.load import load_config
+from qlora_dist.optim.schedule import lr_at
 
 
 @pytest.mark.parametrize(

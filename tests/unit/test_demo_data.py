@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_dist.demo_data import NUM_EVAL, PROMPT, docstring_pairs, write_docstring_rows
+from qlora_dist.commands.demo_data import NUM_EVAL, PROMPT, docstring_pairs, write_docstring_rows
 
 BODY = """\
     total = 0

@@ -6,12 +6,13 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
-from qlora_dist.config import AdapterConfig, ModelConfig
+from qlora_dist.config.schema import AdapterConfig, ModelConfig
 from qlora_dist.model.adapters import adapter_parameters, add_adapters, init_adapters, lora_layers, saved_name
 from qlora_dist.model.dora import init_magnitudes, row_lengths
-from qlora_dist.model.loading import load_base_weights, materialize
 from qlora_dist.model.nf4 import QuantizedLinear
-from qlora_dist.model.skeleton import base_model, build_skeleton
+from qlora_dist.model.parts import base_model
+from qlora_dist.model.skeleton import build_skeleton
+from qlora_dist.weights.loading import load_base_weights, materialize
 
 IDS = torch.randint(3, 300, (2, 11), generator=torch.Generator().manual_seed(0))
 

@@ -12,11 +12,11 @@ from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
-from qlora_dist.config import AdapterConfig, ModelConfig
-from qlora_dist.model import elementwise
+from qlora_dist.config.schema import AdapterConfig, ModelConfig
+from qlora_dist.memory.selective import SelectiveForward
+from qlora_dist.model import fused_norm_mlp as elementwise
 from qlora_dist.model.adapters import add_adapters
-from qlora_dist.model.elementwise import lighten
-from qlora_dist.model.selective import SelectiveForward
+from qlora_dist.model.fused_norm_mlp import lighten
 from qlora_dist.model.skeleton import build_skeleton
 
 WIDTH = 96

@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qlora_dist.config import IGNORE_INDEX, DataConfig, OptimConfig, TrainConfig
+from qlora_dist.config.schema import IGNORE_INDEX, DataConfig, OptimConfig, TrainConfig
 from qlora_dist.data.dataset import Dataset
-from qlora_dist.data.encode import Report
-from qlora_dist.data.facts import Facts, Spread, gather_facts, histogram, num_padded
 from qlora_dist.data.packing import pack
+from qlora_dist.data.report import Report
 from qlora_dist.data.samples import Rows, Sample
+from qlora_dist.inspection.facts import Facts, Spread, gather_facts, histogram, num_padded
 from tests.support.rows import stored
 
 END = 2

@@ -17,15 +17,15 @@ import pytest
 import torch
 from peft import PeftModel
 
-from qlora_dist import assemble
-from qlora_dist.config import IGNORE_INDEX
-from qlora_dist.data.sampler import MicroBatch, collate
+from qlora_dist import build as assemble
+from qlora_dist.config.schema import IGNORE_INDEX
+from qlora_dist.data.batch import MicroBatch, collate
 from qlora_dist.data.samples import Sample, join
 from qlora_dist.model.adapters import adapter_parameters, lora_layers
 from qlora_dist.model.lora_linear import FusedLinear
 from qlora_dist.model.nf4 import QuantizedLinear
-from qlora_dist.model.skeleton import decoder_layers
-from qlora_dist.runtime import Runtime, start_runtime
+from qlora_dist.model.parts import decoder_layers
+from qlora_dist.runtime.processes import Runtime, start_runtime
 from qlora_dist.train import micro_step
 from tests.support.adapted import build_adapted
 from tests.support.families import FAMILIES

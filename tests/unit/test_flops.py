@@ -6,8 +6,8 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 
-from qlora_dist.config import IGNORE_INDEX
-from qlora_dist.data.sampler import MicroBatch, collate
+from qlora_dist.config.schema import IGNORE_INDEX
+from qlora_dist.data.batch import MicroBatch, collate
 from qlora_dist.data.samples import Sample, join
 from qlora_dist.model.flops import flops_of
 from qlora_dist.model.loss import logits_form, target_loss_sum

@@ -8,11 +8,13 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from qlora_dist.config import AdapterConfig, ModelConfig
+from qlora_dist.config.schema import AdapterConfig, ModelConfig
 from qlora_dist.errors import ModelError
+from qlora_dist.memory.footprint import Footprint, check_memory, plan_footprint
 from qlora_dist.model.adapters import add_adapters
-from qlora_dist.model.footprint import Footprint, check_memory, free_bytes, free_in_control_groups, plan_footprint
-from qlora_dist.model.skeleton import build_skeleton, decoder_layers
+from qlora_dist.model.parts import decoder_layers
+from qlora_dist.model.skeleton import build_skeleton
+from qlora_dist.runtime.memory import free_bytes, free_in_control_groups
 
 HIDDEN, INTERMEDIATE, LAYERS, VOCAB, RANK = 8192, 22016, 80, 32000, 64  # LLaMA-65B (arXiv:2302.13971, table 2)
 
@@ -120,10 +122,10 @@ def shares_under_fsdp(folder: str, world_size: int) -> None:
     from torch import distributed as dist
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    from qlora_dist.config import ParallelConfig
-    from qlora_dist.model.shards import local_bytes, whole_bytes
-    from qlora_dist.parallel import gathered_units, shard_skeleton
-    from qlora_dist.runtime import start_runtime
+    from qlora_dist.config.schema import ParallelConfig
+    from qlora_dist.parallel.fsdp import gathered_units, shard_skeleton
+    from qlora_dist.runtime.processes import start_runtime
+    from qlora_dist.runtime.shards import local_bytes, whole_bytes
 
     runtime = dataclasses.replace(start_runtime(seed=0, dtype="bfloat16"), world_size=world_size)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)

@@ -4,8 +4,7 @@ import contextlib
 
 import pytest
 
-from qlora_dist.data.encode import recognise_format
-from qlora_dist.data.formats import COLUMNS, Conversation, PlainText, RowFault, read_row
+from qlora_dist.data.formats import COLUMNS, Conversation, PlainText, RowFault, read_row, recognise_format
 from qlora_dist.data.sources import Row
 from qlora_dist.errors import DataError
 

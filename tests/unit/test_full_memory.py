@@ -10,8 +10,8 @@ from torch import distributed as dist
 
 from qlora_dist import train as train_module
 from qlora_dist.errors import TrainingError
-from qlora_dist.model.activations import Recompute
-from qlora_dist.model.recompute import recompute_of
+from qlora_dist.memory.policy import Recompute
+from qlora_dist.memory.recompute import recompute_of
 from tests.support.training import adapter_bytes, lasting_rows, train_here
 
 

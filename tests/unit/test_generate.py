@@ -5,7 +5,7 @@ import copy
 import pytest
 from tokenizers.processors import TemplateProcessing
 
-from qlora_dist.generate import prompt_ids
+from qlora_dist.generation import prompt_ids
 from tests.support.rows import encode
 
 

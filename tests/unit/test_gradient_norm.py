@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from qlora_dist import parallel
+from qlora_dist.parallel.choice import backends as parallel
 
 
 @pytest.fixture(scope="module")

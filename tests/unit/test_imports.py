@@ -14,13 +14,13 @@ ROOT = Path(qlora_dist.__file__).parent
 FILES = {".".join(("qlora_dist", *path.relative_to(ROOT).with_suffix("").parts)): path for path in ROOT.rglob("*.py")}
 TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FILES.items()}
 
-FOUNDATION = {"qlora_dist.config", "qlora_dist.saved_adapter", "qlora_dist.errors", "qlora_dist.durable"}
+FOUNDATION = {"qlora_dist.config.schema", "qlora_dist.config.saved_adapter", "qlora_dist.errors", "qlora_dist.atomic"}
 KNOWS_BACKENDS = {
-    "qlora_dist.parallel",
-    "qlora_dist.zero",
-    "qlora_dist.config",
-    "qlora_dist.config_rules",
-    "qlora_dist.demo",
+    "qlora_dist.parallel.choice",
+    "qlora_dist.parallel.zero",
+    "qlora_dist.config.schema",
+    "qlora_dist.config.rules",
+    "qlora_dist.commands.demo_run",
 }
 
 
@@ -53,8 +53,8 @@ def imported(module: str) -> set[str]:
 
 def test_the_source_is_found() -> None:
     """The other tests here would pass on an empty list of files, or if imports were not seen."""
-    assert {"qlora_dist.train", "qlora_dist.model.loading", "qlora_dist.data.chat"} <= set(FILES)
-    assert "qlora_dist.parallel" in imported("qlora_dist.train")
+    assert {"qlora_dist.train", "qlora_dist.weights.loading", "qlora_dist.data.tokenization"} <= set(FILES)
+    assert "qlora_dist.parallel.choice" in imported("qlora_dist.train")
     assert list(imports(ast.parse("def f():\n    from qlora_dist import train"))) == [
         ("qlora_dist", True), ("qlora_dist.train", True),
     ]  # fmt: skip
@@ -78,14 +78,14 @@ def test_model_and_data_stand_on_the_foundation_only(layer: str) -> None:
 
 def test_config_and_errors_stand_on_nothing() -> None:
     """The bottom of the package; what a saved adapter says of itself belongs to the rules of a configuration."""
-    assert imported("qlora_dist.config") == set()
-    rules = {"qlora_dist.config", "qlora_dist.errors", "qlora_dist.saved_adapter"}
-    assert imported("qlora_dist.config_rules") == rules
-    assert imported("qlora_dist.config_file") == rules | {"qlora_dist.config_rules", "qlora_dist.typed"}
-    assert imported("qlora_dist.saved_adapter") == {"qlora_dist.errors"}
-    assert imported("qlora_dist.typed") == set()
+    assert imported("qlora_dist.config.schema") == set()
+    rules = {"qlora_dist.config.schema", "qlora_dist.errors", "qlora_dist.config.saved_adapter"}
+    assert imported("qlora_dist.config.rules") == rules
+    assert imported("qlora_dist.config.load") == rules | {"qlora_dist.config.rules", "qlora_dist.config.typed"}
+    assert imported("qlora_dist.config.saved_adapter") == {"qlora_dist.errors"}
+    assert imported("qlora_dist.config.typed") == set()
     assert imported("qlora_dist.errors") == set()
-    assert imported("qlora_dist.durable") == set()
+    assert imported("qlora_dist.atomic") == set()
 
 
 def test_the_batch_script_imports_what_is_there() -> None:
@@ -131,7 +131,7 @@ def test_backends_are_named_in_one_place(backend: str) -> None:
     users = {module for module, tree in TREES.items() if backend in string_literals(tree)}
     assert users <= KNOWS_BACKENDS
     if backend != "deepspeed":
-        assert {"qlora_dist.parallel", "qlora_dist.config"} <= users
+        assert {"qlora_dist.parallel.choice", "qlora_dist.config.schema"} <= users
 
 
 def test_no_module_is_a_drawer_for_everything() -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from tests.support.command import ROOT
 
-LOOK = "from qlora_dist.launcher import watch_launcher; print(watch_launcher() is not None)"
+LOOK = "from qlora_dist.run.launcher import watch_launcher; print(watch_launcher() is not None)"
 BY_HAND = {key: value for key, value in os.environ.items() if key not in ("WORLD_SIZE", "LOCAL_RANK")}
 
 

@@ -12,13 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from qlora_dist.config import ModelConfig
+from qlora_dist.config.schema import ModelConfig
 from qlora_dist.errors import ConfigError, ModelError
-from qlora_dist.model.loading import load_base_weights, materialize
 from qlora_dist.model.nf4 import QuantFormat, QuantizedLinear
-from qlora_dist.model.reader import SafetensorsReader
 from qlora_dist.model.skeleton import build_skeleton
-from qlora_dist.quantize import quantize
+from qlora_dist.weights.loading import load_base_weights, materialize
+from qlora_dist.weights.quantize import quantize
+from qlora_dist.weights.reader import SafetensorsReader
 from tests.support.models import (
     edit_json,
     load_here,

@@ -7,11 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora_dist.data import long_text
-from qlora_dist.data.chat import tokenize
+from qlora_dist.data.assistant_spans import TurnFinder
+from qlora_dist.data.chat_template import ChatTemplate
 from qlora_dist.data.formats import Conversation, PlainText
 from qlora_dist.data.long_text import is_long, long_ids, long_ids_and_spans
-from qlora_dist.data.template import ChatTemplate
-from qlora_dist.data.turns import TurnFinder
+from qlora_dist.data.tokenization import tokenize
 
 SENTENCES = [
     "the quick brown fox jumps over the lazy dog",

@@ -11,7 +11,7 @@ from peft import LoraConfig
 from peft.tuners.lora.bnb import Linear4bit
 from torch import nn
 
-from qlora_dist.config import AdapterConfig, ModelConfig
+from qlora_dist.config.schema import AdapterConfig, ModelConfig
 from qlora_dist.model.adapters import add_adapters, lora_layers
 from qlora_dist.model.lora_linear import FusedLinear, fuse_adapters
 from qlora_dist.model.nf4 import QuantFormat, QuantizedLinear, quantize_matrix

@@ -15,10 +15,10 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.memory import StorageCounter
-from qlora_dist.config import IGNORE_INDEX
+from qlora_dist.config.schema import IGNORE_INDEX
 from qlora_dist.model import loss as loss_module
 from qlora_dist.model.loss import LogitsForm, logits_form, loss_bytes, loss_note, target_loss_sum
-from qlora_dist.model.skeleton import decoder_layers
+from qlora_dist.model.parts import decoder_layers
 from tests.support.processes import run_on_processes
 from tests.support.training import train_here
 
@@ -268,7 +268,7 @@ def train_a_model_of_its_own(folder: Path, model: Path, data: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         for name, is_said in (("known", False), ("other", True)):
             said: list[str] = []
-            patch.setattr("qlora_dist.console.Reporter.say", lambda _, text, said=said: said.append(text))
+            patch.setattr("qlora_dist.metrics.console.Reporter.say", lambda _, text, said=said: said.append(text))
             patch.setattr(loss_module, "_form_between", lambda *_: None if is_said else LogitsForm())  # noqa: B023
             assert train_here(folder / name, run)
             assert sum("of its own of the logits" in text for text in said) == is_said

@@ -7,13 +7,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from qlora_dist.checkpoint import TrainState
-from qlora_dist.data.sampler import collate
-from qlora_dist.loss_scale import GROWTH_INTERVAL, INITIAL, LARGEST, LossScale
-from qlora_dist.metrics import StepSums
+from qlora_dist.data.batch import collate
+from qlora_dist.metrics.rows import StepSums
 from qlora_dist.model.adapters import adapter_parameters
 from qlora_dist.model.loss import LogitsForm, _FrozenHead
-from qlora_dist.runtime import Runtime, start_runtime
+from qlora_dist.optim.loss_scale import GROWTH_INTERVAL, INITIAL, LARGEST, LossScale
+from qlora_dist.run.state import TrainState
+from qlora_dist.runtime.processes import Runtime, start_runtime
 from qlora_dist.train import micro_step
 from tests.support.adapted import build_adapted
 from tests.support.rows import encode

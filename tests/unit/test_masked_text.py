@@ -9,9 +9,9 @@ from rich.text import Text
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from qlora_dist.config import IGNORE_INDEX
+from qlora_dist.config.schema import IGNORE_INDEX
 from qlora_dist.data.samples import Sample, join
-from qlora_dist.masked_text import TARGET, legend, masked_text, visible
+from qlora_dist.inspection.masked_text import TARGET, legend, masked_text, visible
 from tests.support.rows import encode
 
 

@@ -10,10 +10,11 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from qlora_dist.config import LoggingConfig
-from qlora_dist.console import Reporter
-from qlora_dist.metrics import EvalMetrics, MetricsWriter, Recorder, StepMetrics, StepSums, peak_memory_gib
-from qlora_dist.runtime import Runtime, start_runtime
+from qlora_dist.config.schema import LoggingConfig
+from qlora_dist.metrics.console import Reporter
+from qlora_dist.metrics.recorder import MetricsWriter, Recorder, peak_memory_gib
+from qlora_dist.metrics.rows import EvalMetrics, StepMetrics, StepSums
+from qlora_dist.runtime.processes import Runtime, start_runtime
 
 DOCUMENTED = {
     "step", "loss", "grad_norm", "lr", "num_tokens", "num_target_tokens", "tokens_per_second",

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from qlora_dist.config import OptimConfig
-from qlora_dist.moments import Moments, Piece
-from qlora_dist.optim import FlatAdamW, build_optimizer
+from qlora_dist.config.schema import OptimConfig
+from qlora_dist.optim.adamw import FlatAdamW, build_optimizer
+from qlora_dist.optim.moments import Moments, Piece
 
 SIZES = {"a": (80, 100), "b": (100, 30), "c": (70, 3)}
 NUMELS = {name: shape[0] * shape[1] for name, shape in SIZES.items()}

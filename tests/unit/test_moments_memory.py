@@ -17,8 +17,8 @@ from torch import distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from qlora_dist import moments as moments_module
-from qlora_dist.moments import Moments, Piece
+from qlora_dist.optim.adamw import moments as moments_module
+from qlora_dist.optim.moments import Moments, Piece
 
 HIDDEN, INTERMEDIATE, LAYERS, RANK = 8192, 22016, 80, 64
 """Llama-65B, with adapters of rank 64 on all its linear layers."""

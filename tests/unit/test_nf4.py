@@ -6,13 +6,7 @@ import torch
 from bitsandbytes import functional as bnb_functional
 from torch import nn
 
-from qlora_dist.model.nf4 import (
-    QuantFormat,
-    QuantizedLinear,
-    clear_zero_blocks,
-    quantize_blocks,
-    quantize_matrix,
-)
+from qlora_dist.model.nf4 import QuantFormat, QuantizedLinear, clear_zero_blocks, quantize_blocks, quantize_matrix
 
 FORMATS = [QuantFormat(quant_type, double) for quant_type in ("nf4", "fp4") for double in (True, False)]
 

@@ -8,13 +8,13 @@ import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from qlora_dist.config import MemoryConfig
+from qlora_dist.config.schema import MemoryConfig
 from qlora_dist.errors import ConfigError
-from qlora_dist.model.activations import Recompute
-from qlora_dist.model.offload import Offload, check_offload
-from qlora_dist.model.recompute import set_recompute
-from qlora_dist.model.skeleton import decoder_layers
-from qlora_dist.runtime import Runtime, start_runtime
+from qlora_dist.memory.offload import Offload, check_offload
+from qlora_dist.memory.policy import Recompute
+from qlora_dist.memory.recompute import set_recompute
+from qlora_dist.model.parts import decoder_layers
+from qlora_dist.runtime.processes import Runtime, start_runtime
 from tests.support.adapted import build_adapted
 from tests.unit.test_selective import loss_and_gradient
 

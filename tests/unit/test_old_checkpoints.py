@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qlora_dist import checkpoint as checkpoint_module
 from qlora_dist.errors import CheckpointError
+from qlora_dist.run import checkpoint as checkpoint_module
 from tests.support.training import adapter_bytes, lasting_rows, train_here
 
 MOMENTS = ("exp_avg", "exp_avg_sq")

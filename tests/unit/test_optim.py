@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from qlora_dist.config import OptimConfig
+from qlora_dist.config.schema import OptimConfig
 from qlora_dist.errors import ConfigError
-from qlora_dist.optim import FlatAdamW, check_warmup, lr_at, warmup_steps
+from qlora_dist.optim.adamw import FlatAdamW
+from qlora_dist.optim.schedule import check_warmup, lr_at, warmup_steps
 
 HALF = math.sqrt(0.5)
 

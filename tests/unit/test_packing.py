@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlora_dist.config import IGNORE_INDEX
+from qlora_dist.config.schema import IGNORE_INDEX
+from qlora_dist.data.batch import collate
 from qlora_dist.data.packing import pack
-from qlora_dist.data.sampler import collate
 from qlora_dist.data.samples import Sample, join
 
 PAD = 9

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qlora_dist.profiler import StepProfiler
+from qlora_dist.metrics.profiler import StepProfiler
 
 
 class Ear:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from qlora_dist.config import (
+from qlora_dist.config.load import load_config
+from qlora_dist.config.schema import (
     AdapterConfig,
     CheckpointConfig,
     DataConfig,
@@ -20,17 +21,8 @@ from qlora_dist.config import (
     ParallelConfig,
     TrainConfig,
 )
-from qlora_dist.config_file import load_config
 from qlora_dist.errors import CheckpointError
-from qlora_dist.run_folder import (
-    STOP,
-    STOPPED,
-    RunLock,
-    check_run_folder,
-    create_run_folder,
-    identity,
-    mark_stopped,
-)
+from qlora_dist.run.folder import STOP, STOPPED, RunLock, check_run_folder, create_run_folder, identity, mark_stopped
 
 
 def run_config(folder: Path, seed: int = 0, **sections: object) -> TrainConfig:
@@ -195,7 +187,7 @@ def test_a_run_that_is_refused_removes_nothing(tmp_path: Path) -> None:
 def test_a_dead_run_holds_no_folder(tmp_path: Path) -> None:
     """The lock of a process that was killed is gone with it, though its file is still there."""
     code = (
-        "import sys, time; from pathlib import Path; from qlora_dist.run_folder import RunLock\n"
+        "import sys, time; from pathlib import Path; from qlora_dist.run.folder import RunLock\n"
         "lock = RunLock(Path(sys.argv[1])); lock.acquire(); print('locked', flush=True); time.sleep(600)"
     )
     mine = RunLock(tmp_path)

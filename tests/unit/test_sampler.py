@@ -9,18 +9,10 @@ import torch
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from qlora_dist.config import IGNORE_INDEX, DataConfig, OptimConfig, TrainConfig
+from qlora_dist.config.schema import IGNORE_INDEX, DataConfig, OptimConfig, TrainConfig
+from qlora_dist.data.batch import collate, eval_batches
 from qlora_dist.data.dataset import Dataset
-from qlora_dist.data.sampler import (
-    BatchPlan,
-    SampleGroup,
-    SampleOrder,
-    collate,
-    eval_batches,
-    run_end,
-    sample_order,
-    seed_of,
-)
+from qlora_dist.data.order import BatchPlan, SampleGroup, SampleOrder, run_end, sample_order, seed_of
 from qlora_dist.data.samples import Sample
 from tests.support.rows import stored
 

@@ -11,16 +11,17 @@ from torch import nn
 
 import qlora_dist.model.compile as compile_module
 from benchmarks.memory import StorageCounter
-from qlora_dist.config import AdapterConfig
-from qlora_dist.data.sampler import collate
+from qlora_dist.config.schema import AdapterConfig
+from qlora_dist.data.batch import collate
 from qlora_dist.data.samples import Sample
-from qlora_dist.model.activations import LayerBytes, Recompute, layer_bytes
+from qlora_dist.memory.activations import LayerBytes, layer_bytes
+from qlora_dist.memory.policy import Recompute
+from qlora_dist.memory.recompute import LayerForward, Survey, recompute_of, set_recompute
+from qlora_dist.memory.selective import SelectiveForward
 from qlora_dist.model.adapters import adapter_parameters
 from qlora_dist.model.compile import CompiledForward
-from qlora_dist.model.recompute import LayerForward, Survey, recompute_of, set_recompute
-from qlora_dist.model.selective import SelectiveForward
-from qlora_dist.model.skeleton import base_model
-from qlora_dist.runtime import Runtime, start_runtime
+from qlora_dist.model.parts import base_model
+from qlora_dist.runtime.processes import Runtime, start_runtime
 from qlora_dist.train import micro_step
 from tests.support.adapted import build_adapted
 

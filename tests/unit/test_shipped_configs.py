@@ -7,8 +7,8 @@ import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
-from qlora_dist.config import flatten
-from qlora_dist.config_file import load_config
+from qlora_dist.config.load import load_config
+from qlora_dist.config.schema import flatten
 from tests.support.command import ROOT
 
 

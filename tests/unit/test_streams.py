@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from qlora_dist import streams
-from qlora_dist.console import Reporter
-from qlora_dist.metrics import EvalMetrics
+from qlora_dist.metrics import streams
+from qlora_dist.metrics.console import Reporter
+from qlora_dist.metrics.rows import EvalMetrics
 
 EVAL = EvalMetrics(step=1, eval_loss=0.5, eval_perplexity=1.6, num_target_tokens=9, seconds=2.0, epoch=0.5)
 

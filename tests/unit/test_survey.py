@@ -9,13 +9,13 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from qlora_dist.config import DataConfig, OptimConfig, Source, TrainConfig
+from qlora_dist.config.schema import DataConfig, OptimConfig, Source, TrainConfig
 from qlora_dist.data.dataset import Dataset, load_dataset
-from qlora_dist.data.facts import gather_facts
 from qlora_dist.errors import ModelError
-from qlora_dist.model.files import resolve_model_folder
-from qlora_dist.survey import choose_rows
-from qlora_dist.survey_page import bars, print_facts, print_samples, print_warnings, warnings
+from qlora_dist.inspection.facts import gather_facts
+from qlora_dist.inspection.page import bars, print_facts, print_samples, print_warnings, warnings
+from qlora_dist.inspection.survey import choose_rows
+from qlora_dist.weights.files import resolve_model_folder
 from tests.unit.test_dataset import chat_rows
 
 SENTENCE = "the quick brown fox jumps over the lazy dog "

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from qlora_dist.config import IGNORE_INDEX
-from qlora_dist.data.chat import plain_ids
+from qlora_dist.config.schema import IGNORE_INDEX
+from qlora_dist.data.chat_template import ChatTemplate, end_of_turn_id, set_chat_template
 from qlora_dist.data.samples import Sample
-from qlora_dist.data.template import ChatTemplate, end_of_turn_id, set_chat_template
+from qlora_dist.data.tokenization import plain_ids
 from qlora_dist.errors import ConfigError, DataError
 from tests.support.rows import encode
 from tests.support.tokenizers import Kind, build_tokenizer

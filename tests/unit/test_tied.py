@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_dist.tied import run_tied
+from qlora_dist.run.child_process import run_tied
 from tests.support.processes import exit_code_of
 
 OBEDIENT = 'trap "exit 7" HUP INT TERM; echo $$ > pid; while true; do sleep 0.05; done'

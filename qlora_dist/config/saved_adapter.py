@@ -1,0 +1,153 @@
+"""What a saved adapter says about itself: the settings it was trained with, from its JSON files alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qlora_dist.errors import ConfigError
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+RECIPE = "qlora_dist.json"
+"""Beside the adapter: what PEFT's own files do not say, see :class:`qlora_dist.run.adapter_folder.Recipe`."""
+
+BASE_KEEPING_INITS = (True, False, "gaussian")
+"""Values of PEFT's `init_lora_weights` after which the base is still that of the checkpoint."""
+
+_SETTINGS = {
+    "adapter.rank": ("r", 8),
+    "adapter.alpha": ("lora_alpha", 8),
+    "adapter.target_modules": ("target_modules", None),
+    "adapter.use_rslora": ("use_rslora", False),
+    "adapter.use_dora": ("use_dora", False),
+}
+"""Settings of this program by PEFT's name for them, and PEFT's default."""
+
+_HARMLESS = {
+    "auto_mapping", "base_model_name_or_path", "inference_mode", "init_lora_weights", "lora_dropout", "megatron_core",
+    "peft_type", "peft_version", "qalora_group_size", "revision", "task_type",
+    *(name for name, _ in _SETTINGS.values()),
+}  # fmt: skip
+"""What does not change the function of the adapter, or is read here. Anything else must be off."""
+
+
+@dataclass(frozen=True)
+class SavedAdapter:
+    """The part of an adapter's description that training on depends on."""
+
+    settings: dict[str, Any]
+    """`adapter.rank` and so on, by the name they have in a run's configuration."""
+    base: dict[str, Any]
+    """`model.path` and, where known, `model.quantization` and `model.double_quant` of the base it was trained on."""
+
+
+def read_saved_adapter(path: str) -> SavedAdapter:
+    """Read the description of the adapter that `adapter.path` names.
+
+    Raises:
+        ConfigError: it is no folder with a LoRA adapter, or the adapter has what this program does not train.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise ConfigError(f"adapter.path {path} is not a folder. Give the adapter/ folder of a run, or null.")
+    for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+        if not (folder / file).is_file():
+            nested = folder / "adapter"
+            hint = f" Did you mean {nested}?" if (nested / ADAPTER_CONFIG).is_file() else ""
+            raise ConfigError(f"adapter.path {path} has no {file}, so it is not a PEFT adapter.{hint}")
+    saved = _read_json(folder / ADAPTER_CONFIG)
+    _check_kind(path, saved)
+    settings = {key: saved.get(name, default) for key, (name, default) in _SETTINGS.items()}
+    base = {"model.path": saved["base_model_name_or_path"]} if saved.get("base_model_name_or_path") else {}
+    if (folder / RECIPE).is_file():
+        recipe = _read_json(folder / RECIPE).get("base", {})
+        base |= {f"model.{key}": recipe[key] for key in ("quantization", "double_quant") if key in recipe}
+    return SavedAdapter(settings, base)
+
+
+def check_agreement(path: str, saved: SavedAdapter, settings: Mapping[str, Any]) -> None:
+    """Refuse to continue an adapter as something else, or on another base, than it is.
+
+    Args:
+        settings: all settings of the run by name. `adapter.target_modules: all-linear` is compared once the model is
+            known.
+
+    Raises:
+        ConfigError: with both values.
+    """
+    for key, there in saved.settings.items():
+        now = settings[key]
+        if key == "adapter.target_modules":
+            there = tuple(sorted(there or ()))
+            now = there if now == "all-linear" else tuple(sorted(now))
+        if now != there:
+            raise ConfigError(
+                f"{key} is {_show(now)}, but the adapter at adapter.path {path} has {_show(there)}. "
+                f"Set {key}: {_show(there)}, or leave it out to take the adapter's."
+            )
+    for key, there in saved.base.items():
+        now = settings[key]
+        if key == "model.path":
+            is_same = Path(now).resolve() == Path(there).resolve()
+            remedy = f"If it is the same model in another place, say so in {ADAPTER_CONFIG} there"
+        else:
+            is_same = now == there or settings["model.quantization"] == saved.base.get("model.quantization") == "none"
+            remedy = f"Set {key}: {_show(there)}"
+        if not is_same:
+            raise ConfigError(
+                f"{key} is {_show(now)}, but the adapter at adapter.path {path} was trained on {_show(there)}: on "
+                f"another base it means something else. {remedy}, or start without adapter.path."
+            )
+    if settings["adapter.init"] != "default":
+        raise ConfigError(
+            f"adapter.init is {settings['adapter.init']}, but adapter.path {path} gives the initial values. "
+            "Remove one of them."
+        )
+
+
+def _show(value: Any) -> str:
+    """A value as it is written in YAML."""
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(str, value))}]"
+    if isinstance(value, float):
+        return f"{value:g}"
+    return json.dumps(value) if isinstance(value, bool) else str(value)
+
+
+def _check_kind(path: str, saved: dict[str, Any]) -> None:
+    if saved.get("peft_type") != "LORA":
+        raise ConfigError(
+            f"adapter.path {path} holds an adapter of type {saved.get('peft_type')}. Only LoRA is supported."
+        )
+    init = saved.get("init_lora_weights", True)
+    if init not in BASE_KEEPING_INITS:
+        raise ConfigError(
+            f"adapter.path {path} was initialised with {init!r}, which changes the base model, so it does not belong "
+            "to the base of the checkpoint. Save it converted to plain LoRA first (PEFT: save_pretrained with "
+            "path_initial_model_for_weight_conversion)."
+        )
+    if isinstance(saved.get("target_modules"), str):
+        raise ConfigError(
+            f"adapter.path {path} names its layers by the pattern {saved['target_modules']!r}. Write the list of "
+            f"module names as target_modules into {ADAPTER_CONFIG} there."
+        )
+    for key, value in saved.items():
+        if key not in _HARMLESS and value not in (None, False, "none", {}, []):
+            raise ConfigError(
+                f"adapter.path {path} was made with {key}: {json.dumps(value)}, which this program does not train. "
+                "Use an adapter without it."
+            )
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"adapter.path: {file} is not readable JSON: {error}.") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"adapter.path: {file} must hold a JSON object.")
+    return content

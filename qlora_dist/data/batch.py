@@ -1,0 +1,88 @@
+"""Micro-batches: samples as tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from qlora_dist.config.schema import IGNORE_INDEX
+from qlora_dist.data.samples import Sample
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One forward pass of one rank, right-padded to its longest sample."""
+
+    input_ids: torch.Tensor  # (micro_batch_size, seq_len) int64
+    attention_mask: torch.Tensor  # (micro_batch_size, seq_len) int64, 1 for real tokens
+    labels: torch.Tensor  # (micro_batch_size, seq_len) int64, IGNORE_INDEX where there is no target
+    position_ids: torch.Tensor | None  # (micro_batch_size, seq_len) int64, from 0 in each sample; None: not packed
+    num_tokens: int
+    num_targets: int
+    seed: int = 0
+    """Of the random numbers that its forward draws (dropout)."""
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """The same batch on another device."""
+        return MicroBatch(
+            self.input_ids.to(device, non_blocking=True),
+            self.attention_mask.to(device, non_blocking=True),
+            self.labels.to(device, non_blocking=True),
+            None if self.position_ids is None else self.position_ids.to(device, non_blocking=True),
+            self.num_tokens,
+            self.num_targets,
+            self.seed,
+        )
+
+    def pinned(self) -> MicroBatch:
+        """The same batch in page-locked memory, from which a GPU copies while it computes."""
+        return replace(
+            self,
+            input_ids=self.input_ids.pin_memory(),
+            attention_mask=self.attention_mask.pin_memory(),
+            labels=self.labels.pin_memory(),
+            position_ids=None if self.position_ids is None else self.position_ids.pin_memory(),
+        )
+
+
+def collate(samples: Sequence[Sample], pad_token_id: int, seed: int = 0) -> MicroBatch:
+    """Pad samples on the right to the longest of them.
+
+    No samples at all make one padding token without a target: a rank with nothing left to evaluate must still take
+    part in the collectives of a sharded forward.
+    """
+    rows = samples or [Sample([pad_token_id], [IGNORE_INDEX])]
+    length = max(len(row.input_ids) for row in rows)
+    input_ids = torch.full((len(rows), length), pad_token_id, dtype=torch.int64)
+    attention_mask = torch.zeros_like(input_ids)
+    labels = torch.full_like(input_ids, IGNORE_INDEX)
+    position_ids = torch.arange(length).repeat(len(rows), 1)
+    for i, row in enumerate(rows):
+        n = len(row.input_ids)
+        for start in (*row.starts[1:], n):  # the padding counts as one more sample
+            position_ids[i, start:] = torch.arange(length - start)
+        input_ids[i, :n] = torch.tensor(row.input_ids)
+        attention_mask[i, :n] = 1
+        labels[i, :n] = torch.tensor(row.labels)
+    return MicroBatch(
+        input_ids,
+        attention_mask,
+        labels,
+        position_ids if any(len(row.starts) > 1 for row in rows) else None,
+        num_tokens=sum(len(sample.input_ids) for sample in samples),
+        num_targets=sum(sample.num_targets for sample in samples),
+        seed=seed,
+    )
+
+
+def eval_batches(num_samples: int, micro_batch_size: int, rank: int, world_size: int) -> Iterator[list[int]]:
+    """Every sample once, in file order, micro-batches dealt round to the ranks.
+
+    All ranks get the same number of batches, since each forward of a sharded model is a collective; a batch that has
+    no samples left is empty.
+    """
+    groups = [list(range(i, min(i + micro_batch_size, num_samples))) for i in range(0, num_samples, micro_batch_size)]
+    groups += [[]] * (-len(groups) % world_size)
+    yield from groups[rank::world_size]

@@ -1,0 +1,124 @@
+"""Answers from a trained adapter on its 4-bit base."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase, TextStreamer
+
+from qlora_dist.build import load_trained
+from qlora_dist.data.chat_template import end_of_turn_id
+from qlora_dist.data.formats import Layout
+from qlora_dist.data.tokenization import plain_ids
+from qlora_dist.data.tokenizer import pad_token_id
+from qlora_dist.errors import ConfigError, LaunchError
+from qlora_dist.metrics.console import Reporter
+from qlora_dist.run.adapter_folder import read_recipe
+from qlora_dist.runtime.processes import Runtime, launched_world_size, start_runtime
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen."""
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    """0 takes the likeliest token each time."""
+
+
+def generate(adapter: str, prompt: str | None, chat: bool, max_new_tokens: int, temperature: float) -> None:
+    """Load the model once, then answer one prompt or converse.
+
+    Raises:
+        QloraDistError: the adapter or its base cannot be loaded, or there is no prompt.
+    """
+    if launched_world_size() > 1:
+        raise LaunchError("generate runs as one process. Start it without a launcher.")
+    if not chat and prompt is None:
+        prompt = "" if sys.stdin.isatty() else sys.stdin.read()
+    if not chat and not (prompt or "").strip():
+        raise ConfigError("there is no prompt. Give --prompt TEXT, pipe text in, or use --chat.")
+    recipe = read_recipe(Path(adapter))
+    runtime = start_runtime(seed=0, dtype="auto")
+    # Answers go to standard output alone, so that they can be piped on.
+    reporter = Reporter(is_main=True, file=sys.stderr)
+    with reporter.working("loading the model"):
+        model, tokenizer = load_trained(Path(adapter), recipe, runtime=runtime, reporter=reporter)
+    settings = Sampling(max_new_tokens, temperature)
+    if chat:
+        _converse(model, tokenizer, recipe.layout, settings, runtime)
+    else:
+        assert prompt is not None
+        answer(model, tokenizer, prompt_ids(prompt, tokenizer, recipe.layout), settings, runtime, stream=True)
+    runtime.close()
+
+
+def prompt_ids(prompt: str, tokenizer: PreTrainedTokenizerBase, layout: Layout) -> torch.Tensor:
+    """A prompt in the form that the adapter was trained on: a user turn, or plain text. (1, seq_len) int64."""
+    if layout == "messages":
+        return chat_ids([{"role": "user", "content": prompt}], tokenizer)
+    return torch.tensor([plain_ids(prompt, tokenizer)], dtype=torch.int64)
+
+
+def chat_ids(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+    """A conversation up to where the assistant speaks. (1, seq_len) int64."""
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
+
+
+@torch.inference_mode()
+def answer(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    input_ids: torch.Tensor,
+    sampling: Sampling,
+    runtime: Runtime,
+    *,
+    stream: bool = False,
+) -> str:
+    """Continue `input_ids` (1, seq_len) until the end token; with `stream`, print tokens as they come."""
+    input_ids = input_ids.to(runtime.device)
+    choice = (
+        {"do_sample": True, "temperature": sampling.temperature} if sampling.temperature > 0 else {"do_sample": False}
+    )
+    with runtime.autocast():
+        output = model.generate(
+            input_ids=input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            max_new_tokens=sampling.max_new_tokens,
+            pad_token_id=pad_token_id(tokenizer, model.get_input_embeddings().weight.shape[0]),
+            eos_token_id=_end_token_ids(model, tokenizer),
+            streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None,
+            **choice,
+        )
+    return str(tokenizer.decode(output[0, input_ids.shape[1] :], skip_special_tokens=True)).strip()
+
+
+def _end_token_ids(model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    configured = model.generation_config.eos_token_id
+    ids = set(configured if isinstance(configured, list) else [configured])
+    # A base model that was trained with a chat template learned to stop with that template's token.
+    ids |= {tokenizer.eos_token_id, end_of_turn_id(tokenizer)}
+    return sorted(token for token in ids if token is not None)
+
+
+def _converse(
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, layout: Layout, sampling: Sampling, runtime: Runtime
+) -> None:
+    if layout != "messages":
+        raise ConfigError("this adapter was trained on plain text, not on conversations. Use --prompt TEXT.")
+    messages: list[dict[str, str]] = []
+    while True:
+        try:
+            text = input("you> ").strip()
+        except EOFError:
+            text = ""
+        if not text:
+            return
+        messages.append({"role": "user", "content": text})
+        reply = answer(model, tokenizer, chat_ids(messages, tokenizer), sampling, runtime, stream=True)
+        messages.append({"role": "assistant", "content": reply})

@@ -1,0 +1,126 @@
+"""A tokenised row as text that shows which of its tokens count in the loss."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby
+
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase
+
+from qlora_dist.config.schema import IGNORE_INDEX
+from qlora_dist.data.samples import Sample
+
+TARGET, CONTEXT, REMARK = "bold green", "dim", "cyan"
+"""Styles of tokens that count in the loss, of the others, and of what is no token."""
+_HEAD, _TAIL = 48, 24
+"""Tokens that are shown at either end of a run of like tokens."""
+_RUNS = 12
+"""Runs that are shown at either end of a row."""
+_FOREIGN = "⟦⟧⟨↵"
+"""Characters that mean something here, and so cannot stand for themselves."""
+_JOINERS = "\u200c\u200d"
+"""Invisible, but part of how some languages and emojis are written."""
+
+
+def legend(in_colour: bool) -> Text:
+    """What the marks mean."""
+    if in_colour:
+        return Text.assemble(("counts in the loss", TARGET), "  ", ("context", CONTEXT), "  ", ("⟨remark⟩", REMARK),
+                             "  ↵ end of a line")  # fmt: skip
+    return Text("⟦counts in the loss⟧  context  ⟨remark⟩  ↵ end of a line")
+
+
+def masked_text(sample: Sample, tokenizer: PreTrainedTokenizerBase, in_colour: bool) -> Text:
+    """All that is in a row, with the borders of its mask and of the samples in it; long runs lose their middle.
+
+    Args:
+        in_colour: targets have the style TARGET; else they stand between ⟦ and ⟧.
+    """
+    runs = list(_runs(sample))
+    text = Text()
+    for number, run in enumerate(runs):
+        if _RUNS <= number < len(runs) - _RUNS:
+            if number == _RUNS:
+                left_out = runs[_RUNS:-_RUNS]
+                num_tokens = left_out[-1].end - left_out[0].first
+                text.append(f"⟨… {len(left_out)} parts, {num_tokens:,} tokens …⟩\n", REMARK)
+            continue
+        if len(sample.starts) > 1 and run.first in sample.starts:
+            text.append(_border(sample, run.first), REMARK)
+        _append(text, run, sample.input_ids, tokenizer, in_colour)
+    return text
+
+
+def visible(text: str) -> str:
+    """Text that a terminal cannot take for a command, and in which all that is there can be seen."""
+    return "".join(_visible(character) for character in text)
+
+
+def _visible(character: str) -> str:
+    if character == "\n":
+        return "↵\n"
+    is_hidden = unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp") and character not in "\t" + _JOINERS
+    return f"⟨U+{ord(character):04X}⟩" if is_hidden or character in _FOREIGN else character
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Neighbouring tokens of one sample that are all targets, or all not."""
+
+    first: int
+    end: int
+    is_target: bool
+
+
+def _runs(sample: Sample) -> Iterator[_Run]:
+    starts = set(sample.starts)
+    number = 0
+    keys = []
+    for index, label in enumerate(sample.labels):
+        number += index in starts
+        keys.append((number, index > 0 and label != IGNORE_INDEX))  # nothing comes before the first one
+    first = 0
+    for (_, is_target), members in groupby(keys):
+        end = first + len(list(members))
+        yield _Run(first, end, is_target)
+        first = end
+
+
+def _border(sample: Sample, first: int) -> str:
+    number = sample.starts.index(first)
+    end = (*sample.starts[1:], len(sample.input_ids))[number]
+    line_break = "\n" if number else ""
+    return f"{line_break}⟨sample {number + 1} of {len(sample.starts)} in this row: {end - first:,} tokens⟩\n"
+
+
+def _append(text: Text, run: _Run, ids: list[int], tokenizer: PreTrainedTokenizerBase, in_colour: bool) -> None:
+    style = "" if not in_colour else TARGET if run.is_target else CONTEXT
+    is_marked = run.is_target and not in_colour
+    text.append("⟦" if is_marked else "")
+    num_left_out = run.end - run.first - _HEAD - _TAIL
+    if num_left_out > _TAIL:
+        text.append(visible(decoded(ids, run.first, run.first + _HEAD, tokenizer)), style)
+        text.append(f"⟨… {num_left_out:,} tokens …⟩", REMARK)
+        text.append(visible(decoded(ids, run.end - _TAIL, run.end, tokenizer)), style)
+    else:
+        text.append(visible(decoded(ids, run.first, run.end, tokenizer)), style)
+    text.append("⟧" if is_marked else "")
+
+
+_CONTEXT_TOKENS = 4
+"""Decoded together with what follows them: some tokenizers drop the space that a text begins with."""
+
+
+def decoded(ids: list[int], first: int, end: int, tokenizer: PreTrainedTokenizerBase) -> str:
+    """What the tokens from `first` to `end` (exclusive) add to the text before them; special tokens by their names."""
+    start = max(0, first - _CONTEXT_TOKENS)
+    before, through = _decode(ids[start:first], tokenizer), _decode(ids[start:end], tokenizer)
+    # A character may be cut in two by the border; then its first part alone is no text.
+    return through[len(before) :] if through.startswith(before) else _decode(ids[first:end], tokenizer)
+
+
+def _decode(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)) if ids else ""

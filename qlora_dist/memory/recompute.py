@@ -1,0 +1,123 @@
+"""What each decoder layer keeps for backward, and what it computes again: a policy that may change between steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from qlora_dist.config.schema import MemoryConfig
+from qlora_dist.errors import ConfigError
+from qlora_dist.memory.activations import LayerBytes
+from qlora_dist.memory.offload import Offload
+from qlora_dist.memory.policy import Policy, Recompute, fixed_recompute
+from qlora_dist.memory.selective import SelectiveForward, keep_here
+from qlora_dist.model.compile import CompiledForward
+from qlora_dist.model.parts import decoder_layers
+
+
+def apply_recompute(layers: list[nn.Module], memory: MemoryConfig) -> None:
+    """Give every layer the policy that `memory.recompute` says. Must run before sharding.
+
+    Raises:
+        ConfigError: it says so of more layers than there are.
+    """
+    if isinstance(memory.recompute, int) and memory.recompute > len(layers):
+        raise ConfigError(
+            f"memory.recompute is {memory.recompute}, but the model has {len(layers)} decoder layers. Set it to that "
+            "many at most, or to full."
+        )
+    offload = Offload() if memory.offload_activations else None
+    choice = fixed_recompute(memory.recompute, len(layers))
+    for number, layer in enumerate(layers):
+        layer.forward = LayerForward(layer, choice.policy(number), offload)
+
+
+def set_recompute(model: nn.Module, choice: Recompute) -> None:
+    """Change the policies of a model's layers; what was run already keeps to the old ones."""
+    for number, forward in enumerate(_forwards(model)):
+        forward.policy = choice.policy(number)
+
+
+def recompute_of(model: nn.Module) -> Recompute:
+    """What the layers do now."""
+    policies = [forward.policy for forward in _forwards(model)]
+    return Recompute(len(policies), policies.count("selective"), policies.count("full"))
+
+
+class Survey:
+    """A context in which the last layer keeps everything, and what each policy would keep of it is counted.
+
+    It costs no memory where all layers recompute: backward begins with the last one, and would make all of it again.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._forward = list(_forwards(model))[-1]
+
+    def __enter__(self) -> Survey:
+        self._forward.surveyed = LayerBytes(0, 0, 0)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        found = self._forward.surveyed
+        self.result = found if found is not None and found.none > 0 else None
+        """Of the largest micro-batch; None when nothing could be counted."""
+        self._forward.surveyed = None
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether the layers run compiled code, which decides by itself what is quick enough to compute again."""
+    return all(forward.is_compiled for forward in _forwards(model))
+
+
+class LayerForward:
+    """Stands in the place of a layer's `forward`, not of its `__call__`: sharding hooks then stay outside and run once,
+    and no wrapper module changes the parameter names that adapters are saved under."""
+
+    def __init__(self, layer: nn.Module, policy: Policy, offload: Offload | None) -> None:
+        self._layer, self._plain, self._offload = layer, layer.forward, offload
+        self.policy = policy
+        # torch.compile stands aside, without a word, while an operation is watched: no selective policy then.
+        self.is_compiled = isinstance(layer.forward, CompiledForward)
+        self.surveyed: LayerBytes | None = None
+        """The largest found so far, while a survey goes on."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not (self._layer.training and torch.is_grad_enabled()):
+            return self._plain(*args, **kwargs)
+        if self._offload is None:
+            return self._run(keep_here, args, kwargs)
+        with self._offload.layer(self._layer, _tensors((args[1:], kwargs))) as store:
+            return self._run(store.keep, args, kwargs)
+
+    def _run(self, keep: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        is_survey = self.surveyed is not None and not self.is_compiled
+        if not is_survey and (self.policy == "none" or (self.policy == "selective" and self.is_compiled)):
+            return self._plain(*args, **kwargs)
+        if not is_survey and self.policy == "full":
+            # Non-reentrant: needs no input gradient, and hides nothing from autograd or the compiler.
+            return checkpoint(self._plain, *args, use_reentrant=False, **kwargs)
+        with SelectiveForward(_tensors((args[1:], kwargs)), keep, is_survey) as forward:
+            result = self._plain(*args, **kwargs)
+        if is_survey:
+            inputs = sum(tensor.untyped_storage().nbytes() for tensor in _tensors(args[:1]))
+            self.surveyed = max(self.surveyed, LayerBytes(*forward.kept, inputs), key=lambda found: found.none)
+        return result
+
+
+def _forwards(model: nn.Module) -> Iterable[LayerForward]:
+    return (layer.forward for layer in decoder_layers(model))
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    """The tensors in a layer's arguments."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, (tuple, list)):
+        return []
+    return [tensor for item in value for tensor in _tensors(item)]

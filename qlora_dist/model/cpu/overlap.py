@@ -1,0 +1,76 @@
+"""FSDP2 on the CPU: collectives in gloo's threads while layers compute.
+
+On a GPU they overlap on streams of their own. The CPU has none, and there FSDP2 waits for every collective where it
+starts it: at each layer all ranks stand still for the slowest. Here a layer is gathered while the one before it
+computes, and gradients are summed while the backward goes on. What is computed is the same.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from itertools import pairwise
+
+import torch
+from torch import distributed as dist
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+
+from qlora_dist.model.parts import decoder_layers
+
+_NUM_IN_FLIGHT = 2
+"""Reductions that run at once; each holds the whole gradients of a layer's adapters."""
+
+
+class Reductions:
+    """Reduce-scatters that have been started, in place of FSDP2's own (`FSDPModule.set_custom_reduce_scatter`).
+
+    FSDP2 takes the result for complete and makes it the gradient without reading it; so it must hold no gradient to
+    add to, and :meth:`wait` comes before anybody reads one.
+    """
+
+    def __init__(self) -> None:
+        self._running: deque[tuple[dist.Work, torch.Tensor]] = deque()
+
+    def allocate(self, size: tuple[int, ...], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """Memory for an input or output."""
+        return torch.empty(size, dtype=dtype, device=device)
+
+    def __call__(
+        self,
+        output_tensor: torch.Tensor,
+        input_tensor: torch.Tensor,
+        group: dist.ProcessGroup,
+        op: dist.ReduceOp,
+        async_op: bool = False,
+    ) -> None:
+        """Start one; the oldest is waited for when there are too many."""
+        work = dist.reduce_scatter_tensor(output_tensor, input_tensor, group=group, op=op, async_op=True)
+        self._running.append((work, input_tensor))
+        while len(self._running) > _NUM_IN_FLIGHT:
+            self._running.popleft()[0].wait()
+
+    def wait(self) -> None:
+        """Until all have their results."""
+        while self._running:
+            self._running.popleft()[0].wait()
+
+
+def overlap_on_cpu(model: nn.Module) -> Reductions | None:
+    """Have a sharded model's collectives overlap, as far as this version of torch can.
+
+    Returns:
+        what to wait for after each backward; None where gradients are complete by then.
+    """
+    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for unit in units:
+        if hasattr(unit, "_set_unshard_async_op"):
+            unit._set_unshard_async_op(True)
+    for layer, following in pairwise(decoder_layers(model)):
+        layer.set_modules_to_forward_prefetch([following])
+    param = next(param for param in model.parameters() if param.requires_grad)
+    if param.device_mesh.ndim > 1 or not hasattr(FSDPModule, "set_custom_reduce_scatter"):
+        return None  # replicas add up what the reduce-scatter has made
+    reductions = Reductions()
+    for unit in units:
+        unit.set_custom_reduce_scatter(reductions)
+    return reductions

@@ -1,0 +1,139 @@
+"""AdamW over flat buffers, and the learning rate as a pure function of the step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from qlora_dist.config.schema import OptimConfig
+from qlora_dist.optim.moments import Moments, Piece
+from qlora_dist.runtime.shards import local_part, local_range, shard_group
+
+ADAM_BETAS = (0.9, 0.999)
+ADAM_EPS = 1e-8
+
+
+class FlatAdamW:
+    """AdamW whose every parameter group is one contiguous float32 buffer of this rank's parts.
+
+    One buffer because optimizers in bitsandbytes refuse sharded tensors, keep state of small tensors in 32 bits, and
+    page only tensors of 100,000 elements or more, which single shards of adapters seldom are. It also makes the norm,
+    the update and (for unsharded parameters) the reduction over ranks one operation each.
+
+    Unsharded parameters become views of the buffer and their gradients views of its gradient, so nothing is copied.
+    Sharded ones keep the memory that the sharding engine gathers from, and are copied in and out at each step.
+    """
+
+    def __init__(self, params: Mapping[str, nn.Parameter], config: OptimConfig) -> None:
+        groups = parameter_groups(params, config)
+        self._groups = [_FlatGroup(members, multiplier) for multiplier, members in groups.items()]
+        self._optimizer = build_optimizer([[group.flat] for group in self._groups], config)
+
+    def moments(self, device: torch.device) -> Moments:
+        """The optimizer's state, for checkpoints.
+
+        Args:
+            device: where the parameters' process group gathers.
+        """
+        pieces = [piece for number, group in enumerate(self._groups) for piece in group.pieces(number)]
+        params = [param for group in self._groups for param in group.params.values()]
+        return Moments(self._optimizer, [group.flat for group in self._groups], pieces, shard_group(params[0]), device)
+
+    @property
+    def gradients(self) -> list[torch.Tensor]:
+        """The flat float32 gradient of each group, this rank's part."""
+        return [group.flat_grad for group in self._groups]
+
+    def collect_gradients(self) -> None:
+        """Bring the gradients of sharded parameters into the flat buffers."""
+        for group in self._groups:
+            group.collect_gradients()
+
+    def clear_gradients(self) -> None:
+        """Make room for the next step's."""
+        for group in self._groups:
+            group.flat_grad.zero_()
+
+    def step(self, lr: float) -> None:
+        """Update the parameters from the flat gradients."""
+        for group, settings in zip(self._groups, self._optimizer.param_groups, strict=True):
+            settings["lr"] = lr * group.lr_multiplier
+        self._optimizer.step()
+        for group in self._groups:
+            group.publish()
+
+
+class _FlatGroup:
+    """Parameters that share a learning rate, laid end to end."""
+
+    @torch.no_grad()
+    def __init__(self, params: dict[str, nn.Parameter], lr_multiplier: float) -> None:
+        self.lr_multiplier = lr_multiplier
+        self.params = params
+        locals_ = [local_part(param) for param in params.values()]
+        self.flat = nn.Parameter(torch.cat([local.reshape(-1) for local in locals_]))
+        self.flat_grad = torch.zeros_like(self.flat)
+        self.flat.grad = self.flat_grad
+        sizes = [local.numel() for local in locals_]
+        self._values = [v.view_as(p) for v, p in zip(self.flat.data.split(sizes), locals_, strict=True)]
+        self._grads = [v.view_as(p) for v, p in zip(self.flat_grad.split(sizes), locals_, strict=True)]
+        self._sharded = any(local is not param for local, param in zip(locals_, params.values(), strict=True))
+        if not self._sharded:
+            for param, value, grad in zip(params.values(), self._values, self._grads, strict=True):
+                param.data = value
+                param.grad = grad  # backward accumulates into it in place
+
+    def pieces(self, buffer: int) -> Iterator[Piece]:
+        """What of each parameter lies in this group's buffer, and where."""
+        offset = 0
+        for name, param in self.params.items():
+            first, stop = local_range(param)
+            yield Piece(name, first, stop - first, buffer, offset)
+            offset += stop - first
+
+    @torch.no_grad()
+    def collect_gradients(self) -> None:
+        if not self._sharded:
+            return
+        for param, grad in zip(self.params.values(), self._grads, strict=True):
+            if param.grad is not None:
+                grad.copy_(local_part(param.grad))
+                param.grad = None
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        if self._sharded:
+            torch._foreach_copy_([local_part(param) for param in self.params.values()], self._values)
+
+
+def parameter_groups(params: Mapping[str, nn.Parameter], config: OptimConfig) -> dict[float, dict[str, nn.Parameter]]:
+    """Named parameters by learning-rate multiplier. LoRA+ (https://arxiv.org/abs/2402.12354) trains B faster than A."""
+    groups: dict[float, dict[str, nn.Parameter]] = {}
+    for name, param in params.items():
+        multiplier = config.lora_plus_ratio or 1.0 if ".lora_B." in name else 1.0
+        groups.setdefault(multiplier, {})[name] = param
+    return groups
+
+
+def build_optimizer(groups_of_params: list[list[nn.Parameter]], config: OptimConfig) -> Any:
+    """The optimizer that `optim.optimizer` names, with one parameter group per list."""
+    settings: dict[str, Any] = {
+        "lr": config.lr,
+        "betas": ADAM_BETAS,
+        "eps": ADAM_EPS,
+        "weight_decay": config.weight_decay,
+    }
+    groups = [{"params": params} for params in groups_of_params]
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, fused=True, **settings)
+    from bitsandbytes import optim as bnb_optim
+
+    classes = {
+        "adamw_8bit": bnb_optim.AdamW8bit,
+        "paged_adamw_8bit": bnb_optim.PagedAdamW8bit,
+        "paged_adamw_32bit": bnb_optim.PagedAdamW32bit,
+    }
+    return classes[config.optimizer](groups, **settings)

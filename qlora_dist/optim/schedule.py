@@ -1,0 +1,45 @@
+"""Learning rate as a function of the step."""
+
+from __future__ import annotations
+
+import math
+
+from qlora_dist.config.schema import OptimConfig
+from qlora_dist.errors import ConfigError
+
+
+def lr_at(step: int, num_steps: int, config: OptimConfig) -> float:
+    """Learning rate of optimizer step `step`, the first being 1.
+
+    Linear warm-up over w steps reaches `optim.lr` at step w + 1; after that constant, or linearly or along a half
+    cosine (SGDR, https://arxiv.org/abs/1608.03983, eq. 5) to zero just after the last step.
+    """
+    warmup = warmup_steps(num_steps, config)
+    if step <= warmup:
+        return config.lr * step / (warmup + 1)
+    progress = (step - 1 - warmup) / max(1, num_steps - warmup)  # 0 at the first full-rate step, below 1 at the last
+    if config.schedule == "linear":
+        return config.lr * (1 - progress)
+    if config.schedule == "cosine":
+        return config.lr * (1 + math.cos(math.pi * progress)) / 2
+    return config.lr
+
+
+def warmup_steps(num_steps: int, config: OptimConfig) -> int:
+    """Number of warm-up steps of a run of `num_steps`."""
+    if config.warmup_steps is not None:
+        return config.warmup_steps
+    return int(num_steps * (config.warmup_ratio or 0.0) + 1e-9)  # 100 * 0.29 is 28.999999999999996
+
+
+def check_warmup(num_steps: int, config: OptimConfig) -> None:
+    """Refuse a warm-up that ends after the run does, once the number of steps is known.
+
+    Raises:
+        ConfigError: `optim.lr` would never be reached.
+    """
+    if warmup_steps(num_steps, config) >= num_steps:
+        raise ConfigError(
+            f"optim.warmup_steps is {config.warmup_steps}, but the run has {num_steps} steps: the learning rate would "
+            "never reach optim.lr. Shorten the warm-up."
+        )

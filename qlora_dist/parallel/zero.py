@@ -1,0 +1,176 @@
+"""ZeRO-2 and ZeRO-3 through DeepSpeed's engine: how its settings are made, the model cut up, and a step taken.
+
+``deepspeed.initialize`` is called directly, with Accelerate's processes underneath. Accelerate's own wrapper of the
+engine takes the optimizer step inside ``backward``, before the step's learning rate is known, and divides the loss by
+the number of micro-batches, which this program has done already, by tokens.
+
+DeepSpeed runs in its float32 mode, whatever `model.dtype` is: its bfloat16 mode would cast the master adapters and the
+float32 quantisation constants. Autocast decides the compute type here, as with every other engine.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import distributed as dist
+from torch import nn
+
+from qlora_dist.config.schema import OptimConfig
+from qlora_dist.model.adapters import adapter_parameters, lora_layers, whole_adapter
+from qlora_dist.model.lora_linear import FusedLinear
+from qlora_dist.model.parts import decoder_layers
+from qlora_dist.optim.adamw import build_optimizer, parameter_groups
+from qlora_dist.optim.moments import Moments, Piece
+from qlora_dist.parallel.deepspeed_config import Settings, sized_settings
+from qlora_dist.runtime.processes import Runtime
+from qlora_dist.runtime.shards import local_range, whole_shape
+
+
+def partition_skeleton(model: PeftModel, settings: Settings, runtime: Runtime) -> None:
+    """Allocate a meta-device model on this rank's device, keeping 1/N of every parameter (ZeRO-3).
+
+    One decoder layer, or one module outside of them, is allocated whole at a time and cut up before the next.
+    Contents are undefined: weights are read afterwards, by each rank for its own parts. (DeepSpeed broadcasts the
+    undefined contents of rank 0 on the way, a 4-bit model's size in all.)
+    """
+    deepspeed = _import_deepspeed(runtime)
+    model.get_base_model().tie_weights()  # on meta, each use of a shared parameter may be one of its own
+    allocated: dict[nn.Parameter, nn.Parameter] = {}  # by what it replaces: tied parameters stay tied
+    units = [list(layer.modules()) for layer in decoder_layers(model)]
+    inside = {module for unit in units for module in unit}
+    for unit in [*units, *([module] for module in model.modules() if module not in inside)]:
+        fresh = nn.ParameterList()
+        for module in unit:
+            for name, param in module.named_parameters(recurse=False):
+                if param not in allocated:
+                    empty = torch.empty_like(param, device=runtime.device)
+                    allocated[param] = nn.Parameter(empty, requires_grad=param.requires_grad)
+                    fresh.append(allocated[param])
+                module._parameters[name] = allocated[param]
+        if len(fresh) > 0:
+            deepspeed.zero.Init(module=fresh, config_dict_or_path=settings)
+    for layer in lora_layers(model):
+        if layer.lora_variant or isinstance(layer, FusedLinear):
+            # Their forward reads the parameters of the modules in it, which are gathered only while these run.
+            for param in layer.parameters():
+                deepspeed.zero.register_external_parameter(layer, param)
+
+
+@contextmanager
+def gathered(module: nn.Module) -> Iterator[None]:
+    """Have all parameters of a module whole, if they are in parts, to be read; a collective."""
+    parts = [param for param in module.parameters() if hasattr(param, "ds_id")]
+    if not parts:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(parts):
+        yield
+
+
+class ZeroEngine:
+    """Adapter gradients and optimizer state are sharded, and with stage 3 every parameter, by DeepSpeed."""
+
+    can_drop_gradients = False
+    loss_scale = 1.0
+
+    def __init__(self, model: nn.Module, config: OptimConfig, settings: Settings, runtime: Runtime) -> None:
+        deepspeed = _import_deepspeed(runtime)
+        adapters = adapter_parameters(model)
+        groups = parameter_groups(adapters, config)
+        self._model = model
+        self._world_size = runtime.world_size
+        self._is_main = runtime.is_main
+        self._stage = settings["zero_optimization"]["stage"]
+        self._lr_multipliers = list(groups)
+        self._engine, self._optimizer, _, _ = deepspeed.initialize(
+            model=model,
+            optimizer=build_optimizer([list(members.values()) for members in groups.values()], config),
+            config=sized_settings(settings, model, adapters),
+            dist_init_required=False,
+        )
+        self._accumulation = ExitStack()
+        self._is_accumulating = False
+
+    def backward(self, loss: torch.Tensor, is_last_micro_batch: bool) -> None:
+        if not is_last_micro_batch and not self._is_accumulating:
+            self._accumulation.enter_context(self._engine.coalesce_grad_reduction())
+            self._is_accumulating = True
+        # DeepSpeed averages over ranks. The loss is divided by the global token count already: ranks are summed.
+        loss = loss * (self.loss_scale * self._world_size)
+        # The loop calls the model, not the engine, so what the engine's forward prepares is prepared here. DeepSpeed
+        # tells by the running backward which graph it belongs to, so this has to happen inside of it.
+        self._optimizer.clear_backward_seen_flag()
+        loss.register_hook(lambda _: self._engine._backward_prologue())
+        self._engine.backward(loss, scale_wrt_gas=False)
+        if is_last_micro_batch and self._is_accumulating:
+            self._accumulation.close()  # reduces the accumulated gradients
+            self._is_accumulating = False
+
+    def update(self, lr: float, max_grad_norm: float | None) -> torch.Tensor:
+        for group, multiplier in zip(self._optimizer.param_groups, self._lr_multipliers, strict=True):
+            group["lr"] = lr * multiplier
+        self._optimizer.clip_grad = max_grad_norm or 0.0
+        self._engine.set_gradient_accumulation_boundary(True)
+        self._optimizer.loss_scale = self.loss_scale  # for this step only: backward would multiply by it
+        self._engine.step()
+        self._optimizer.loss_scale = 1.0
+        if self._optimizer.overflow:  # gradients that are not finite: DeepSpeed has left everything as it was
+            return torch.tensor(torch.nan, device=self._engine.device)
+        return torch.as_tensor(self._engine.get_global_grad_norm(), dtype=torch.float32, device=self._engine.device)
+
+    def drop_gradients(self) -> None:
+        raise NotImplementedError("DeepSpeed's buckets and hooks cannot be put back")
+
+    def whole_adapter(self) -> dict[str, torch.Tensor]:
+        return whole_adapter(self._model, self._is_main)
+
+    def optimizer_state(self) -> dict[str, torch.Tensor]:
+        adapters = adapter_parameters(self._model)
+        return self._moments().gather({name: whole_shape(param).numel() for name, param in adapters.items()})
+
+    def load_optimizer_state(self, saved: Mapping[str, torch.Tensor], num_updates: int) -> None:
+        self._moments().scatter(saved, num_updates)
+
+    def _moments(self) -> Moments:
+        """DeepSpeed lays each rank's parts of the parameters end to end in buffers that its optimizer works on."""
+        adapters = adapter_parameters(self._model)
+        optimizer = self._optimizer
+        if self._stage == 3:
+            buffers = optimizer.fp32_partitioned_groups_flat
+            pieces = []
+            for name, param in adapters.items():
+                first, stop = local_range(param)
+                buffer, offset, _ = optimizer.grad_position[optimizer.get_param_id(param)]
+                pieces.append(Piece(name, first, stop - first, buffer, offset))
+        else:
+            buffers = optimizer.single_partition_of_fp32_groups
+            pieces = [
+                Piece(name, at.lp_fragment_address.start, at.lp_fragment_address.numel, at.param_group_index,
+                      at.hp_fragment_address.start)
+                for name, at in ((name, param._hp_mapping) for name, param in adapters.items())
+                if at is not None
+            ]  # fmt: skip
+        return Moments(optimizer.optimizer, buffers, pieces, dist.group.WORLD, self._engine.device)
+
+
+def _import_deepspeed(runtime: Runtime) -> Any:
+    """DeepSpeed on this run's device and process group, without its chatter."""
+    if runtime.device.type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"  # otherwise it looks for one by what is installed
+    os.environ.setdefault("LOCAL_RANK", str(runtime.local_rank))
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # On CPU it would compile a collective of its own, at the start of the run and with the user's compiler.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if not deepspeed.comm.is_initialized():
+        deepspeed.init_distributed(auto_mpi_discovery=False, dist_init_required=True)
+    return deepspeed

@@ -1,0 +1,108 @@
+"""The adapter as users get it: a PEFT folder, written whole, reopened and checked, or not there at all."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedTokenizerBase
+
+from qlora_dist.atomic import remove, sync_folder, sync_tree, write_text
+from qlora_dist.config.saved_adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RECIPE
+from qlora_dist.config.schema import ModelConfig
+from qlora_dist.data.formats import Layout
+from qlora_dist.errors import CheckpointError
+from qlora_dist.model.adapters import saved_name
+from qlora_dist.weights.files import read_json
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How an adapter was trained, as far as using it depends on it."""
+
+    base: ModelConfig
+    layout: Layout
+    """Form in which the model saw its training data: `generate` puts prompts into the same one."""
+
+
+def save_adapter(
+    folder: Path, model: PeftModel, tensors: dict[str, torch.Tensor], tokenizer: PreTrainedTokenizerBase, recipe: Recipe
+) -> None:
+    """Write the adapter in PEFT format, reopen it, compare every value, and only then put it in place.
+
+    Args:
+        folder: the final place; replaced as a whole.
+        tensors: the whole adapter by parameter name, on the CPU.
+
+    Raises:
+        CheckpointError: a value is not finite, the disk refused it, or what was read back is not what was written.
+    """
+    weights = {saved_name(name): tensor.contiguous() for name, tensor in tensors.items()}
+    for name, tensor in weights.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(
+                f"the adapter holds values that are not finite in {name}, so it is not saved. Lower optim.lr or set "
+                "optim.max_grad_norm."
+            )
+    partial = folder.with_name(f".{folder.name}.partial")
+    try:
+        remove(partial)
+        partial.mkdir(parents=True)
+        save_file(weights, partial / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+        peft_config = copy.copy(model.peft_config["default"])
+        peft_config.inference_mode = True  # as PEFT itself writes it
+        peft_config.save_pretrained(str(partial))
+        # safetensors writes files that only their owner may read; an adapter is as public as the files beside it.
+        (partial / ADAPTER_WEIGHTS).chmod((partial / ADAPTER_CONFIG).stat().st_mode)
+        tokenizer.save_pretrained(str(partial))
+        write_text(partial / RECIPE, json.dumps(asdict(recipe), indent=2) + "\n")
+        sync_tree(partial)
+        _verify(partial, weights)
+        remove(folder)
+        os.replace(partial, folder)
+        sync_folder(folder.parent)
+    except (OSError, SafetensorError) as error:  # safetensors wraps those of its own writing
+        raise CheckpointError(
+            f"the adapter cannot be written to {folder}: {error}. Free some space or fix the folder's permissions."
+        ) from None
+    finally:
+        remove(partial)
+
+
+def read_recipe(folder: Path) -> Recipe:
+    """How the adapter in `folder` was trained; for an adapter from elsewhere, this program's defaults.
+
+    Raises:
+        CheckpointError: it is not an adapter folder, or names no base model.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"adapter folder {folder} does not exist. Give the adapter/ folder of a finished run.")
+    for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+        if not (folder / file).is_file():
+            nested = folder / "adapter"
+            hint = f" Did you mean {nested}?" if (nested / ADAPTER_CONFIG).is_file() else ""
+            raise CheckpointError(f"adapter folder {folder} has no {file}, so it is not a PEFT adapter.{hint}")
+    base_path = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+    if not base_path:
+        raise CheckpointError(f"{folder / ADAPTER_CONFIG} names no base model (base_model_name_or_path). Add it there.")
+    saved = read_json(folder / RECIPE) if (folder / RECIPE).is_file() else {}
+    base = ModelConfig(**{**saved.get("base", {}), "path": str(base_path)})
+    return Recipe(base, saved.get("layout", "messages"))
+
+
+def _verify(folder: Path, weights: dict[str, torch.Tensor]) -> None:
+    try:
+        reread = load_file(folder / ADAPTER_WEIGHTS)
+    except SafetensorError as error:
+        raise CheckpointError(f"the adapter just written to {folder} cannot be read back ({error}).") from None
+    read_recipe(folder)
+    for name, tensor in weights.items():
+        if name not in reread or not torch.equal(reread[name], tensor):
+            raise CheckpointError(f"{folder}: {name} was read back differently from what was written. Check the disk.")

@@ -1,0 +1,191 @@
+"""The folder of a run: whose it is, who is using it, and what is in it from before."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from qlora_dist.atomic import remove, write_text
+from qlora_dist.config.load import dump_config, load_config
+from qlora_dist.config.schema import TrainConfig, flatten
+from qlora_dist.errors import CheckpointError, ConfigError
+from qlora_dist.run.checkpoint import read_checkpoint
+
+STOP = "STOP"
+"""A user or a batch script makes this file to ask the run to stop; the run removes it when it does."""
+STOPPED = "STOPPED"
+"""The run leaves this file when it stopped before its end and can go on; its first line says why."""
+_LOCK = ".lock"
+_WITHOUT_A_RUN = {STOP, STOPPED, _LOCK}
+"""What may lie in a folder before a run has written anything of its own."""
+
+_MAY_CHANGE = ("output_dir", "parallel.", "memory.", "checkpoint.", "eval.", "logging.",
+               "optim.micro_batch_size", "optim.grad_accum_steps")  # fmt: skip
+"""Settings, or sections of them, that do not make another run: how it is computed, and what is recorded of it."""
+
+
+def check_run_folder(config: TrainConfig) -> Path:
+    """Refuse an output folder that belongs to something else; creates nothing.
+
+    Raises:
+        CheckpointError: the folder holds another run (with the differing settings), or files that are no run.
+    """
+    folder = Path(config.output_dir)
+    if not folder.exists():
+        _check_writable(folder)
+        return folder
+    if not folder.is_dir():
+        raise CheckpointError(f"output_dir {folder} is a file. Give a folder for the run.")
+    _check_writable(folder)
+    there = {path.name for path in folder.iterdir()} - _WITHOUT_A_RUN
+    if not there:
+        return folder
+    if "config.yaml" not in there:
+        raise CheckpointError(
+            f"output_dir {folder} is not empty and holds no run (it has {', '.join(sorted(there)[:3])}). "
+            "Give a new or empty folder."
+        )
+    try:
+        previous = identity(load_config(folder / "config.yaml"))
+    except ConfigError as error:
+        raise CheckpointError(
+            f"output_dir {folder} holds a run whose config.yaml cannot be read: {error} Give another output_dir."
+        ) from None
+    differing = [
+        f"{key}: {previous[key]!r} there, {value!r} now"
+        for key, value in identity(config).items()
+        if previous[key] != value and (key, value) != ("model.dtype", "auto")
+    ]
+    if differing:
+        raise CheckpointError(
+            f"output_dir {folder} holds a different run ({'; '.join(differing[:5])}). "
+            "Give another output_dir, or move that folder away."
+        )
+    return folder
+
+
+def dtype_of_run(config: TrainConfig, folder: Path) -> tuple[str, bool]:
+    """`model.dtype`, and whether it is the one with which a run began that goes on now.
+
+    A run keeps its compute type on any machine: `auto` then stands for what was taken.
+    """
+    asked, began_with = config.model.dtype, None
+    if config.checkpoint.resume != "never" and (folder / "config.yaml").is_file():
+        began_with = load_config(folder / "config.yaml").model.dtype
+    elif config.checkpoint.resume not in ("auto", "never"):
+        with suppress(CheckpointError):  # said later, when it is to be read
+            saved = read_checkpoint(Path(config.checkpoint.resume), verify=False)
+            began_with = saved.identity.settings.get("model.dtype")
+    if began_with is None or asked not in ("auto", began_with):
+        return asked, False
+    return began_with, True
+
+
+def identity(config: TrainConfig) -> dict[str, Any]:
+    """The settings that tell one run from another, as plain data."""
+    settings = {key: value for key, value in flatten(config).items() if not key.startswith(_MAY_CHANGE)}
+    # As a checkpoint's JSON will give them back: a tuple never equals the list that it becomes there.
+    plain: dict[str, Any] = json.loads(json.dumps(settings, default=asdict))
+    return plain
+
+
+class RunLock:
+    """Keeps every other process from using a run's folder; for rank 0.
+
+    The operating system holds the lock, not the file: what a dead run leaves behind blocks nobody.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._file = folder / _LOCK
+        self._descriptor: int | None = None
+
+    def acquire(self) -> None:
+        """Lock the folder, which must exist, unless this object has done so.
+
+        Raises:
+            CheckpointError: another process holds it.
+        """
+        if self._descriptor is not None:
+            return
+        descriptor = os.open(self._file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = os.read(descriptor, 200).decode(errors="replace")
+            os.close(descriptor)
+            raise CheckpointError(
+                f"output_dir {self._file.parent} is in use by another run{f' ({owner})' if owner else ''}. "
+                "Wait for it, stop it, or give another output_dir."
+            ) from None
+        except OSError:  # a file system without locks: better to train unguarded than not at all
+            os.close(descriptor)
+            return
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
+        self._descriptor = descriptor
+
+    def release(self) -> None:
+        """Let others in; the end of the process does the same."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+def create_run_folder(folder: Path, config: TrainConfig, resumed_step: int | None, lock: RunLock) -> None:
+    """Make the run folder and write the resolved configuration; called by rank 0 once all input is known to be good.
+
+    Args:
+        resumed_step: step after which the run goes on; None when it starts from nothing, and what an earlier one left
+            is removed.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+        if resumed_step is None:
+            for stale in ("metrics.jsonl", "adapter", "tensorboard", "checkpoints"):
+                remove(folder / stale)
+        else:
+            _keep_metrics_until(folder, resumed_step)
+        remove(folder / STOPPED)
+        write_text(folder / "config.yaml", dump_config(config))
+    except OSError as error:
+        raise CheckpointError(
+            f"output_dir {folder} cannot be written: {error}. Give a folder you may write to."
+        ) from None
+
+
+def mark_stopped(folder: Path, reason: str) -> None:
+    """Leave word that the run stopped before its end, for scripts behind a launcher, which hides exit codes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / STOPPED, f"{reason}\n")
+    remove(folder / STOP)
+
+
+def _keep_metrics_until(folder: Path, step: int) -> None:
+    """Drop the rows of metrics.jsonl after `step`, which will be computed again, and a row that was cut off."""
+    file = folder / "metrics.jsonl"
+    if not file.is_file():
+        return
+    kept = []
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if row["step"] <= step:
+            kept.append(line + "\n")
+    write_text(file, "".join(kept))
+
+
+def _check_writable(folder: Path) -> None:
+    ancestor = folder.absolute()
+    while not ancestor.exists():
+        ancestor = ancestor.parent
+    if not ancestor.is_dir() or not os.access(ancestor, os.W_OK):
+        raise CheckpointError(f"output_dir {folder} cannot be used: {ancestor} is not a writable folder.")

@@ -1,0 +1,89 @@
+"""Position of a run, and what it belongs to."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass
+class TrainState:
+    """Where a run stands; everything that goes on from a checkpoint besides tensors.
+
+    Random numbers need no state: those of dropout are seeded by the position of each micro-batch in the stream of
+    samples, and the order of samples by the epoch.
+    """
+
+    step: int = 0
+    """Optimizer steps done."""
+    num_samples_seen: int = 0
+    """Position in the stream of samples."""
+    num_skipped_steps: int = 0
+    """Steps that updated nothing because the gradient was not finite."""
+    num_skipped_in_a_row: int = 0
+    evaluated_step: int | None = None
+    """Step after which the last evaluation was done."""
+    best_eval_loss: float | None = None
+    best_step: int | None = None
+    loss_scale: float | None = None
+    """Factor of the loss before backward, see `loss_scale.py`; None: nothing yet."""
+    num_steps_at_scale: int = 0
+    """Steps in a row that `loss_scale` held for."""
+
+    @property
+    def num_updates(self) -> int:
+        """Updates of the optimizer."""
+        return self.step - self.num_skipped_steps
+
+    def count_step(self, num_samples_seen: int, is_finite: bool) -> None:
+        """One more optimizer step is done, and has updated something or not."""
+        self.step += 1
+        self.num_samples_seen = num_samples_seen
+        self.num_skipped_steps += not is_finite
+        self.num_skipped_in_a_row = 0 if is_finite else self.num_skipped_in_a_row + 1
+
+    def count_evaluation(self, eval_loss: float) -> None:
+        """An evaluation is done; it may be the best so far."""
+        self.evaluated_step = self.step
+        if math.isfinite(eval_loss) and (self.best_eval_loss is None or eval_loss < self.best_eval_loss):
+            self.best_eval_loss, self.best_step = eval_loss, self.step
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a checkpoint belongs to; going on from it with anything else would not continue the same training."""
+
+    base: str
+    """Fingerprint of the base model's files."""
+    data: str
+    """Fingerprint of the tokenised training samples, in order."""
+    adapter: dict[str, str]
+    """Shapes of the adapter's tensors."""
+    settings: dict[str, Any]
+    """The settings that tell one run from another."""
+
+    def differences(self, other: Identity, with_settings: bool) -> list[str]:
+        """What differs in `other`, in words; empty when training can go on from it."""
+        found = []
+        if self.base != other.base:
+            found.append("the base model is another one (its files differ)")
+        if self.data != other.data:
+            found.append("the training data are other ones (rows, tokenizer or template differ)")
+        shapes = {
+            name: (mine, theirs)
+            for name in sorted(self.adapter.keys() | other.adapter.keys())
+            if (mine := self.adapter.get(name)) != (theirs := other.adapter.get(name))
+        }
+        if shapes:
+            name, (mine, theirs) = next(iter(shapes.items()))
+            found.append(
+                f"the adapter has other tensors ({len(shapes)} differ, such as {name}: {mine} there, {theirs} now)"
+            )
+        if with_settings:
+            found += [
+                f"{key}: {self.settings.get(key)!r} there, {value!r} now"
+                for key, value in other.settings.items()
+                if self.settings.get(key) != value
+            ]
+        return found

@@ -1,0 +1,115 @@
+"""The guard after loading: this rank holds what it should, and gathered layers are, byte for byte, what was loaded.
+
+Sharding a 4-bit model fails silently: a parameter that the engine left out is replicated (nothing is saved), and
+floating-point storage can come out of an all-gather with other bits than went in. Both are checked once, before the
+first step, through the same gather that training uses.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import distributed as dist
+from torch import nn
+
+from qlora_dist.errors import ModelError
+from qlora_dist.runtime.shards import local_part, local_range, planned_range, shard_group, shard_world, whole_shape
+
+_CHUNK_WORDS = 2**20
+_MULTIPLIER = -7046029254386353131  # 2^64 / golden ratio as a signed odd number: Knuth's multiplicative hash
+
+
+def check_shards(model: nn.Module, num_shards: int) -> None:
+    """Compare what this rank holds of each parameter with the plan of sharding: one of `num_shards` equal parts.
+
+    Raises:
+        ModelError: naming the parameter that is not cut, or cut differently.
+    """
+    for name, param in model.named_parameters():
+        held = local_part(param).numel()
+        if shard_world(param) == num_shards:
+            group = shard_group(param)
+            start, stop = planned_range(param, 0 if group is None else dist.get_rank(group))
+            if held == stop - start:
+                continue
+        raise ModelError(
+            f"after sharding over {num_shards}, this rank holds {held:,} of {whole_shape(param).numel():,} elements of "
+            f"{name}, which is not its share. The installed libraries shard it differently; use the versions in "
+            "constraints.txt."
+        )
+
+
+def loaded_checksums(params: dict[str, nn.Parameter], device: torch.device) -> torch.Tensor:
+    """Checksum of each whole parameter, from the parts as they were loaded: (num_params,) int64; a collective.
+
+    Checksums of parts add up to that of the whole, so nothing is gathered for this.
+    """
+    sums = []
+    group = None
+    for param in params.values():
+        first_byte = local_range(param)[0] * param.element_size()
+        sums.append(checksum(local_part(param), first_byte, _word_bytes(param)).to(device))
+        group = shard_group(param) or group
+    total = torch.stack(sums)
+    if group is not None:
+        dist.all_reduce(total, group=group)
+    return total
+
+
+def check_gathered(
+    params: dict[str, nn.Parameter],
+    expected: torch.Tensor,
+    gathered: Iterator[tuple[str, torch.Tensor]],
+    agree: Callable[[torch.Tensor], torch.Tensor],
+) -> None:
+    """Compare parameters as training will gather them with what was loaded.
+
+    Args:
+        expected: what :func:`loaded_checksums` returned for `params`.
+        gathered: (name, whole tensor) pairs, in any order, each valid until the next is asked for.
+        agree: makes the largest of each element known to all ranks, so that all of them stop for the same reason.
+
+    Raises:
+        ModelError: naming the first parameter whose bytes changed, on every rank.
+    """
+    index = {name: i for i, name in enumerate(params)}
+    differs = torch.zeros_like(expected)
+    for name, whole in gathered:
+        found = checksum(whole, 0, _word_bytes(params[name])).to(expected.device)
+        differs[index[name]] = (found != expected[index[name]]).to(torch.int64)
+    # Replicas that loaded different bytes would each agree with themselves: compare them with one another as well.
+    bad = agree(torch.cat([differs, (agree(expected) != expected).to(torch.int64)]))
+    if bool(bad.any()):
+        name = list(params)[int(bad.nonzero()[0]) % len(params)]
+        raise ModelError(
+            f"{name} does not have the same bytes on all ranks, or not those that were loaded. The weights would be "
+            "silently wrong. Check that all machines have the same model files and library versions."
+        )
+
+
+def checksum(tensor: torch.Tensor, first_byte: int, word_bytes: int) -> torch.Tensor:
+    """Position-dependent sum of a tensor's bytes, 0-dim int64 (arithmetic modulo 2^64).
+
+    Args:
+        first_byte: where the tensor starts in the whole that it is a part of; a multiple of `word_bytes`.
+        word_bytes: 1, 2, 4 or 8: bytes are taken together in words, for speed.
+    """
+    data = tensor.detach().contiguous().view(-1).view(torch.uint8)
+    if data.numel() % word_bytes:
+        data = nn.functional.pad(data, (0, word_bytes - data.numel() % word_bytes))
+    words = data.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[word_bytes])
+    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    for begin in range(0, words.numel(), _CHUNK_WORDS):
+        part = words[begin : begin + _CHUNK_WORDS].to(torch.int64)
+        position = torch.arange(part.numel(), device=part.device) + (begin + first_byte // word_bytes + 1)
+        weight = position * _MULTIPLIER
+        weight = (weight ^ (weight >> 29)) | 1  # odd, so that no change of a single word goes unseen
+        total += (part * weight).sum()
+    return total
+
+
+def _word_bytes(param: torch.Tensor) -> int:
+    """Largest word that no border between shards cuts."""
+    return math.gcd(8, planned_range(param, 0)[1] * param.element_size())

@@ -1,0 +1,206 @@
+"""Weights from safetensors straight to their place: each rank reads and quantises only the rows it keeps.
+
+The whole model never exists in one place. For each tensor, a rank opens the memory-mapped file, reads the rows that
+cover its shard, quantises those, and copies the result into its shard. The only thing ranks exchange is the float32
+maxima of quantisation blocks, because double quantisation subtracts their mean over the whole matrix.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from torch import distributed as dist
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+from qlora_dist.errors import ModelError
+from qlora_dist.model.nf4 import QuantizedLinear, quantize_absmax, quantize_blocks
+from qlora_dist.model.parts import base_model, decoder_layers
+from qlora_dist.runtime.shards import keep_local, local_part, local_range, shard_group, whole_shape
+from qlora_dist.weights.check_headers import check_inventory
+from qlora_dist.weights.files import weight_files
+from qlora_dist.weights.prequantized import has_state, load_prequantized
+from qlora_dist.weights.reader import SafetensorsReader
+
+_MAX_MAPPED_BYTES = 2**24
+"""Pages of mapped files count as this process's memory until the files are unmapped, which happens after so much."""
+
+OnProgress = Callable[[int, int], None]
+"""Called with the checkpoint bytes read and the decoder layers filled so far."""
+
+
+def materialize(model: PeftModel | PreTrainedModel, device: torch.device, compute_device: torch.device) -> None:
+    """Allocate this rank's part of every meta parameter on `device`, with undefined contents.
+
+    A model whose parameters were allocated while they were cut up only has its buffers moved.
+
+    Buffers keep their values and go to `compute_device`, which differs when the shards are offloaded to the host.
+    """
+    buffers = {
+        (module, name): buffer for module in model.modules() for name, buffer in module.named_buffers(recurse=False)
+    }  # to_empty would also throw away what no checkpoint holds
+    is_described_only = any(param.is_meta for param in model.parameters())
+    if is_described_only:
+        model.to_empty(device=device)
+    for (module, name), buffer in buffers.items():
+        module._buffers[name] = buffer.to(compute_device)
+    if is_described_only:
+        base_model(model).tie_weights()  # to_empty gave each use of a shared parameter memory of its own
+
+
+@dataclass(frozen=True)
+class LoadStats:
+    """What loading cost this rank."""
+
+    bytes_read: int
+    elements_quantized: int
+
+
+@torch.no_grad()
+def load_base_weights(
+    model: nn.Module, folder: Path, device: torch.device, on_progress: OnProgress = lambda *_: None
+) -> LoadStats:
+    """Fill the frozen base of a materialised model from `folder`, quantising on the way; adapters are left alone.
+
+    Args:
+        model: skeleton with adapters, possibly sharded, after :func:`materialize`.
+        device: where to quantise; the parameters themselves may be on the host.
+
+    Raises:
+        ModelError: a tensor is missing, of another shape or type than the model expects, or not finite.
+    """
+    with SafetensorsReader(folder) as reader:
+        reader.rename(_renaming(base_model(model)))
+        _check_inventory(model, reader)
+        done: set[int] = set()
+        layers = {id(layer): number for number, layer in enumerate(decoder_layers(model))}
+        num_layers = released = 0
+        finite: dict[str, torch.Tensor] = {}
+        group = None
+        for name, module in model.named_modules():
+            num_layers = layers.get(id(module), num_layers)
+            if reader.bytes_read - released > _MAX_MAPPED_BYTES:
+                reader.release()
+                released = reader.bytes_read
+            if isinstance(module, QuantizedLinear):
+                stored = _checkpoint_name(name)
+                load = load_prequantized if has_state(stored, reader) else _load_quantized
+                finite[f"{stored}.weight"] = load(stored, module, reader, device)
+                group = shard_group(module.weight)
+                if module.bias is not None:
+                    _load_plain(f"{stored}.bias", module.bias, reader)
+            else:
+                for leaf, param in _own_base_parameters(name, module):
+                    if id(param) not in done:  # tied embeddings are one parameter under two names
+                        stored = _checkpoint_name(f"{name}.{leaf}")
+                        _load_plain(stored, param, reader)
+                        done.add(id(param))
+                        if param.dtype == torch.float16:  # 65,504 is its largest number
+                            finite[stored] = torch.isfinite(local_part(param)).all().to(device)
+            on_progress(reader.bytes_read, num_layers)
+        on_progress(reader.bytes_read, len(layers))
+    if finite:
+        _refuse_not_finite(finite, folder, group)
+    return LoadStats(reader.bytes_read, reader.elements_quantized)
+
+
+def _renaming(model: PreTrainedModel) -> Callable[[str], str]:
+    """The name in the model of a tensor in its files; transformers has renamed parts of some families over time."""
+    renamings = [step for step in get_model_conversion_mapping(model) if isinstance(step, WeightRenaming)]
+    own_names = {_checkpoint_name(name): param for name, param in model.named_parameters(remove_duplicate=False)}
+    return lambda stored: rename_source_key(stored, renamings, [], model.base_model_prefix, own_names)[0]
+
+
+def _check_inventory(model: nn.Module, reader: SafetensorsReader) -> None:
+    plain: dict[str, tuple[int, ...]] = {}
+    layers: dict[str, QuantizedLinear] = {}
+    done: set[int] = set()
+    for name, module in model.named_modules():
+        own = dict(_own_base_parameters(name, module))
+        if isinstance(module, QuantizedLinear):
+            layers[_checkpoint_name(name)] = module
+            own = {"bias": module.bias} if module.bias is not None else {}
+        for leaf, param in own.items():
+            if id(param) not in done:
+                plain[_checkpoint_name(f"{name}.{leaf}")] = tuple(whole_shape(param))
+                done.add(id(param))
+    check_inventory(plain, layers, reader)
+
+
+def _refuse_not_finite(finite: dict[str, torch.Tensor], folder: Path, group: dist.ProcessGroup | None) -> None:
+    """Only the rank whose rows hold a NaN can see it, but all must stop: one sum over ranks for the whole model."""
+    bad = torch.stack(list(finite.values())).logical_not().float()
+    if group is not None:
+        dist.all_reduce(bad, group=group)
+    names = [name for name, is_bad in zip(finite, bad.tolist(), strict=True) if is_bad]
+    if names:
+        more = f" (and in {len(names) - 1} more)" if len(names) > 1 else ""
+        raise ModelError(
+            f"model folder {folder}: tensor {names[0]} holds values that are not finite (NaN or infinity){more}. "
+            "Every output of the model would be NaN. Copy the model again, or use another version of it. With "
+            "model.dtype: float16, values above 65,504 become infinite: set model.dtype: bfloat16 or float32."
+        )
+
+
+def _own_base_parameters(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    if ".lora_" not in name:
+        yield from module.named_parameters(recurse=False)
+
+
+def _checkpoint_name(name: str) -> str:
+    """The name a tensor has in the model's own files, without what peft wrapped around it."""
+    return name.removeprefix("base_model.model.").replace(".base_layer", "")
+
+
+def _load_plain(name: str, param: nn.Parameter, reader: SafetensorsReader) -> None:
+    start, stop = local_range(param)
+    columns = whole_shape(param)[1:].numel()
+    local_part(param).view(-1).copy_(_read_elements(name, columns, start, stop, reader))
+
+
+def _load_quantized(name: str, layer: QuantizedLinear, reader: SafetensorsReader, device: torch.device) -> torch.Tensor:
+    """Fill a layer from a 16-bit matrix; returns whether all values that this rank read are finite (0-dim bool)."""
+    numel, block = layer.out_features * layer.in_features, layer.format.block_size
+    first_byte, end_byte = local_range(layer.weight)
+    # Elements of the blocks that this rank's bytes touch; the blocks at the borders are quantised by both neighbours.
+    first = 2 * first_byte // block * block
+    end = min(numel, -(-2 * end_byte // block) * block)
+    elements = _read_elements(f"{name}.weight", layer.in_features, first, end, reader).to(device, torch.bfloat16)
+    absmax = torch.zeros(layer.format.num_blocks(numel), dtype=torch.float32, device=device)
+    if end > first:
+        reader.elements_quantized += end - first
+        packed, local_absmax = quantize_blocks(elements, layer.format)
+        local_part(layer.weight).view(-1).copy_(packed.view(-1)[first_byte - first // 2 : end_byte - first // 2])
+        # Each block is contributed by the one rank that holds its first byte, so that the sum below is exact.
+        owned = slice(-(-2 * first_byte // block), -(-2 * end_byte // block))
+        absmax[owned] = local_absmax[owned.start - first // block : owned.stop - first // block]
+    group = shard_group(layer.weight)
+    if group is not None:
+        dist.all_reduce(absmax, group=group)
+    if layer.format.double_quant:
+        quantized, scale, offset = quantize_absmax(absmax)
+        keep_local(layer.absmax, quantized)
+        keep_local(layer.absmax_scale, scale)
+        keep_local(layer.absmax_offset, offset)
+    else:
+        keep_local(layer.absmax, absmax)
+    return torch.isfinite(elements).all()
+
+
+def _read_elements(name: str, columns: int, first: int, end: int, reader: SafetensorsReader) -> torch.Tensor:
+    """Elements [first, end) of the row-major flattened tensor, through whole rows of `columns` elements."""
+    first_row, end_row = first // columns, -(-end // columns)
+    rows = reader.rows(name, first_row, end_row).reshape(-1)
+    return rows[first - first_row * columns : end - first_row * columns]
+
+
+def checkpoint_bytes(folder: Path) -> int:
+    """Bytes of all weight files of a model folder."""
+    return sum(os.path.getsize(file) for file in set(weight_files(folder).values()))

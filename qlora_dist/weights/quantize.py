@@ -1,0 +1,171 @@
+"""A 16-bit model folder to a 4-bit one, in the files that bitsandbytes and transformers write and read.
+
+One matrix is in memory at a time, beside the output file that is being filled. Everything goes into a partial folder
+next to the final one, is read back and compared, and then renamed into place.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import BitsAndBytesConfig, PreTrainedModel
+
+from qlora_dist.config.schema import ModelConfig
+from qlora_dist.errors import LaunchError, ModelError
+from qlora_dist.metrics.console import Reporter
+from qlora_dist.model.nf4 import (
+    QuantFormat,
+    QuantizedLinear,
+)  # fmt: skip
+from qlora_dist.model.parts import linear_layers
+from qlora_dist.model.skeleton import build_skeleton
+from qlora_dist.runtime.processes import launched_world_size, start_runtime
+from qlora_dist.weights.check_headers import check_inventory
+from qlora_dist.weights.files import check_new_folder, read_json, resolve_model_folder
+from qlora_dist.weights.prequantized import is_prequantized
+from qlora_dist.weights.reader import SafetensorsReader
+from qlora_dist.weights.writer import FileWriter, stored_tensors
+
+_COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "LICENSE*", "NOTICE*")
+
+
+def quantize(model: str, out: str, fmt: QuantFormat) -> None:
+    """Write `model` in 4 bits to the new folder `out`.
+
+    Raises:
+        QloraDistError: the model cannot be quantised, or `out` cannot be written; nothing has been left there then.
+    """
+    if launched_world_size() > 1:
+        raise LaunchError("quantize runs as one process. Start it without a launcher.")
+    target = Path(out).resolve()  # a rename replaces a link, not what it points to
+    check_new_folder(target)
+    folder = resolve_model_folder(model)
+    if is_prequantized(folder, read_json(folder / "config.json").get("quantization_config")):
+        raise ModelError(f"model folder {folder} is stored in 4 bits already. Use it as it is: it loads directly.")
+    skeleton = build_skeleton(folder, ModelConfig(path=model, quantization="none", dtype="bfloat16"))
+    device = start_runtime(seed=0, dtype="bfloat16").device
+    reporter = Reporter(is_main=True)
+    partial = target.with_name(f".{target.name}.partial")
+    try:
+        _remove(partial)
+        partial.mkdir(parents=True)
+        with SafetensorsReader(folder) as reader:
+            _check_source(skeleton, reader)
+            _check_space(partial, skeleton, fmt)
+            total = sum(param.numel() * 2 for param in skeleton.parameters())
+            with reporter.quantizing(total) as on_bytes:
+                written = FileWriter(partial)
+                done = 0
+                for tensors, num_elements in _quantized_tensors(skeleton, reader, fmt, device):
+                    written.add(tensors)
+                    done += 2 * num_elements
+                    on_bytes(done)
+                written.close()
+        with reporter.working("checking what was written"):
+            _write_config(folder, partial, skeleton, fmt)
+            _copy_rest(folder, partial)
+            _check_result(partial, fmt)
+        os.replace(partial, target)  # onto nothing, or onto an empty folder
+    except (OSError, SafetensorError) as error:
+        raise ModelError(
+            f"the 4-bit model cannot be written to {target}: {error}. Free some space or fix the folder's permissions."
+        ) from None
+    finally:
+        _remove(partial)
+    reporter.say(
+        f"{target}: {written.num_bytes / 2**20:,.0f} MiB in {written.num_files} files, from {total / 2**20:,.0f}"
+    )
+
+
+def _quantized_tensors(
+    skeleton: PreTrainedModel, reader: SafetensorsReader, fmt: QuantFormat, device: torch.device
+) -> Iterator[tuple[dict[str, torch.Tensor], int]]:
+    """The output tensors and the element count of each parameter, in the order of the source files."""
+    quantized = {f"{name}.weight" for name in linear_layers(skeleton)}
+    names = [name for name, _ in skeleton.named_parameters()]
+    names += [name for name, _ in skeleton.named_buffers() if name in reader]
+    for name in sorted(names, key=reader.file):
+        tensor = reader.whole(name)
+        if name not in quantized:
+            # Copied also where nothing is cast: what was read is a window into the file, not memory.
+            yield {name: tensor.to(torch.bfloat16, copy=True) if tensor.is_floating_point() else tensor}, tensor.numel()
+            continue
+        matrix = tensor.to(device, torch.bfloat16)
+        if not bool(torch.isfinite(matrix).all()):
+            raise ModelError(
+                f"model folder {reader.folder}: tensor {name} holds values that are not finite in bfloat16 (NaN or "
+                "infinity). Every output of the model would be NaN. Copy the model again, or use another version of it."
+            )
+        yield stored_tensors(name, matrix, fmt), tensor.numel()
+
+
+def _check_source(skeleton: PreTrainedModel, reader: SafetensorsReader) -> None:
+    check_inventory({name: tuple(param.shape) for name, param in skeleton.named_parameters()}, {}, reader)
+
+
+def _check_space(folder: Path, skeleton: PreTrainedModel, fmt: QuantFormat) -> None:
+    quantized = {f"{name}.weight" for name in linear_layers(skeleton)}
+    bits = 4 + (8 if fmt.double_quant else 32) / fmt.block_size
+    needed = sum(
+        math.ceil(param.numel() * (bits / 8 if name in quantized else 2)) for name, param in skeleton.named_parameters()
+    )
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise ModelError(
+            f"the 4-bit model needs {needed / 2**30:.1f} GiB, but {folder.parent} has {free / 2**30:.1f} GiB free. "
+            "Free some space, or give another OUT."
+        )
+
+
+def _write_config(folder: Path, partial: Path, skeleton: PreTrainedModel, fmt: QuantFormat) -> None:
+    config = read_json(folder / "config.json")
+    config.pop("torch_dtype", None)  # the older name of the next key
+    config["dtype"] = "bfloat16"
+    quantized = set(linear_layers(skeleton))
+    config["quantization_config"] = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=fmt.quant_type,
+        bnb_4bit_use_double_quant=fmt.double_quant,
+        bnb_4bit_compute_dtype="bfloat16",
+        bnb_4bit_quant_storage="uint8",
+        # Named, although it is transformers' default: other readers have other defaults.
+        llm_int8_skip_modules=[
+            name for name, module in skeleton.named_modules() if type(module) is nn.Linear and name not in quantized
+        ],
+    ).to_dict()
+    (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    for file in partial.glob("*.safetensors"):
+        shutil.copymode(partial / "config.json", file)  # safetensors makes files that only their owner can read
+
+
+def _copy_rest(folder: Path, partial: Path) -> None:
+    """Tokenizer, generation config, licence: everything small that is not about the weights."""
+    for pattern in _COPIED:
+        for file in folder.glob(pattern):
+            if file.is_file() and not file.name.endswith(".index.json") and not (partial / file.name).exists():
+                shutil.copyfile(file, partial / file.name)
+
+
+def _check_result(partial: Path, fmt: QuantFormat) -> None:
+    """Open the finished folder as a training run would."""
+    skeleton = build_skeleton(partial, ModelConfig(str(partial), fmt.quant_type, fmt.double_quant))
+    layers = {name: module for name, module in skeleton.named_modules() if isinstance(module, QuantizedLinear)}
+    plain = {
+        name: tuple(param.shape) for name, param in skeleton.named_parameters() if name.rpartition(".")[0] not in layers
+    }
+    plain |= {f"{name}.bias": (layer.out_features,) for name, layer in layers.items() if layer.bias is not None}
+    with SafetensorsReader(partial) as reader:
+        check_inventory(plain, layers, reader)
+
+
+def _remove(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)

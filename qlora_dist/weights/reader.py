@@ -1,0 +1,108 @@
+"""Row-wise access to the tensors of a model folder: memory-mapped files, and only the bytes that were asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, KeysView
+from contextlib import ExitStack
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from qlora_dist.errors import ModelError
+from qlora_dist.weights.files import read_json, weight_files
+
+
+class SafetensorsReader:
+    """The tensors of a model folder by name; files are memory-mapped and opened once."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.bytes_read = 0
+        self.elements_quantized = 0
+        self._files = weight_files(folder)
+        self._stored = {name: name for name in self._files}
+        self._open = ExitStack()
+        self._readers: dict[Path, Any] = {}
+
+    def __enter__(self) -> SafetensorsReader:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._open.close()
+
+    def rename(self, model_name: Callable[[str], str]) -> None:
+        """Let tensors be known by the names that `model_name` gives for those in the files."""
+        self._stored = {model_name(stored): stored for stored in sorted(self._files)}
+
+    def release(self) -> None:
+        """Unmap all files: pages that were read count as this process's memory until then. Reading maps them again."""
+        self._open.close()
+        self._readers.clear()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._stored
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The folder's config.json."""
+        return read_json(self.folder / "config.json")
+
+    def names(self) -> KeysView[str]:
+        """All tensor names, file by file."""
+        return self._stored.keys()
+
+    def file(self, name: str) -> Path:
+        """The file that holds a tensor, to name it in messages and to read in the order of the disk."""
+        return self._files[self._stored[name]]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a stored tensor."""
+        return tuple(self._slice(name).get_shape())
+
+    def dtype(self, name: str) -> str:
+        """Type of a stored tensor as safetensors spells it: BF16, F32, U8 and so on."""
+        return str(self._slice(name).get_dtype())
+
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows [start, stop) of a tensor along dimension 0, on the CPU in the file's dtype.
+
+        Raises:
+            ModelError: the file cannot be read.
+        """
+        return self._read(name, slice(start, stop))
+
+    def flat(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Elements [start, stop) of a tensor with one long dimension: (n,), (n, 1) or (1, n). (stop - start,)."""
+        shape = self.shape(name)
+        long = max(range(len(shape)), key=shape.__getitem__)
+        return self._read(name, (*[slice(None)] * long, slice(start, stop))).reshape(-1)
+
+    def whole(self, name: str) -> torch.Tensor:
+        """A whole tensor, on the CPU in the file's dtype."""
+        return self._read(name, slice(None) if self.shape(name) else ...)
+
+    def _read(self, name: str, index: Any) -> torch.Tensor:
+        try:
+            values = self._slice(name)[index]
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{self.file(name)}: tensor {name} cannot be read ({error}).") from None
+        self.bytes_read += values.numel() * values.element_size()
+        return values
+
+    def _slice(self, name: str) -> Any:
+        file = self.file(name)
+        if file not in self._readers:
+            try:
+                self._readers[file] = self._open.enter_context(safe_open(str(file), framework="pt"))
+            except (SafetensorError, OSError) as error:
+                raise ModelError(f"{file} is not a readable safetensors file ({error}). Copy it again.") from None
+        try:
+            return self._readers[file].get_slice(self._stored[name])
+        except SafetensorError:
+            raise ModelError(
+                f"{file} has no tensor {name}, though the index of the folder says that it is there. "
+                "Index and files belong to different versions of the model: copy all of them again."
+            ) from None
