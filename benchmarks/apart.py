@@ -41,7 +41,7 @@ def run_apart(command: list[str], threads: int, **environment: str) -> str:
     return done.stdout
 
 
-def neighbours(is_base: Sequence[bool], place: int) -> list[int]:
+def neighbors(is_base: Sequence[bool], place: int) -> list[int]:
     """Where the base ran next before a place and next behind it; at the place itself, only there twice.
 
     Args:
@@ -67,7 +67,7 @@ def over_base(in_order: Sequence[tuple[str, float]], base: str) -> dict[str, lis
     is_base = [name == base for name, _ in in_order]
     found: dict[str, list[float]] = {}
     for place, (name, rate) in enumerate(in_order):
-        found.setdefault(name, []).append(rate / statistics.mean(in_order[i][1] for i in neighbours(is_base, place)))
+        found.setdefault(name, []).append(rate / statistics.mean(in_order[i][1] for i in neighbors(is_base, place)))
     return found
 
 

@@ -4,19 +4,19 @@
 
 F   operations of `qlora_dist/model/flops.py`: 4 P per token for the frozen linear layers, 12 w for each attended pair
     and layer, 4 d V per target token for the head. f: what a large product reaches here.
-D   bytes that dequantisation reads and writes, 0.516 + b per weight and pass; two passes, forward and for the gradient
+D   bytes that dequantization reads and writes, 0.516 + b per weight and pass; two passes, forward and for the gradient
     of the input. d: the rate of bitsandbytes' kernel here.
 L   what LoRA adds. Its products are thin, so that their time is that of reading and writing: per token and layer x (in)
     is read for A x and for dA, the gradient (out) for g B and for dB, and the output (out) and dx (in) are read and
     written once more when the adapter's part is added: 4 (in + out) elements. (Where 6 P_lora / f is longer, that.)
 E   elementwise work, if each of these is one kernel: per token and layer, in elements, forward 8 d for adding to the
-    stream and normalising it, twice; 2 (d + kv) for the rotation; 3 i for the product of the MLP's two halves; backward
+    stream and normalizing it, twice; 2 (d + kv) for the rotation; 3 i for the product of the MLP's two halves; backward
     8 d, 2 (d + kv) and 5 i.  d: hidden width, kv: width of the keys, i: of the MLP.
 c   bytes per second of a copy here, read and written.
 
 All in the compute type, of b bytes: 2 for bfloat16, 4 for float32.
 
-Every recomputed layer adds a forward: 2 P, 4 w, one pass of dequantisation, and its share of E and L. Not counted, so
+Every recomputed layer adds a forward: 2 P, 4 w, one pass of dequantization, and its share of E and L. Not counted, so
 that no step can be quicker: softmax, the loss beyond its products, the optimizer, launches.
 """
 
@@ -38,7 +38,7 @@ from qlora_dist.data.batch import MicroBatch
 from qlora_dist.model.adapters import add_adapters, lora_layers
 from qlora_dist.model.flops import flops_of
 from qlora_dist.model.nf4 import QuantizedLinear
-from qlora_dist.model.parts import base_model
+from qlora_dist.model.parts import ModelParts, base_model
 from qlora_dist.model.skeleton import build_skeleton
 
 GIB = 2**30
@@ -98,7 +98,7 @@ def bound_seconds(model: nn.Module, batch: MicroBatch, rates: Rates, recomputed_
     tokens = batch.num_tokens
     forwards = 1 + recomputed_share
 
-    flops = flops_of(model)
+    flops = flops_of(ModelParts(model))
     frozen = flops.of(batch.attention_mask, batch.position_ids, tokens, batch.num_targets)
     lora_flops = 6 * tokens * sum(rank * (inner + outer) for inner, outer, rank in lora)
     linear, head = 4 * num_weights * tokens, flops.per_target * batch.num_targets
@@ -145,8 +145,10 @@ def most_tokens_per_second(
 
 
 def arithmetic_seconds(model: nn.Module, batch: MicroBatch, rates: Rates) -> float:
-    """The time of the useful operations alone: its share of a step is the model FLOPs utilisation."""
-    useful = flops_of(model).of(batch.attention_mask, batch.position_ids, batch.num_tokens, batch.num_targets)
+    """The time of the useful operations alone: its share of a step is the model FLOPs utilization."""
+    useful = flops_of(ModelParts(model)).of(
+        batch.attention_mask, batch.position_ids, batch.num_tokens, batch.num_targets
+    )
     return useful / rates.flops
 
 

@@ -80,7 +80,7 @@ def median_of(runs: list[dict[str, Any]], key: str) -> float:
 
 def measure(mode: str) -> dict[str, Any]:
     """One run in this process."""
-    from qlora_dist.commands.noise import quiet_third_parties
+    from qlora_dist.commands.startup import quiet_third_parties
 
     quiet_third_parties()
     from qlora_dist.config.load import load_config
@@ -92,12 +92,12 @@ def measure(mode: str) -> dict[str, Any]:
     save, write = Training.save, checkpoint_module.Checkpoints._write
 
     def timed_save(self: Training, is_trial: bool = False) -> None:
-        self.checkpoints.wait()  # for the one before: that is no gathering
+        self.parts.checkpoints.wait()  # for the one before: that is no gathering
         started = time.perf_counter()
         save(self, is_trial)
         gather_seconds.append(time.perf_counter() - started)
         if mode == "waiting":
-            self.checkpoints.wait()
+            self.parts.checkpoints.wait()
 
     def timed_write(*arguments: Any) -> None:
         started = time.perf_counter()

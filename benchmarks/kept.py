@@ -46,7 +46,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=None, help="JSON file to write")
     options = parser.parse_args()
-    from qlora_dist.commands.noise import quiet_third_parties
+    from qlora_dist.commands.startup import quiet_third_parties
     from qlora_dist.runtime.processes import start_runtime
 
     quiet_third_parties()
@@ -72,7 +72,7 @@ def main() -> None:
 
 @contextmanager
 def left_to_the_model(names: set[str]) -> Iterator[None]:
-    """Some modules are not recognised while a model is built."""
+    """Some modules are not recognized while a model is built."""
     from qlora_dist.model import fused_norm_mlp as elementwise
 
     with ExitStack() as patches:
@@ -101,9 +101,10 @@ def saved_bytes(runtime: Any, memory: dict[str, Any]) -> int:
 def layer_bytes(runtime: Any) -> dict[str, int]:
     """Bytes that one decoder layer keeps, by policy."""
     from qlora_dist.memory.recompute import Survey
+    from qlora_dist.model.parts import ModelParts
 
     model, forward = build_model(runtime, {"recompute": "none"})
-    with Survey(model) as survey:
+    with Survey(ModelParts(model).layers) as survey:
         forward()
     return vars(survey.result)
 
@@ -115,7 +116,7 @@ def build_model(runtime: Any, memory: dict[str, Any]) -> tuple[Any, Callable[[],
 
     with tempfile.TemporaryDirectory() as folder:
         config = make_config(Path(folder), SMOLLM2_135M, ROWS, SEQ_LEN, memory=memory)
-        model, _ = build(config, runtime)
+        model = build(config, runtime)[0].model
     batch = make_batch(SMOLLM2_135M.vocab, ROWS, SEQ_LEN).to(runtime.device)
 
     def forward() -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""What this machine can do at most: multiply, dequantise, attend, move memory, and talk between processes.
+"""What this machine can do at most: multiply, dequantize, attend, move memory, and talk between processes.
 
     python benchmarks/limits.py                  # about a minute
 
@@ -119,7 +119,7 @@ def gemm_tflops(rows: int, inner: int, columns: int, dtype: torch.dtype, device:
 
 
 def dequantize_gib_per_second(size: int, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> float:
-    """NF4 with double quantisation to `dtype`; bytes read and written, per weight 0.516 and those of `dtype`."""
+    """NF4 with double quantization to `dtype`; bytes read and written, per weight 0.516 and those of `dtype`."""
     import bitsandbytes.functional as bnb
 
     packed, state = bnb.quantize_4bit(torch.randn(size, size, device=device).to(dtype), quant_type="nf4",

@@ -1,4 +1,4 @@
-"""What loading costs each rank: bytes read, elements quantised, seconds, memory; beside transformers' from_pretrained.
+"""What loading costs each rank: bytes read, elements quantized, seconds, memory; beside transformers' from_pretrained.
 
     python benchmarks/load.py                    # about five minutes on two cores, 4 GB of disk in runs/
 
@@ -149,20 +149,21 @@ def measure(load: Any, folder: Path, out: Path) -> None:
 
 def load_ours(folder: Path) -> Any:
     """Everything up to where reading starts; what is returned does the reading."""
-    from qlora_dist.commands.noise import quiet_third_parties
+    from qlora_dist.commands.startup import quiet_third_parties
 
     quiet_third_parties()
-    from qlora_dist.config.schema import AdapterConfig, ModelConfig, ParallelConfig
+    from qlora_dist.config.schema import AdapterConfig, ModelConfig, TrainConfig
     from qlora_dist.model.adapters import add_adapters
+    from qlora_dist.model.parts import ModelParts
     from qlora_dist.model.skeleton import build_skeleton
-    from qlora_dist.parallel.fsdp import shard_skeleton
+    from qlora_dist.parallel.choice import make_backend
     from qlora_dist.runtime.processes import start_runtime
     from qlora_dist.runtime.shards import local_part
     from qlora_dist.weights.loading import load_base_weights, materialize
 
     runtime = start_runtime(seed=0, dtype="bfloat16")
     model = add_adapters(build_skeleton(folder, ModelConfig(path=str(folder))), AdapterConfig(rank=8), str(folder))
-    shard_skeleton(model, "fsdp" if runtime.world_size > 1 else "single", ParallelConfig(), runtime)
+    make_backend("fsdp" if runtime.world_size > 1 else "single", TrainConfig(), runtime).cut(ModelParts(model))
 
     def load() -> dict[str, float]:
         materialize(model, runtime.device, runtime.device)
@@ -218,7 +219,7 @@ def check_targets(runs: list[dict[str, Any]]) -> dict[str, Any]:
         "two ranks, bytes read over one rank's (at most 0.58)": round(
             max(rank["bytes_read"] for rank in two) / one["bytes_read"], 3
         ),
-        "two ranks, elements quantised over one rank's (at most 0.58)": round(
+        "two ranks, elements quantized over one rank's (at most 0.58)": round(
             max(rank["elements_quantized"] for rank in two) / one["elements_quantized"], 3
         ),
         "two ranks, host peak above baseline in MiB, and shard + 2 largest tensors": [
@@ -235,7 +236,7 @@ def line(run: dict[str, Any]) -> str:
     return (
         f"{run['loader']:<16} {run['source']:<7} N={len(ranks)}  "
         f"{max(r['bytes_read'] for r in ranks) / MIB:8,.0f} MiB read, "
-        f"{max(r['elements_quantized'] for r in ranks) / 1e6:7,.0f} M quantised, "
+        f"{max(r['elements_quantized'] for r in ranks) / 1e6:7,.0f} M quantized, "
         f"{max(r['seconds'] for r in ranks):6.1f} s, peak +{max(r['peak_mib_above_baseline'] for r in ranks):,.0f} MiB "
         f"(shard {max(r['shard_mib'] for r in ranks):,.0f})"
     )

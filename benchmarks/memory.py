@@ -32,6 +32,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from qlora_dist.config.schema import TrainConfig
+
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 from benchmarks.apart import run_apart  # noqa: E402
@@ -148,9 +150,9 @@ def measure(shape: Shape, world_size: int, seq_len: int, recompute: str, is_real
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from qlora_dist.config.schema import OptimConfig
     from qlora_dist.model.loss import LogitsForm, _HeadLoss, target_loss_sum
-    from qlora_dist.parallel.choice import build_engine
+    from qlora_dist.model.parts import ModelParts
+    from qlora_dist.parallel.choice import make_backend
     from qlora_dist.runtime.shards import local_bytes
     from qlora_dist.weights.loading import materialize
 
@@ -173,7 +175,7 @@ def measure(shape: Shape, world_size: int, seq_len: int, recompute: str, is_real
     with one_sample, is_finite, plain_logits, whole_chunks, watched_loss, pretended, StorageCounter() as counter:
         materialize(model, device, device)
         held = counter.now
-        engine = build_engine(model.train(), OptimConfig(optimizer="adamw"), runtime)
+        engine = make_backend("fsdp", TrainConfig(), runtime).engine(ModelParts(model.train()))
         for _ in range(2):
             ids = torch.zeros(1, seq_len, dtype=torch.int64, device=device)
             positions = torch.arange(seq_len, device=device).unsqueeze(0)
@@ -192,21 +194,21 @@ def measure(shape: Shape, world_size: int, seq_len: int, recompute: str, is_real
 
 def describe(shape: Shape, world_size: int, seq_len: int, recompute: str) -> tuple[Any, Any]:
     """The model as rank 0 of `world_size` describes it, on meta and in shards; and that rank's runtime."""
-    from qlora_dist.commands.noise import quiet_third_parties
+    from qlora_dist.commands.startup import quiet_third_parties
 
     quiet_third_parties()
     from torch import distributed as dist
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    from qlora_dist.config.schema import AdapterConfig, MemoryConfig, ModelConfig, ParallelConfig
+    from qlora_dist.config.schema import AdapterConfig, MemoryConfig, ModelConfig
     from qlora_dist.memory.recompute import apply_recompute
     from qlora_dist.model.adapters import add_adapters
     from qlora_dist.model.fused_norm_mlp import lighten
     from qlora_dist.model.lora_linear import fuse_adapters
     from qlora_dist.model.nf4 import dynamic_code, four_bit_code
-    from qlora_dist.model.parts import decoder_layers
+    from qlora_dist.model.parts import ModelParts
     from qlora_dist.model.skeleton import build_skeleton
-    from qlora_dist.parallel.fsdp import shard_skeleton
+    from qlora_dist.parallel.choice import make_backend
     from qlora_dist.runtime.processes import start_runtime
 
     runtime = dataclasses.replace(start_runtime(seed=0, dtype="bfloat16"), world_size=world_size)
@@ -217,8 +219,9 @@ def describe(shape: Shape, world_size: int, seq_len: int, recompute: str) -> tup
     model = add_adapters(skeleton, AdapterConfig(rank=RANK), "base")
     fuse_adapters(model)
     lighten(model)
-    apply_recompute(decoder_layers(model), MemoryConfig(recompute=recompute))  # type: ignore[arg-type]
-    shard_skeleton(model, "fsdp", ParallelConfig(), runtime)
+    parts = ModelParts(model)
+    apply_recompute(parts.layers, MemoryConfig(recompute=recompute))  # type: ignore[arg-type]
+    make_backend("fsdp", TrainConfig(), runtime).cut(parts)
     device = runtime.device
     dynamic_code(device), four_bit_code("nf4", device)  # made once per process, from their values
     if device.type == "cuda":
@@ -337,7 +340,7 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
             panel.plot([r["seq_len"] for r in curve], [r["peak_gib"] for r in curve], marker="o",
                        label=f"recompute: {recompute}")  # fmt: skip
         held, loss = curve[0]["between_steps_gib"], [row["loss_gib"] for row in curve]
-        panel.axhline(held, color="grey", linestyle=":", label="between two steps")
+        panel.axhline(held, color="gray", linestyle=":", label="between two steps")
         panel.plot(SEQ_LENS, loss, color="black", linestyle="--", label="the loss alone")
         for size in (24, 80):
             panel.axhline(size, color="tab:red", linewidth=0.8, alpha=0.6)

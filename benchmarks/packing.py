@@ -43,7 +43,7 @@ TRAINING = {
 MICRO_BATCH_SIZE = {"padded": 6, "padded, grouped by length": 6, "packed": 3}
 """About the same useful tokens in each micro-batch."""
 TOKENIZING = {"qlora_dist": 0, "TRL": 1, "TRL, two processes": 2}
-"""Processes that TRL is told to tokenise with."""
+"""Processes that TRL is told to tokenize with."""
 
 
 def main() -> None:
@@ -153,7 +153,7 @@ def measure_tokenizing(rows: Path, folder: Path) -> dict[str, Any]:
     """Rows per second of each contender, the median of three fresh processes; they must agree on the targets."""
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in TOKENIZING}
     for name in [*TOKENIZING, *reversed(TOKENIZING), *TOKENIZING]:
-        print(f"tokenising, {name} ...", flush=True)
+        print(f"tokenizing, {name} ...", flush=True)
         out = folder / "tokenized.json"
         command = [__file__, "--tokenize", name, "--rows", str(rows), "--out", str(out)]
         run_apart(command, THREADS, XDG_CACHE_HOME=str(folder / f"cache-{name}-{len(runs[name])}"))
@@ -246,7 +246,7 @@ def tables(result: dict[str, Any]) -> str:
             f"| {name} | {row['target_tokens_per_second']:.1f} | {each} | {row['times_padded']:g} | "
             f"{row['data_wait_share']:.2%} |"
         )
-    lines += ["", "| tokenising | rows/s | each run | x TRL |", "|---|---|---|---|"]
+    lines += ["", "| tokenizing | rows/s | each run | x TRL |", "|---|---|---|---|"]
     for name, row in result["tokenizing"].items():
         each = ", ".join(f"{rate:,}" for rate in row["of_each_run"])
         lines.append(f"| {name} | {row['rows_per_second']:,} | {each} | {row['times_trl']:g} |")

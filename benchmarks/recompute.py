@@ -102,7 +102,7 @@ def compare_fixed(folder: Path, steps: int, rounds: int) -> dict[str, dict[str, 
         in_order.append((name, run(settings[name], folder, steps)))
     relative = over_base([(name, statistics.median(counted_rates(found))) for name, found in in_order], BASE)
     return {
-        name: summarise([found for other, found in in_order if other == name])
+        name: summarize([found for other, found in in_order if other == name])
         | {"times_none": round(statistics.mean(relative[name]), 3),
            "times_none_of_each_run": [round(each, 3) for each in relative[name]]}
         for name in settings
@@ -128,9 +128,9 @@ def compare_auto(
     for kind, runs in found.items():
         rates = {name: [statistics.median(counted_rates(one)) for one in each] for name, each in runs.items()}
         ratios = [auto / other for auto, other in zip(rates["auto"], rates["best"], strict=True)]
-        result[kind] = summarise(runs["auto"]) | {
+        result[kind] = summarize(runs["auto"]) | {
             "best_fixed": best[kind],
-            "best_fixed_in_pairs": summarise(runs["best"]),
+            "best_fixed_in_pairs": summarize(runs["best"]),
             "over_best": round(statistics.geometric_mean(ratios), 3),
             "over_best_standard_error": round(standard_error(ratios), 3),
             "over_best_of_each_pair": [round(ratio, 3) for ratio in ratios],
@@ -156,9 +156,10 @@ def run(memory: dict[str, Any], folder: Path, steps: int) -> dict[str, Any]:
 def measure(memory: dict[str, Any], rows: Path, steps: int) -> dict[str, Any]:
     """Train in this process: seconds, peak and recomputation of each step, and the losses."""
     from qlora_dist import train as train_module
-    from qlora_dist.commands.noise import quiet_third_parties
+    from qlora_dist.commands.startup import quiet_third_parties
     from qlora_dist.config.load import load_config
     from qlora_dist.memory.recompute import recompute_of
+    from qlora_dist.model.parts import ModelParts
     from qlora_dist.runtime.memory import MemoryMeter
 
     quiet_third_parties()
@@ -166,7 +167,7 @@ def measure(memory: dict[str, Any], rows: Path, steps: int) -> dict[str, Any]:
     measured: list[dict[str, Any]] = []
 
     def timed(model: Any, *arguments: Any) -> Any:
-        now, meter = recompute_of(model), MemoryMeter(arguments[4].device)
+        now, meter = recompute_of(ModelParts(model).layers), MemoryMeter(arguments[4].device)
         forget_peak(arguments[4].device)
         started = time.perf_counter()
         sums = train_step(model, *arguments)
@@ -200,7 +201,7 @@ def forget_peak(device: torch.device) -> None:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
-def summarise(repeats: list[dict[str, Any]]) -> dict[str, Any]:
+def summarize(repeats: list[dict[str, Any]]) -> dict[str, Any]:
     """Median rate and largest peak after the first steps, the largest peak in them, what was recomputed at the end in
     one run or another, and each course of the losses that there was."""
     counted = [run["steps"][NUM_WARMUP:] for run in repeats]

@@ -43,7 +43,7 @@ from torch.utils._pytree import tree_leaves
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-from benchmarks.apart import neighbours, standard_error  # noqa: E402
+from benchmarks.apart import neighbors, standard_error  # noqa: E402
 from benchmarks.bound import most_tokens_per_second  # noqa: E402
 from benchmarks.conversations import MODEL, check_prepared, write_long_conversations  # noqa: E402
 from benchmarks.limits import measure_apart  # noqa: E402
@@ -105,7 +105,7 @@ def main() -> None:
                      "recompute": "none", "steps": options.steps, "rounds": options.rounds,
                      "warmup_steps_dropped": NUM_WARMUP, "strong_rows": STRONG_ROWS},
         "limits": limits,
-        "runs": summarise(rounds, limits),
+        "runs": summarize(rounds, limits),
     }  # fmt: skip
     out = options.out or ROOT / "benchmarks" / "results" / f"scaling_{'cuda' if machine['num_gpus'] else 'cpu'}.json"
     out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
@@ -215,7 +215,7 @@ def start(case: Case, folder: Path, rows: Path, steps: int, where: dict[str, str
 def work(file: Path) -> None:
     """Train as the file says; in one step count every collective of this process, in later ones time them."""
     from qlora_dist import train as train_module
-    from qlora_dist.commands.noise import quiet_third_parties
+    from qlora_dist.commands.startup import quiet_third_parties
     from qlora_dist.config.load import load_config
 
     quiet_third_parties()
@@ -301,18 +301,18 @@ def expected_bytes(model: Any, config: Any) -> dict[str, int]:
     `one_gather_of_quantized` is the part of the 4-bit matrices and their constants, 0.516 bytes per weight.
     """
     from qlora_dist.model.nf4 import QuantizedLinear
-    from qlora_dist.model.parts import base_model, decoder_layers
-    from qlora_dist.parallel.fsdp import gathered_units
+    from qlora_dist.model.parts import ModelParts
     from qlora_dist.runtime.shards import whole_bytes, whole_shape
 
     world = int(os.environ.get("WORLD_SIZE", "1"))
     share = (world - 1) / world
-    adapters = sum(4 * whole_shape(p).numel() for p in model.parameters() if p.requires_grad)
+    parts = ModelParts(model)
+    adapters = sum(4 * whole_shape(p).numel() for p in parts.adapters.values())
     if config.parallel.backend in ("single", "ddp"):
         return {"gather": 0, "reduce": round(2 * adapters * share)}
-    gathered = sum(map(whole_bytes, [*decoder_layers(model), *gathered_units(model)]))
+    gathered = sum(map(whole_bytes, [*parts.layers, *parts.gathered_units]))
     if config.parallel.backend == "zero3":
-        base = base_model(model)
+        base = parts.base
         embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
         gathered = 2 * whole_bytes(model) + whole_bytes(embedding) * (1 if embedding.weight is head.weight else -1)
     matrices = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
@@ -331,14 +331,14 @@ def expected_bytes(model: Any, config: Any) -> dict[str, int]:
 # The report.
 
 
-def summarise(rounds: list[list[tuple[Case, dict[str, Any]]]], limits: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def summarize(rounds: list[list[tuple[Case, dict[str, Any]]]], limits: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """A row for each case: rate, efficiency against one process, and how much of what is missing is communication."""
     runs: dict[Case, list[dict[str, Any]]] = {}
     efficiencies: dict[Case, list[float]] = {}
     for in_order in rounds:
         for place, (case, found) in enumerate(in_order):
             runs.setdefault(case, []).append(found)
-            one = statistics.mean(neighbouring_rates(in_order, place))
+            one = statistics.mean(neighboring_rates(in_order, place))
             efficiencies.setdefault(case, []).append(found["tokens_per_second"] / (one * case.processes))
     rate = {case: statistics.median(r["tokens_per_second"] for r in repeats) for case, repeats in runs.items()}
     efficiency = {case: 1.0 if case.alone else statistics.mean(found) for case, found in efficiencies.items()}
@@ -367,11 +367,11 @@ def summarise(rounds: list[list[tuple[Case, dict[str, Any]]]], limits: list[dict
     return rows
 
 
-def neighbouring_rates(in_order: list[tuple[Case, dict[str, Any]]], place: int) -> list[float]:
+def neighboring_rates(in_order: list[tuple[Case, dict[str, Any]]], place: int) -> list[float]:
     """Rates of one process, in the same mode, next before and next behind a run."""
     mode = in_order[place][0].mode
     is_base = [case.alone and case.mode == mode for case, _ in in_order]
-    return [in_order[i][1]["tokens_per_second"] for i in neighbours(is_base, place)]
+    return [in_order[i][1]["tokens_per_second"] for i in neighbors(is_base, place)]
 
 
 def of_formula(sent: dict[str, int], expected: dict[str, int]) -> float | None:
@@ -438,7 +438,7 @@ def plot_efficiency(panel: Any, rows: list[dict[str, Any]], mode: str) -> None:
         points = {(1, 1.0), *((row["processes"], row["efficiency"]) for row in rows if row["backend"] == backend)}
         alone = backend == "single"
         panel.plot(*zip(*sorted(points), strict=True), marker="o", label="no communication" if alone else backend,
-                   color="grey" if alone else None, linestyle="--" if alone else "-")  # fmt: skip
+                   color="gray" if alone else None, linestyle="--" if alone else "-")  # fmt: skip
     panel.set(title=f"{mode} scaling", xlabel="processes", ylim=(0, 1.1))
     panel.set_xticks(sorted({row["processes"] for row in rows}))
     panel.grid(alpha=0.3)
@@ -452,7 +452,7 @@ def plot_losses(panel: Any, rows: list[dict[str, Any]]) -> None:
     rest = [max(0.0, 1 - one - other) for one, other in zip(kept, machine, strict=True)]
     panel.barh(names, kept, color="tab:green", alpha=0.7, label="efficiency")
     panel.barh(names, rest, left=kept, color="tab:orange", label="lost to communication")
-    panel.barh(names, machine, left=[a + b for a, b in zip(kept, rest, strict=True)], color="lightgrey",
+    panel.barh(names, machine, left=[a + b for a, b in zip(kept, rest, strict=True)], color="lightgray",
                label="lost without it, too")  # fmt: skip
     for place, share in enumerate(kept):
         panel.text(share - 0.01, place, f"{share:.0%}", ha="right", va="center", fontsize=8)

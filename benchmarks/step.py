@@ -238,7 +238,7 @@ def compare(
                 num_steps = NUM_WARMUP + 1 if is_in_other_type else steps
                 in_order.append((contender, run(contender, dtype, folder, num_steps)))
             limits += [measure_apart(THREADS)] if with_limits else []
-    return summarise(in_order, dtype, limits), limits
+    return summarize(in_order, dtype, limits), limits
 
 
 def run(contender: str, dtype: str, folder: Path, steps: int) -> list[dict[str, float]]:
@@ -267,7 +267,7 @@ def run_ours(ours: Ours, dtype: str, rows: Path, steps: int) -> list[dict[str, f
     """What `qlora-dist train` does, with the parts that `ours` names."""
     from qlora_dist import build as assemble
     from qlora_dist import train as train_module
-    from qlora_dist.commands.noise import quiet_third_parties
+    from qlora_dist.commands.startup import quiet_third_parties
     from qlora_dist.config.load import load_config
 
     quiet_third_parties()
@@ -396,7 +396,7 @@ def trainer_of(
 # The report.
 
 
-def summarise(
+def summarize(
     in_order: list[tuple[str, list[dict[str, float]]]], dtype: str, limits: list[dict[str, Any]]
 ) -> dict[str, Any]:
     """Median and spread of tokens/s of each contender, its losses, and with `limits` its share of the bound.
@@ -473,7 +473,7 @@ def plot(contenders: dict[str, Any], peers: Sequence[str], file: Path) -> None:
     figure, panel = pyplot.subplots(figsize=(8.5, 4))
     names = ["\n".join(textwrap.wrap(name, 42)) for name in contenders]
     rates = [row["tokens_per_second"] for row in contenders.values()]
-    colors = ["tab:grey" if name in peers else "tab:blue" for name in contenders]
+    colors = ["tab:gray" if name in peers else "tab:blue" for name in contenders]
     panel.barh(names, rates, color=colors, alpha=0.8)
     for place, row in enumerate(contenders.values()):
         each = row["tokens_per_second_of_each_run"]

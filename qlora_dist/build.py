@@ -24,31 +24,28 @@ from qlora_dist.model.compile import compile_layers
 from qlora_dist.model.dora import init_magnitudes
 from qlora_dist.model.fused_norm_mlp import lighten
 from qlora_dist.model.lora_linear import fuse_adapters
-from qlora_dist.model.parts import decoder_layers
+from qlora_dist.model.parts import ModelParts, decoder_layers
 from qlora_dist.model.skeleton import build_skeleton
-from qlora_dist.parallel.checks import check_fits, verify_base, whole_layers
-from qlora_dist.parallel.choice import Backend, Settings
-from qlora_dist.parallel.fsdp import shard_skeleton
+from qlora_dist.parallel.backend import Backend
+from qlora_dist.parallel.checks import check_fits, verify_base
 from qlora_dist.run.adapter_folder import Recipe
 from qlora_dist.runtime.processes import Runtime
 from qlora_dist.weights.files import looks_like_hub_name, resolve_model_folder
 from qlora_dist.weights.loading import checkpoint_bytes, load_base_weights, materialize
+from qlora_dist.weights.prequantized import formats_in
 
 
 def build_model(
     config: TrainConfig,
     folder: Path,
     backend: Backend,
-    runtime: Runtime,
     reporter: Reporter,
-    settings: Settings | None = None,
     alive: Callable[[], None] = lambda: None,
-) -> PeftModel:
+) -> ModelParts:
     """Build the adapted model of this rank; no rank holds more of the base than its shard and one layer.
 
     Args:
         folder: what `resolve_model_folder` returned for `model.path`.
-        settings: what `engine_settings` returned for `backend`.
         alive: called while weights are read, by all ranks alike; may raise to end it.
 
     Raises:
@@ -56,10 +53,11 @@ def build_model(
         LaunchError: `memory.compile` is set and nothing can be compiled here.
         CheckpointError: the adapter at `adapter.path` does not fit the model.
     """
+    runtime = backend.runtime
     assert config.model.dtype == runtime.dtype_name, "model.dtype is to be settled before"
     is_hub_name = looks_like_hub_name(config.model.path)
     model = add_adapters(
-        build_skeleton(folder, config.model),
+        build_skeleton(folder, config.model, formats_in(folder, config.model)),
         config.adapter,
         base_path=config.model.path if is_hub_name else str(folder.resolve()),
     )
@@ -68,26 +66,27 @@ def build_model(
         check_adapter_fits(model, saved_adapter)
     if unfused := fuse_adapters(model):
         reporter.say(unfused)
+    parts = ModelParts(model)
     if config.memory.compile:  # which fuses more when it sees single operations
-        compile_layers(decoder_layers(model), runtime.device)
+        compile_layers(parts.layers, runtime.device)
         reporter.say("decoder layers: compiled in the first steps, which take longer")
     else:
         lighten(model, runtime.device)
-    apply_recompute(decoder_layers(model), config.memory)
-    check_fits(model, backend, config.parallel, runtime)
-    home = shard_skeleton(model, backend, config.parallel, runtime, settings)
-    materialize(model, home, runtime.device)
-    with reporter.loading(checkpoint_bytes(folder), len(decoder_layers(model)), alive) as on_progress:
+    apply_recompute(parts.layers, config.memory)
+    check_fits(parts, backend)
+    backend.cut(parts)
+    materialize(model, backend.home, runtime.device)
+    with reporter.loading(checkpoint_bytes(folder), len(parts.layers), alive) as on_progress:
         load_base_weights(model, folder, runtime.device, on_progress)
     with reporter.working("checking the weights"):
-        verify_base(model, backend, config.parallel, runtime)
+        verify_base(parts, backend)
     if saved_adapter is not None:
         load_adapter_weights(model, saved_adapter)
     else:
         init_adapters(model, config.seed, config.adapter.init)
         if config.adapter.use_dora:
-            init_magnitudes(whole_layers(model))
-    return model
+            init_magnitudes(backend.whole_layers(parts))
+    return parts
 
 
 def load_trained(
@@ -105,7 +104,8 @@ def load_trained(
     trained_in = recipe.base.dtype
     is_other = trained_in not in ("auto", runtime.dtype_name)
     reporter.say(runtime.compute_note + (f"; the adapter was trained in {trained_in}" if is_other else ""))
-    skeleton = build_skeleton(folder, replace(recipe.base, dtype=runtime.dtype_name))
+    config = replace(recipe.base, dtype=runtime.dtype_name)
+    skeleton = build_skeleton(folder, config, formats_in(folder, config))
     if (folder / "generation_config.json").is_file():
         skeleton.generation_config = GenerationConfig.from_pretrained(folder)
     model = wrap_with_saved_adapter(skeleton, adapter_folder)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from qlora_dist.build import build_model
 from qlora_dist.config.schema import TrainConfig
-from qlora_dist.data.dataset import load_inputs
+from qlora_dist.data.dataset import Dataset, load_inputs
 from qlora_dist.data.loader import StepLoader
 from qlora_dist.data.order import BatchPlan, run_end, sample_order
 from qlora_dist.data.tokenizer import pad_token_id
@@ -17,22 +18,45 @@ from qlora_dist.memory.offload import check_offload
 from qlora_dist.model.attention import attention_note
 from qlora_dist.model.loss import loss_note
 from qlora_dist.model.packing_check import check_isolation
-from qlora_dist.model.parts import base_model
+from qlora_dist.model.parts import ModelParts
+from qlora_dist.optim.adamw import OPTIMIZERS
 from qlora_dist.optim.loss_scale import LossScale
 from qlora_dist.optim.schedule import check_warmup
-from qlora_dist.parallel.choice import Backend, Settings, build_engine
+from qlora_dist.parallel.backend import Backend
+from qlora_dist.parallel.engine import Engine
 from qlora_dist.run.adapter_folder import Recipe, save_adapter
-from qlora_dist.run.checkpoint import Checkpoints, adapter_shapes, choose_checkpoint
+from qlora_dist.run.checkpoint import Checkpoint, Checkpoints, adapter_shapes, choose_checkpoint
 from qlora_dist.run.folder import identity
 from qlora_dist.run.session import Session
 from qlora_dist.run.state import Identity, TrainState
 from qlora_dist.runtime.shards import local_bytes, whole_bytes
-from qlora_dist.train import Training
 from qlora_dist.weights.files import fingerprint, resolve_model_folder
 
 
-def prepare(config: TrainConfig, backend: Backend, settings: Settings | None, session: Session) -> Training | None:
-    """Everything before the first step: data, checkpoint, model, engine; None when the run is finished already."""
+@dataclass
+class RunParts:
+    """What a run works with, once all of it is known to fit together."""
+
+    data: Dataset
+    plan: BatchPlan
+    num_steps: int
+    loader: StepLoader
+    pad_token_id: int
+    modules: ModelParts
+    engine: Engine
+    budget: RecomputeBudget
+    checkpoints: Checkpoints
+    state: TrainState
+    """Everything that a resumed run goes on from, besides tensors."""
+    loss_scale: LossScale
+
+
+def prepare(config: TrainConfig, backend: Backend, session: Session) -> RunParts | None:
+    """Make the parts of a run: data, checkpoint, model, engine; None when the run is finished already.
+
+    Raises:
+        QloraDistError: the input cannot be used, or does not belong together; nothing has been written then.
+    """
     runtime, say, working = session.runtime, session.reporter.say, session.reporter.working
     say(runtime.compute_note)
     check_offload(config.memory, runtime.device)
@@ -47,10 +71,7 @@ def prepare(config: TrainConfig, backend: Backend, settings: Settings | None, se
     is_own = checkpoint is not None and checkpoint.path.parent.parent == session.folder
     if not is_own:
         state.best_eval_loss = state.best_step = None  # another run's best is not among this one's checkpoints
-    plan = BatchPlan(
-        order := sample_order(data, config),
-        config.optim.micro_batch_size, config.optim.grad_accum_steps, runtime.world_size, run_end(order, config.optim),
-    )  # fmt: skip
+    plan = _plan(data, config, runtime.world_size)
     num_steps = plan.num_steps(state.step, state.num_samples_seen, config.optim)
     check_warmup(num_steps, config.optim)
     adapter = session.folder / "adapter"
@@ -60,44 +81,56 @@ def prepare(config: TrainConfig, backend: Backend, settings: Settings | None, se
 
     session.watch()
     with working("building the model"):
-        model = build_model(config, model_folder, backend, runtime, session.reporter, settings, session.alive)
+        modules = build_model(config, model_folder, backend, session.reporter, session.alive)
+    model = modules.model
     held_bytes = local_bytes(model)  # a forward without a backward leaves some engines' output head gathered
     belongs_to = Identity(fingerprint(model_folder), data.fingerprint(), adapter_shapes(model), identity(config))
     if checkpoint:
         checkpoint.check(belongs_to, is_own)
         checkpoint.load_adapter(model)
-    engine = build_engine(model, config.optim, runtime, settings)
-    with runtime.autocast():  # both run the model, which some engines prepare for that
-        if config.data.packing:
-            check_isolation(model, runtime.device)
-        if note := loss_note(model):
-            say(note)
+    engine = backend.engine(modules)
+    _check_forward(modules, config, session)
     if checkpoint:
-        engine.load_optimizer_state(checkpoint.optimizer_tensors(), state.num_updates)
-        say(f"going on after step {state.step} from {checkpoint.path}")
-    if runtime.device.type == "cpu" and config.optim.optimizer.startswith("paged_"):
+        _resume(engine, checkpoint, session)
+    if runtime.device.type == "cpu" and OPTIMIZERS[config.optim.optimizer].is_paged:
         say(f"{config.optim.optimizer}: without a GPU there is nothing to page, its state is in host memory anyway")
     say(attention_note(model, config.model, is_packed=config.data.packing))
     say(
-        f"{backend}, {runtime.world_size} x {runtime.device.type}: this rank holds {held_bytes / 2**20:,.0f} "
+        f"{backend.name}, {runtime.world_size} x {runtime.device.type}: this rank holds {held_bytes / 2**20:,.0f} "
         f"of {whole_bytes(model) / 2**20:,.0f} MiB | {num_steps:,} steps of {plan.global_batch_size:,} rows"
     )
-
-    budget = RecomputeBudget(config, model, runtime, say)
+    budget = RecomputeBudget(config, modules, runtime, say)
     budget.choose()
 
     def write_adapter(path: Path, tensors: dict[str, torch.Tensor]) -> None:
         save_adapter(path, model, tensors, tokenizer, Recipe(config.model, data.layout))
 
     checkpoints = Checkpoints(
-        session.folder / "checkpoints", config.checkpoint.keep, belongs_to, runtime, backend, write_adapter
+        session.folder / "checkpoints", config.checkpoint.keep, belongs_to, runtime, backend.name, write_adapter
     )
     if checkpoint and is_own:
         checkpoints.note(state.step)
     session.claim_folder(resumed_step=state.step if checkpoint else None)
-    padding = pad_token_id(tokenizer, base_model(model).config.get_text_config().vocab_size)
+    padding = pad_token_id(tokenizer, modules.dimensions.vocab_size)
     loader = StepLoader(plan, data.train, runtime.rank, padding, pin_memory=runtime.device.type == "cuda")
-    return Training(
-        config, session, data, padding, plan, loader, num_steps, model, engine, budget, checkpoints, state,
-        LossScale(state, runtime, say),
-    )  # fmt: skip
+    scale = LossScale(state, runtime, say)
+    return RunParts(data, plan, num_steps, loader, padding, modules, engine, budget, checkpoints, state, scale)
+
+
+def _plan(data: Dataset, config: TrainConfig, world_size: int) -> BatchPlan:
+    order, optim = sample_order(data, config), config.optim
+    return BatchPlan(order, optim.micro_batch_size, optim.grad_accum_steps, world_size, run_end(order, optim))
+
+
+def _check_forward(modules: ModelParts, config: TrainConfig, session: Session) -> None:
+    """Look at what forward makes of packed rows and of logits; a collective, after the engine has prepared forward."""
+    with session.runtime.autocast():
+        if config.data.packing:
+            check_isolation(modules.model, session.runtime.device)
+        if note := loss_note(modules.model):
+            session.reporter.say(note)
+
+
+def _resume(engine: Engine, checkpoint: Checkpoint, session: Session) -> None:
+    engine.load_optimizer_state(checkpoint.optimizer_tensors(), checkpoint.state.num_updates)
+    session.reporter.say(f"going on after step {checkpoint.state.step} from {checkpoint.path}")

@@ -16,35 +16,25 @@ from peft import PeftModel
 
 from qlora_dist.config.schema import TrainConfig
 from qlora_dist.data.batch import MicroBatch
-from qlora_dist.data.dataset import Dataset
-from qlora_dist.data.loader import StepLoader
-from qlora_dist.data.order import BatchPlan
 from qlora_dist.errors import Stopped, TrainingError
 from qlora_dist.evaluate import evaluate, num_eval_batches
-from qlora_dist.memory.auto import RecomputeBudget
-from qlora_dist.memory.out_of_memory import out_of_memory_message
-from qlora_dist.memory.recompute import recompute_of
+from qlora_dist.memory.out_of_memory import largest_batch_message
 from qlora_dist.metrics.console import Reporter
 from qlora_dist.metrics.profiler import StepProfiler
 from qlora_dist.metrics.recorder import Recorder
 from qlora_dist.metrics.rows import StepSums
 from qlora_dist.model.flops import Flops, flops_of
 from qlora_dist.model.loss import target_loss_sum
-from qlora_dist.model.parts import base_model
 from qlora_dist.model.peak import peak_flops
-from qlora_dist.optim.loss_scale import LossScale
 from qlora_dist.optim.schedule import lr_at
 from qlora_dist.parallel.checks import check_in_sync
-from qlora_dist.parallel.choice import choose_backend, engine_settings
+from qlora_dist.parallel.choice import choose_backend, make_backend
 from qlora_dist.parallel.engine import Engine
-from qlora_dist.prepare import prepare
-from qlora_dist.run.checkpoint import Checkpoints
+from qlora_dist.prepare import RunParts, prepare
 from qlora_dist.run.folder import check_run_folder, dtype_of_run
 from qlora_dist.run.session import Session
 from qlora_dist.run.state import TrainState
-from qlora_dist.runtime.memory import total_bytes
 from qlora_dist.runtime.processes import Runtime, is_first_process, start_runtime
-from qlora_dist.runtime.shards import local_bytes, whole_bytes
 
 
 def train(config: TrainConfig) -> None:
@@ -55,17 +45,18 @@ def train(config: TrainConfig) -> None:
         QloraDistError: the input cannot be used (nothing has been written then), or the run cannot go on.
     """
     folder = check_run_folder(config)
-    backend = choose_backend(config)
+    backend_name = choose_backend(config)
     dtype, is_kept = dtype_of_run(config, folder)
     patience = config.parallel.hang_timeout_seconds
     with Reporter(is_first_process()).working("waiting for all processes to start"):
         runtime = start_runtime(config.seed, dtype, patience, is_dtype_kept=is_kept)
     config = replace(config, model=replace(config.model, dtype=runtime.dtype_name))
-    settings = engine_settings(config, backend)
+    backend = make_backend(backend_name, config, runtime)
     with Session(folder, config, runtime) as session:
         with session.reporter.working("preparing the run"):
-            training = prepare(config, backend, settings, session)
-        if training is not None:
+            parts = prepare(config, backend, session)
+        if parts is not None:
+            training = Training(config, session, parts)
             training.run()
             with session.reporter.working("writing the adapter"):
                 training.finish()
@@ -77,18 +68,12 @@ class Training:
 
     config: TrainConfig
     session: Session
-    data: Dataset
-    pad_token_id: int
-    plan: BatchPlan
-    loader: StepLoader
-    num_steps: int
-    model: PeftModel
-    engine: Engine
-    budget: RecomputeBudget
-    checkpoints: Checkpoints
-    state: TrainState
-    """Everything that a resumed run goes on from, besides tensors."""
-    loss_scale: LossScale
+    parts: RunParts
+
+    @property
+    def state(self) -> TrainState:
+        """Everything that a resumed run goes on from, besides tensors."""
+        return self.parts.state
 
     def run(self) -> None:
         """Take optimizer steps until the last; evaluate and save in between.
@@ -96,63 +81,48 @@ class Training:
         Raises:
             Stopped: after a checkpoint of the last step that was finished.
         """
-        runtime, reporter = self.session.runtime, self.session.reporter
-        first_step = self.state.step + 1
-        folder, logging, peak = self.session.folder, self.config.logging, peak_flops(runtime)
+        runtime, reporter, folder = self.session.runtime, self.session.reporter, self.session.folder
+        state, num_steps, logging = self.state, self.parts.num_steps, self.config.logging
         profiler = StepProfiler(folder / "profile", logging.profile_steps if runtime.is_main else None, reporter)
-        with (
-            self.loader,
-            Recorder(folder, logging, runtime, reporter, self.num_steps, first_step, peak) as recorder,
-            profiler,
-        ):
-            self.model.train()
+        peak = peak_flops(runtime)
+        recorder = Recorder(folder, logging, runtime, reporter, num_steps, state.step + 1, peak)
+        with self.parts.loader, recorder, profiler:
+            self.parts.modules.model.train()
             try:
-                self.look_back(recorder)
-                while self.state.step < self.num_steps:
+                self.after_step(recorder)
+                while state.step < num_steps:
                     self.step(recorder)
-                    self.look_back(recorder)
+                    self.after_step(recorder)
                     profiler.step()
             except Stopped:
                 self.save()
                 raise
             finally:
                 with reporter.working("waiting for the checkpoint to be written"):
-                    self.checkpoints.wait()
+                    self.parts.checkpoints.wait()
 
     def step(self, recorder: Recorder) -> None:
-        """One optimizer step, counted and recorded."""
-        state, optim = self.state, self.config.optim
-        batches = self.loader.take(state.num_samples_seen)
-        lr = lr_at(state.step + 1, self.num_steps, optim)
-        with self.budget.measuring():
-            while self.loss_scale.is_to_repeat(sums := self._attempt(batches, lr)):
+        """Take one optimizer step, count it and record it."""
+        parts, state = self.parts, self.state
+        batches = parts.loader.take(state.num_samples_seen)
+        lr = lr_at(state.step + 1, parts.num_steps, self.config.optim)
+        with parts.budget.measuring():
+            while parts.loss_scale.is_to_repeat(sums := self._attempt(batches, lr)):
                 pass
-        self.budget.after_step(batches)
-        state.count_step(self.plan.after_step(state.num_samples_seen), sums.is_finite)
-        epoch, flops = self.plan.epoch_at(state.num_samples_seen), sum(map(self._useful_flops, batches))
-        recorder.step(state.step, lr, sums, epoch, state.num_skipped_steps, self.loader.wait_seconds, flops)
+        parts.budget.after_step(batches)
+        state.count_step(parts.plan.after_step(state.num_samples_seen), sums.is_finite)
+        epoch, flops = parts.plan.epoch_at(state.num_samples_seen), sum(map(self._useful_flops, batches))
+        recorder.step(state.step, lr, sums, epoch, state.num_skipped_steps, parts.loader.wait_seconds, flops)
         if state.num_skipped_in_a_row:
             self._consider_skipped_step()
         if is_due(state.step, self.config.parallel.check_every):
-            check_in_sync(self.model, state.step, state.num_samples_seen, self.session.runtime)
-        self.checkpoints.poll()
+            check_in_sync(parts.modules.adapters, state.step, state.num_samples_seen, self.session.runtime)
+        parts.checkpoints.poll()
 
-    def _attempt(self, batches: Sequence[MicroBatch], lr: float) -> StepSums:
-        """A step that may turn out to have changed nothing."""
-        self.engine.loss_scale = self.loss_scale.value
-        try:
-            return train_step(
-                self.model, self.engine, batches, lr, self.config.optim.max_grad_norm, self.session.runtime,
-                self.session.alive,
-                self._make_room if self.engine.can_drop_gradients and self.budget.can_make_room else None,
-            )  # fmt: skip
-        except torch.OutOfMemoryError as error:
-            raise TrainingError(self._too_large(batches)) from error
-
-    def look_back(self, recorder: Recorder) -> None:
-        """What may be due between two steps: an evaluation, a checkpoint."""
+    def after_step(self, recorder: Recorder) -> None:
+        """Evaluate and save where that is due: before the first step, after some, after the last."""
         state = self.state
-        is_last = state.step == self.num_steps
+        is_last = state.step == self.parts.num_steps
         is_eval_due = state.step == 0 or is_last or is_due(state.step, self.config.eval.every)
         is_evaluated = state.evaluated_step == state.step  # by the run that this one goes on from
         if self.config.has_eval and is_eval_due and not is_evaluated:
@@ -165,69 +135,70 @@ class Training:
             self.save(is_trial=True)  # what cannot work fails now, not after hours
 
     def evaluate(self, recorder: Recorder) -> None:
-        """Loss on the held-out samples."""
-        samples, settings, runtime = self.data.eval, self.config.eval, self.session.runtime
+        """Compute the loss on the held-out samples."""
+        parts, state, session, settings = self.parts, self.state, self.session, self.config.eval
         micro_batch_size = self.config.optim.micro_batch_size
-        num_batches = num_eval_batches(len(samples), settings, micro_batch_size, runtime)
+        num_batches = num_eval_batches(len(parts.data.eval), settings, micro_batch_size, session.runtime)
         try:
-            with self.session.reporter.working("evaluating batch", num_batches) as update:
+            with session.reporter.working("evaluating batch", num_batches) as update:
                 result = evaluate(
-                    self.model, samples, settings, runtime, micro_batch_size=micro_batch_size,
-                    pad_token_id=self.pad_token_id, alive=self.session.alive, on_batch=update,
-                    step=self.state.step, epoch=self.plan.epoch_at(self.state.num_samples_seen),
+                    parts.modules.model, parts.data.eval, settings, session.runtime,
+                    micro_batch_size=micro_batch_size, pad_token_id=parts.pad_token_id,
+                    alive=session.alive, on_batch=update,
+                    step=state.step, epoch=parts.plan.epoch_at(state.num_samples_seen),
                 )  # fmt: skip
         except torch.OutOfMemoryError as error:
             raise TrainingError(
                 "the GPU's memory is full in an evaluation, which keeps nothing for backward. Lower "
                 f"optim.micro_batch_size (now {micro_batch_size}) or data.max_seq_len."
             ) from error
-        self.state.count_evaluation(result.eval_loss)
+        state.count_evaluation(result.eval_loss)
         recorder.evaluation(result)
 
     def save(self, is_trial: bool = False) -> None:
-        """A checkpoint of where the run stands, unless there is one: all ranks gather, rank 0 writes meanwhile."""
-        state = self.state
-        if state.step == 0 or self.checkpoints.has(state.step):
+        """Save where the run stands, unless that is saved: all ranks gather, rank 0 writes while training goes on."""
+        parts, state = self.parts, self.state
+        if state.step == 0 or parts.checkpoints.has(state.step):
             return
         with self.session.reporter.working("saving a checkpoint"):  # which waits for the one before
-            check_in_sync(self.model, state.step, state.num_samples_seen, self.session.runtime)
-            optimizer = self.engine.optimizer_state() if state.num_updates else {}
-            self.checkpoints.write(state, self.engine.whole_adapter(), optimizer, is_trial)
+            check_in_sync(parts.modules.adapters, state.step, state.num_samples_seen, self.session.runtime)
+            optimizer = parts.engine.optimizer_state() if state.num_updates else {}
+            parts.checkpoints.write(state, parts.engine.whole_adapter(), optimizer, is_trial)
 
     def finish(self) -> None:
         """Write the trained adapter."""
-        adapter = self.engine.whole_adapter()
+        adapter = self.parts.engine.whole_adapter()
         if not self.session.runtime.is_main:
             return
         path, state, say = self.session.folder / "adapter", self.state, self.session.reporter.say
-        self.checkpoints.write_adapter(path, adapter)
+        self.parts.checkpoints.write_adapter(path, adapter)
         say(f"adapter written to {path}")
         if state.best_step not in (None, 0, state.step):
-            best = self.checkpoints.path(state.best_step) / "adapter"
+            best = self.parts.checkpoints.path(state.best_step) / "adapter"
             say(f"the evaluation loss was best after step {state.best_step} ({state.best_eval_loss:.4f}): {best}")
+
+    def _attempt(self, batches: Sequence[MicroBatch], lr: float) -> StepSums:
+        """Take a step that may turn out to have changed nothing."""
+        engine, budget, modules = self.parts.engine, self.parts.budget, self.parts.modules
+        engine.loss_scale = self.parts.loss_scale.value
+        make_room = self._make_room if engine.can_drop_gradients and budget.can_make_room else None
+        runtime, alive, max_norm = self.session.runtime, self.session.alive, self.config.optim.max_grad_norm
+        try:
+            return train_step(modules.model, engine, batches, lr, max_norm, runtime, alive, make_room)
+        except torch.OutOfMemoryError as error:
+            raise TrainingError(largest_batch_message(self.config, modules, batches, runtime.device)) from error
+
+    def _make_room(self) -> None:
+        self.parts.engine.drop_gradients()
+        self.parts.budget.make_room()
 
     @cached_property
     def _flops(self) -> Flops:
-        return flops_of(self.model)
+        return flops_of(self.parts.modules)
 
     def _useful_flops(self, batch: MicroBatch) -> int:
         """Operations that this micro-batch needs."""
         return self._flops.of(batch.attention_mask, batch.position_ids, batch.num_tokens, batch.num_targets)
-
-    def _make_room(self) -> None:
-        self.engine.drop_gradients()
-        self.budget.make_room()
-
-    def _too_large(self, batches: Sequence[MicroBatch]) -> str:
-        """What to change when the largest of these micro-batches did not fit."""
-        batch = max(batches, key=lambda batch: batch.input_ids.numel())
-        rows, length = batch.input_ids.shape
-        runtime, model = self.session.runtime, base_model(self.model).config.get_text_config()
-        return out_of_memory_message(
-            self.config, model, recompute_of(self.model), rows=rows, length=length, num_targets=batch.num_targets,
-            is_sharded=local_bytes(self.model) < whole_bytes(self.model),
-            device_bytes=total_bytes(runtime.device),
-        )  # fmt: skip
 
     def _consider_skipped_step(self) -> None:
         """Say that a step updated nothing; give up after too many in a row."""
@@ -253,7 +224,7 @@ def train_step(
     alive: Callable[[], None] = lambda: None,
     make_room: Callable[[], None] | None = None,
 ) -> StepSums:
-    """One optimizer step: forward and backward of each micro-batch, then one synchronisation and one update.
+    """One optimizer step: forward and backward of each micro-batch, then one synchronization and one update.
 
     The loss is the mean over the target tokens of the global batch. Each micro-batch contributes its sum divided by
     the count over all ranks and micro-batches, so the way the batch is cut does not matter. Nothing of this

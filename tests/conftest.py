@@ -18,14 +18,14 @@ CHATML = (
 
 @pytest.fixture(autouse=True, scope="session")
 def _quiet() -> None:
-    from qlora_dist.commands.noise import quiet_third_parties
+    from qlora_dist.commands.startup import quiet_third_parties
 
     quiet_third_parties()
 
 
 @pytest.fixture(autouse=True, scope="session")
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Tokenised data of tests stay out of the user's cache."""
+    """Tokenized data of tests stay out of the user's cache."""
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
 
 
@@ -76,7 +76,7 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory, tokenizer) -> Path:
         pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id,
     )  # fmt: skip
     model = LlamaForCausalLM(config)
-    for param in model.parameters():  # the default initialisation leaves attention nearly uniform
+    for param in model.parameters():  # the default initialization leaves attention nearly uniform
         if param.ndim > 1:
             torch.nn.init.normal_(param, std=0.12)
     folder = tmp_path_factory.mktemp("tiny-llama")

@@ -110,7 +110,7 @@ def compute(shape: Shape, seq_len: int, way: Way, dtype: str) -> list[Results]:
             folder, shape, 2, seq_len, memory=way.memory, adapter={"rank": 16},
             model={"dtype": dtype, "attention": way.attention},
         )  # fmt: skip
-        model, _ = build(config, runtime)
+        model = build(config, runtime)[0].model
         learn_something(model)
         model.train()
         for seed in range(NUM_BATCHES):

@@ -22,9 +22,10 @@ from torch.distributed.tensor import DTensor
 from benchmarks import memory
 from benchmarks.gpu_parts.models import fill, make_batch
 from benchmarks.gpu_parts.steps import GIB, busy, reset_peak, row_of, this_device, timed
-from qlora_dist.config.schema import OptimConfig
+from qlora_dist.config.schema import TrainConfig
 from qlora_dist.model.adapters import init_adapters
-from qlora_dist.parallel.choice import build_engine
+from qlora_dist.model.parts import ModelParts
+from qlora_dist.parallel.choice import make_backend
 from qlora_dist.train import train_step
 from qlora_dist.weights.loading import materialize
 
@@ -119,7 +120,7 @@ def pretended(shape: Mapping[str, int], seq_len: int, rank: int, ranks: int) -> 
     materialize(model, device, device)
     fill(model, Path(), device)
     init_adapters(model, 0, "gaussian")
-    engine = build_engine(model.train(), OptimConfig(optimizer="adamw"), runtime)
+    engine = make_backend("fsdp", TrainConfig(), runtime).engine(ModelParts(model.train()))
     gather, scatter = RepeatedGather(), KeptReduceScatter()
     for module in model.modules():
         if isinstance(module, FSDPModule):

@@ -11,7 +11,6 @@ from unittest import mock
 
 import torch
 import yaml
-from peft import PeftModel
 from torch import nn
 
 from benchmarks.memory import Shape, write_model_config
@@ -21,7 +20,8 @@ from qlora_dist.config.schema import IGNORE_INDEX, TrainConfig
 from qlora_dist.data.batch import MicroBatch
 from qlora_dist.metrics.console import Reporter
 from qlora_dist.model.nf4 import QuantFormat, QuantizedLinear, QuantizedTensors, quantize_matrix
-from qlora_dist.parallel.choice import choose_backend
+from qlora_dist.model.parts import ModelParts
+from qlora_dist.parallel.choice import choose_backend, make_backend
 from qlora_dist.runtime.processes import Runtime
 from qlora_dist.runtime.shards import keep_local, whole_shape
 from qlora_dist.weights.loading import LoadStats
@@ -53,14 +53,13 @@ def make_config(folder: Path, shape: Shape, rows: int, seq_len: int, **sections:
     return load_config(file)
 
 
-def build(config: TrainConfig, runtime: Runtime) -> tuple[PeftModel, list[str]]:
+def build(config: TrainConfig, runtime: Runtime) -> tuple[ModelParts, list[str]]:
     """The adapted model that `build_model` makes of the configuration, with random weights; and what it said."""
     said = io.StringIO()
     with random_weights_instead():
-        model = assemble.build_model(
-            config, Path(config.model.path), choose_backend(config), runtime, Reporter(is_main=True, file=said)
-        )
-    return model, [line for line in said.getvalue().splitlines() if not line.startswith("base model:")]
+        backend = make_backend(choose_backend(config), config, runtime)
+        parts = assemble.build_model(config, Path(config.model.path), backend, Reporter(is_main=True, file=said))
+    return parts, [line for line in said.getvalue().splitlines() if not line.startswith("base model:")]
 
 
 @contextmanager

@@ -111,7 +111,7 @@ def trl(shape: Mapping[str, int], rows: int, seq_len: int, *, rank: int = 64, de
 
 @torch.no_grad()
 def hf_model(shape: Shape, seq_len: int, device: torch.device) -> nn.Module:
-    """A Llama as `from_pretrained` leaves it with `load_in_4bit`, NF4 and double quantisation; random weights."""
+    """A Llama as `from_pretrained` leaves it with `load_in_4bit`, NF4 and double quantization; random weights."""
     import bitsandbytes as bnb
     from accelerate import init_empty_weights
     from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM

@@ -21,7 +21,8 @@ from benchmarks.gpu_parts.steps import peak_gib, reset_peak, wait
 from benchmarks.memory import Shape
 from qlora_dist.config.schema import IGNORE_INDEX
 from qlora_dist.data.batch import MicroBatch
-from qlora_dist.parallel.choice import build_engine
+from qlora_dist.model.parts import ModelParts
+from qlora_dist.parallel.choice import make_backend
 from qlora_dist.runtime.processes import start_runtime
 from qlora_dist.train import train_step
 
@@ -36,7 +37,7 @@ def padded(shape: Mapping[str, int], rows: int, lengths: Sequence[int], with_cud
     runtime = start_runtime(seed=0, dtype="bfloat16")
     check_cudnn(runtime.device, with_cudnn)
     model, config = _model(shape, rows, max(lengths), runtime)
-    engine = build_engine(model.train(), config.optim, runtime)
+    engine = make_backend("single", config, runtime).engine(ModelParts(model.train()))
     found: dict[str, Any] = {}
     with cudnn_attention(with_cudnn):
         for length in lengths:
@@ -99,5 +100,5 @@ def _model(shape: Mapping[str, int], rows: int, length: int, runtime: Any) -> tu
         config = make_config(
             Path(folder), Shape(**shape), rows, length, memory={"recompute": "none"}, adapter={"rank": 16},
         )  # fmt: skip
-        model, _ = build(config, runtime)
+        model = build(config, runtime)[0].model
     return model, config

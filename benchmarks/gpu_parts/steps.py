@@ -23,7 +23,7 @@ from benchmarks.limits import (
 from benchmarks.memory import Shape
 from qlora_dist.memory.auto import RecomputeBudget
 from qlora_dist.memory.recompute import recompute_of
-from qlora_dist.parallel.choice import build_engine
+from qlora_dist.parallel.replicated import Replicated
 from qlora_dist.run.checkpoint import Checkpoints
 from qlora_dist.run.state import Identity, TrainState
 from qlora_dist.runtime.processes import Runtime, start_runtime
@@ -59,8 +59,9 @@ def ours(
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         config = make_config(Path(folder), Shape(**shape), rows, seq_len, **sections)
-        adapted, said = build(config, runtime)
-    engine = build_engine(adapted.train(), config.optim, runtime)
+        parts, said = build(config, runtime)
+    adapted = parts.model.train()
+    engine = Replicated("single", config, runtime).engine(parts)
     batch = make_batch(shape["vocab"], rows, seq_len, samples_per_row)
     if device.type == "cuda":
         batch = batch.pinned()
@@ -68,7 +69,7 @@ def ours(
     outside = outside_allocator_gib(device)
     reset_peak(device)
 
-    budget = RecomputeBudget(config, adapted, runtime, said.append)
+    budget = RecomputeBudget(config, parts, runtime, said.append)
     budget.choose()
 
     def step() -> float:
@@ -171,7 +172,7 @@ def this_device() -> torch.device:
 
 
 def rates() -> dict[str, Any]:
-    """Rates of products, dequantisation and copies; attention is measured kernel by kernel."""
+    """Rates of products, dequantization and copies; attention is measured kernel by kernel."""
     device = this_device()
     is_gpu = device.type == "cuda"
     size, tokens = (8192, 4096) if is_gpu else (512, 256)
@@ -261,7 +262,7 @@ def save(engine: Any, runtime: Runtime, is_written: bool) -> dict[str, Any]:
 def write_checkpoint(
     adapter: dict[str, torch.Tensor], state: dict[str, torch.Tensor], runtime: Runtime
 ) -> dict[str, Any]:
-    """Seconds of a checkpoint on this disk: written, synchronised, read back and compared, as the program does it."""
+    """Seconds of a checkpoint on this disk: written, synchronized, read back and compared, as the program does it."""
 
     def write_adapter(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
         folder.mkdir()

@@ -148,7 +148,7 @@ class Workers:
 
 def work() -> None:
     """Import everything, say where this is, and run the cases that come in."""
-    from qlora_dist.commands.noise import quiet_third_parties
+    from qlora_dist.commands.startup import quiet_third_parties
 
     quiet_third_parties()
     from benchmarks.machine import describe_machine

@@ -122,7 +122,7 @@ def demo(output_dir: str, model: str | None, minutes: float, max_steps: int | No
     reporter.say(f"     {shlex.join(command)}")
     train_seconds = _run(command)
 
-    result = summarise(Path(output_dir), prepare_seconds, train_seconds, world_size, backend, model or MODEL_NAME)
+    result = summarize(Path(output_dir), prepare_seconds, train_seconds, world_size, backend, model or MODEL_NAME)
     (Path(output_dir) / "demo.json").write_text(json.dumps(asdict(result), indent=2) + "\n", encoding="utf-8")
     reporter.say("4/4  the same question before and after, on a function from a held-out module")
     _show_answers(Path(output_dir), files[1], reporter)
@@ -264,7 +264,7 @@ def launch_command(world_size: int) -> list[str]:
     ]  # fmt: skip
 
 
-def summarise(
+def summarize(
     run: Path, prepare_seconds: float, train_seconds: float, world_size: int, backend: str, model: str
 ) -> DemoResult:
     """Read the figures of a finished run from its metrics.jsonl."""

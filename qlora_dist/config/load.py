@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
 
 from qlora_dist.config.rules import validate
 from qlora_dist.config.saved_adapter import ADAPTER_CONFIG, read_saved_adapter
 from qlora_dist.config.schema import TrainConfig, known_keys, sections
-from qlora_dist.config.typed import BadEntry, convert, describe, show
 from qlora_dist.errors import ConfigError
 
 
@@ -168,16 +168,16 @@ def _unknown_key(key: str, setting: Setting, known: list[str]) -> str:
 def _typed(key: str, setting: Setting, hint: Any) -> Any:
     prefix = "" if setting.where.startswith("--") else f"{setting.where}: "
     try:
-        return convert(setting.value, hint)
-    except BadEntry as error:
+        return _convert(setting.value, hint)
+    except _BadEntry as error:
         raise ConfigError(f"{prefix}{key}, {error}") from None
     except TypeError:
         reason = _REFUSED.get(f"{key}: {setting.value}", "")
-        raise ConfigError(f"{prefix}{key} is {show(setting.value)}, but must be {describe(hint)}.{reason}") from None
+        raise ConfigError(f"{prefix}{key} is {_show(setting.value)}, but must be {_describe(hint)}.{reason}") from None
 
 
 _CHANGES_BASE = (
-    " {} puts part of each base matrix into the adapter and quantises the rest anew, but the base here keeps the bytes "
+    " {} puts part of each base matrix into the adapter and quantizes the rest anew, but the base here keeps the bytes "
     "of its checkpoint: that is what is checked on every rank, and what the saved adapter belongs to."
 )
 _REFUSED = {
@@ -185,3 +185,96 @@ _REFUSED = {
     for name, title in (("pissa", "PiSSA"), ("loftq", "LoftQ"), ("olora", "OLoRA"))
 }
 """Values that other programs know, and why they cannot be had here."""
+
+
+# --------------------------------------------------------------------------------------------------
+# Values: plain data, as YAML gives it, as values of a declared type.
+
+
+class _BadEntry(Exception):
+    """A mistake inside an entry of a list, where more can be said than which type the list must have."""
+
+
+def _convert(value: Any, hint: Any) -> Any:
+    """`value` as type `hint`; raises TypeError when it is not one. YAML 1.1 reads 2e-4 as text: accept it as float."""
+    origin = get_origin(hint)
+    if origin in (Union, types.UnionType):
+        for option in get_args(hint):
+            try:
+                return _convert(value, option)
+            except TypeError:
+                continue
+    elif origin is Literal:
+        if value is None and "none" in get_args(hint):  # an unquoted `none` is text in YAML, but people write null
+            return "none"
+        if isinstance(value, str) and value in get_args(hint):
+            return value
+    elif origin is tuple:
+        if isinstance(value, str):
+            value = [value]
+        if isinstance(value, (list, tuple)) and value:
+            item_hint = get_args(hint)[0]
+            if dataclasses.is_dataclass(item_hint):
+                return tuple(_convert_entry(item, item_hint, number) for number, item in enumerate(value, start=1))
+            return tuple(_convert(item, item_hint) for item in value)
+    elif hint is type(None):
+        if value is None:
+            return None
+    elif hint is bool:
+        if isinstance(value, bool):
+            return value
+    elif hint is int:
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+    elif hint is float:
+        if isinstance(value, (int, float, str)) and not isinstance(value, bool):
+            try:
+                return float(value)
+            except (ValueError, OverflowError):
+                raise TypeError from None
+    elif hint is str and isinstance(value, (str, int, float)) and not isinstance(value, bool):
+        return str(value)
+    raise TypeError
+
+
+def _convert_entry(value: Any, cls: Any, number: int) -> Any:
+    """A mapping, or the value of its first key alone, as dataclass `cls`; raises _BadEntry when it is not one."""
+    fields = {item.name: item for item in dataclasses.fields(cls)}
+    hints = typing.get_type_hints(cls)
+    entry = value if isinstance(value, Mapping) else {next(iter(fields)): value}
+    values = {}
+    for key, item in entry.items():
+        if key not in fields:
+            raise _BadEntry(f"entry {number}: unknown key {key}. The keys of an entry are {' and '.join(fields)}.")
+        try:
+            values[key] = _convert(item, hints[key])
+        except TypeError:
+            raise _BadEntry(f"entry {number}: {key} is {_show(item)}, but must be {_describe(hints[key])}.") from None
+    for name, item in fields.items():
+        if name not in values and item.default is dataclasses.MISSING:
+            raise _BadEntry(f"entry {number}: {name} is missing. The keys of an entry are {' and '.join(fields)}.")
+    return cls(**values)
+
+
+def _describe(hint: Any) -> str:
+    """What a value of type `hint` must be, in words."""
+    origin = get_origin(hint)
+    if origin in (Union, types.UnionType):
+        return " or ".join(_describe(option) for option in get_args(hint))
+    if origin is Literal:
+        return ", ".join(get_args(hint)[:-1]) + (" or " if len(get_args(hint)) > 1 else "") + get_args(hint)[-1]
+    if origin is tuple:
+        item_hint = get_args(hint)[0]
+        if dataclasses.is_dataclass(item_hint):
+            keys = ", ".join(f"{item.name}: …" for item in dataclasses.fields(item_hint))
+            return f"a list whose entries are names or {{{keys}}}"
+        return "a list of names"
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+    return names[hint]
+
+
+def _show(value: Any) -> str:
+    """A value as it is shown in a message, in the words of YAML."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return "empty (null)" if value is None else repr(value)

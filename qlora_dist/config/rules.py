@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from typing import Any, get_args
 
 from qlora_dist.config.saved_adapter import check_agreement, read_saved_adapter
-from qlora_dist.config.schema import Source, TrainConfig, declared_type, flatten
+from qlora_dist.config.schema import Range, ReadBy, Source, TrainConfig, declared, flatten
 from qlora_dist.errors import ConfigError
 
 
@@ -28,44 +29,16 @@ def validate(config: TrainConfig) -> None:
     _check_contradictions(config)
 
 
-_AT_LEAST_ONE = {
-    "adapter.rank", "data.max_seq_len", "optim.max_steps", "optim.micro_batch_size", "optim.grad_accum_steps",
-    "eval.every", "eval.max_batches", "logging.every", "parallel.replicas", "parallel.check_every",
-    "parallel.hang_timeout_seconds", "checkpoint.every", "checkpoint.keep", "optim.max_skipped_steps",
-    "logging.profile_steps",
-}  # fmt: skip
-_POSITIVE = {
-    "adapter.alpha",
-    "optim.lr",
-    "optim.max_grad_norm",
-    "optim.epochs",
-    "optim.lora_plus_ratio",
-    "memory.budget_gib",
-}
-_NOT_NEGATIVE = {"optim.warmup_steps", "optim.weight_decay", "seed", "memory.recompute"}
-_FRACTION = {"adapter.dropout", "data.eval_fraction", "data.max_bad_fraction", "optim.warmup_ratio"}
-
-
 def _check_range(key: str, value: Any) -> None:
+    """Hold a number against the range at its field."""
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         return
-    rule = None
-    if value != value or value in (float("inf"), float("-inf")):
-        rule = "must be a finite number"
-    elif key in _AT_LEAST_ONE and value < 1:
-        rule = "must be at least 1"
-    elif key in _POSITIVE and value <= 0:
-        rule = "must be greater than 0"
-    elif key in _NOT_NEGATIVE and value < 0:
-        rule = "must not be negative"
-    elif key == "seed" and value >= 2**31:
-        rule = "must be below 2147483648"
-    elif key in _FRACTION and not 0 <= value < 1:
-        rule = "must be at least 0 and less than 1"
-    if rule is None:
-        return
-    nullable = type(None) in get_args(declared_type(key))
-    raise ConfigError(f"{key} is {value}, but {rule}{' (or null, to leave it out)' if nullable else ''}.")
+    hint, extras = declared(key)
+    broken = [extra.broken_rule(value) for extra in extras if isinstance(extra, Range)]
+    rule = next(filter(None, broken), None) if math.isfinite(value) else "must be a finite number"
+    if rule is not None:
+        nullable = " (or null, to leave it out)" if type(None) in get_args(hint) else ""
+        raise ConfigError(f"{key} is {value}, but {rule}{nullable}.")
 
 
 def _check_files(key: str, sources: Sequence[Source]) -> None:
@@ -91,16 +64,14 @@ def check_backend_reads(config: TrainConfig, backend: str) -> None:
     Raises:
         ConfigError: naming the setting and the backends that read it.
     """
-    for key, is_set, readers in (
-        ("parallel.replicas", config.parallel.replicas > 1, ("fsdp",)),
-        ("parallel.cpu_offload", config.parallel.cpu_offload, ("fsdp", "zero3")),
-        ("memory.compile", config.memory.compile, ("single", "ddp", "fsdp", "zero2")),
-    ):
-        if is_set and backend not in readers:
-            raise ConfigError(
-                f"{key} is set, but parallel.backend is {backend}, which does not read it. "
-                f"Remove {key}, or set parallel.backend: {' or '.join(readers)}."
-            )
+    defaults = flatten(TrainConfig())
+    for key, value in flatten(config).items():
+        for readers in (extra.backends for extra in declared(key)[1] if isinstance(extra, ReadBy)):
+            if value != defaults[key] and backend not in readers:
+                raise ConfigError(
+                    f"{key} is set, but parallel.backend is {backend}, which does not read it. "
+                    f"Remove {key}, or set parallel.backend: {' or '.join(readers)}."
+                )
 
 
 def _check_contradictions(config: TrainConfig) -> None:

@@ -126,7 +126,7 @@ def _check_kind(path: str, saved: dict[str, Any]) -> None:
     init = saved.get("init_lora_weights", True)
     if init not in BASE_KEEPING_INITS:
         raise ConfigError(
-            f"adapter.path {path} was initialised with {init!r}, which changes the base model, so it does not belong "
+            f"adapter.path {path} was initialized with {init!r}, which changes the base model, so it does not belong "
             "to the base of the checkpoint. Save it converted to plain LoRA first (PEFT: save_pretrained with "
             "path_initial_model_for_weight_conversion)."
         )

@@ -8,10 +8,47 @@ from __future__ import annotations
 import dataclasses
 import typing
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from functools import cache
+from typing import Annotated, Any, Literal
 
+BackendName = Literal["single", "ddp", "fsdp", "zero2", "zero3"]
+"""How processes share the model and the work."""
 IGNORE_INDEX = -100
 """Label of a token that does not count in the loss; the default of PyTorch's cross-entropy."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """Numbers that a setting may have; infinity and NaN are in none."""
+
+    at_least: float | None = None
+    above: float | None = None
+    below: float | None = None
+
+    def broken_rule(self, value: float) -> str | None:
+        """The rule that `value` breaks, in words; None if it is within the range."""
+        if self == FRACTION:
+            return None if 0 <= value < 1 else "must be at least 0 and less than 1"
+        if self.at_least is not None and value < self.at_least:
+            return f"must be at least {self.at_least:g}" if self.at_least else "must not be negative"
+        if self.above is not None and value <= self.above:
+            return f"must be greater than {self.above:g}"
+        if self.below is not None and value >= self.below:
+            return f"must be below {self.below:.0f}"
+        return None
+
+
+AT_LEAST_ONE = Range(at_least=1)
+POSITIVE = Range(above=0)
+NOT_NEGATIVE = Range(at_least=0)
+FRACTION = Range(at_least=0, below=1)
+
+
+class ReadBy:
+    """Backends that read a setting; with any other one it must keep its default."""
+
+    def __init__(self, *backends: BackendName) -> None:
+        self.backends = backends
 
 
 @dataclass(frozen=True)
@@ -21,7 +58,7 @@ class ModelConfig:
     quantization: Literal["nf4", "fp4", "none"] = "nf4"
     """4-bit data type of the frozen base; `none` keeps it in `dtype`."""
     double_quant: bool = True
-    """Quantise the quantisation constants too (0.37 bits per parameter less)."""
+    """Quantize the quantization constants too (0.37 bits per parameter less)."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Compute type; `auto` takes what the hardware multiplies quickly: bfloat16, on GPUs without it float16, on CPUs
     without it float32. What was taken is in the log and in the run's config.yaml. Adapters are always float32."""
@@ -35,18 +72,18 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    rank: int = 16
+    rank: Annotated[int, AT_LEAST_ONE] = 16
     """LoRA rank r."""
-    alpha: float = 32.0
+    alpha: Annotated[float, POSITIVE] = 32.0
     """LoRA alpha: the update is scaled by alpha / rank."""
-    dropout: float = 0.0
+    dropout: Annotated[float, FRACTION] = 0.0
     """Dropout on the adapters' input, in [0, 1)."""
     target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
     """Linear layers that get an adapter: `all-linear`, or a list of module names such as [q_proj, v_proj]."""
     use_rslora: bool = False
-    """Scale by alpha / sqrt(rank) instead (rank-stabilised LoRA)."""
+    """Scale by alpha / sqrt(rank) instead (rank-stabilized LoRA)."""
     use_dora: bool = False
-    """Train the length of each row of the adapted weights as well (DoRA); layers dequantise their base once more."""
+    """Train the length of each row of the adapted weights as well (DoRA); layers dequantize their base once more."""
     init: Literal["default", "gaussian"] = "default"
     """Initial A: uniform in +-1 / sqrt(in_features), or Gaussian with standard deviation 1 / rank. B starts at zero."""
     path: str | None = None
@@ -73,23 +110,23 @@ class DataConfig:
     eval: str | tuple[str, ...] | None = None
     """Held-out file in the same form, or a list of paths; without it `eval_fraction` may split one off."""
     format: Literal["auto", "messages", "sharegpt", "prompt_completion", "alpaca", "text"] = "auto"
-    """How rows are written, see docs/data.md; `auto` recognises it by the columns and says so in the log."""
-    max_seq_len: int = 1024
+    """How rows are written, see docs/data.md; `auto` recognizes it by the columns and says so in the log."""
+    max_seq_len: Annotated[int, AT_LEAST_ONE] = 1024
     """Longest sequence in tokens."""
     too_long: Literal["truncate_end", "truncate_start", "split", "drop"] = "truncate_end"
     """What becomes of longer rows: they lose their end, or their start; `split` makes several of plain text (others
     lose their end); or they are dropped. The log counts them."""
     train_on: Literal["completions", "all"] = "completions"
     """Tokens that count in the loss: the assistant's (or the completion's) only, or all. Of `text` rows, always all."""
-    max_bad_fraction: float = 0.05
+    max_bad_fraction: Annotated[float, FRACTION] = 0.05
     """Share of a source's rows that may be faulty, in [0, 1): up to it they are left out and counted, beyond it the
     run stops."""
-    eval_fraction: float = 0.0
+    eval_fraction: Annotated[float, FRACTION] = 0.0
     """Share of each training file's rows held out for evaluation, in [0, 1)."""
     chat_template: str | None = None
     """A Jinja file, the name of one of the tokenizer's templates, or `chatml`, instead of the tokenizer's usual one."""
     cache_dir: str | None = None
-    """Folder for tokenised data, which later runs find there; null: `qlora_dist` in the user's cache folder."""
+    """Folder for tokenized data, which later runs find there; null: `qlora_dist` in the user's cache folder."""
     packing: bool = True
     """Put several samples into each row, up to `max_seq_len`, instead of padding; they do not see each other."""
     group_by_length: bool = False
@@ -113,29 +150,29 @@ class DataConfig:
 class OptimConfig:
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"] = "adamw"
     """AdamW with float32 or block-wise 8-bit state; `paged_` state can be evicted to host memory (CUDA)."""
-    lr: float = 2e-4
+    lr: Annotated[float, POSITIVE] = 2e-4
     """Peak learning rate."""
     schedule: Literal["linear", "cosine", "constant"] = "cosine"
     """Learning rate after warm-up: down to zero at the last step, or constant."""
-    warmup_steps: int | None = None
+    warmup_steps: Annotated[int | None, NOT_NEGATIVE] = None
     """Optimizer steps of linear warm-up; excludes `warmup_ratio`."""
-    warmup_ratio: float | None = None
+    warmup_ratio: Annotated[float | None, FRACTION] = None
     """Warm-up as a share of all steps, in [0, 1)."""
-    weight_decay: float = 0.0
+    weight_decay: Annotated[float, NOT_NEGATIVE] = 0.0
     """Decoupled weight decay of the adapters."""
-    max_grad_norm: float | None = 1.0
+    max_grad_norm: Annotated[float | None, POSITIVE] = 1.0
     """Clip the global gradient norm to this; null clips nothing."""
-    max_steps: int | None = None
+    max_steps: Annotated[int | None, AT_LEAST_ONE] = None
     """Optimizer steps of the run; excludes `epochs`."""
-    epochs: float | None = None
+    epochs: Annotated[float | None, POSITIVE] = None
     """Passes over the training data (all its files, as weighted); 1 when `max_steps` is not given either."""
-    micro_batch_size: int = 1
+    micro_batch_size: Annotated[int, AT_LEAST_ONE] = 1
     """Sequences per rank in one forward pass."""
-    grad_accum_steps: int = 1
+    grad_accum_steps: Annotated[int, AT_LEAST_ONE] = 1
     """Micro-batches per rank in one optimizer step."""
-    lora_plus_ratio: float | None = None
+    lora_plus_ratio: Annotated[float | None, POSITIVE] = None
     """LoRA+: learning rate of B matrices over that of A matrices; null means equal."""
-    max_skipped_steps: int = 10
+    max_skipped_steps: Annotated[int, AT_LEAST_ONE] = 10
     """Stop after this many steps in a row whose gradient was not finite; such a step updates nothing."""
 
 
@@ -145,39 +182,39 @@ class ParallelConfig:
     """How processes share the work: `single` process, `ddp` (a copy each), `fsdp` (the base sharded), `zero2` and
     `zero3` (DeepSpeed: a copy each with optimizer state sharded, or everything sharded). `auto` follows the launcher:
     one process runs `single`, several run `fsdp`."""
-    replicas: int = 1
-    """Copies of the sharded base (`fsdp` only): the processes form that many groups of neighbours, each of which
+    replicas: Annotated[int, AT_LEAST_ONE, ReadBy("fsdp")] = 1
+    """Copies of the sharded base (`fsdp` only): the processes form that many groups of neighbors, each of which
     shards within itself. With one per machine, only adapter gradients cross between machines (HSDP)."""
-    cpu_offload: bool = False
+    cpu_offload: Annotated[bool, ReadBy("fsdp", "zero3")] = False
     """Keep shards in host memory and copy each layer to the GPU when it runs (`fsdp` and `zero3`)."""
     deepspeed_config: str | None = None
     """DeepSpeed JSON file with tuning options for `zero2` and `zero3`; it may repeat this file's settings, not
     contradict them."""
-    check_every: int | None = 100
+    check_every: Annotated[int | None, AT_LEAST_ONE] = 100
     """Every N optimizer steps, compare what all processes must have in common: adapters and position in the data."""
-    hang_timeout_seconds: int = 1800
+    hang_timeout_seconds: Annotated[int, AT_LEAST_ONE] = 1800
     """End a process that has made no progress for so long, with the stack of each of its threads."""
 
 
 @dataclass(frozen=True)
 class MemoryConfig:
-    recompute: Literal["auto", "full", "selective", "none"] | int = "auto"
+    recompute: Annotated[Literal["auto", "full", "selective", "none"] | int, NOT_NEGATIVE] = "auto"
     """What backward computes again: all of every layer (`full`), only what is quick, such as norms and activation
     functions (`selective`), nothing (`none`), or all of the first N layers. `auto` does as little as memory allows."""
-    budget_gib: float | None = None
+    budget_gib: Annotated[float | None, POSITIVE] = None
     """What a rank may use for everything, in GiB, with `recompute: auto`; null: what its device has free."""
     offload_activations: bool = False
     """Keep in host memory what a GPU keeps for backward; `recompute: auto` then means `full`, which leaves the least to
     copy."""
-    compile: bool = False
+    compile: Annotated[bool, ReadBy("single", "ddp", "fsdp", "zero2")] = False
     """Let torch.compile make one code of each kind of decoder layer; the first steps then take a minute longer."""
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    every: int | None = 100
+    every: Annotated[int | None, AT_LEAST_ONE] = 100
     """Write a checkpoint every N optimizer steps, besides when the run is stopped and at its end; null: only then."""
-    keep: int = 2
+    keep: Annotated[int, AT_LEAST_ONE] = 2
     """Newest checkpoints to keep; the one with the best evaluation loss stays as well."""
     resume: str = "auto"
     """`auto` goes on from this run's newest complete checkpoint, `never` starts over, a PATH goes on from that one."""
@@ -185,19 +222,19 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    every: int | None = None
+    every: Annotated[int | None, AT_LEAST_ONE] = None
     """Evaluate every N optimizer steps besides at the start and at the end."""
-    max_batches: int | None = None
+    max_batches: Annotated[int | None, AT_LEAST_ONE] = None
     """At most this many micro-batches per rank in one evaluation."""
 
 
 @dataclass(frozen=True)
 class LoggingConfig:
-    every: int = 1
+    every: Annotated[int, AT_LEAST_ONE] = 1
     """Log every N optimizer steps."""
     tensorboard: bool = True
     """Write TensorBoard event files."""
-    profile_steps: int | None = None
+    profile_steps: Annotated[int | None, AT_LEAST_ONE] = None
     """Trace this many optimizer steps after the first two, on rank 0, into `output_dir/profile`; null: none."""
 
 
@@ -207,8 +244,8 @@ class TrainConfig:
 
     output_dir: str = ""
     """Folder of the run. Required."""
-    seed: int = 0
-    """Seed of data order, adapter initialisation and dropout."""
+    seed: Annotated[int, NOT_NEGATIVE, Range(below=2**31)] = 0
+    """Seed of data order, adapter initialization and dropout."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The frozen base model."""
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
@@ -259,7 +296,11 @@ def known_keys() -> list[str]:
     return keys
 
 
-def declared_type(key: str) -> Any:
-    """The type that a setting is declared with, as ``typing`` writes it."""
+@cache
+def declared(key: str) -> tuple[Any, tuple[Any, ...]]:
+    """The type that a setting is declared with, as ``typing`` writes it, and what its annotation adds."""
     section, _, leaf = key.rpartition(".")
-    return typing.get_type_hints(sections()[section] if section else TrainConfig)[leaf]
+    hint = typing.get_type_hints(sections()[section] if section else TrainConfig, include_extras=True)[leaf]
+    if typing.get_origin(hint) is Annotated:
+        return typing.get_args(hint)[0], typing.get_args(hint)[1:]
+    return hint, ()

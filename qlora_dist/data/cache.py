@@ -1,4 +1,4 @@
-"""Tokenised data on disk, found again by what it was made from: files, tokenizer, settings, and this program's code."""
+"""Tokenized data on disk, found again by what it was made from: files, tokenizer, settings, and this program's code."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ def tokenized(
     config: DataConfig,
     show: Callable[[str], None] = lambda text: None,
 ) -> TokenizedSource:
-    """The samples of a source, tokenised now or found where an earlier run left them.
+    """The samples of a source, tokenized now or found where an earlier run left them.
 
-    Of several processes that want the same, one tokenises and the others wait for it.
+    Of several processes that want the same, one tokenizes and the others wait for it.
 
     Args:
         key: the setting that names the source, for messages.
@@ -57,7 +57,7 @@ def tokenized(
     Raises:
         DataError: see `load_rows`, `encode_rows` and `Report.check`; or the cache folder cannot be written.
     """
-    show(f"looking for {path} among tokenised data")
+    show(f"looking for {path} among tokenized data")
     request = _Request(path, key, tokenizer, config, stamp(path, key))
     folder = cache_folder(config) / request.digest()
     try:
@@ -65,7 +65,7 @@ def tokenized(
         source = _open(folder) or _build(folder, request, show)
     except OSError as error:
         raise DataError(
-            f"tokenised data cannot be written to {folder.parent} ({error.strerror or error}). Set data.cache_dir to "
+            f"tokenized data cannot be written to {folder.parent} ({error.strerror or error}). Set data.cache_dir to "
             "a folder with room for it: about five bytes per token."
         ) from None
     source.report.check(config)
@@ -73,7 +73,7 @@ def tokenized(
 
 
 def cache_folder(config: DataConfig) -> Path:
-    """Where tokenised data is kept: `data.cache_dir`, or the place that the XDG convention gives."""
+    """Where tokenized data is kept: `data.cache_dir`, or the place that the XDG convention gives."""
     if config.cache_dir is not None:
         return Path(config.cache_dir)
     return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "qlora_dist"
@@ -81,7 +81,7 @@ def cache_folder(config: DataConfig) -> Path:
 
 @dataclass(frozen=True)
 class _Request:
-    """What somebody wants to have tokenised."""
+    """What somebody wants to have tokenized."""
 
     path: str
     key: str
@@ -109,7 +109,7 @@ class _Request:
         return hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:32]
 
     def fill(self, folder: Path, show: Callable[[str], None]) -> None:
-        """Tokenise into an empty folder.
+        """Tokenize into an empty folder.
 
         Raises:
             DataError: see `tokenized`; or the files changed while they were read.
@@ -118,7 +118,7 @@ class _Request:
         rows = load_rows(self.path, self.key)
         report = encode_rows(
             rows, self.tokenizer, self.config, self.path, writer.add,
-            lambda num_rows: show(f"tokenising {self.path}: {num_rows:,} rows"),
+            lambda num_rows: show(f"tokenizing {self.path}: {num_rows:,} rows"),
         )  # fmt: skip
         digest = writer.close()
         report.check(self.config)
@@ -175,7 +175,7 @@ def _locked(folder: Path, path: str, show: Callable[[str], None]) -> Iterator[Te
                 break
             except BlockingIOError:
                 lock.seek(0)
-                show(f"another process is {lock.read() or f'tokenising {path}'}")
+                show(f"another process is {lock.read() or f'tokenizing {path}'}")
                 time.sleep(_POLL_SECONDS)
             except OSError:  # a file system without locks: at worst the work is done twice
                 break

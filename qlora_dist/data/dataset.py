@@ -1,4 +1,4 @@
-"""From the `data` section of a configuration to tokenised samples for training and for evaluation."""
+"""From the `data` section of a configuration to tokenized samples for training and for evaluation."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from qlora_dist.metrics.console import Reporter
 
 @dataclass(frozen=True)
 class Dataset:
-    """Tokenised samples of a run, and what became of the rows that they were made of."""
+    """Tokenized samples of a run, and what became of the rows that they were made of."""
 
     train: Rows
     """Those of the first source, then those of the second, and so on; with packing, rows of several samples each."""
@@ -53,7 +53,7 @@ class Dataset:
         return layout
 
     def fingerprint(self) -> str:
-        """Of what decides which samples a run sees when: sources, weights and the tokenised samples, in order."""
+        """Of what decides which samples a run sees when: sources, weights and the tokenized samples, in order."""
         return hashlib.sha256(repr((self.sizes, self.weights, self.train.digest())).encode()).hexdigest()
 
 
@@ -63,7 +63,7 @@ def load_dataset(
     seed: int,
     show: Callable[[str], None] = lambda text: None,
 ) -> Dataset:
-    """Read, tokenise and split the data of a run; every rank does this alike.
+    """Read, tokenize and split the data of a run; every rank does this alike.
 
     Args:
         show: is called with a line about how far things are, every now and then.

@@ -21,11 +21,11 @@ from qlora_dist.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-from qlora_dist.data.formats import recognise_format
+from qlora_dist.data.formats import recognize_format
 from qlora_dist.data.report import Report
 
 _BATCH = 256
-"""Rows that are tokenised at once, or fewer where they are long."""
+"""Rows that are tokenized at once, or fewer where they are long."""
 _BATCH_CHARS = 2**22
 
 
@@ -37,7 +37,7 @@ def encode_rows(
     add: Callable[[Sample], None],
     on_rows: Callable[[int], None] = lambda num_rows: None,
 ) -> Report:
-    """Tokenise all rows of a source, a few at a time.
+    """Tokenize all rows of a source, a few at a time.
 
     Args:
         add: is called with each usable sample, in the order of the rows.
@@ -46,7 +46,7 @@ def encode_rows(
     Raises:
         DataError: a file is broken, the columns form no format, or the tokenizer has no chat template.
     """
-    format, rows = recognise_format(rows, config.format)
+    format, rows = recognize_format(rows, config.format)
     report = Report(path, format)
     turns = TurnFinder(ChatTemplate(tokenizer))
     for batch in _batches((row.where, _content(row, report, turns.template)) for row in rows):

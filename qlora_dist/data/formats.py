@@ -28,7 +28,7 @@ COLUMNS: dict[Format, tuple[str, ...]] = {
     "alpaca": ("instruction", "output"),
     "text": ("text",),
 }
-"""The columns by which a format is recognised, the first match wins: what is surely a conversation comes before what
+"""The columns by which a format is recognized, the first match wins: what is surely a conversation comes before what
 may be only its parts or its text."""
 
 _SHAREGPT_ROLES = {
@@ -302,7 +302,7 @@ _LOOKED_AT = 100
 """Rows within which the format of a source must show: the first ones may be faulty."""
 
 
-def recognise_format(rows: Iterable[Row], asked: Literal["auto"] | Format) -> tuple[Format, Iterator[Row]]:
+def recognize_format(rows: Iterable[Row], asked: Literal["auto"] | Format) -> tuple[Format, Iterator[Row]]:
     """The format of a source, as its first rows show it, and all of its rows.
 
     Raises:

@@ -1,6 +1,6 @@
-"""Tokens of a text that is too long to be tokenised at once: in blocks, and no further than they are needed.
+"""Tokens of a text that is too long to be tokenized at once: in blocks, and no further than they are needed.
 
-Tokenisers take some 150 bytes a character, and most rows of megabytes are cut to a few thousand tokens anyway.
+Tokenizers take some 150 bytes a character, and most rows of megabytes are cut to a few thousand tokens anyway.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ Span = tuple[int, int]
 """First and past-last character of a part of a text."""
 
 _BLOCK = 2**18
-"""Characters that are tokenised at once."""
+"""Characters that are tokenized at once."""
 _SMALL_BLOCK = 2**14
 """As many where only the first tokens of a text are needed, or 16 for each of them."""
 _OVERLAP = 2**12
-"""Characters that two blocks share. Their tokens must be the same there, but for the outer halves: what a tokeniser
+"""Characters that two blocks share. Their tokens must be the same there, but for the outer halves: what a tokenizer
 makes of a place depends on the words around it, and here the text was cut."""
 
 

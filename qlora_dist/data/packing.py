@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 _WINDOW = 16384
-"""Samples that are packed together: bounds the work, and keeps rows made of neighbours in the shuffled order."""
+"""Samples that are packed together: bounds the work, and keeps rows made of neighbors in the shuffled order."""
 
 
 def pack(lengths: Sequence[int], max_seq_len: int, seed: int) -> list[list[int]]:

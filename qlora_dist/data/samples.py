@@ -1,4 +1,4 @@
-"""Tokenised samples: one in memory, many on disk, and the rows that a run makes of them."""
+"""Tokenized samples: one in memory, many on disk, and the rows that a run makes of them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from qlora_dist.config.schema import IGNORE_INDEX
 
 @dataclass(frozen=True)
 class Sample:
-    """One tokenised row; `labels[i]` is `input_ids[i]` where that token is a target, else IGNORE_INDEX."""
+    """One tokenized row; `labels[i]` is `input_ids[i]` where that token is a target, else IGNORE_INDEX."""
 
     input_ids: list[int]
     labels: list[int]

@@ -47,12 +47,12 @@ def tokenize(
 
 @dataclass(frozen=True)
 class _Draft:
-    """A row as text that only has to be tokenised: a beginning, and what follows it."""
+    """A row as text that only has to be tokenized: a beginning, and what follows it."""
 
     opening: str
-    """Gets the start token where the tokenizer sets one. It is tokenised apart, so that the border is exact."""
+    """Gets the start token where the tokenizer sets one. It is tokenized apart, so that the border is exact."""
     text: str
-    """Is tokenised as it stands."""
+    """Is tokenized as it stands."""
     spans: list[Span] | None = None
     """Parts of the text that are targets; None for plain text, where all that is not a prompt is."""
 

@@ -1,4 +1,4 @@
-"""A tokenised row as text that shows which of its tokens count in the loss."""
+"""A tokenized row as text that shows which of its tokens count in the loss."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ _JOINERS = "\u200c\u200d"
 """Invisible, but part of how some languages and emojis are written."""
 
 
-def legend(in_colour: bool) -> Text:
+def legend(in_color: bool) -> Text:
     """What the marks mean."""
-    if in_colour:
+    if in_color:
         return Text.assemble(("counts in the loss", TARGET), "  ", ("context", CONTEXT), "  ", ("⟨remark⟩", REMARK),
                              "  ↵ end of a line")  # fmt: skip
     return Text("⟦counts in the loss⟧  context  ⟨remark⟩  ↵ end of a line")
 
 
-def masked_text(sample: Sample, tokenizer: PreTrainedTokenizerBase, in_colour: bool) -> Text:
+def masked_text(sample: Sample, tokenizer: PreTrainedTokenizerBase, in_color: bool) -> Text:
     """All that is in a row, with the borders of its mask and of the samples in it; long runs lose their middle.
 
     Args:
-        in_colour: targets have the style TARGET; else they stand between ⟦ and ⟧.
+        in_color: targets have the style TARGET; else they stand between ⟦ and ⟧.
     """
     runs = list(_runs(sample))
     text = Text()
@@ -50,7 +50,7 @@ def masked_text(sample: Sample, tokenizer: PreTrainedTokenizerBase, in_colour: b
             continue
         if len(sample.starts) > 1 and run.first in sample.starts:
             text.append(_border(sample, run.first), REMARK)
-        _append(text, run, sample.input_ids, tokenizer, in_colour)
+        _append(text, run, sample.input_ids, tokenizer, in_color)
     return text
 
 
@@ -68,7 +68,7 @@ def _visible(character: str) -> str:
 
 @dataclass(frozen=True)
 class _Run:
-    """Neighbouring tokens of one sample that are all targets, or all not."""
+    """Neighboring tokens of one sample that are all targets, or all not."""
 
     first: int
     end: int
@@ -96,9 +96,9 @@ def _border(sample: Sample, first: int) -> str:
     return f"{line_break}⟨sample {number + 1} of {len(sample.starts)} in this row: {end - first:,} tokens⟩\n"
 
 
-def _append(text: Text, run: _Run, ids: list[int], tokenizer: PreTrainedTokenizerBase, in_colour: bool) -> None:
-    style = "" if not in_colour else TARGET if run.is_target else CONTEXT
-    is_marked = run.is_target and not in_colour
+def _append(text: Text, run: _Run, ids: list[int], tokenizer: PreTrainedTokenizerBase, in_color: bool) -> None:
+    style = "" if not in_color else TARGET if run.is_target else CONTEXT
+    is_marked = run.is_target and not in_color
     text.append("⟦" if is_marked else "")
     num_left_out = run.end - run.first - _HEAD - _TAIL
     if num_left_out > _TAIL:

@@ -31,15 +31,15 @@ def print_samples(console: Console, rows: Sequence[tuple[str, Sample]], tokenize
     """Rows, each with the source that it is from, and their mask; what is data stands right of a line."""
     if not rows:
         return
-    in_colour = console.color_system is not None and not console.no_color
+    in_color = console.color_system is not None and not console.no_color
     _print_heading(console, "What the model sees")
-    _print(console, legend(in_colour))
+    _print(console, legend(in_color))
     for number, (path, sample) in enumerate(rows, start=1):
         packed = f" in {len(sample.starts)} samples" if len(sample.starts) > 1 else ""
         size = f"{len(sample.input_ids):,} tokens{packed}, {sample.num_targets:,} of them targets"
         console.print()
         _print(console, f"{number} of {len(rows)}: {size}, from {visible(path)}", "bold")
-        text = masked_text(sample, tokenizer, in_colour)
+        text = masked_text(sample, tokenizer, in_color)
         if text.plain.endswith("\n"):
             text.right_crop()
         for line in text.wrap(console, console.width - 2 * _INDENT, overflow="fold"):

@@ -1,4 +1,4 @@
-"""One pass over tokenised samples: what only their tokens tell, in a few bytes per sample."""
+"""One pass over tokenized samples: what only their tokens tell, in a few bytes per sample."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from qlora_dist.weights.files import resolve_model_folder
 
 
 def survey(config: TrainConfig, num_shown: int, as_json: bool) -> None:
-    """Read and tokenise the data as training would, and tell what it is like; loads no weights.
+    """Read and tokenize the data as training would, and tell what it is like; loads no weights.
 
     Args:
         num_shown: training rows to show with their mask.

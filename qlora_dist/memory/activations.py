@@ -54,7 +54,7 @@ class Activations:
     kept: int
     """For backward, over all layers."""
     working: int
-    """Of the layer at work in backward: what it recomputes, and its widest matrix, dequantised."""
+    """Of the layer at work in backward: what it recomputes, and its widest matrix, dequantized."""
     loss: int
     """One chunk of logits, and the gradients of the rows that have targets."""
 

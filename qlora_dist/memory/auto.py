@@ -14,17 +14,16 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
 import torch
-from peft import PeftModel
 
 from qlora_dist.config.schema import TrainConfig
 from qlora_dist.data.batch import MicroBatch
 from qlora_dist.memory.activations import LayerBytes, activations_of, layer_bytes
 from qlora_dist.memory.policy import Recompute, fixed_recompute
 from qlora_dist.memory.recompute import Survey, is_compiled, recompute_of, set_recompute
-from qlora_dist.model.adapters import adapter_parameters
 from qlora_dist.model.attention import mask_elements
 from qlora_dist.model.loss import is_chunked
-from qlora_dist.model.parts import base_model, decoder_layers
+from qlora_dist.model.parts import ModelParts
+from qlora_dist.optim.adamw import OPTIMIZERS
 from qlora_dist.runtime.memory import GIB, MemoryMeter, memory_limit
 from qlora_dist.runtime.processes import Runtime
 from qlora_dist.runtime.shards import local_bytes, local_part, whole_bytes, whole_shape
@@ -36,8 +35,6 @@ _EARLY_RESERVE = 0.1
 because the C library's heap has gaps (10 to 30 % more, SmolLM2-135M)."""
 _FRAGMENTED_RESERVE = 0.1
 """The same on a GPU once its allocator had to give memory back and ask anew, for such gaps."""
-_STATE_BYTES = {"adamw": 8, "adamw_8bit": 2, "paged_adamw_8bit": 2, "paged_adamw_32bit": 8}
-"""Optimizer state per adapter parameter."""
 
 
 class RecomputeBudget:
@@ -46,8 +43,8 @@ class RecomputeBudget:
     All ranks call every method alike. With another setting than `auto` nothing is chosen.
     """
 
-    def __init__(self, config: TrainConfig, model: PeftModel, runtime: Runtime, say: Callable[[str], None]) -> None:
-        self._config, self._model, self._runtime, self._say = config, model, runtime, say
+    def __init__(self, config: TrainConfig, parts: ModelParts, runtime: Runtime, say: Callable[[str], None]) -> None:
+        self._config, self._parts, self._runtime, self._say = config, parts, runtime, say
         # Offloaded activations do not fill the device: recomputing all layers leaves the least to copy.
         self._is_auto = config.memory.recompute == "auto" and not config.memory.offload_activations
         self._meter = MemoryMeter(runtime.device)
@@ -63,24 +60,24 @@ class RecomputeBudget:
                 self._say("recompute: all layers fully, which leaves memory.offload_activations the least to copy")
             return
         runtime, optim = self._runtime, self._config.optim
-        dimensions = base_model(self._model).config.get_text_config()
+        dimensions = self._parts.dimensions
         num_tokens, element_size = self._largest_micro_batch, runtime.compute_dtype.itemsize
         self._meter.return_freed_memory()  # of loading
         self._allowed = memory_limit(self._config.memory.budget_gib, self._meter, runtime)
-        adapters = adapter_parameters(self._model).values()
+        adapters = self._parts.adapters.values()
         num_adapted = sum(local_part(param).numel() for param in adapters)
-        self._state_bytes = later = num_adapted * _STATE_BYTES[optim.optimizer]
-        is_cut = local_bytes(self._model) < whole_bytes(self._model)
+        self._state_bytes = later = num_adapted * OPTIMIZERS[optim.optimizer].state_bytes
+        is_cut = local_bytes(self._parts.model) < whole_bytes(self._parts.model)
         if is_cut or self._config.parallel.cpu_offload:  # gradients of shards; the layer at work and the next
-            later += num_adapted * 4 + 2 * max(map(whole_bytes, decoder_layers(self._model)))
+            later += num_adapted * 4 + 2 * max(map(whole_bytes, self._parts.layers))
             if optim.grad_accum_steps > 1:  # whole gradients, until the last micro-batch
                 later += sum(4 * whole_shape(param).numel() for param in adapters)
-        nothing = Recompute(len(decoder_layers(self._model)))
+        nothing = Recompute(len(self._parts.layers))
         with runtime.autocast():
-            is_loss_chunked = is_chunked(self._model)
+            is_loss_chunked = is_chunked(self._parts.model)
         rows, length, is_packed = optim.micro_batch_size, self._config.data.max_seq_len, self._config.data.packing
         mask = element_size * mask_elements(
-            self._model, rows, length, is_packed=is_packed, is_on_gpu=runtime.device.type == "cuda"
+            self._parts.model, rows, length, is_packed=is_packed, is_on_gpu=runtime.device.type == "cuda"
         )
         activations = activations_of(
             dimensions, num_tokens, num_tokens, nothing, element_size, self._config.adapter,
@@ -90,7 +87,7 @@ class RecomputeBudget:
         self._layer = layer_bytes(dimensions, num_tokens, element_size, self._config.adapter, mask)
         self._agree()
         choice = self._least_recompute(again=self._layer.none)
-        set_recompute(self._model, choice)
+        set_recompute(self._parts.layers, choice)
         self._say(f"recompute: {self._described(choice)} (chosen by memory.recompute: auto)")
 
     def measuring(self) -> ExitStack:
@@ -101,7 +98,7 @@ class RecomputeBudget:
             if self._is_looking:
                 self._meter.restart()
             if self._num_steps == 1:
-                self._survey = stack.enter_context(Survey(self._model))
+                self._survey = stack.enter_context(Survey(self._parts.layers))
         return stack
 
     def after_step(self, batches: Sequence[MicroBatch]) -> None:
@@ -110,7 +107,7 @@ class RecomputeBudget:
             return
         if self._runtime.device.type == "cuda":  # others, and what allocators do not see, may take more by now
             self._allowed = memory_limit(self._config.memory.budget_gib, self._meter, self._runtime)
-        now = recompute_of(self._model)
+        now = recompute_of(self._parts.layers)
         seen = max(batch.input_ids.numel() for batch in batches)
         if self._survey is not None and self._survey.result is not None:
             found, scale = self._survey.result, self._largest_micro_batch / seen
@@ -129,7 +126,7 @@ class RecomputeBudget:
         self._agree()
         choice = self._least_recompute(again)
         if choice != now and (self._num_steps <= 4 or self._layer.kept(now) > self._room):
-            set_recompute(self._model, choice)
+            set_recompute(self._parts.layers, choice)
             if self._layer.kept(choice) < self._layer.kept(now):
                 self._meter.return_freed_memory()
             self._say(
@@ -144,11 +141,11 @@ class RecomputeBudget:
         in a collective by then.
         """
         is_early = self._is_auto and self._num_steps <= 2
-        return is_early and self._runtime.world_size == 1 and recompute_of(self._model) != self._everything
+        return is_early and self._runtime.world_size == 1 and recompute_of(self._parts.layers) != self._everything
 
     def make_room(self) -> None:
         """Have all layers recompute fully, because this step did not fit."""
-        set_recompute(self._model, self._everything)
+        set_recompute(self._parts.layers, self._everything)
         gc.collect()
         if self._runtime.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -160,7 +157,7 @@ class RecomputeBudget:
 
     @property
     def _everything(self) -> Recompute:
-        return fixed_recompute("full", len(decoder_layers(self._model)))
+        return fixed_recompute("full", len(self._parts.layers))
 
     @property
     def _is_looking(self) -> bool:
@@ -185,7 +182,7 @@ class RecomputeBudget:
 
     def _least_recompute(self, again: int) -> Recompute:
         """What fits into the room there is."""
-        num_layers = len(decoder_layers(self._model))
+        num_layers = len(self._parts.layers)
         return self._layer.least_recompute(self._room, num_layers, again, self._selective_frees)
 
     @property
@@ -195,7 +192,7 @@ class RecomputeBudget:
         On the CPU what it frees does not leave the C library's heap: the resident peak is that of keeping everything
         (`benchmarks/recompute.py`). Compiled layers do so already.
         """
-        return self._runtime.device.type != "cpu" and not is_compiled(self._model)
+        return self._runtime.device.type != "cpu" and not is_compiled(self._parts.layers)
 
     def _agree(self) -> None:
         """Take the least room and the largest layer of all ranks, so that they decide alike."""

@@ -18,7 +18,7 @@ class Footprint:
     """Bytes of parameters on one rank."""
 
     base: int
-    """Frozen weights and quantisation constants of this rank's shard."""
+    """Frozen weights and quantization constants of this rank's shard."""
     adapters: int
     """Trainable parameters of this rank's shard, gradients and optimizer state not included."""
     largest_unit: int

@@ -2,12 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from qlora_dist.config.schema import TrainConfig
+from qlora_dist.data.batch import MicroBatch
 from qlora_dist.memory.activations import activations_of
 from qlora_dist.memory.policy import Recompute, fixed_recompute
-from qlora_dist.runtime.memory import GIB
+from qlora_dist.memory.recompute import recompute_of
+from qlora_dist.model.parts import ModelParts
+from qlora_dist.runtime.memory import GIB, total_bytes
+from qlora_dist.runtime.shards import local_bytes, whole_bytes
+
+
+def largest_batch_message(
+    config: TrainConfig, modules: ModelParts, batches: Sequence[MicroBatch], device: torch.device
+) -> str:
+    """The message for a step in which the largest of these micro-batches did not fit."""
+    batch = max(batches, key=lambda batch: batch.input_ids.numel())
+    rows, length = batch.input_ids.shape
+    return out_of_memory_message(
+        config,
+        modules.dimensions,
+        recompute_of(modules.layers),
+        rows=rows,
+        length=length,
+        num_targets=batch.num_targets,
+        is_sharded=local_bytes(modules.model) < whole_bytes(modules.model),
+        device_bytes=total_bytes(device),
+    )
 
 
 def out_of_memory_message(

@@ -16,7 +16,6 @@ from qlora_dist.memory.offload import Offload
 from qlora_dist.memory.policy import Policy, Recompute, fixed_recompute
 from qlora_dist.memory.selective import SelectiveForward, keep_here
 from qlora_dist.model.compile import CompiledForward
-from qlora_dist.model.parts import decoder_layers
 
 
 def apply_recompute(layers: list[nn.Module], memory: MemoryConfig) -> None:
@@ -36,15 +35,15 @@ def apply_recompute(layers: list[nn.Module], memory: MemoryConfig) -> None:
         layer.forward = LayerForward(layer, choice.policy(number), offload)
 
 
-def set_recompute(model: nn.Module, choice: Recompute) -> None:
+def set_recompute(layers: Iterable[nn.Module], choice: Recompute) -> None:
     """Change the policies of a model's layers; what was run already keeps to the old ones."""
-    for number, forward in enumerate(_forwards(model)):
+    for number, forward in enumerate(_forwards(layers)):
         forward.policy = choice.policy(number)
 
 
-def recompute_of(model: nn.Module) -> Recompute:
+def recompute_of(layers: Iterable[nn.Module]) -> Recompute:
     """What the layers do now."""
-    policies = [forward.policy for forward in _forwards(model)]
+    policies = [forward.policy for forward in _forwards(layers)]
     return Recompute(len(policies), policies.count("selective"), policies.count("full"))
 
 
@@ -54,8 +53,8 @@ class Survey:
     It costs no memory where all layers recompute: backward begins with the last one, and would make all of it again.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._forward = list(_forwards(model))[-1]
+    def __init__(self, layers: Iterable[nn.Module]) -> None:
+        self._forward = list(_forwards(layers))[-1]
 
     def __enter__(self) -> Survey:
         self._forward.surveyed = LayerBytes(0, 0, 0)
@@ -68,9 +67,9 @@ class Survey:
         self._forward.surveyed = None
 
 
-def is_compiled(model: nn.Module) -> bool:
+def is_compiled(layers: Iterable[nn.Module]) -> bool:
     """Whether the layers run compiled code, which decides by itself what is quick enough to compute again."""
-    return all(forward.is_compiled for forward in _forwards(model))
+    return all(forward.is_compiled for forward in _forwards(layers))
 
 
 class LayerForward:
@@ -108,8 +107,8 @@ class LayerForward:
         return result
 
 
-def _forwards(model: nn.Module) -> Iterable[LayerForward]:
-    return (layer.forward for layer in decoder_layers(model))
+def _forwards(layers: Iterable[nn.Module]) -> Iterable[LayerForward]:
+    return (layer.forward for layer in layers)
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:

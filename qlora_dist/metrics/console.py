@@ -165,7 +165,7 @@ class Reporter:
     def quantizing(self, total_bytes: int) -> Iterator[Callable[[int], None]]:
         """Progress of `quantize`: a bar on a terminal, else a line every ten seconds."""
         started = time.perf_counter()
-        with self.working("quantising MiB", max(1, total_bytes // 2**20)) as update:
+        with self.working("quantizing MiB", max(1, total_bytes // 2**20)) as update:
 
             def on_bytes(num_bytes: int) -> None:
                 left = (time.perf_counter() - started) * (total_bytes / max(1, num_bytes) - 1)
@@ -173,7 +173,7 @@ class Reporter:
 
             yield on_bytes
         seconds = time.perf_counter() - started
-        self.say(f"quantised {total_bytes / 2**20:,.0f} MiB in {seconds:.1f} s")
+        self.say(f"quantized {total_bytes / 2**20:,.0f} MiB in {seconds:.1f} s")
 
     def step(self, row: StepMetrics, seconds_left: float | None) -> None:
         """One logged optimizer step."""

@@ -50,7 +50,7 @@ class StepMetrics:
     """Largest over ranks: allocated on the GPU, or resident in host memory on CPU, since the start; with
     `memory.recompute: auto`, whose measuring begins there, since the first step."""
     mfu: float | None
-    """Model FLOPs utilisation: the arithmetic that training needs (see `model/flops.py`) per second, over what all
+    """Model FLOPs utilization: the arithmetic that training needs (see `model/flops.py`) per second, over what all
     ranks' devices were measured to multiply at best (`peak.py`)."""
     epoch: float
     num_skipped_steps: int

@@ -1,16 +1,15 @@
-"""LoRA adapters: peft's modules and file format, created on meta and initialised the same on any number of ranks."""
+"""LoRA adapters: peft's modules and file format, created on meta and initialized the same on any number of ranks."""
 
 from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
-from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
@@ -19,6 +18,7 @@ from qlora_dist.config.saved_adapter import ADAPTER_WEIGHTS, BASE_KEEPING_INITS
 from qlora_dist.config.schema import AdapterConfig
 from qlora_dist.errors import CheckpointError, ConfigError
 from qlora_dist.model.dora import DoraVariant
+from qlora_dist.model.parts import adapter_parameters, lora_layers
 from qlora_dist.runtime.shards import keep_local, whole_shape, whole_tensor
 
 
@@ -86,7 +86,7 @@ def wrap_with_saved_adapter(model: PreTrainedModel, adapter_folder: Path) -> Pef
         )
     if peft_config.init_lora_weights not in BASE_KEEPING_INITS:
         raise CheckpointError(
-            f"adapter folder {adapter_folder} was initialised with {peft_config.init_lora_weights!r}, which changes "
+            f"adapter folder {adapter_folder} was initialized with {peft_config.init_lora_weights!r}, which changes "
             "the base model. Save it converted to plain LoRA first."
         )
     targets = peft_config.target_modules or []
@@ -113,7 +113,7 @@ def _wrap(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
 
 @torch.no_grad()
 def load_adapter_weights(model: PeftModel, adapter_folder: Path) -> None:
-    """Fill the adapters of a materialised model from a folder in PEFT format; each rank keeps its part.
+    """Fill the adapters of a materialized model from a folder in PEFT format; each rank keeps its part.
 
     Raises:
         CheckpointError: see :func:`check_adapter_fits`.
@@ -170,16 +170,6 @@ def _adapted(names: Iterable[str]) -> list[str]:
 def _all_adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The adapters' parameters by name, also of a model that is not to be trained."""
     return {name: param for name, param in model.named_parameters() if ".lora_" in name}
-
-
-def lora_layers(model: nn.Module) -> Iterator[LoraLayer]:
-    """All modules of the model that carry an adapter, in forward order."""
-    return (module for module in model.modules() if isinstance(module, LoraLayer))
-
-
-def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The trainable parameters by name, in model order."""
-    return {name: param for name, param in model.named_parameters() if param.requires_grad}
 
 
 def whole_adapter(model: nn.Module, is_wanted: bool = True) -> dict[str, torch.Tensor]:

@@ -3,7 +3,7 @@
 With W the frozen base, s BA the update and m the magnitudes, a layer computes m / ||W + s BA|| * (W + s BA) x, row by
 row (eq. 5), with the lengths taken as constants in backward (section 4.3).
 
-peft's implementation dequantises only weights of bitsandbytes' own class, and obtains BA by sending an identity matrix
+peft's implementation dequantizes only weights of bitsandbytes' own class, and obtains BA by sending an identity matrix
 of in_features x in_features through A and B, since it must not look at parameters that an engine may hold in parts.
 Here the weights are whole whenever an adapted layer runs, so BA is one small product, added to W a few rows at a time.
 """
@@ -45,7 +45,7 @@ class Magnitude(nn.Module):
         """What the rows of W + s BA are multiplied by, (out_features,) float32.
 
         In eval mode without gradients nothing changes between calls, so lengths are computed at the first one only:
-        otherwise each generated token would cost a pass over the whole dequantised model.
+        otherwise each generated token would cost a pass over the whole dequantized model.
         """
         if self.training or torch.is_grad_enabled():
             return self.weight / row_lengths(layer)

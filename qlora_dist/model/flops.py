@@ -7,7 +7,7 @@ heads times their width (two products forward, four backward, 2 w each). The rul
 (https://arxiv.org/abs/2204.02311, appendix B), without the gradients of frozen weights.
 
 What a run computes for its own convenience is not useful work and not counted: recomputed activations, padding,
-dequantisation, the products that a fused attention kernel repeats in backward. Elementwise work is not counted either.
+dequantization, the products that a fused attention kernel repeats in backward. Elementwise work is not counted either.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from qlora_dist.model.parts import base_model
+from qlora_dist.model.parts import ModelParts
 
 
 @dataclass(frozen=True)
@@ -47,20 +47,18 @@ class Flops:
         return self.per_token * num_tokens + self.per_target * num_targets + attention
 
 
-def flops_of(model: nn.Module) -> Flops:
+def flops_of(parts: ModelParts) -> Flops:
     """Count the linear layers of an adapted model, which may be on meta or in shards."""
-    base = base_model(model)
-    head = base.get_output_embeddings()
-    in_head = set() if head is None else set(head.modules())
+    in_head = set() if parts.head is None else set(parts.head.modules())
     per_token = per_target = 0
-    for name, module in base.named_modules():
+    for name, module in parts.base.named_modules():
         if isinstance(module, nn.Linear):
             operations = (6 if ".lora_" in name else 4) * module.in_features * module.out_features
             if module in in_head:
                 per_target += operations
             else:
                 per_token += operations
-    return Flops(per_token, per_target, _attention_of(base.config.get_text_config()))
+    return Flops(per_token, per_target, _attention_of(parts.dimensions))
 
 
 def _attention_of(config: object) -> tuple[tuple[int, int | None], ...]:

@@ -1,12 +1,12 @@
-"""4-bit linear layers whose quantisation constants are parameters, so that they shard with the weight.
+"""4-bit linear layers whose quantization constants are parameters, so that they shard with the weight.
 
 bitsandbytes keeps the constants of a 4-bit weight in a ``QuantState``, a plain Python attribute that every sharding
-engine leaves behind: each GPU then holds all of them, 1.0 GiB for a 70B model with double quantisation and 4.0 GiB
+engine leaves behind: each GPU then holds all of them, 1.0 GiB for a 70B model with double quantization and 4.0 GiB
 without. Here they are frozen parameters, next to the packed weight, and the ``QuantState`` is put together from
 whatever the parameters hold when the layer runs (gathered by then, under sharding).
 
 The numbers are bitsandbytes' own: NF4 and FP4 of QLoRA (https://arxiv.org/abs/2305.14314, section 3), in blocks of 64,
-with the block maxima quantised again to 8 bits in blocks of 256 after their mean is subtracted.
+with the block maxima quantized again to 8 bits in blocks of 256 after their mean is subtracted.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from bitsandbytes import functional as bnb_functional
 from torch import nn
 
 BLOCK_SIZE = 64
-"""Elements that share one quantisation constant."""
+"""Elements that share one quantization constant."""
 NESTED_BLOCK_SIZE = 256
-"""Quantisation constants that share one second-level constant; the only size bitsandbytes' kernels support."""
+"""Quantization constants that share one second-level constant; the only size bitsandbytes' kernels support."""
 
 _CPU_PIECE = 2**18
-"""Elements that the CPU quantises at a time, a multiple of every block size. The kernel makes temporaries of some 24
+"""Elements that the CPU quantizes at a time, a multiple of every block size. The kernel makes temporaries of some 24
 bytes an element, several times the matrix; in pieces they stay in the cache, and it takes half the time."""
 
 
@@ -39,7 +39,7 @@ class QuantFormat:
     block_size: int = BLOCK_SIZE
 
     def num_blocks(self, numel: int) -> int:
-        """Number of quantisation constants of a matrix with `numel` elements."""
+        """Number of quantization constants of a matrix with `numel` elements."""
         return -(-numel // self.block_size)
 
 
@@ -48,9 +48,9 @@ class QuantizedTensors:
     """The tensors that make up one 4-bit matrix (or a contiguous part of one)."""
 
     weight: torch.Tensor  # (ceil(numel / 2), 1) uint8, two elements a byte
-    absmax: torch.Tensor  # (num_blocks,) float32, or uint8 with double quantisation
-    absmax_scale: torch.Tensor | None = None  # (ceil(num_blocks / 256),) float32, double quantisation only
-    absmax_offset: torch.Tensor | None = None  # (1,) float32, double quantisation only
+    absmax: torch.Tensor  # (num_blocks,) float32, or uint8 with double quantization
+    absmax_scale: torch.Tensor | None = None  # (ceil(num_blocks / 256),) float32, double quantization only
+    absmax_offset: torch.Tensor | None = None  # (1,) float32, double quantization only
 
 
 class QuantizedLinear(bnb.nn.Linear4bit):
@@ -94,7 +94,7 @@ class QuantizedLinear(bnb.nn.Linear4bit):
             code=four_bit_code(self.format.quant_type, self.weight.device),
             blocksize=self.format.block_size,
             quant_type=self.format.quant_type,
-            # Backward dequantises in this dtype and forward in the input's: they must be the same one, or the
+            # Backward dequantizes in this dtype and forward in the input's: they must be the same one, or the
             # gradient is not that of the function that was evaluated.
             dtype=self.compute_dtype,
             offset=offset,
@@ -140,7 +140,7 @@ class _FrozenMatmul(torch.autograd.Function):
 
 
 def quantize_blocks(elements: torch.Tensor, fmt: QuantFormat) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantise a flat run of elements that starts on a block border.
+    """Quantize a flat run of elements that starts on a block border.
 
     Args:
         elements: (n,) bfloat16. Weights are cast to bfloat16 first, whatever the checkpoint holds.
@@ -165,7 +165,7 @@ def clear_zero_blocks(packed: torch.Tensor, absmax: torch.Tensor, fmt: QuantForm
     """Give blocks of nothing but zeros the code of zero, as they have it on a CPU; in place.
 
     bitsandbytes' CUDA kernel multiplies by 1 / 0 there, and compares NaN: the code of -1. That is
-    harmless only until the second quantisation: by it, the constant need not come back as zero.
+    harmless only until the second quantization: by it, the constant need not come back as zero.
     """
     size, whole = fmt.block_size // 2, 2 * packed.numel() // fmt.block_size
     is_zero, code = absmax == 0, {"nf4": 0x77, "fp4": 0x00}[fmt.quant_type]
@@ -175,7 +175,7 @@ def clear_zero_blocks(packed: torch.Tensor, absmax: torch.Tensor, fmt: QuantForm
 
 
 def quantize_absmax(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Second quantisation, of all block maxima of one matrix (QLoRA section 3, "double quantization").
+    """Second quantization, of all block maxima of one matrix (QLoRA section 3, "double quantization").
 
     Args:
         absmax: (num_blocks,) float32, the whole matrix's: the mean over all of them is part of the result.
@@ -189,7 +189,7 @@ def quantize_absmax(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, t
 
 
 def quantize_matrix(matrix: torch.Tensor, fmt: QuantFormat) -> QuantizedTensors:
-    """Quantise a whole (out_features, in_features) matrix, byte for byte as ``bnb.functional.quantize_4bit`` does."""
+    """Quantize a whole (out_features, in_features) matrix, byte for byte as ``bnb.functional.quantize_4bit`` does."""
     packed, absmax = quantize_blocks(matrix.to(torch.bfloat16).reshape(-1), fmt)
     if not fmt.double_quant:
         return QuantizedTensors(packed, absmax)
@@ -208,7 +208,7 @@ def four_bit_code(quant_type: str, device: torch.device) -> torch.Tensor:
 
 @torch.compiler.assume_constant_result
 def dynamic_code(device: torch.device) -> torch.Tensor:
-    """The 256 values of a quantised quantisation constant, (256,) float32."""
+    """The 256 values of a quantized quantization constant, (256,) float32."""
     return _dynamic_code(device)
 
 

@@ -1,28 +1,66 @@
-"""The parts of a model: its base, decoder layers and linear layers."""
+"""The parts of a model, found once: its base, decoder layers, embedding, head and adapters."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from torch import nn
-from transformers import (
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 
 from qlora_dist.errors import ModelError
 
 
-def linear_layers(model: PreTrainedModel) -> list[str]:
-    """Names of the linear layers that are kept in 4 bits, as transformers chooses them by default.
+@dataclass(frozen=True)
+class ModelParts:
+    """A model and its parts, once all its modules are in place.
 
-    All but the output head, and what the architecture wants in float32 (some routers and gates).
+    Modules are looked for once. Parameters are asked for anew each time, because sharding and loading replace them.
     """
-    head = model.get_output_embeddings()
-    kept = set(getattr(model, "_keep_in_fp32_modules", None) or ())
-    return [
-        name
-        for name, module in model.named_modules()
-        if type(module) is nn.Linear and module is not head and not kept & set(name.split("."))
-    ]
+
+    model: PeftModel
+    """What is called in a step."""
+
+    @cached_property
+    def base(self) -> PreTrainedModel:
+        """The transformers model, without what peft wrapped around it."""
+        return base_model(self.model)
+
+    @cached_property
+    def dimensions(self) -> Any:
+        """The text part of the model's configuration."""
+        return self.base.config.get_text_config()
+
+    @cached_property
+    def layers(self) -> list[nn.Module]:
+        """The decoder layers in forward order, see :func:`decoder_layers`."""
+        return decoder_layers(self.base)
+
+    @cached_property
+    def embedding(self) -> nn.Module:
+        """Token embedding."""
+        return self.base.get_input_embeddings()
+
+    @cached_property
+    def head(self) -> nn.Module | None:
+        """Output head."""
+        return self.base.get_output_embeddings()
+
+    @property
+    def adapters(self) -> dict[str, nn.Parameter]:
+        """The trainable parameters by name, in model order."""
+        return adapter_parameters(self.model)
+
+    @cached_property
+    def gathered_units(self) -> list[nn.Module]:
+        """The modules that a sharded model gathers one at a time; what is in none of them forms the last unit."""
+        assert self.head is not None, "models without an output head are refused"
+        is_tied = self.embedding.weight is self.head.weight
+        return [*self.layers, *([] if is_tied else [self.embedding, self.head])]
 
 
 def base_model(model: nn.Module) -> PreTrainedModel:
@@ -45,3 +83,27 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     if not blocks:
         raise ModelError(f"{type(base).__name__} has no list of decoder layers, so it cannot be trained here.")
     return blocks
+
+
+def linear_layers(base: PreTrainedModel) -> list[str]:
+    """Names of the linear layers that are kept in 4 bits, as transformers chooses them by default.
+
+    All but the output head, and what the architecture wants in float32 (some routers and gates).
+    """
+    head = base.get_output_embeddings()
+    kept = set(getattr(base, "_keep_in_fp32_modules", None) or ())
+    return [
+        name
+        for name, module in base.named_modules()
+        if type(module) is nn.Linear and module is not head and not kept & set(name.split("."))
+    ]
+
+
+def lora_layers(module: nn.Module) -> Iterator[LoraLayer]:
+    """All modules below `module` that carry an adapter, in forward order."""
+    return (child for child in module.modules() if isinstance(child, LoraLayer))
+
+
+def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The trainable parameters by name, in model order."""
+    return {name: param for name, param in model.named_parameters() if param.requires_grad}

@@ -1,4 +1,4 @@
-"""What a device multiplies at best: what model FLOPs utilisation (MFU) is measured against."""
+"""What a device multiplies at best: what model FLOPs utilization (MFU) is measured against."""
 
 from __future__ import annotations
 

@@ -20,7 +20,6 @@ from qlora_dist.model.attention import attention_arguments
 from qlora_dist.model.cpu.attention import use_cpu_attention
 from qlora_dist.model.nf4 import QuantFormat, QuantizedLinear
 from qlora_dist.model.parts import decoder_layers, linear_layers
-from qlora_dist.weights.prequantized import _stored_formats
 
 DTYPES = {
     "auto": torch.bfloat16,  # of a description that nobody computes with: 16 bits, whichever type is taken later
@@ -31,20 +30,26 @@ DTYPES = {
 """By `model.dtype`."""
 
 
-def build_skeleton(folder: Path, config: ModelConfig) -> PreTrainedModel:
+def build_skeleton(
+    folder: Path, config: ModelConfig, stored_formats: Mapping[str, QuantFormat] | None = None
+) -> PreTrainedModel:
     """Build the causal language model of `folder` with its parameters on meta and its linear layers in 4 bits.
 
     Buffers (rotary frequencies and the like) are computed for real, since no checkpoint holds them.
 
+    Args:
+        stored_formats: of the layers that the folder holds in 4 bits, by name; None for a 16-bit model, whose linear
+            layers get the format of `config`.
+
     Raises:
-        ModelError: the architecture is unknown, has no linear layers in its decoder layers, or is stored in a
-            quantised form that cannot be trained.
-        ConfigError: the folder holds 4-bit weights of another kind than `config` asks for, or the attention that it
-            asks for would not compute what the model's does.
+        ModelError: the architecture is unknown, or :func:`check_supported` refuses it.
+        ConfigError: the attention that `config` asks for would not compute what the model's does.
     """
     try:
         model_config = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
-        formats = _stored_formats(folder, model_config, config)
+        if stored_formats is not None:
+            # The model is built like any other: the layers will know what they are, and nothing asks the config.
+            del model_config.quantization_config
         attention = attention_arguments(config, model_config)
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(
@@ -57,6 +62,22 @@ def build_skeleton(folder: Path, config: ModelConfig) -> PreTrainedModel:
         use_cpu_attention(model)
     model.tie_weights()  # each parameter was put on meta by itself
     model.requires_grad_(False)
+    check_supported(model, folder)
+    formats = stored_formats
+    if formats is None and config.quantization != "none":
+        fmt = QuantFormat(config.quantization, config.double_quant)
+        formats = dict.fromkeys(linear_layers(model), fmt)
+    if formats:
+        quantize_skeleton(model, formats, DTYPES[config.dtype])
+    return model
+
+
+def check_supported(model: PreTrainedModel, folder: Path) -> None:
+    """Refuse a model whose decoder layers cannot be kept in 4 bits with adapters.
+
+    Raises:
+        ModelError: they have fused experts or convolutions, or no linear layers.
+    """
     layers = decoder_layers(model)
     fused = [name for layer in layers for name, param in layer.named_parameters() if param.ndim > 2]
     if fused:
@@ -69,15 +90,9 @@ def build_skeleton(folder: Path, config: ModelConfig) -> PreTrainedModel:
         kinds = sorted({type(module).__name__ for layer in layers for module in layer.modules()})
         raise ModelError(
             f"model.path {folder}: {type(model).__name__} has no nn.Linear in its decoder layers "
-            f"(it uses {', '.join(kinds[:6])}), so there is nothing to quantise and nowhere to put adapters. "
+            f"(it uses {', '.join(kinds[:6])}), so there is nothing to quantize and nowhere to put adapters. "
             "Use a model with nn.Linear projections, such as Llama, Mistral, Qwen, Gemma or Phi."
         )
-    if formats is None and config.quantization != "none":
-        fmt = QuantFormat(config.quantization, config.double_quant)
-        formats = dict.fromkeys(linear_layers(model), fmt)
-    if formats:
-        quantize_skeleton(model, formats, DTYPES[config.dtype])
-    return model
 
 
 def quantize_skeleton(model: PreTrainedModel, formats: Mapping[str, QuantFormat], dtype: torch.dtype) -> None:

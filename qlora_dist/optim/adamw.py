@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -118,22 +120,40 @@ def parameter_groups(params: Mapping[str, nn.Parameter], config: OptimConfig) ->
     return groups
 
 
+@dataclass(frozen=True)
+class OptimizerKind:
+    """What the rest of the program knows of an optimizer."""
+
+    make: Callable[..., torch.optim.Optimizer]
+    """Called with parameter groups and AdamW's settings by name."""
+    state_bytes: int
+    """Per trained parameter."""
+    is_paged: bool = False
+    """Its state can be evicted from a GPU to host memory."""
+
+
+def _bitsandbytes(name: str) -> Callable[..., torch.optim.Optimizer]:
+    """A class of bitsandbytes, which is imported when it is used."""
+
+    def make(groups: list[dict[str, Any]], **settings: Any) -> torch.optim.Optimizer:
+        from bitsandbytes import optim
+
+        return getattr(optim, name)(groups, **settings)
+
+    return make
+
+
+OPTIMIZERS = {
+    "adamw": OptimizerKind(partial(torch.optim.AdamW, fused=True), 8),
+    "adamw_8bit": OptimizerKind(_bitsandbytes("AdamW8bit"), 2),
+    "paged_adamw_8bit": OptimizerKind(_bitsandbytes("PagedAdamW8bit"), 2, is_paged=True),
+    "paged_adamw_32bit": OptimizerKind(_bitsandbytes("PagedAdamW32bit"), 8, is_paged=True),
+}
+"""By `optim.optimizer`."""
+
+
 def build_optimizer(groups_of_params: list[list[nn.Parameter]], config: OptimConfig) -> Any:
     """The optimizer that `optim.optimizer` names, with one parameter group per list."""
-    settings: dict[str, Any] = {
-        "lr": config.lr,
-        "betas": ADAM_BETAS,
-        "eps": ADAM_EPS,
-        "weight_decay": config.weight_decay,
-    }
     groups = [{"params": params} for params in groups_of_params]
-    if config.optimizer == "adamw":
-        return torch.optim.AdamW(groups, fused=True, **settings)
-    from bitsandbytes import optim as bnb_optim
-
-    classes = {
-        "adamw_8bit": bnb_optim.AdamW8bit,
-        "paged_adamw_8bit": bnb_optim.PagedAdamW8bit,
-        "paged_adamw_32bit": bnb_optim.PagedAdamW32bit,
-    }
-    return classes[config.optimizer](groups, **settings)
+    make = OPTIMIZERS[config.optimizer].make
+    return make(groups, lr=config.lr, betas=ADAM_BETAS, eps=ADAM_EPS, weight_decay=config.weight_decay)

@@ -4,7 +4,7 @@ A moment is saved whole, so that it can be cut anew for another number of ranks 
 as float32, or as block-wise 8-bit state (https://arxiv.org/abs/2110.02861) has it, with the code of
 each element, the constant of each block of 256, and where the blocks begin. From these follows the
 float32 value of every element. Where blocks fall as they did the very same bytes are put back;
-elsewhere the values are quantised again. The tensors:
+elsewhere the values are quantized again. The tensors:
 
     PARAMETER.exp_avg           (numel,) float32
     PARAMETER.exp_avg_code      (numel,) uint8, places in the code book
@@ -33,7 +33,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 _CODE, _ABSMAX, _BOOK, _STARTS = "_code", "_absmax", "_code_book", "block_start"
 _BLOCK_SIZE = 256  # of bitsandbytes' 8-bit optimizers
 _CHUNK = 2**16 * _BLOCK_SIZE
-"""Elements that are quantised at a time."""
+"""Elements that are quantized at a time."""
 
 
 @dataclass(frozen=True)

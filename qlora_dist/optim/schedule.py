@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from qlora_dist.config.schema import OptimConfig
 from qlora_dist.errors import ConfigError
+
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "linear": lambda progress: 1 - progress,
+    "cosine": lambda progress: (1 + math.cos(math.pi * progress)) / 2,
+    "constant": lambda progress: 1.0,
+}
+"""By `optim.schedule`: share of `optim.lr` after warm-up, as a function of the share of steps done since."""
 
 
 def lr_at(step: int, num_steps: int, config: OptimConfig) -> float:
@@ -18,11 +26,7 @@ def lr_at(step: int, num_steps: int, config: OptimConfig) -> float:
     if step <= warmup:
         return config.lr * step / (warmup + 1)
     progress = (step - 1 - warmup) / max(1, num_steps - warmup)  # 0 at the first full-rate step, below 1 at the last
-    if config.schedule == "linear":
-        return config.lr * (1 - progress)
-    if config.schedule == "cosine":
-        return config.lr * (1 + math.cos(math.pi * progress)) / 2
-    return config.lr
+    return config.lr * SCHEDULES[config.schedule](progress)
 
 
 def warmup_steps(num_steps: int, config: OptimConfig) -> int:

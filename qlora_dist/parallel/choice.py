@@ -1,27 +1,39 @@
-"""How processes share the model and the work: the only module that knows a backend by name."""
+"""Choice of the backend, by its name: from the configuration, and from what a launcher was told."""
 
 from __future__ import annotations
 
 import os
 from importlib.util import find_spec
-from typing import Literal
-
-from torch import nn
-from torch.distributed.fsdp import FSDPModule
 
 from qlora_dist.config.rules import check_backend_reads
-from qlora_dist.config.schema import OptimConfig, TrainConfig
+from qlora_dist.config.schema import BackendName, TrainConfig
 from qlora_dist.errors import LaunchError
-from qlora_dist.parallel.deepspeed_config import Settings, launcher_file, launcher_stage, zero_settings
-from qlora_dist.parallel.engine import Engine, ReplicatedEngine
-from qlora_dist.parallel.fsdp import ShardedEngine
-from qlora_dist.parallel.zero import ZeroEngine
+from qlora_dist.parallel.backend import Backend
+from qlora_dist.parallel.deepspeed_config import launcher_stage
+from qlora_dist.parallel.fsdp import Fsdp
+from qlora_dist.parallel.replicated import Replicated
+from qlora_dist.parallel.zero import Zero
 from qlora_dist.runtime.processes import Runtime, launched_world_size
 
-Backend = Literal["single", "ddp", "fsdp", "zero2", "zero3"]
+BACKENDS: dict[BackendName, type[Backend]] = {
+    "single": Replicated,
+    "ddp": Replicated,
+    "fsdp": Fsdp,
+    "zero2": Zero,
+    "zero3": Zero,
+}
 
 
-def choose_backend(config: TrainConfig) -> Backend:
+def make_backend(name: BackendName, config: TrainConfig, runtime: Runtime) -> Backend:
+    """The backend of this run, once its processes are known.
+
+    Raises:
+        ConfigError, LaunchError: the settings, the processes and the backend do not fit together.
+    """
+    return BACKENDS[name](name, config, runtime)
+
+
+def choose_backend(config: TrainConfig) -> BackendName:
     """The backend of this run, from the config and from what the launcher started; needs no process group.
 
     Raises:
@@ -29,12 +41,13 @@ def choose_backend(config: TrainConfig) -> Backend:
         ConfigError: the launcher's DeepSpeed file cannot be read, or a setting is none of the backend's.
     """
     backend = _asked_backend(config)
-    if backend in ("zero2", "zero3") and find_spec("deepspeed") is None:
+    package = BACKENDS[backend].needs
+    if package is not None and find_spec(package.lower()) is None:
         raise LaunchError(
-            f"the backend is {backend}, which needs DeepSpeed, and that is not installed. "
-            "Run: pip install 'qlora-dist[deepspeed]', or set parallel.backend: fsdp."
+            f"the backend is {backend}, which needs {package}, and that is not installed. "
+            f"Run: pip install 'qlora-dist[{package.lower()}]', or set parallel.backend: fsdp."
         )
-    if config.parallel.deepspeed_config is not None and backend not in ("zero2", "zero3"):
+    if config.parallel.deepspeed_config is not None and BACKENDS[backend] is not Zero:
         raise LaunchError(
             f"parallel.deepspeed_config is {config.parallel.deepspeed_config}, but the backend is {backend}, which "
             "does not read it. Remove it, or set parallel.backend: zero2 or zero3."
@@ -43,7 +56,7 @@ def choose_backend(config: TrainConfig) -> Backend:
     return backend
 
 
-def _asked_backend(config: TrainConfig) -> Backend:
+def _asked_backend(config: TrainConfig) -> BackendName:
     asked, world_size = config.parallel.backend, launched_world_size()
     launcher = _launcher_backend()
     if launcher is not None and asked not in ("auto", launcher):
@@ -63,7 +76,7 @@ def _asked_backend(config: TrainConfig) -> Backend:
     return launcher or ("fsdp" if world_size > 1 else "single")
 
 
-def _launcher_backend() -> Backend | None:
+def _launcher_backend() -> BackendName | None:
     """What the launcher was told to use, if anything: Accelerate hands its choice over in the environment."""
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         stage = launcher_stage()
@@ -74,29 +87,3 @@ def _launcher_backend() -> Backend | None:
             )
         return "zero2" if stage == "2" else "zero3"
     return "fsdp" if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" else None
-
-
-def engine_settings(config: TrainConfig, backend: Backend) -> Settings | None:
-    """What the backend's library is configured with; None for backends that are written here.
-
-    Raises:
-        ConfigError: `parallel.deepspeed_config` cannot be read, or contradicts the run's settings.
-        LaunchError: the launcher was given another such file.
-    """
-    if backend not in ("zero2", "zero3"):
-        return None
-    mine, launchers = config.parallel.deepspeed_config, launcher_file()
-    if None not in (mine, launchers) and mine != launchers:
-        raise LaunchError(
-            f"parallel.deepspeed_config is {mine}, but the launcher was given {launchers}. Keep one of them."
-        )
-    return zero_settings(config, 2 if backend == "zero2" else 3, launched_world_size(), mine or launchers)
-
-
-def build_engine(model: nn.Module, config: OptimConfig, runtime: Runtime, settings: Settings | None = None) -> Engine:
-    """The engine for a loaded model; builds the optimizer, so the adapters must have their initial values."""
-    if settings is not None:
-        return ZeroEngine(model, config, settings, runtime)
-    if isinstance(model, FSDPModule):
-        return ShardedEngine(model, config, runtime)
-    return ReplicatedEngine(model, config, runtime)

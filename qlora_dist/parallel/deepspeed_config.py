@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from qlora_dist.config.schema import TrainConfig
-from qlora_dist.errors import ConfigError
-from qlora_dist.model.parts import decoder_layers
+from qlora_dist.errors import ConfigError, LaunchError
+from qlora_dist.model.parts import ModelParts
 from qlora_dist.optim.adamw import ADAM_BETAS, ADAM_EPS
 from qlora_dist.runtime.shards import whole_shape
 
@@ -22,6 +21,21 @@ Settings = dict[str, Any]
 
 _MAX_BUCKET = 50_000_000
 """Elements of DeepSpeed's gradient bucket, which it allocates in full; its own default takes 2 GB."""
+
+
+def run_settings(config: TrainConfig, stage: int, world_size: int) -> Settings:
+    """The DeepSpeed configuration of a run, with the file of its own configuration or of the launcher, if any.
+
+    Raises:
+        ConfigError: `parallel.deepspeed_config` cannot be read, or contradicts the run's settings.
+        LaunchError: the launcher was given another such file.
+    """
+    mine, launchers = config.parallel.deepspeed_config, launcher_file()
+    if None not in (mine, launchers) and mine != launchers:
+        raise LaunchError(
+            f"parallel.deepspeed_config is {mine}, but the launcher was given {launchers}. Keep one of them."
+        )
+    return zero_settings(config, stage, world_size, mine or launchers)
 
 
 def zero_settings(config: TrainConfig, stage: int, world_size: int, json_file: str | None) -> Settings:
@@ -149,7 +163,7 @@ def _decided_here(config: TrainConfig, stage: int, world_size: int) -> dict[str,
         "optimizer.params.weight_decay": (optim.weight_decay, f"optim.weight_decay is {optim.weight_decay:g}"),
         "optimizer.params.betas": (list(ADAM_BETAS), f"this program's betas are {list(ADAM_BETAS)}"),
         "optimizer.params.eps": (ADAM_EPS, f"this program's eps is {ADAM_EPS:g}"),
-        "scheduler.type": (schedules[optim.schedule], f"optim.schedule is {optim.schedule}"),
+        "scheduler.type": (schedules.get(optim.schedule), f"optim.schedule is {optim.schedule}"),
         "fp16.enabled": (config.model.dtype == "float16", dtype),
         "bf16.enabled": (config.model.dtype == "bfloat16", dtype),
         "zero_optimization.stage": (stage, f"the backend is zero{stage}"),
@@ -181,14 +195,14 @@ def _leaves(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
             yield name, value
 
 
-def sized_settings(settings: Settings, model: nn.Module, adapters: Mapping[str, nn.Parameter]) -> Settings:
+def sized_settings(settings: Settings, parts: ModelParts) -> Settings:
     """The settings with those of DeepSpeed's buffers that the user left open fitted to the model.
 
     Its defaults are made for training all of a large model: with them nothing that is gathered would be let go of
     before a billion elements have come together.
     """
-    num_adapter_elements = sum(whole_shape(param).numel() for param in adapters.values())
-    layer = max(sum(whole_shape(p).numel() for p in layer.parameters()) for layer in decoder_layers(model))
+    num_adapter_elements = sum(whole_shape(param).numel() for param in parts.adapters.values())
+    layer = max(sum(whole_shape(p).numel() for p in layer.parameters()) for layer in parts.layers)
     defaults = {"reduce_bucket_size": min(num_adapter_elements, _MAX_BUCKET)}
     if settings["zero_optimization"]["stage"] == 3:
         defaults |= {

@@ -1,4 +1,4 @@
-"""One backward and one update: what the loop asks of a backend, and the engine of unsharded parameters."""
+"""Engine: one micro-batch's backward and one update, and what the engines written here share."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from typing import Protocol
 
 import torch
-from torch import nn
 
 from qlora_dist.config.schema import OptimConfig
-from qlora_dist.model.adapters import adapter_parameters, whole_adapter
+from qlora_dist.model.adapters import whole_adapter
+from qlora_dist.model.parts import ModelParts
 from qlora_dist.optim.adamw import FlatAdamW
 from qlora_dist.runtime.processes import Runtime
 from qlora_dist.runtime.shards import whole_shape
@@ -52,10 +52,10 @@ class FlatEngine(ABC):
     can_drop_gradients = False
     loss_scale = 1.0
 
-    def __init__(self, model: nn.Module, config: OptimConfig, runtime: Runtime) -> None:
-        self._model = model
+    def __init__(self, parts: ModelParts, config: OptimConfig, runtime: Runtime) -> None:
+        self._parts = parts
         self._runtime = runtime
-        self._optimizer = FlatAdamW(adapter_parameters(model), config)
+        self._optimizer = FlatAdamW(parts.adapters, config)
 
     def update(self, lr: float, max_grad_norm: float | None) -> torch.Tensor:
         self._optimizer.collect_gradients()
@@ -77,28 +77,14 @@ class FlatEngine(ABC):
         """Norm of the whole gradient, float64; sums it over ranks first where they hold copies."""
 
     def whole_adapter(self) -> dict[str, torch.Tensor]:
-        return whole_adapter(self._model, self._runtime.is_main)
+        return whole_adapter(self._parts.model, self._runtime.is_main)
 
     def optimizer_state(self) -> dict[str, torch.Tensor]:
-        sizes = {name: whole_shape(param).numel() for name, param in adapter_parameters(self._model).items()}
+        sizes = {name: whole_shape(param).numel() for name, param in self._parts.adapters.items()}
         return self._optimizer.moments(self._runtime.device).gather(sizes)
 
     def load_optimizer_state(self, saved: Mapping[str, torch.Tensor], num_updates: int) -> None:
         self._optimizer.moments(self._runtime.device).scatter(saved, num_updates)
-
-
-class ReplicatedEngine(FlatEngine):
-    """Every rank holds the whole model; adapter gradients are summed in one flat all-reduce per optimizer step."""
-
-    can_drop_gradients = True
-
-    def backward(self, loss: torch.Tensor, is_last_micro_batch: bool) -> None:
-        (loss * self.loss_scale).backward()
-
-    def _global_norm(self, gradients: list[torch.Tensor]) -> torch.Tensor:
-        for gradient in gradients:
-            self._runtime.sum_over_ranks(gradient)
-        return squared_norm(gradients).sqrt()
 
 
 _CPU_PIECE = 2**17

@@ -1,41 +1,114 @@
-"""FSDP2: cut the model, gather its layers, take a step."""
+"""FSDP2: the base cut by rows, gathered layer by layer, and a step with sharded adapters."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from packaging.version import Version
-from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from torch import distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 
-from qlora_dist.config.schema import OptimConfig, ParallelConfig
+from qlora_dist.config.schema import BackendName, OptimConfig, TrainConfig
 from qlora_dist.errors import LaunchError
 from qlora_dist.memory.footprint import parameters_outside
-from qlora_dist.model.adapters import adapter_parameters
 from qlora_dist.model.cpu.overlap import overlap_on_cpu
-from qlora_dist.model.parts import base_model, decoder_layers
-from qlora_dist.parallel.choice import Backend
-from qlora_dist.parallel.deepspeed_config import Settings
-from qlora_dist.parallel.engine import FlatEngine, squared_norm
-from qlora_dist.parallel.zero import partition_skeleton
+from qlora_dist.model.parts import ModelParts, lora_layers
+from qlora_dist.parallel.backend import Backend
+from qlora_dist.parallel.engine import Engine, FlatEngine, squared_norm
 from qlora_dist.runtime.processes import Runtime
 from qlora_dist.runtime.shards import shard_group
+
+
+class Fsdp(Backend):
+    """Base and adapters are cut by rows, layer by layer (FSDP2), and gathered a layer at a time."""
+
+    def __init__(self, name: BackendName, config: TrainConfig, runtime: Runtime) -> None:
+        super().__init__(name, config, runtime)
+        if runtime.world_size % config.parallel.replicas:
+            raise LaunchError(
+                f"parallel.replicas is {config.parallel.replicas}, but {runtime.world_size} processes cannot be "
+                "divided into that many groups of equal size. Use a divisor of the number of processes."
+            )
+
+    @property
+    def num_shards(self) -> int:
+        return self.runtime.world_size // self.config.parallel.replicas
+
+    def cut(self, parts: ModelParts) -> None:
+        """Cut a meta-device model into this rank's shards.
+
+        Units that are gathered at once: each decoder layer, the embedding, the head, and the final norm (with a tied
+        embedding, which both ends of the model need). This last one is whole from a micro-batch's first layer to its
+        end; it stays so for the next ones, unless it is trained.
+        """
+        model: Any = parts.model
+        self.runtime.ensure_group()
+        is_offloaded, is_on_gpu = self.config.parallel.cpu_offload, self.runtime.device.type == "cuda"
+        offload = CPUOffloadPolicy(pin_memory=is_on_gpu) if is_offloaded else OffloadPolicy()
+        # No mixed-precision policy: it would cast the float32 quantization constants to bfloat16 on the way.
+        # The base is frozen in its storage type already, and autocast casts the adapters.
+        shard = partial(fully_shard, mesh=self._mesh(), offload_policy=offload)
+        with _integer_parameters_allowed():
+            for unit in parts.gathered_units:
+                # The head's backward follows its forward at once: gathering it twice would be for nothing.
+                shard(unit, reshard_after_forward=unit is not parts.head)
+            shard(model)
+        if isinstance(parts.embedding, FSDPModule):
+            # Backward needs nothing of it, but FSDP2 would fetch it ahead at the end of each: 2.1 GB for a 70B model.
+            parts.embedding.set_unshard_in_backward(False)
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                # Losses are divided by the global token count before backward: gradients are summed, not averaged.
+                module.set_gradient_divide_factor(1.0)
+                module.set_force_sum_reduction_for_comms(True)
+        if not any(param.requires_grad for param in parameters_outside(parts.gathered_units, model)):
+            model.set_reshard_after_backward(False, recurse=False)
+
+    def engine(self, parts: ModelParts) -> Engine:
+        return ShardedEngine(parts, self.config.optim, self.runtime)
+
+    def gathered(self, parts: ModelParts) -> Iterator[tuple[str, torch.Tensor]]:
+        units = [(name, module) for name, module in parts.model.named_modules() if isinstance(module, FSDPModule)]
+        for prefix, unit in units:
+            others = tuple(f"{other}." for other, _ in units if other != prefix and other.startswith(prefix))
+            unit.unshard()
+            for name, param in unit.named_parameters(prefix=prefix):
+                if not param.requires_grad and not name.startswith(others):
+                    yield name, param
+            unit.reshard()
+
+    def whole_layers(self, parts: ModelParts) -> Iterator[LoraLayer]:
+        units = [module for module in parts.model.modules() if isinstance(module, FSDPModule)]
+        unit_of = {layer: unit for unit in units for layer in lora_layers(unit)}  # inner units come after outer ones
+        for unit in dict.fromkeys(unit_of.values()):
+            unit.unshard()
+            yield from (layer for layer, its_unit in unit_of.items() if its_unit is unit)
+            unit.reshard()
+
+    def _mesh(self) -> DeviceMesh:
+        """One dimension to shard over; before it one of copies, when there are several."""
+        device, replicas = self.runtime.device.type, self.config.parallel.replicas
+        if replicas == 1:
+            return init_device_mesh(device, (self.num_shards,))
+        return init_device_mesh(device, (replicas, self.num_shards), mesh_dim_names=("replicate", "shard"))
 
 
 class ShardedEngine(FlatEngine):
     """Base and adapters are sharded layer by layer (FSDP2); gradients are reduced to their shards at the last
     micro-batch of a step."""
 
-    def __init__(self, model: FSDPModule, config: OptimConfig, runtime: Runtime) -> None:
-        super().__init__(model, config, runtime)
-        self._group = shard_group(next(iter(adapter_parameters(model).values())))
-        self._reductions = overlap_on_cpu(model) if runtime.device.type == "cpu" else None
+    def __init__(self, parts: ModelParts, config: OptimConfig, runtime: Runtime) -> None:
+        super().__init__(parts, config, runtime)
+        self._model: Any = parts.model
+        self._group = shard_group(next(iter(parts.adapters.values())))
+        self._reductions = overlap_on_cpu(parts) if runtime.device.type == "cpu" else None
 
     def backward(self, loss: torch.Tensor, is_last_micro_batch: bool) -> None:
         self._model.set_requires_gradient_sync(is_last_micro_batch)
@@ -49,89 +122,6 @@ class ShardedEngine(FlatEngine):
         squared = squared_norm(gradients).to(self._runtime.device)
         dist.all_reduce(squared, group=self._group)
         return squared.sqrt()
-
-
-def shard_skeleton(
-    model: PeftModel, backend: Backend, config: ParallelConfig, runtime: Runtime, settings: Settings | None = None
-) -> torch.device:
-    """Cut a meta-device model into this rank's shards, if the backend does; returns where its parameters will live.
-
-    Units that are gathered at once: each decoder layer, the embedding, the head, and the final norm (with a tied
-    embedding, which both ends of the model need). This last one is whole from a micro-batch's first layer to its end;
-    it stays so for the next ones, unless it is trained.
-
-    Args:
-        settings: what :func:`engine_settings` returned for this backend.
-
-    Raises:
-        LaunchError: the number of processes is no multiple of `parallel.replicas`.
-    """
-    if backend in ("single", "ddp"):
-        return runtime.device
-    if not dist.is_initialized():  # one process: sharding still needs a group, of itself
-        communicator = "cpu:gloo,cuda:nccl" if runtime.device.type == "cuda" else "gloo"
-        dist.init_process_group(communicator, store=dist.HashStore(), rank=0, world_size=1)
-    if backend == "zero3":
-        assert settings is not None
-        partition_skeleton(model, settings, runtime)
-    if backend != "fsdp":
-        return runtime.device
-    offload = CPUOffloadPolicy(pin_memory=runtime.device.type == "cuda") if config.cpu_offload else OffloadPolicy()
-    # No mixed-precision policy: it would cast the float32 quantisation constants to bfloat16 on the way.
-    # The base is frozen in its storage type already, and autocast casts the adapters.
-    shard = partial(fully_shard, mesh=_device_mesh(config, runtime), offload_policy=offload)
-    head = base_model(model).get_output_embeddings()
-    units = gathered_units(model)
-    with _integer_parameters_allowed():
-        for unit in units:
-            # The head's backward follows its forward at once: gathering it twice would be for nothing.
-            shard(unit, reshard_after_forward=unit is not head)
-        shard(model)
-    embedding = base_model(model).get_input_embeddings()
-    if isinstance(embedding, FSDPModule):
-        # Backward needs nothing of it, but FSDP2 would fetch it ahead at the end of each: 2.1 GB for a 70B model.
-        embedding.set_unshard_in_backward(False)
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            # Losses are divided by the global token count before backward, so gradients are summed, not averaged.
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)
-    if not any(param.requires_grad for param in parameters_outside(units, model)):
-        model.set_reshard_after_backward(False, recurse=False)
-    return torch.device("cpu") if config.cpu_offload else runtime.device
-
-
-def gathered_units(model: PeftModel) -> list[nn.Module]:
-    """The modules that a sharded model gathers one at a time; what is in none of them forms the last unit."""
-    base = base_model(model)
-    embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
-    ends = [] if embedding.weight is head.weight else [embedding, head]
-    return [*decoder_layers(model), *ends]
-
-
-def _num_shards(backend: Backend, config: ParallelConfig, runtime: Runtime) -> int:
-    """Number of parts that the base is cut into.
-
-    Raises:
-        LaunchError: the processes do not form `parallel.replicas` equal groups.
-    """
-    if backend == "fsdp":
-        if runtime.world_size % config.replicas:
-            raise LaunchError(
-                f"parallel.replicas is {config.replicas}, but {runtime.world_size} processes cannot be divided into "
-                "that many groups of equal size. Use a divisor of the number of processes."
-            )
-        return runtime.world_size // config.replicas
-    return runtime.world_size if backend == "zero3" else 1
-
-
-def _device_mesh(config: ParallelConfig, runtime: Runtime) -> DeviceMesh:
-    """One dimension to shard over; before it one of copies, when there are several."""
-    num_shards = _num_shards("fsdp", config, runtime)
-    if config.replicas == 1:
-        return init_device_mesh(runtime.device.type, (num_shards,))
-    shape = (config.replicas, num_shards)
-    return init_device_mesh(runtime.device.type, shape, mesh_dim_names=("replicate", "shard"))
 
 
 @contextmanager

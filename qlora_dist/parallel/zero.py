@@ -1,11 +1,11 @@
-"""ZeRO-2 and ZeRO-3 through DeepSpeed's engine: how its settings are made, the model cut up, and a step taken.
+"""ZeRO-2 and ZeRO-3 through DeepSpeed's engine: the model cut up, and a step taken.
 
 ``deepspeed.initialize`` is called directly, with Accelerate's processes underneath. Accelerate's own wrapper of the
 engine takes the optimizer step inside ``backward``, before the step's learning rate is known, and divides the loss by
 the number of micro-batches, which this program has done already, by tokens.
 
 DeepSpeed runs in its float32 mode, whatever `model.dtype` is: its bfloat16 mode would cast the master adapters and the
-float32 quantisation constants. Autocast decides the compute type here, as with every other engine.
+float32 quantization constants. Autocast decides the compute type here, as with every other engine.
 """
 
 from __future__ import annotations
@@ -17,32 +17,67 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from torch import distributed as dist
 from torch import nn
 
-from qlora_dist.config.schema import OptimConfig
-from qlora_dist.model.adapters import adapter_parameters, lora_layers, whole_adapter
+from qlora_dist.config.schema import BackendName, OptimConfig, TrainConfig
+from qlora_dist.model.adapters import whole_adapter
 from qlora_dist.model.lora_linear import FusedLinear
-from qlora_dist.model.parts import decoder_layers
+from qlora_dist.model.parts import ModelParts, lora_layers
 from qlora_dist.optim.adamw import build_optimizer, parameter_groups
 from qlora_dist.optim.moments import Moments, Piece
-from qlora_dist.parallel.deepspeed_config import Settings, sized_settings
+from qlora_dist.parallel.backend import Backend
+from qlora_dist.parallel.deepspeed_config import Settings, run_settings, sized_settings
+from qlora_dist.parallel.engine import Engine
 from qlora_dist.runtime.processes import Runtime
-from qlora_dist.runtime.shards import local_range, whole_shape
+from qlora_dist.runtime.shards import local_range, whole_shape, whole_tensor
 
 
-def partition_skeleton(model: PeftModel, settings: Settings, runtime: Runtime) -> None:
+class Zero(Backend):
+    """DeepSpeed's ZeRO: gradients and optimizer state sharded, and with stage 3 every parameter."""
+
+    needs = "DeepSpeed"
+
+    def __init__(self, name: BackendName, config: TrainConfig, runtime: Runtime) -> None:
+        super().__init__(name, config, runtime)
+        self._stage = int(name.removeprefix("zero"))
+        self.settings = run_settings(config, self._stage, runtime.world_size)
+
+    @property
+    def num_shards(self) -> int:
+        return self.runtime.world_size if self._stage == 3 else 1
+
+    def cut(self, parts: ModelParts) -> None:
+        """Allocate and cut up the parameters with stage 3; leave them whole with stage 2."""
+        self.runtime.ensure_group()
+        if self._stage == 3:
+            partition_skeleton(parts, self.settings, self.runtime)
+
+    def engine(self, parts: ModelParts) -> Engine:
+        return ZeroEngine(parts, self.config.optim, self.settings, self.runtime)
+
+    def gathered(self, parts: ModelParts) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, param in super().gathered(parts):
+            yield name, whole_tensor(param)
+
+    def whole_layers(self, parts: ModelParts) -> Iterator[LoraLayer]:
+        for layer in super().whole_layers(parts):
+            with _gathered(layer):
+                yield layer
+
+
+def partition_skeleton(parts: ModelParts, settings: Settings, runtime: Runtime) -> None:
     """Allocate a meta-device model on this rank's device, keeping 1/N of every parameter (ZeRO-3).
 
     One decoder layer, or one module outside of them, is allocated whole at a time and cut up before the next.
     Contents are undefined: weights are read afterwards, by each rank for its own parts. (DeepSpeed broadcasts the
     undefined contents of rank 0 on the way, a 4-bit model's size in all.)
     """
-    deepspeed = _import_deepspeed(runtime)
-    model.get_base_model().tie_weights()  # on meta, each use of a shared parameter may be one of its own
+    deepspeed, model = _import_deepspeed(runtime), parts.model
+    parts.base.tie_weights()  # on meta, each use of a shared parameter may be one of its own
     allocated: dict[nn.Parameter, nn.Parameter] = {}  # by what it replaces: tied parameters stay tied
-    units = [list(layer.modules()) for layer in decoder_layers(model)]
+    units = [list(layer.modules()) for layer in parts.layers]
     inside = {module for unit in units for module in unit}
     for unit in [*units, *([module] for module in model.modules() if module not in inside)]:
         fresh = nn.ParameterList()
@@ -63,7 +98,7 @@ def partition_skeleton(model: PeftModel, settings: Settings, runtime: Runtime) -
 
 
 @contextmanager
-def gathered(module: nn.Module) -> Iterator[None]:
+def _gathered(module: nn.Module) -> Iterator[None]:
     """Have all parameters of a module whole, if they are in parts, to be read; a collective."""
     parts = [param for param in module.parameters() if hasattr(param, "ds_id")]
     if not parts:
@@ -81,19 +116,18 @@ class ZeroEngine:
     can_drop_gradients = False
     loss_scale = 1.0
 
-    def __init__(self, model: nn.Module, config: OptimConfig, settings: Settings, runtime: Runtime) -> None:
+    def __init__(self, parts: ModelParts, config: OptimConfig, settings: Settings, runtime: Runtime) -> None:
         deepspeed = _import_deepspeed(runtime)
-        adapters = adapter_parameters(model)
-        groups = parameter_groups(adapters, config)
-        self._model = model
+        groups = parameter_groups(parts.adapters, config)
+        self._parts = parts
         self._world_size = runtime.world_size
         self._is_main = runtime.is_main
         self._stage = settings["zero_optimization"]["stage"]
         self._lr_multipliers = list(groups)
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
-            model=model,
+            model=parts.model,
             optimizer=build_optimizer([list(members.values()) for members in groups.values()], config),
-            config=sized_settings(settings, model, adapters),
+            config=sized_settings(settings, parts),
             dist_init_required=False,
         )
         self._accumulation = ExitStack()
@@ -130,10 +164,10 @@ class ZeroEngine:
         raise NotImplementedError("DeepSpeed's buckets and hooks cannot be put back")
 
     def whole_adapter(self) -> dict[str, torch.Tensor]:
-        return whole_adapter(self._model, self._is_main)
+        return whole_adapter(self._parts.model, self._is_main)
 
     def optimizer_state(self) -> dict[str, torch.Tensor]:
-        adapters = adapter_parameters(self._model)
+        adapters = self._parts.adapters
         return self._moments().gather({name: whole_shape(param).numel() for name, param in adapters.items()})
 
     def load_optimizer_state(self, saved: Mapping[str, torch.Tensor], num_updates: int) -> None:
@@ -141,7 +175,7 @@ class ZeroEngine:
 
     def _moments(self) -> Moments:
         """DeepSpeed lays each rank's parts of the parameters end to end in buffers that its optimizer works on."""
-        adapters = adapter_parameters(self._model)
+        adapters = self._parts.adapters
         optimizer = self._optimizer
         if self._stage == 3:
             buffers = optimizer.fp32_partitioned_groups_flat

@@ -57,7 +57,7 @@ class Identity:
     base: str
     """Fingerprint of the base model's files."""
     data: str
-    """Fingerprint of the tokenised training samples, in order."""
+    """Fingerprint of the tokenized training samples, in order."""
     adapter: dict[str, str]
     """Shapes of the adapter's tensors."""
     settings: dict[str, Any]

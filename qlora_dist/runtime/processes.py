@@ -115,6 +115,12 @@ class Runtime:
             dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return tensor
 
+    def ensure_group(self) -> None:
+        """Have a process group even when there is one process: sharding libraries need one, of itself."""
+        if not dist.is_initialized():
+            communicator = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
+            dist.init_process_group(communicator, store=dist.HashStore(), rank=0, world_size=1)
+
     def autocast(self) -> AbstractContextManager[None]:
         """Compute in the run's dtype: float32 master adapters are cast where they are used."""
         if self.compute_dtype == torch.float32:

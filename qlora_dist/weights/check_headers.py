@@ -87,7 +87,7 @@ def _explain_packed(name: str, reader: SafetensorsReader) -> str:
         return f"model folder {reader.folder}: tensor {name} {why}. Copy config.json and weights from the same place."
     return (
         f"model folder {reader.folder}: tensor {name} is stored in 4 bits (there is a {name}.absmax), but without its "
-        f"quantisation state, {name}.quant_state.bitsandbytes__nf4 or __fp4. Shape and block size are unknown without "
+        f"quantization state, {name}.quant_state.bitsandbytes__nf4 or __fp4. Shape and block size are unknown without "
         "it: copy the model again, or make the 4-bit model anew with `qlora-dist quantize`."
     )
 

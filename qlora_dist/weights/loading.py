@@ -1,8 +1,8 @@
-"""Weights from safetensors straight to their place: each rank reads and quantises only the rows it keeps.
+"""Weights from safetensors straight to their place: each rank reads and quantizes only the rows it keeps.
 
 The whole model never exists in one place. For each tensor, a rank opens the memory-mapped file, reads the rows that
-cover its shard, quantises those, and copies the result into its shard. The only thing ranks exchange is the float32
-maxima of quantisation blocks, because double quantisation subtracts their mean over the whole matrix.
+cover its shard, quantizes those, and copies the result into its shard. The only thing ranks exchange is the float32
+maxima of quantization blocks, because double quantization subtracts their mean over the whole matrix.
 """
 
 from __future__ import annotations
@@ -67,11 +67,11 @@ class LoadStats:
 def load_base_weights(
     model: nn.Module, folder: Path, device: torch.device, on_progress: OnProgress = lambda *_: None
 ) -> LoadStats:
-    """Fill the frozen base of a materialised model from `folder`, quantising on the way; adapters are left alone.
+    """Fill the frozen base of a materialized model from `folder`, quantizing on the way; adapters are left alone.
 
     Args:
         model: skeleton with adapters, possibly sharded, after :func:`materialize`.
-        device: where to quantise; the parameters themselves may be on the host.
+        device: where to quantize; the parameters themselves may be on the host.
 
     Raises:
         ModelError: a tensor is missing, of another shape or type than the model expects, or not finite.
@@ -169,7 +169,7 @@ def _load_quantized(name: str, layer: QuantizedLinear, reader: SafetensorsReader
     """Fill a layer from a 16-bit matrix; returns whether all values that this rank read are finite (0-dim bool)."""
     numel, block = layer.out_features * layer.in_features, layer.format.block_size
     first_byte, end_byte = local_range(layer.weight)
-    # Elements of the blocks that this rank's bytes touch; the blocks at the borders are quantised by both neighbours.
+    # Elements of the blocks that this rank's bytes touch; the blocks at the borders are quantized by both neighbors.
     first = 2 * first_byte // block * block
     end = min(numel, -(-2 * end_byte // block) * block)
     elements = _read_elements(f"{name}.weight", layer.in_features, first, end, reader).to(device, torch.bfloat16)

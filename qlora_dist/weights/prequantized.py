@@ -1,9 +1,9 @@
 """Matrices that are stored in 4 bits already, as bitsandbytes and transformers write them.
 
-Beside the packed `X.weight` a file holds `X.weight.absmax` (uint8 with double quantisation, then also
+Beside the packed `X.weight` a file holds `X.weight.absmax` (uint8 with double quantization, then also
 `X.weight.nested_absmax`), the code books `X.weight.quant_map` and `X.weight.nested_quant_map`, and
 `X.weight.quant_state.bitsandbytes__nf4` (or `__fp4`): JSON in a uint8 tensor with shape, block size and the mean that
-double quantisation subtracted. A rank reads the bytes of its own slices, and no other.
+double quantization subtracted. A rank reads the bytes of its own slices, and no other.
 """
 
 from __future__ import annotations
@@ -16,14 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    PreTrainedConfig,
-)
 
 from qlora_dist.config.schema import ModelConfig
 from qlora_dist.errors import ConfigError, ModelError
 from qlora_dist.model.nf4 import NESTED_BLOCK_SIZE, QuantFormat, QuantizedLinear, dynamic_code, four_bit_code
 from qlora_dist.runtime.shards import local_part, local_range
+from qlora_dist.weights.files import read_json
 from qlora_dist.weights.reader import SafetensorsReader
 
 STORAGE = {  # quant_storage: its name in safetensors, bytes of one element
@@ -32,7 +30,7 @@ STORAGE = {  # quant_storage: its name in safetensors, bytes of one element
 }  # fmt: skip
 _STATE = ".weight.quant_state.bitsandbytes__"
 _REMEDY = (
-    "Give the original 16-bit model, which is quantised while it is read, or make a 4-bit model of that once: "
+    "Give the original 16-bit model, which is quantized while it is read, or make a 4-bit model of that once: "
     "qlora-dist quantize MODEL OUT."
 )
 _COPY = "Copy the model again, or make the 4-bit model anew with `qlora-dist quantize`."
@@ -40,20 +38,20 @@ _COPY = "Copy the model again, or make the 4-bit model anew with `qlora-dist qua
 
 @dataclass(frozen=True)
 class StoredState:
-    """The quantisation state of one stored matrix."""
+    """The quantization state of one stored matrix."""
 
     format: QuantFormat
     shape: tuple[int, ...]
     """(out_features, in_features)."""
     offset: float | None
-    """What double quantisation subtracted from the block maxima; a float32 value, which JSON keeps exactly."""
+    """What double quantization subtracted from the block maxima; a float32 value, which JSON keeps exactly."""
 
 
 def is_prequantized(folder: Path, quantization_config: Mapping[str, Any] | None) -> bool:
     """Whether config.json says that the weights are stored in bitsandbytes' 4 bits.
 
     Raises:
-        ModelError: they are quantised in a way that cannot be trained here.
+        ModelError: they are quantized in a way that cannot be trained here.
     """
     if quantization_config is None:
         return False
@@ -64,23 +62,36 @@ def is_prequantized(folder: Path, quantization_config: Mapping[str, Any] | None)
         return True
     what = "bitsandbytes' 8 bits (LLM.int8)" if method == "bitsandbytes" else str(method or "an unknown method").upper()
     raise ModelError(
-        f"model.path {folder} is quantised with {what}, as its config.json says (quantization_config). Trainable are "
+        f"model.path {folder} is quantized with {what}, as its config.json says (quantization_config). Trainable are "
         f"16-bit models and bitsandbytes' 4 bits (nf4, fp4). {_REMEDY}"
     )
+
+
+def formats_in(folder: Path, config: ModelConfig) -> dict[str, QuantFormat] | None:
+    """Formats of the layers that the folder holds in 4 bits; None for an ordinary model.
+
+    Raises:
+        ModelError: the folder has no config.json, or is quantized in a way that cannot be trained here.
+        ConfigError: `config` asks for another 4-bit format.
+    """
+    if not is_prequantized(folder, read_json(folder / "config.json").get("quantization_config")):
+        return None
+    with SafetensorsReader(folder) as reader:
+        return stored_formats(reader, config)
 
 
 def stored_formats(reader: SafetensorsReader, config: ModelConfig) -> dict[str, QuantFormat]:
     """The format of each linear layer that is stored in 4 bits, by its name in the files.
 
     Raises:
-        ModelError: no matrix has a quantisation state, or they are of different kinds.
+        ModelError: no matrix has a quantization state, or they are of different kinds.
         ConfigError: `config` asks for another kind.
     """
     names = [name.partition(_STATE)[0] for name in reader.names() if _STATE in name]
     if not names:
         raise ModelError(
             f"model folder {reader.folder}: config.json says that the weights are stored in 4 bits, but no tensor has "
-            f"a quantisation state (*{_STATE}nf4). {_COPY}"
+            f"a quantization state (*{_STATE}nf4). {_COPY}"
         )
     formats = {name: read_state(name, reader).format for name in names}
     kinds = {(fmt.quant_type, fmt.double_quant): name for name, fmt in formats.items()}
@@ -107,7 +118,7 @@ def has_state(name: str, reader: SafetensorsReader) -> bool:
 
 
 def read_state(name: str, reader: SafetensorsReader) -> StoredState:
-    """The quantisation state of the linear layer `name`.
+    """The quantization state of the linear layer `name`.
 
     Raises:
         ModelError: it is not a state that bitsandbytes writes.
@@ -123,7 +134,7 @@ def read_state(name: str, reader: SafetensorsReader) -> StoredState:
         nested_block = int(state["nested_blocksize"]) if nested else NESTED_BLOCK_SIZE
     except (ValueError, KeyError, TypeError) as error:
         raise _refusal(
-            reader, key, f"is not a quantisation state that bitsandbytes writes ({error!r})", _COPY
+            reader, key, f"is not a quantization state that bitsandbytes writes ({error!r})", _COPY
         ) from None
     if key != f"{name}{_STATE}{fmt.quant_type}" or fmt.quant_type not in ("nf4", "fp4"):
         raise _refusal(reader, key, f"says that the matrix is {fmt.quant_type}, unlike its own name", _COPY)
@@ -184,7 +195,7 @@ def load_prequantized(
     """Fill this rank's part of a layer from a stored matrix, bytes as they are.
 
     Returns:
-        0-dim bool on `device`: whether the quantisation constants that this rank read are finite.
+        0-dim bool on `device`: whether the quantization constants that this rank read are finite.
 
     Raises:
         ModelError: the code books are not bitsandbytes'.
@@ -213,7 +224,7 @@ def _fill(param: torch.Tensor, key: str, reader: SafetensorsReader) -> torch.Ten
 
 
 def _check_code(key: str, code: torch.Tensor, reader: SafetensorsReader) -> None:
-    # Not bit for bit: the books were computed on the device that quantised, and FP4's involves a division.
+    # Not bit for bit: the books were computed on the device that quantized, and FP4's involves a division.
     if not torch.allclose(reader.whole(key).reshape(-1), code, rtol=0, atol=1e-6):
         raise _refusal(reader, key, "is another code book than bitsandbytes' own", _REMEDY)
 
@@ -239,18 +250,8 @@ def _storage(reader: SafetensorsReader) -> tuple[str, int]:
 
 
 def _kind(quant_type: str, double_quant: bool) -> str:
-    return f"{quant_type} {'with' if double_quant else 'without'} double quantisation"
+    return f"{quant_type} {'with' if double_quant else 'without'} double quantization"
 
 
 def _refusal(reader: SafetensorsReader, key: str, what: str, remedy: str) -> ModelError:
     return ModelError(f"model folder {reader.folder}: tensor {key} {what}. {remedy}")
-
-
-def _stored_formats(folder: Path, model_config: PreTrainedConfig, config: ModelConfig) -> dict[str, QuantFormat] | None:
-    """Formats of the layers that the folder holds in 4 bits; None for an ordinary model."""
-    if not is_prequantized(folder, getattr(model_config, "quantization_config", None)):
-        return None
-    # The model is built like any other: from here on the layers know what they are, and nothing asks the config.
-    del model_config.quantization_config
-    with SafetensorsReader(folder) as reader:
-        return stored_formats(reader, config)

@@ -30,7 +30,7 @@ from qlora_dist.model.skeleton import build_skeleton
 from qlora_dist.runtime.processes import launched_world_size, start_runtime
 from qlora_dist.weights.check_headers import check_inventory
 from qlora_dist.weights.files import check_new_folder, read_json, resolve_model_folder
-from qlora_dist.weights.prequantized import is_prequantized
+from qlora_dist.weights.prequantized import formats_in, is_prequantized
 from qlora_dist.weights.reader import SafetensorsReader
 from qlora_dist.weights.writer import FileWriter, stored_tensors
 
@@ -41,7 +41,7 @@ def quantize(model: str, out: str, fmt: QuantFormat) -> None:
     """Write `model` in 4 bits to the new folder `out`.
 
     Raises:
-        QloraDistError: the model cannot be quantised, or `out` cannot be written; nothing has been left there then.
+        QloraDistError: the model cannot be quantized, or `out` cannot be written; nothing has been left there then.
     """
     if launched_world_size() > 1:
         raise LaunchError("quantize runs as one process. Start it without a launcher.")
@@ -147,7 +147,7 @@ def _write_config(folder: Path, partial: Path, skeleton: PreTrainedModel, fmt: Q
 
 
 def _copy_rest(folder: Path, partial: Path) -> None:
-    """Tokenizer, generation config, licence: everything small that is not about the weights."""
+    """Tokenizer, generation config, license: everything small that is not about the weights."""
     for pattern in _COPIED:
         for file in folder.glob(pattern):
             if file.is_file() and not file.name.endswith(".index.json") and not (partial / file.name).exists():
@@ -156,7 +156,8 @@ def _copy_rest(folder: Path, partial: Path) -> None:
 
 def _check_result(partial: Path, fmt: QuantFormat) -> None:
     """Open the finished folder as a training run would."""
-    skeleton = build_skeleton(partial, ModelConfig(str(partial), fmt.quant_type, fmt.double_quant))
+    config = ModelConfig(str(partial), fmt.quant_type, fmt.double_quant)
+    skeleton = build_skeleton(partial, config, formats_in(partial, config))
     layers = {name: module for name, module in skeleton.named_modules() if isinstance(module, QuantizedLinear)}
     plain = {
         name: tuple(param.shape) for name, param in skeleton.named_parameters() if name.rpartition(".")[0] not in layers

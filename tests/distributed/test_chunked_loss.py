@@ -6,17 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from qlora_dist.build import build_model
 from qlora_dist.config.schema import IGNORE_INDEX, AdapterConfig, MemoryConfig, ModelConfig, OptimConfig, TrainConfig
 from qlora_dist.data.batch import MicroBatch, collate
 from qlora_dist.data.samples import Sample
-from qlora_dist.metrics.console import Reporter
 from qlora_dist.model import loss as loss_module
 from qlora_dist.model.adapters import whole_adapter
 from qlora_dist.model.loss import logits_form
-from qlora_dist.parallel.choice import build_engine, engine_settings
 from qlora_dist.runtime.processes import Runtime, start_runtime
 from qlora_dist.train import train_step
+from tests.support.built import build
 from tests.support.processes import run_on_processes
 
 VOCAB = 320
@@ -36,9 +34,9 @@ def train(folder: Path, backend: str, targets: tuple[str, ...], runtime: Runtime
         model=ModelConfig(path=str(folder), dtype="float32"), adapter=AdapterConfig(rank=4, target_modules=targets),
         memory=MemoryConfig(recompute=1), optim=OptimConfig(lr=1e-2, grad_accum_steps=2),
     )  # fmt: skip
-    settings = engine_settings(config, backend)
-    model = build_model(config, folder, backend, runtime, Reporter(is_main=False), settings).train()
-    engine = build_engine(model, config.optim, runtime, settings)
+    parts, sharing = build(config, folder, backend, runtime)
+    model = parts.model.train()
+    engine = sharing.engine(parts)
     losses = []
     for _ in range(2):
         sums = train_step(model, engine, micro_batches(runtime.rank), 1e-2, 1.0, runtime)

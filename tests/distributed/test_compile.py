@@ -6,17 +6,15 @@ import pytest
 import torch
 from torch import nn
 
-from qlora_dist.build import build_model
 from qlora_dist.config.schema import AdapterConfig, MemoryConfig, ModelConfig, OptimConfig, TrainConfig
 from qlora_dist.data.batch import collate
 from qlora_dist.data.tokenization import Sample
-from qlora_dist.metrics.console import Reporter
 from qlora_dist.model.adapters import whole_adapter
 from qlora_dist.model.parts import decoder_layers
-from qlora_dist.parallel.choice import build_engine, engine_settings
 from qlora_dist.runtime.processes import Runtime, start_runtime
 from qlora_dist.runtime.shards import local_bytes, whole_bytes
 from qlora_dist.train import train_step
+from tests.support.built import build
 from tests.support.compiled import without_kernels
 from tests.support.processes import run_on_processes
 
@@ -35,9 +33,9 @@ def train(folder: Path, way: tuple, runtime: Runtime) -> tuple[list[float], dict
         memory=MemoryConfig(recompute=recompute, compile=is_compiled),
         optim=OptimConfig(lr=1e-2, grad_accum_steps=2),
     )  # fmt: skip
-    settings = engine_settings(config, backend)
-    model = build_model(config, folder, backend, runtime, Reporter(is_main=False), settings).train()
-    engine = build_engine(model, config.optim, runtime, settings)
+    parts, sharing = build(config, folder, backend, runtime)
+    model = parts.model.train()
+    engine = sharing.engine(parts)
     generator = torch.Generator().manual_seed(runtime.rank)
     rows = [torch.randint(3, 300, (length,), generator=generator).tolist() for length in (20, 20)]
     batches = [collate([Sample(ids, ids)], pad_token_id=0) for ids in rows]

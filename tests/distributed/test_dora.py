@@ -8,17 +8,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qlora_dist.build import build_model
 from qlora_dist.config.schema import AdapterConfig, MemoryConfig, ModelConfig, OptimConfig, ParallelConfig, TrainConfig
 from qlora_dist.data.batch import collate
 from qlora_dist.data.samples import Sample
-from qlora_dist.metrics.console import Reporter
 from qlora_dist.model.adapters import adapter_parameters, saved_name, whole_adapter
-from qlora_dist.parallel.choice import build_engine, engine_settings
 from qlora_dist.run.adapter_folder import Recipe, save_adapter
 from qlora_dist.runtime.processes import start_runtime
 from qlora_dist.runtime.shards import local_bytes, whole_bytes, whole_tensor
 from qlora_dist.train import train_step
+from tests.support.built import build
 from tests.support.processes import run_on_processes
 
 ROWS = [torch.randint(3, 300, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (12, 20, 9, 31)]
@@ -51,12 +49,12 @@ def train(folder: Path, adapter: AdapterConfig, dtype: str, backend: str, offloa
         parallel=ParallelConfig(cpu_offload=offload), memory=MemoryConfig(recompute=recompute),
         optim=OptimConfig(lr=LR, grad_accum_steps=len(ROWS) // runtime.world_size),
     )  # fmt: skip
-    settings = engine_settings(config, backend)
-    model = build_model(config, folder, backend, runtime, Reporter(is_main=False), settings).train()
+    parts, sharing = build(config, folder, backend, runtime)
+    model = parts.model.train()
     if backend in ("fsdp", "zero3"):
         assert local_bytes(model) <= 0.55 * whole_bytes(model)
     initial = {name: whole_tensor(param).clone() for name, param in adapter_parameters(model).items()}
-    engine = build_engine(model, config.optim, runtime, settings)
+    engine = sharing.engine(parts)
     batches = [collate([Sample(ids, ids)], pad_token_id=0) for ids in ROWS[runtime.rank :: runtime.world_size]]
     losses = []
     for _ in range(NUM_STEPS):
@@ -109,7 +107,7 @@ def expected_file(tiny_llama: Path, tmp_path_factory) -> Path:
 def saved(tiny_llama: Path, tokenizer, tmp_path_factory) -> Path:
     """A DoRA adapter of random values, in a folder."""
     config = TrainConfig(model=ModelConfig(str(tiny_llama), dtype="float32"), adapter=SETTINGS["dora"])
-    model = build_model(config, tiny_llama, "single", start_runtime(0, "float32"), Reporter(is_main=False))
+    model = build(config, tiny_llama, "single", start_runtime(0, "float32"))[0].model
     tensors = {name: torch.randn(param.shape) for name, param in adapter_parameters(model).items()}
     folder = tmp_path_factory.mktemp("saved") / "adapter"
     save_adapter(folder, model, tensors, tokenizer, Recipe(config.model, "messages"))
@@ -122,8 +120,8 @@ def check_continued(model_folder: Path, adapter_folder: Path, backend: str) -> N
         model=ModelConfig(path=str(model_folder), dtype="float32"),
         adapter=AdapterConfig(rank=4, use_dora=True, path=str(adapter_folder)),
     )
-    runtime, settings = start_runtime(seed=0, dtype="float32"), engine_settings(config, backend)
-    model = build_model(config, model_folder, backend, runtime, Reporter(is_main=False), settings)
+    runtime = start_runtime(seed=0, dtype="float32")
+    model = build(config, model_folder, backend, runtime)[0].model
     found = {saved_name(name): whole_tensor(param) for name, param in adapter_parameters(model).items()}
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():

@@ -113,7 +113,7 @@ def test_weights_that_only_one_rank_finds_broken(tmp_path: Path, tiny_llama: Pat
 
 @pytest.fixture(scope="module")
 def slow_to_load(tmp_path_factory, tokenizer) -> Path:
-    """A random Llama of 150M parameters: quantising it takes two processes some seconds."""
+    """A random Llama of 150M parameters: quantizing it takes two processes some seconds."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(

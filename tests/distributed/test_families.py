@@ -5,16 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from qlora_dist.build import build_model
 from qlora_dist.config.schema import AdapterConfig, MemoryConfig, ModelConfig, OptimConfig, TrainConfig
 from qlora_dist.data.batch import collate
 from qlora_dist.data.samples import Sample
-from qlora_dist.metrics.console import Reporter
 from qlora_dist.model.adapters import whole_adapter
 from qlora_dist.model.nf4 import QuantizedLinear
-from qlora_dist.parallel.choice import build_engine
 from qlora_dist.runtime.processes import Runtime, start_runtime
 from qlora_dist.train import train_step
+from tests.support.built import build
 from tests.support.families import FAMILIES, GROUPED
 from tests.support.models import load_here, load_there, logits
 from tests.support.processes import run_on_processes
@@ -22,7 +20,7 @@ from tests.support.processes import run_on_processes
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_are_those_of_transformers(families: dict[str, Path], family: str) -> None:
-    """The 4-bit base gives the logits of the same folder quantised by transformers, in bfloat16, exactly."""
+    """The 4-bit base gives the logits of the same folder quantized by transformers, in bfloat16, exactly."""
     from transformers import BitsAndBytesConfig
 
     quantization = BitsAndBytesConfig(
@@ -43,8 +41,9 @@ def train_two_steps(folder: Path, backend: str, runtime: Runtime) -> tuple[list[
         model=ModelConfig(path=str(folder), dtype="float32"), adapter=AdapterConfig(rank=4),
         memory=MemoryConfig(recompute="full"), optim=OptimConfig(lr=1e-2),
     )  # fmt: skip
-    model = build_model(config, folder, backend, runtime, Reporter(is_main=False)).train()
-    engine = build_engine(model, config.optim, runtime)
+    parts, sharing = build(config, folder, backend, runtime)
+    model = parts.model.train()
+    engine = sharing.engine(parts)
     generator = torch.Generator().manual_seed(runtime.rank)
     rows = [torch.randint(3, 320, (length,), generator=generator).tolist() for length in (12, 20)]
     batches = [collate([Sample(ids, ids)], pad_token_id=0) for ids in rows]
@@ -72,7 +71,7 @@ def test_sharded_training_equals_whole_training(families: dict[str, Path]) -> No
 
 
 def test_a_family_that_cannot_be_done_is_named(tmp_path: Path) -> None:
-    """Fused experts are no linear layers, so quantising would leave most of such a model in 16 bits: it is refused."""
+    """Fused experts are no linear layers, so quantizing would leave most of such a model in 16 bits: it is refused."""
     from transformers import MixtralConfig, MixtralForCausalLM
 
     from qlora_dist.errors import ModelError

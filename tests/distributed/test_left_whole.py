@@ -10,19 +10,16 @@ from torch import nn
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 from torch.distributed.tensor import DTensor
 
-from qlora_dist.build import build_model
-from qlora_dist.config.schema import AdapterConfig, MemoryConfig, ModelConfig, OptimConfig, TrainConfig
+from qlora_dist.config.schema import AdapterConfig, BackendName, MemoryConfig, ModelConfig, OptimConfig, TrainConfig
 from qlora_dist.data.batch import MicroBatch, collate
 from qlora_dist.data.samples import Sample
 from qlora_dist.memory.footprint import parameters_outside
-from qlora_dist.metrics.console import Reporter
 from qlora_dist.model.adapters import adapter_parameters, whole_adapter
-from qlora_dist.model.parts import base_model, decoder_layers
-from qlora_dist.parallel.choice import Backend, build_engine
-from qlora_dist.parallel.fsdp import gathered_units
+from qlora_dist.model.parts import ModelParts, base_model, decoder_layers
 from qlora_dist.runtime.processes import Runtime, start_runtime
 from qlora_dist.runtime.shards import local_bytes, whole_bytes
 from qlora_dist.train import train_step
+from tests.support.built import build
 from tests.support.processes import run_on_processes
 
 NUM_STEPS = 3
@@ -35,14 +32,15 @@ def micro_batches(rank: int) -> list[MicroBatch]:
     return [collate([Sample(row, row)], pad_token_id=0) for row in rows]
 
 
-def train(folder: Path, backend: Backend, runtime: Runtime) -> tuple[nn.Module, torch.Tensor, list[int]]:
+def train(folder: Path, backend: BackendName, runtime: Runtime) -> tuple[nn.Module, torch.Tensor, list[int]]:
     """The model and its adapter after some steps, and after each where the embedding's weight is in memory."""
     config = TrainConfig(
         model=ModelConfig(path=str(folder), dtype="float32"), adapter=AdapterConfig(rank=4),
         memory=MemoryConfig(recompute="none"), optim=OptimConfig(lr=1e-2, grad_accum_steps=2),
     )  # fmt: skip
-    model = build_model(config, folder, backend, runtime, Reporter(is_main=False)).train()
-    engine = build_engine(model, config.optim, runtime)
+    parts, sharing = build(config, folder, backend, runtime)
+    model = parts.model.train()
+    engine = sharing.engine(parts)
     places = []
     for _ in range(NUM_STEPS):
         train_step(model, engine, micro_batches(runtime.rank), 1e-2, 1.0, runtime)
@@ -56,7 +54,7 @@ def check_tied(folder: Path) -> None:
     model, adapter, places = train(folder, "fsdp", runtime)
     assert (adapter - expected).norm() <= 1e-5 * expected.norm()
     assert len(set(places)) == 1, "gathered once, in the first step"
-    rest = parameters_outside(gathered_units(model), model)
+    rest = parameters_outside(ModelParts(model).gathered_units, model)
     assert sum(map(torch.numel, rest)) > 320 * 64
     assert not any(isinstance(param, DTensor) for param in rest)
     for layer in decoder_layers(model):
@@ -74,7 +72,7 @@ def check_trained(folder: Path) -> None:
     assert (adapter - expected).norm() <= 1e-5 * expected.norm()
     trained = [name for name in adapter_parameters(model) if "project_in" in name]
     assert len(trained) == 2
-    assert all(isinstance(param, DTensor) for param in parameters_outside(gathered_units(model), model))
+    assert all(isinstance(param, DTensor) for param in parameters_outside(ModelParts(model).gathered_units, model))
 
 
 @pytest.fixture(scope="module")
@@ -109,10 +107,11 @@ def check_untied(folder: Path) -> None:
         model=ModelConfig(path=str(folder), dtype="float32"), adapter=AdapterConfig(rank=4),
         memory=MemoryConfig(recompute="full"), optim=OptimConfig(lr=1e-2, grad_accum_steps=2),
     )  # fmt: skip
-    model = build_model(config, folder, "fsdp", runtime, Reporter(is_main=False)).train()
+    parts, sharing = build(config, folder, "fsdp", runtime)
+    model = parts.model.train()
     base = base_model(model)
     ends = {"embedding": base.get_input_embeddings(), "head": base.get_output_embeddings()}
-    engine = build_engine(model, config.optim, runtime)
+    engine = sharing.engine(parts)
     train_step(model, engine, micro_batches(runtime.rank), 1e-2, 1.0, runtime)
     with mock.patch.object(_fsdp_param_group, "foreach_all_gather", logged):
         train_step(model, engine, micro_batches(runtime.rank), 1e-2, 1.0, runtime)

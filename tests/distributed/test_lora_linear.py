@@ -13,14 +13,13 @@ from qlora_dist import build as assemble
 from qlora_dist.config.schema import AdapterConfig, MemoryConfig, ModelConfig, OptimConfig, ParallelConfig, TrainConfig
 from qlora_dist.data.batch import collate
 from qlora_dist.data.tokenization import Sample
-from qlora_dist.metrics.console import Reporter
 from qlora_dist.model.adapters import adapter_parameters, lora_layers, whole_adapter
 from qlora_dist.model.lora_linear import FusedLinear
-from qlora_dist.parallel.choice import build_engine, engine_settings
 from qlora_dist.runtime.processes import Runtime, start_runtime
 from qlora_dist.runtime.shards import local_bytes, whole_bytes
 from qlora_dist.train import micro_step, train_step
 from tests.support.adapted import build_adapted
+from tests.support.built import build
 from tests.support.processes import run_on_processes
 
 LENGTHS = (12, 20, 9, 31)
@@ -57,9 +56,9 @@ def train(folder: Path, way: tuple, runtime: Runtime) -> tuple[bool, list[float]
         parallel=ParallelConfig(cpu_offload=offload), memory=MemoryConfig(recompute=recompute),
         optim=OptimConfig(lr=2e-3, grad_accum_steps=len(LENGTHS) // runtime.world_size),
     )  # fmt: skip
-    settings = engine_settings(config, backend)
-    model = assemble.build_model(config, folder, backend, runtime, Reporter(is_main=False), settings).train()
-    engine = build_engine(model, config.optim, runtime, settings)
+    parts, sharing = build(config, folder, backend, runtime)
+    model = parts.model.train()
+    engine = sharing.engine(parts)
     rows = [torch.randint(3, 300, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in LENGTHS]
     batches = [collate([Sample(ids, ids)], pad_token_id=0) for ids in rows[runtime.rank :: runtime.world_size]]
     losses = []

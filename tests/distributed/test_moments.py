@@ -9,17 +9,15 @@ import torch
 from torch import distributed as dist
 from torch import nn
 
-from qlora_dist.build import build_model
 from qlora_dist.config.schema import AdapterConfig, MemoryConfig, ModelConfig, OptimConfig, ParallelConfig, TrainConfig
 from qlora_dist.data.batch import collate
 from qlora_dist.data.samples import Sample
-from qlora_dist.metrics.console import Reporter
 from qlora_dist.model.adapters import adapter_parameters
 from qlora_dist.optim.adamw import build_optimizer
 from qlora_dist.optim.moments import Moments, Piece
-from qlora_dist.parallel.choice import build_engine, engine_settings
 from qlora_dist.runtime.processes import start_runtime
 from qlora_dist.train import train_step
+from tests.support.built import build
 from tests.support.processes import run_on_processes
 
 NUMEL = 9000
@@ -90,9 +88,9 @@ def check_engines(folder: Path, backends: tuple[tuple[str, int], ...]) -> None:
             memory=MemoryConfig(recompute="none"), optim=OptimConfig(optimizer="adamw_8bit"),
             parallel=ParallelConfig(backend=backend, replicas=replicas),
         )  # fmt: skip
-        settings = engine_settings(config, backend)
-        model = build_model(config, folder, backend, runtime, Reporter(is_main=False), settings).train()
-        engine = build_engine(model, config.optim, runtime, settings)
+        parts, sharing = build(config, folder, backend, runtime)
+        model = parts.model.train()
+        engine = sharing.engine(parts)
         row = list(range(3, 30))
         train_step(model, engine, [collate([Sample(row, row)], pad_token_id=0)], 1e-2, 1.0, runtime)
         names = set(adapter_parameters(model)) if runtime.is_main else set()

@@ -167,7 +167,7 @@ def hang(moment: str, config: Path, patience: float) -> None:
         run_slowly(moment, ["train", str(config)])
 
 
-@pytest.mark.parametrize(("moment", "sign"), [("hanging", "step 2/"), ("tokenising", "")])
+@pytest.mark.parametrize(("moment", "sign"), [("hanging", "step 2/"), ("tokenizing", "")])
 def test_a_rank_that_comes_to_no_stop(
     tmp_path: Path, tiny_llama: Path, chat_file: Path, undisturbed: Path, moment: str, sign: str
 ) -> None:

@@ -6,17 +6,15 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
-from qlora_dist.build import build_model
 from qlora_dist.config.schema import AdapterConfig, MemoryConfig, ModelConfig, OptimConfig, ParallelConfig, TrainConfig
 from qlora_dist.data.batch import MicroBatch, collate
 from qlora_dist.data.samples import Sample
-from qlora_dist.metrics.console import Reporter
 from qlora_dist.model.adapters import whole_adapter
 from qlora_dist.model.cpu.overlap import Reductions
 from qlora_dist.model.parts import decoder_layers
-from qlora_dist.parallel.choice import build_engine
 from qlora_dist.runtime.processes import Runtime, start_runtime
 from qlora_dist.train import train_step
+from tests.support.built import build
 from tests.support.processes import run_on_processes
 
 VOCAB, NUM_STEPS = 320, 3
@@ -36,8 +34,9 @@ def train(folder: Path, recompute: int, replicas: int, runtime: Runtime) -> tupl
         memory=MemoryConfig(recompute=recompute), parallel=ParallelConfig(replicas=replicas),
         optim=OptimConfig(lr=1e-2, grad_accum_steps=2),
     )  # fmt: skip
-    model = build_model(config, folder, "fsdp", runtime, Reporter(is_main=False)).train()
-    engine = build_engine(model, config.optim, runtime)
+    parts, sharing = build(config, folder, "fsdp", runtime)
+    model = parts.model.train()
+    engine = sharing.engine(parts)
     first, second = decoder_layers(model)[:2]
     first.mlp.register_forward_hook(lambda *_: gathering.append(is_gathering(second)))
     found = []
@@ -75,7 +74,7 @@ def compare(folder: Path) -> None:
     runtime = start_runtime(seed=0, dtype="float32")
     for recompute, replicas in ((0, 1), (1, 1), (0, runtime.world_size)):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("qlora_dist.parallel.choice.overlap_on_cpu", lambda _: None)
+            patch.setattr("qlora_dist.parallel.fsdp.overlap_on_cpu", lambda _: None)
             expected_sums, expected = train(folder, recompute, replicas, runtime)
         assert not any(gathering)
         gathering.clear()

@@ -8,17 +8,16 @@ from unittest import mock
 import pytest
 import torch
 
-from qlora_dist.build import build_model
 from qlora_dist.config.schema import IGNORE_INDEX, AdapterConfig, ModelConfig, TrainConfig
 from qlora_dist.data.batch import MicroBatch, collate
 from qlora_dist.data.samples import Sample, join
 from qlora_dist.errors import ModelError
-from qlora_dist.metrics.console import Reporter
 from qlora_dist.model import attention
 from qlora_dist.model.adapters import adapter_parameters
 from qlora_dist.model.loss import target_loss_sum
 from qlora_dist.model.packing_check import check_isolation
 from qlora_dist.runtime.processes import start_runtime
+from tests.support.built import build
 from tests.support.command import run_rows
 from tests.support.families import FAMILIES
 from tests.support.processes import run_on_processes
@@ -50,7 +49,8 @@ def compare_all_families(folders: dict[str, Path]) -> None:
     runtime = start_runtime(seed=0, dtype="float32")
     for family, folder in folders.items():
         config = TrainConfig(model=ModelConfig(str(folder), dtype="float32"), adapter=AdapterConfig(rank=4))
-        model = build_model(config, folder, "single", runtime, Reporter(is_main=False)).train()
+        parts, _ = build(config, folder, "single", runtime)
+        model = parts.model.train()
         generator = torch.Generator().manual_seed(0)
         for param in adapter_parameters(model).values():  # B is zero at first, and A without gradient then
             param.data.normal_(std=0.1, generator=generator)
@@ -95,7 +95,7 @@ def compare_all_families(folders: dict[str, Path]) -> None:
 
 def test_packed_samples_are_trained_as_if_alone(families: dict[str, Path]) -> None:
     """In every family: each sample's loss, and the gradient of all of them, are within 1e-5 of those without packing,
-    padding beside them or not; one that sees its neighbours is noticed, and a model whose samples would is refused."""
+    padding beside them or not; one that sees its neighbors is noticed, and a model whose samples would is refused."""
     assert families.keys() == FAMILIES.keys()
     run_on_processes(compare_all_families, 1, families)
 

@@ -9,15 +9,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import distributed as dist
 
-from qlora_dist.config.schema import ModelConfig, ParallelConfig
+from qlora_dist.config.schema import ModelConfig
 from qlora_dist.errors import ModelError
 from qlora_dist.model.nf4 import QuantFormat, QuantizedLinear
 from qlora_dist.model.skeleton import build_skeleton
-from qlora_dist.parallel.fsdp import shard_skeleton
 from qlora_dist.runtime.processes import start_runtime
 from qlora_dist.runtime.shards import local_bytes, whole_bytes, whole_tensor
 from qlora_dist.weights.loading import load_base_weights, materialize
+from qlora_dist.weights.prequantized import formats_in
 from qlora_dist.weights.quantize import quantize
+from tests.support.built import cut
 from tests.support.models import save_with_transformers, tensors_of
 from tests.support.processes import run_on_processes
 
@@ -27,7 +28,7 @@ BAD = "model.layers.1.mlp.down_proj.weight"
 
 @pytest.fixture(scope="module")
 def stored(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Stored:
-    """The tiny Llama in 4 bits, as several programs write it: folder, 4-bit type, double quantisation."""
+    """The tiny Llama in 4 bits, as several programs write it: folder, 4-bit type, double quantization."""
     root = tmp_path_factory.mktemp("stored")
     quantize(str(tiny_llama), str(root / "ours"), QuantFormat())
     save_with_transformers(
@@ -49,8 +50,9 @@ def stored(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Stored
 def load_sharded(folder: Path, quantization: str, double_quant: bool):
     """The base model of `folder` sharded over the processes of this run, and the bytes that this one read."""
     runtime = start_runtime(seed=0, dtype="bfloat16")
-    model = build_skeleton(folder, ModelConfig(str(folder), quantization, double_quant, "bfloat16"))
-    shard_skeleton(model, "fsdp", ParallelConfig(), runtime)
+    config = ModelConfig(str(folder), quantization, double_quant, "bfloat16")
+    model = build_skeleton(folder, config, formats_in(folder, config))
+    cut(model, "fsdp", runtime)
     materialize(model, runtime.device, runtime.device)
     return model, load_base_weights(model, folder, runtime.device).bytes_read
 
@@ -96,8 +98,8 @@ def check_stored(stored: Stored, source: Path) -> None:
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_parts_are_those_of_quantising_on_load(stored: Stored, tiny_llama: Path, world_size: int) -> None:
-    """Gathered bytes equal quantising the 16-bit model, for our files, for a float storage whose elements straddle the
+def test_parts_are_those_of_quantizing_on_load(stored: Stored, tiny_llama: Path, world_size: int) -> None:
+    """Gathered bytes equal quantizing the 16-bit model, for our files, for a float storage whose elements straddle the
     borders of parts, and for several files; each rank reads and holds its share."""
     run_on_processes(check_stored, world_size, stored, tiny_llama)
 

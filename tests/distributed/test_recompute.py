@@ -2,6 +2,7 @@
 
 import math
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from unittest import mock
@@ -9,7 +10,6 @@ from unittest import mock
 import pytest
 import torch
 
-from qlora_dist import build as assemble
 from qlora_dist.config.schema import AdapterConfig, DataConfig, MemoryConfig, ModelConfig, OptimConfig, TrainConfig
 from qlora_dist.data.batch import collate
 from qlora_dist.data.samples import Sample
@@ -17,13 +17,13 @@ from qlora_dist.memory.activations import LayerBytes, layer_bytes
 from qlora_dist.memory.auto import RecomputeBudget
 from qlora_dist.memory.policy import Recompute
 from qlora_dist.memory.recompute import recompute_of
-from qlora_dist.metrics.console import Reporter
 from qlora_dist.model.adapters import adapter_parameters, whole_adapter
-from qlora_dist.model.parts import base_model
-from qlora_dist.parallel.choice import build_engine, engine_settings
+from qlora_dist.model.parts import ModelParts, base_model
+from qlora_dist.optim.adamw import OPTIMIZERS
 from qlora_dist.runtime.memory import GIB, MemoryMeter
 from qlora_dist.runtime.processes import Runtime, start_runtime
 from qlora_dist.train import train_step
+from tests.support.built import build
 from tests.support.processes import run_on_processes
 
 LENGTH = 48
@@ -37,10 +37,10 @@ def train(folder: Path, backend: str, recompute: str | int, runtime: Runtime) ->
         memory=MemoryConfig(recompute=recompute), optim=OptimConfig(lr=1e-2, grad_accum_steps=2),
         data=DataConfig(max_seq_len=LENGTH),
     )  # fmt: skip
-    settings = engine_settings(config, backend)
-    model = assemble.build_model(config, folder, backend, runtime, Reporter(is_main=False), settings).train()
-    engine = build_engine(model, config.optim, runtime, settings)
-    budget = RecomputeBudget(config, model, runtime, lambda _: None)
+    parts, sharing = build(config, folder, backend, runtime)
+    model = parts.model.train()
+    engine = sharing.engine(parts)
+    budget = RecomputeBudget(config, ModelParts(model), runtime, lambda _: None)
     budget.choose()
     generator = torch.Generator().manual_seed(runtime.rank)
     rows = [torch.randint(3, 300, (LENGTH,), generator=generator).tolist() for _ in range(2)]
@@ -51,7 +51,7 @@ def train(folder: Path, backend: str, recompute: str | int, runtime: Runtime) ->
             sums = train_step(model, engine, batches, 1e-2, 1.0, runtime)
         budget.after_step(batches)
         losses.append(runtime.sum_over_ranks(sums.loss).item())
-        choices.append(recompute_of(model))
+        choices.append(recompute_of(ModelParts(model).layers))
     if recompute == "auto":
         assert choices[0] == Recompute(NUM_LAYERS), "a tiny model fits"
     return losses, {name: tensor.clone() for name, tensor in whole_adapter(model).items()}
@@ -96,7 +96,7 @@ class PretendedMeter(MemoryMeter):
         pass
 
     def peak(self) -> int:
-        choice = recompute_of(self.model)
+        choice = recompute_of(ModelParts(self.model).layers)
         return self.base + self.layer.kept(choice) + (self.layer.none if choice.num_full else 0)
 
 
@@ -117,7 +117,8 @@ def choices_of(folder: Path, runtime: Runtime, num_layers_less: int) -> list[Rec
         model=ModelConfig(path=str(folder), dtype="float32"), adapter=AdapterConfig(rank=4),
         data=DataConfig(max_seq_len=LENGTH),
     )  # fmt: skip
-    model = assemble.build_model(config, folder, "ddp", runtime, Reporter(is_main=False)).train()
+    parts, _ = build(config, folder, "ddp", runtime)
+    model = parts.model.train()
     by_formula = layer_bytes(base_model(model).config, LENGTH, 4, AdapterConfig())
     layer = LayerBytes(*(2 * size for size in vars(by_formula).values()))
     said: list[str] = []
@@ -126,15 +127,17 @@ def choices_of(folder: Path, runtime: Runtime, num_layers_less: int) -> list[Rec
     state = each * num_adapted
     limit = mock.patch("qlora_dist.memory.auto.memory_limit", return_value=GIB + state + NUM_LAYERS * layer.none)
     nothing_left_free = mock.patch.object(RecomputeBudget, "_reserve", 0)
-    bytes_of_state = mock.patch.dict("qlora_dist.memory.auto._STATE_BYTES", {config.optim.optimizer: each})
+    bytes_of_state = mock.patch.dict(
+        OPTIMIZERS, {config.optim.optimizer: replace(OPTIMIZERS[config.optim.optimizer], state_bytes=each)}
+    )
     pretended = mock.patch("qlora_dist.memory.auto.MemoryMeter", PretendedMeter)
     with pretended, bytes_of_state, limit, nothing_left_free, as_on_a_gpu():
-        budget = RecomputeBudget(config, model, runtime, said.append)
+        budget = RecomputeBudget(config, ModelParts(model), runtime, said.append)
         meter = budget._meter
         meter.model, meter.layer = model, layer
         meter.base = GIB + runtime.rank * num_layers_less * layer.none
         budget.choose()
-    choices = [recompute_of(model)]
+    choices = [recompute_of(ModelParts(model).layers)]
     batch = collate([Sample([1] * LENGTH, [1] * LENGTH)], pad_token_id=0)
     for number in range(1, 9):
         with budget.measuring():
@@ -144,7 +147,7 @@ def choices_of(folder: Path, runtime: Runtime, num_layers_less: int) -> list[Rec
         with nothing_left_free, as_on_a_gpu():
             budget.after_step([batch])
         meter.base += {1: state, 2: -layer.none, 4: -layer.none}.get(number, 0)
-        choices.append(recompute_of(model))
+        choices.append(recompute_of(ModelParts(model).layers))
     assert said[0].startswith(f"recompute: {choices[0]}: about ")
     assert said[0].endswith("(chosen by memory.recompute: auto)")
     changes = [later for earlier, later in pairwise(choices) if later != earlier]

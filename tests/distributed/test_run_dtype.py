@@ -9,11 +9,12 @@ import pytest
 import torch
 import yaml
 
-from qlora_dist.build import build_model, load_trained
+from qlora_dist.build import load_trained
 from qlora_dist.config.schema import ModelConfig, TrainConfig
 from qlora_dist.metrics.console import Reporter
 from qlora_dist.run.adapter_folder import read_recipe
 from qlora_dist.runtime.processes import compute_type, start_runtime
+from tests.support.built import build
 from tests.support.processes import run_on_processes
 from tests.support.training import adapter_bytes, lasting_rows, train_here
 
@@ -76,7 +77,8 @@ def load_in_every_type(model: Path) -> None:
     for dtype in ("bfloat16", "float16", "float32"):
         runtime = start_runtime(seed=0, dtype=dtype)
         config = TrainConfig(model=ModelConfig(str(model), dtype=dtype))
-        loaded = build_model(config, model, "single", runtime, Reporter(is_main=False))
+        parts, _ = build(config, model, "single", runtime)
+        loaded = parts.model
         of_layers = {n: p for n, p in loaded.named_parameters() if ".base_layer." in n}
         assert {str(p.dtype) for p in of_layers.values()} == {"torch.uint8", "torch.float32"}
         assert loaded.get_input_embeddings().weight.dtype == getattr(torch, dtype)

@@ -11,27 +11,23 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from qlora_dist.build import build_model
-from qlora_dist.config.schema import AdapterConfig, MemoryConfig, ModelConfig, ParallelConfig, TrainConfig
-from qlora_dist.metrics.console import Reporter
+from qlora_dist.config.schema import AdapterConfig, BackendName, MemoryConfig, ModelConfig, TrainConfig
 from qlora_dist.model.nf4 import QuantFormat, QuantizedLinear
 from qlora_dist.model.parts import decoder_layers
 from qlora_dist.model.skeleton import build_skeleton, quantize_skeleton
-from qlora_dist.parallel.choice import Backend, engine_settings
-from qlora_dist.parallel.fsdp import shard_skeleton
 from qlora_dist.runtime.processes import start_runtime
 from qlora_dist.runtime.shards import local_bytes, whole_bytes, whole_tensor
 from qlora_dist.weights.loading import load_base_weights, materialize
+from tests.support.built import build, cut
 from tests.support.processes import run_on_processes
 
 
-def build_sharded(folder: Path, config: ModelConfig, backend: Backend):
+def build_sharded(folder: Path, config: ModelConfig, backend: BackendName):
     """The model of `folder`, sharded over the processes of this run; in the type of its files, bfloat16."""
     config = replace(config, dtype="bfloat16")
     runtime = start_runtime(seed=0, dtype=config.dtype)
     train_config = TrainConfig(model=config, adapter=AdapterConfig(rank=4), memory=MemoryConfig(recompute="none"))
-    settings = engine_settings(train_config, backend)
-    return build_model(train_config, folder, backend, runtime, Reporter(is_main=False), settings)
+    return build(train_config, folder, backend, runtime)[0].model
 
 
 def check_share(folder: Path) -> None:
@@ -80,7 +76,7 @@ def check_byte_exactness(folder: Path) -> None:
         linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and "layers" in name]
         quantize_skeleton(model, dict.fromkeys(linears, fmt), torch.bfloat16)
         assert len(linears) == 7 * len(layers)
-        shard_skeleton(model, "fsdp", ParallelConfig(), runtime)
+        cut(model, "fsdp", runtime)
         materialize(model, runtime.device, runtime.device)
         load_base_weights(model, folder, runtime.device)
         for name in linears:
@@ -98,7 +94,7 @@ def check_byte_exactness(folder: Path) -> None:
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 5])
 def test_every_format_is_exact_on_any_number_of_ranks(tiny_llama: Path, world_size: int) -> None:
-    """NF4 and FP4, double quantisation on and off, blocks of 64 and 128, on one to five ranks: the gathered bytes are
+    """NF4 and FP4, double quantization on and off, blocks of 64 and 128, on one to five ranks: the gathered bytes are
     those of the whole matrix. Slices of these matrices fall inside rows and inside blocks."""
     run_on_processes(check_byte_exactness, world_size, tiny_llama)
 

@@ -10,11 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qlora_dist.config.schema import ModelConfig, OptimConfig, TrainConfig
+from qlora_dist.config.schema import ModelConfig, TrainConfig
 from qlora_dist.model.adapters import whole_adapter
 from qlora_dist.model.loss import target_loss_sum
 from qlora_dist.model.nf4 import QuantizedLinear
-from qlora_dist.parallel.choice import build_engine, engine_settings
+from qlora_dist.model.parts import ModelParts
+from qlora_dist.parallel.choice import make_backend
 from qlora_dist.runtime.processes import start_runtime
 from qlora_dist.runtime.shards import local_bytes, whole_bytes, whole_shape, whole_tensor
 from tests.distributed.test_equivalence import adapter_vector
@@ -124,8 +125,8 @@ def check_stage_3(folder: Path) -> None:
     assert local_bytes(model) <= 0.55 * whole_bytes(model)
     assert_bytes_of_whole_matrices(model, config)
 
-    settings = engine_settings(TrainConfig(model=config), "zero3")
-    engine = build_engine(model, OptimConfig(), start_runtime(0, "float32"), settings)
+    backend = make_backend("zero3", TrainConfig(model=config), start_runtime(0, "float32"))
+    engine = backend.engine(ModelParts(model))
     ids = torch.arange(24).reshape(1, 24)
     packed = sum(whole_shape(m.weight).numel() for m in model.modules() if isinstance(m, QuantizedLinear))
     before = live_integer_bytes()
@@ -177,7 +178,7 @@ def embedding_of(folder: Path) -> torch.Tensor:
 
 
 def test_stage_3_cuts_anywhere(tiny_llama: Path, tmp_path: Path) -> None:
-    """On three ranks, whose parts begin inside rows and quantisation blocks, the gathered bytes are the same; an
+    """On three ranks, whose parts begin inside rows and quantization blocks, the gathered bytes are the same; an
     embedding that is the output head too stays one parameter."""
     tied = tmp_path / "tied"
     shutil.copytree(tiny_llama, tied)

@@ -105,7 +105,7 @@ def test_a_broken_file_is_explained(tmp_path: Path, run: dict, what: str) -> Non
 
 
 def test_a_broken_evaluation_file_is_explained(tmp_path: Path, run: dict) -> None:
-    """Under its own setting; what was tokenised before it stays for the next run."""
+    """Under its own setting; what was tokenized before it stays for the next run."""
     (tmp_path / "d.jsonl").write_bytes(ROW + b"\n{\n")
     done = train(run, eval=str(tmp_path / "d.jsonl"))
     check_cache(run, num_entries=1)

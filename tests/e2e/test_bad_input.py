@@ -138,7 +138,7 @@ def unknown_target(root: Path, settings: dict) -> None:
     settings["adapter"] = {"target_modules": ["no_such_proj"]}
 
 
-def one_target_misspelt(root: Path, settings: dict) -> None:
+def one_target_misspelled(root: Path, settings: dict) -> None:
     settings["adapter"] = {"target_modules": ["q_proj", "v_prj"]}
 
 
@@ -186,7 +186,7 @@ CASES: list[tuple[Case, tuple[str, ...]]] = [
     (contradiction, ("optim.max_steps (1)", "optim.epochs (1)", "null")),
     (adapter_missing, ("adapter.path", "no-such-adapter", "is not a folder")),
     (unknown_target, ("adapter.target_modules", "no_such_proj", "q_proj")),
-    (one_target_misspelt, ("adapter.target_modules names v_prj", "LlamaForCausalLM", "v_proj")),
+    (one_target_misspelled, ("adapter.target_modules names v_prj", "LlamaForCausalLM", "v_proj")),
     (embedding_as_target, ("adapter.target_modules names embed_tokens", "no linear layer", "q_proj")),
     (tied_head_as_target, ("adapter.target_modules names lm_head", "tie_word_embeddings", "Remove it")),
     (more_recomputation_than_layers, ("memory.recompute is 4", "3 decoder layers", "full")),

@@ -1,4 +1,4 @@
-"""What may happen to the cache of tokenised data, to runs that share it, and to the processes of one run."""
+"""What may happen to the cache of tokenized data, to runs that share it, and to the processes of one run."""
 
 import os
 import shutil
@@ -57,7 +57,7 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path, run: dict, place: str) -
     asked = folder / "inner" if place == "below a file" else folder
     done = train(run, obey_permissions, cache_dir=str(asked))
     check_refused(
-        done, run, f"tokenised data cannot be written to {asked} (", "Set data.cache_dir to a folder with room"
+        done, run, f"tokenized data cannot be written to {asked} (", "Set data.cache_dir to a folder with room"
     )
 
 
@@ -136,7 +136,7 @@ def kill_this_process() -> None:
         ("qlora_dist.data.cache", "sync_folder", 1),
     ],
 )
-def test_kill_9_while_tokenising(run: dict, owner: str, function: str, call: int) -> None:
+def test_kill_9_while_tokenizing(run: dict, owner: str, function: str, call: int) -> None:
     """The next run succeeds, and what the killed one left is gone."""
     done = train(run, partial(when_called, owner, function, kill_this_process, call))
     assert done.returncode == -signal.SIGKILL
@@ -150,7 +150,7 @@ def speak_at_once() -> None:
     mock.patch("qlora_dist.metrics.console._SAY_EVERY_SECONDS", 0).start()
 
 
-def tokenise_slowly(log: Path) -> None:
+def tokenize_slowly(log: Path) -> None:
     """Take more than a second, and leave a line."""
     speak_at_once()
     when_called("qlora_dist.data.cache", "encode_rows", partial(note_and_sleep, log))
@@ -158,23 +158,23 @@ def tokenise_slowly(log: Path) -> None:
 
 def note_and_sleep(log: Path) -> None:
     with log.open("a") as out:
-        out.write("tokenised\n")
+        out.write("tokenized\n")
     time.sleep(1.5)
 
 
 def test_two_runs_that_want_the_same(tmp_path: Path, run: dict) -> None:
-    """One tokenises; the other says that it waits, and trains on the same."""
+    """One tokenizes; the other says that it waits, and trains on the same."""
     log = tmp_path / "log"
     runs = []
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         runs.append({**run, "output_dir": str(tmp_path / name / "out")})
     with ThreadPoolExecutor(2) as pool:
-        both = list(pool.map(lambda one: train(one, partial(tokenise_slowly, log)), runs))
+        both = list(pool.map(lambda one: train(one, partial(tokenize_slowly, log)), runs))
     for done, one in zip(both, runs, strict=True):
         check_trained(done, one, "48 rows")
-    assert log.read_text() == "tokenised\n"
-    waited = ["another process is tokenising" in done.stdout for done in both]
+    assert log.read_text() == "tokenized\n"
+    waited = ["another process is tokenizing" in done.stdout for done in both]
     assert sorted(waited) == [False, True]
     losses = {line.split(" | ")[1] for done in both for line in done.stdout.splitlines() if line.startswith("step 1/")}
     assert len(losses) == 1
@@ -217,12 +217,12 @@ def test_every_process_ends(tmp_path: Path, run: dict, where: str) -> None:
     assert not Path(run["output_dir"]).exists()
 
 
-def test_two_processes_tokenise_once(tmp_path: Path, run: dict) -> None:
+def test_two_processes_tokenize_once(tmp_path: Path, run: dict) -> None:
     """The others find what the first one made."""
     log = tmp_path / "log"
-    both = train_on_two(run, partial(tokenise_slowly, log))
+    both = train_on_two(run, partial(tokenize_slowly, log))
     assert [done.returncode for done in both] == [0, 0], both
-    assert log.read_text() == "tokenised\n"
+    assert log.read_text() == "tokenized\n"
     assert "48 rows" in both[0].stdout
 
 

@@ -17,7 +17,7 @@ def four_bit_layers(model: torch.nn.Module) -> dict[str, QuantizedLinear]:
 
 
 @pytest.mark.parametrize("double_quant", [True, False])
-def test_quantising_on_load_makes_the_bytes_of_bitsandbytes(
+def test_quantizing_on_load_makes_the_bytes_of_bitsandbytes(
     double_quant: bool, device: torch.device, tiny_llama: Path
 ) -> None:
     """Packed weights and constants are those that `quantize_4bit` makes of the whole matrix on the same GPU."""
@@ -37,7 +37,7 @@ def test_quantising_on_load_makes_the_bytes_of_bitsandbytes(
         assert torch.equal(layer.dequantized(), bnb.functional.dequantize_4bit(packed, state)), name
 
 
-def test_the_cpu_quantises_to_nearly_the_same(device: torch.device, tiny_llama: Path) -> None:
+def test_the_cpu_quantizes_to_nearly_the_same(device: torch.device, tiny_llama: Path) -> None:
     """A value on the border of two codes may fall to either side, and a mean is summed in another order: no more than
     one value in a thousand differs, and none by more than one step between codes."""
     there, here = (four_bit_layers(load_here(tiny_llama, where)) for where in (device, torch.device("cpu")))
@@ -68,7 +68,7 @@ def test_zeros_are_zeros_on_both(fmt: QuantFormat, device: torch.device) -> None
 
 
 def test_a_4_bit_checkpoint_has_the_same_bytes_on_both(device: torch.device, tiny_llama: Path, tmp_path: Path) -> None:
-    """What was quantised once is loaded as it is, wherever to."""
+    """What was quantized once is loaded as it is, wherever to."""
     quantize(str(tiny_llama), str(tmp_path / "nf4"), QuantFormat())
     there, here = (load_here(tmp_path / "nf4", where) for where in (device, torch.device("cpu")))
     expected = dict(here.named_parameters())

@@ -8,7 +8,7 @@ import torch
 from qlora_dist.memory.offload import CudaLane, Offload
 from qlora_dist.memory.policy import Recompute
 from qlora_dist.memory.recompute import set_recompute
-from qlora_dist.model.parts import decoder_layers
+from qlora_dist.model.parts import ModelParts, decoder_layers
 from qlora_dist.runtime.processes import start_runtime
 from tests.support.adapted import build_adapted
 from tests.unit.test_selective import loss_and_gradient
@@ -33,7 +33,7 @@ def test_offloading_keeps_the_bits_and_takes_less(tiny_llama: Path, choice: Reco
     """Under every policy, over several steps, whose host memory is used again; with everything kept, the peak falls."""
     runtime = start_runtime(seed=0, dtype="float32")
     model = build_adapted(tiny_llama, runtime, dropout=0.1, attention="eager")  # SDPA's backward adds in any order
-    set_recompute(model, choice)
+    set_recompute(ModelParts(model).layers, choice)
     loss_and_gradient(model, runtime, LENGTH // 2)
     loss, gradient, peak = measured(model, runtime)
     offload = Offload(CudaLane())

@@ -24,7 +24,7 @@ ENVIRONMENT = {
 }
 MAX_STEPS = 20
 # A living job has many more names than RUNNING: SIGNALING, CONFIGURING, REQUEUE_HOLD ...
-ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"}
+ENDED = {"COMPLETED", "FAILED", "CANCELED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -170,7 +170,7 @@ def test_the_real_time_limit(tmp_path: Path, config: Path) -> None:
 STOPS = {
     "STOP": (lambda job, out: (out / "STOP").touch(), ("FAILED", "75:0")),
     "SIGTERM": (lambda job, out: slurm("scancel", "--signal=TERM", "--batch", job.id), ("FAILED", "75:0")),
-    "scancel": (lambda job, out: slurm("scancel", job.id), ("CANCELLED", "75:0")),
+    "scancel": (lambda job, out: slurm("scancel", job.id), ("CANCELED", "75:0")),
 }
 
 

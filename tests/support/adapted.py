@@ -5,11 +5,10 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 
-from qlora_dist.build import build_model
 from qlora_dist.config.schema import AdapterConfig, MemoryConfig, ModelConfig, TrainConfig
-from qlora_dist.metrics.console import Reporter
 from qlora_dist.model.adapters import adapter_parameters
 from qlora_dist.runtime.processes import Runtime
+from tests.support.built import build
 
 
 def build_adapted(
@@ -29,7 +28,8 @@ def build_adapted(
         adapter=AdapterConfig(rank=4, dropout=dropout, use_dora=use_dora),
         memory=MemoryConfig(recompute=recompute, compile=is_compiled),
     )
-    model = build_model(config, folder, "single", runtime, Reporter(is_main=False)).train()
+    parts, _ = build(config, folder, "single", runtime)
+    model = parts.model.train()
     generator = torch.Generator(runtime.device).manual_seed(0)
     for name, param in adapter_parameters(model).items():
         if ".lora_B." in name:  # zero at first, and then A has no gradient

@@ -12,12 +12,14 @@ from qlora_dist.config.schema import ModelConfig
 from qlora_dist.model.cpu.attention import NAME
 from qlora_dist.model.skeleton import build_skeleton
 from qlora_dist.weights.loading import load_base_weights, materialize
+from qlora_dist.weights.prequantized import formats_in
 
 
 def load_here(folder: Path, device: torch.device = torch.device("cpu"), **config: object):  # noqa: B008 - immutable
     """The base model of `folder` as this program loads it, without adapters; with the type and the attention of
     `load_there`."""
-    model = build_skeleton(folder, ModelConfig(path=str(folder), **{"dtype": "bfloat16", **config}))
+    model_config = ModelConfig(path=str(folder), **{"dtype": "bfloat16", **config})
+    model = build_skeleton(folder, model_config, formats_in(folder, model_config))
     if model.config._attn_implementation == NAME:
         model.set_attn_implementation("sdpa")
     materialize(model, device, device)
@@ -37,7 +39,7 @@ def load_there(folder: Path, **arguments: object):
 
 
 def save_with_transformers(source: Path, folder: Path, *, max_shard_size: str = "1GB", **bnb: object) -> Path:
-    """Let transformers quantise `source` while it loads it, and save the result."""
+    """Let transformers quantize `source` while it loads it, and save the result."""
     from transformers import BitsAndBytesConfig
 
     quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16, **bnb)

@@ -6,7 +6,7 @@ from importlib.util import find_spec
 
 os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")
 
-from qlora_dist.commands.noise import quiet_third_parties
+from qlora_dist.commands.startup import quiet_third_parties
 
 quiet_third_parties()
 for name in ("tests.support.training", "deepspeed"):

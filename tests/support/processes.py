@@ -62,7 +62,7 @@ def _enter(rank: int, world_size: int, port: int, function: Callable[..., None],
 def _enter_alone(function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     os.environ.update(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
     torch.set_num_threads(1)
-    from qlora_dist.commands.noise import quiet_third_parties
+    from qlora_dist.commands.startup import quiet_third_parties
 
     quiet_third_parties()
     function(*arguments)

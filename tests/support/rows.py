@@ -19,7 +19,7 @@ class Encoded:
 
 
 def encode(rows: list[dict], tokenizer, format: str = "auto", **config) -> Encoded:
-    """Tokenise rows as those of a file `rows.jsonl`; refuses what a run would refuse."""
+    """Tokenize rows as those of a file `rows.jsonl`; refuses what a run would refuse."""
     settings = DataConfig(train="rows.jsonl", format=format, **config)
     numbered = [Row(f"rows.jsonl, row {number}", row) for number, row in enumerate(rows, start=1)]
     samples: list[Sample] = []

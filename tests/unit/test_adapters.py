@@ -137,5 +137,5 @@ def test_an_adapter_of_a_tied_head_is_refused(saved: Path, tiny_llama: Path) -> 
 def test_an_adapter_that_belongs_to_a_changed_base_is_refused(saved: Path, tiny_llama: Path) -> None:
     """PiSSA and its like leave the base changed: on the base of the checkpoint such an adapter is another model."""
     edit_json(saved / "adapter_config.json", lambda config: config.update(init_lora_weights="pissa"))
-    with pytest.raises(CheckpointError, match=r"initialised with 'pissa', which changes the base"):
+    with pytest.raises(CheckpointError, match=r"initialized with 'pissa', which changes the base"):
         wrap_with_saved_adapter(build_skeleton(tiny_llama, ModelConfig(path=str(tiny_llama))), saved)

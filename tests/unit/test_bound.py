@@ -38,7 +38,7 @@ def test_the_bound_is_the_sum_of_its_parts(adapted: torch.nn.Module) -> None:
 
 
 def test_recomputing_every_layer_adds_a_forward(adapted: torch.nn.Module) -> None:
-    """Half of the arithmetic of linear layers, a third of attention's, and a pass of dequantisation."""
+    """Half of the arithmetic of linear layers, a third of attention's, and a pass of dequantization."""
     batch = make_batch(SHAPE.vocab, 2, 32)
     weights = 3 * (64 * 64 + 2 * 64 * 32 + 64 * 64 + 3 * 64 * 176)
     for rates, more in (

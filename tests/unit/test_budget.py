@@ -11,6 +11,7 @@ from qlora_dist.config.schema import AdapterConfig, ModelConfig, TrainConfig
 from qlora_dist.memory.auto import RecomputeBudget
 from qlora_dist.memory.policy import Recompute
 from qlora_dist.memory.recompute import recompute_of
+from qlora_dist.model.parts import ModelParts
 from qlora_dist.runtime.memory import GIB, MemoryMeter, memory_limit
 from qlora_dist.runtime.processes import start_runtime
 from tests.support.adapted import build_adapted
@@ -61,6 +62,6 @@ def test_the_first_estimate_counts_the_mask(tiny_llama: Path) -> None:
     config = TrainConfig(model=ModelConfig(path=str(tiny_llama), dtype="float32"), adapter=AdapterConfig(rank=4))
     for elements, expected in ((0, Recompute(3)), (2**40, Recompute(3, 0, 3))):
         with mock.patch("qlora_dist.memory.auto.mask_elements", return_value=elements) as asked:
-            RecomputeBudget(config, model, runtime, lambda text: None).choose()
-        assert recompute_of(model) == expected
+            RecomputeBudget(config, ModelParts(model), runtime, lambda text: None).choose()
+        assert recompute_of(ModelParts(model).layers) == expected
         assert asked.call_args == mock.call(model, 1, config.data.max_seq_len, is_packed=True, is_on_gpu=False)

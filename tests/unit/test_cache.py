@@ -1,4 +1,4 @@
-"""Tokenised data: found again, it is what it was made of; and all of it reaches the model, once an epoch."""
+"""Tokenized data: found again, it is what it was made of; and all of it reaches the model, once an epoch."""
 
 import json
 import os
@@ -82,7 +82,7 @@ def write_rows(file: Path, values: list[dict]) -> str:
 def test_what_is_found_is_what_was_made(
     tokenizer, first: list[dict], second: list[dict], config: dict, seed: int
 ) -> None:
-    """A hit equals a miss: samples, what became of the rows, notes, fingerprint; and no row is tokenised for it."""
+    """A hit equals a miss: samples, what became of the rows, notes, fingerprint; and no row is tokenized for it."""
     with tempfile.TemporaryDirectory() as folder:
         paths = [write_rows(Path(folder) / f"{i}.jsonl", values) for i, values in enumerate((first, second))]
         sources = (Source(paths[0], 2.0), Source(paths[1]))
@@ -103,7 +103,7 @@ BASE = {"format": "messages", "max_seq_len": 64, "too_long": "truncate_end", "tr
 
 @pytest.fixture
 def made(tmp_path: Path, tokenizer):
-    """A function that says whether something had to be tokenised, after the settings BASE were."""
+    """A function that says whether something had to be tokenized, after the settings BASE were."""
     path = write_rows(tmp_path / "d.jsonl", CHAT)
 
     def load(settings: dict, tokenizer=tokenizer, path: str = path, seed: int = 0) -> bool:
@@ -123,7 +123,7 @@ def made(tmp_path: Path, tokenizer):
     ids=str,
 )
 def test_settings_that_decide_the_samples(made, change: dict) -> None:
-    """With any of them changed, data are tokenised anew; changed back, they are found."""
+    """With any of them changed, data are tokenized anew; changed back, they are found."""
     assert made(change)
     assert not made(change)
     assert not made({})
@@ -135,7 +135,7 @@ def test_settings_that_decide_the_samples(made, change: dict) -> None:
     ids=str,
 )
 def test_settings_that_do_not(made, change: dict) -> None:
-    """What only chooses among samples, or orders them, needs no tokeniser."""
+    """What only chooses among samples, or orders them, needs no tokenizer."""
     seed = change.get("seed", 0)
     assert not made({key: value for key, value in change.items() if key != "seed"}, seed=seed)
 
@@ -442,9 +442,9 @@ print(peak() - before, num_rows / (time.perf_counter() - started), num_rows)
 """
 
 
-@pytest.mark.slow  # it tokenises 300 MB
+@pytest.mark.slow  # it tokenizes 300 MB
 def test_memory_does_not_grow_with_the_file(tmp_path: Path, tokenizer_folder: Path) -> None:
-    """A file of 300 MB of chat rows is tokenised and opened with less than 100 MiB on top of what a small one takes."""
+    """A file of 300 MB of chat rows is tokenized and opened with less than 100 MiB on top of what a small one takes."""
     turns = [
         {"role": role, "content": "the quick brown fox jumps over the lazy dog, and then some more. " * 8}
         for role in ("user", "assistant") * 3

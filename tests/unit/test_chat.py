@@ -145,7 +145,7 @@ def test_a_template_without_generation_prompt_or_separator(tokenizer) -> None:
 
 
 def test_no_special_token_is_added_to_what_the_template_writes(tokenizer) -> None:
-    """The template already writes the start token where it wants one; tokenising must not add a second."""
+    """The template already writes the start token where it wants one; tokenizing must not add a second."""
     bos_first = copy.deepcopy(tokenizer)
     bos_first._tokenizer.post_processor = TemplateProcessing(
         single="<|im_start|> $A", special_tokens=[("<|im_start|>", tokenizer.bos_token_id)]
@@ -257,7 +257,7 @@ def test_chat_rows_need_a_chat_template(tokenizer) -> None:
 
 
 def test_plain_text_ends_with_one_end_token(tokenizer) -> None:
-    """Prompt, completion, end token, tokenised apart; the loss is on completion and end token."""
+    """Prompt, completion, end token, tokenized apart; the loss is on completion and end token."""
     [sample] = encode([{"prompt": "the quick", "completion": " brown fox"}], tokenizer, "prompt_completion").samples
     prompt, completion = tokenizer("the quick").input_ids, tokenizer(" brown fox").input_ids
     assert sample.input_ids == [*prompt, *completion, tokenizer.eos_token_id]

@@ -318,7 +318,7 @@ def test_numeric_names_are_text(config_file: Path) -> None:
 
 
 @pytest.mark.parametrize(("init", "name"), [("pissa", "PiSSA"), ("loftq", "LoftQ"), ("olora", "OLoRA")])
-def test_initialisations_that_change_the_base_are_refused_by_name(config_file: Path, init: str, name: str) -> None:
+def test_initializations_that_change_the_base_are_refused_by_name(config_file: Path, init: str, name: str) -> None:
     """The message says why, and what there is instead."""
     message = refusal(config_file, "--adapter.init", init)
     assert message.startswith(f"adapter.init is {init!r}, but must be default or gaussian. {name} ")

@@ -10,7 +10,7 @@ import yaml
 
 from qlora_dist.config.load import dump_config, load_config
 from qlora_dist.config.rules import validate
-from qlora_dist.config.schema import AdapterConfig, EvalConfig, OptimConfig, ParallelConfig, declared_type, flatten
+from qlora_dist.config.schema import AdapterConfig, EvalConfig, OptimConfig, ParallelConfig, declared, flatten
 from qlora_dist.errors import ConfigError
 from tests.support.settings import MINIMAL, refusal
 
@@ -50,9 +50,7 @@ IMPOSSIBLE = {
 
 def test_every_number_has_a_rule() -> None:
     """The table of impossible values above covers each setting that can be a number."""
-    numeric = {
-        key for key in flatten(MINIMAL) if {int, float} & {declared_type(key), *typing.get_args(declared_type(key))}
-    }
+    numeric = {key for key in flatten(MINIMAL) if {int, float} & {declared(key)[0], *typing.get_args(declared(key)[0])}}
     assert numeric == set(IMPOSSIBLE)
 
 
@@ -64,7 +62,7 @@ def test_an_impossible_number_is_refused(config_file: Path, key: str, value: flo
     message = refusal(config_file, f"--{key}", text, *with_eval)
     assert message.startswith(f"{key} is ")
     assert " must " in message
-    assert ("null" in message) == (type(None) in typing.get_args(declared_type(key)))
+    assert ("null" in message) == (type(None) in typing.get_args(declared(key)[0]))
 
 
 @pytest.mark.parametrize(

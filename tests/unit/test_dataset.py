@@ -123,7 +123,7 @@ def test_faulty_rows_are_left_out_and_told(tmp_path: Path, tokenizer) -> None:
 
 
 def test_formats_are_told_and_the_layout_is_how_the_model_sees_them(tmp_path: Path, tokenizer) -> None:
-    """Whatever a conversation was written as, the model sees chat; the notes name what was recognised."""
+    """Whatever a conversation was written as, the model sees chat; the notes name what was recognized."""
     rows = {
         "sharegpt": {"conversations": [{"from": "human", "value": "go"}, {"from": "gpt", "value": "a"}]},
         "alpaca": {"instruction": "go", "output": "a"},

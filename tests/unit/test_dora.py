@@ -1,4 +1,4 @@
-"""DoRA computes what peft's own does on an unquantised base, forward and backward."""
+"""DoRA computes what peft's own does on an unquantized base, forward and backward."""
 
 from pathlib import Path
 
@@ -57,7 +57,7 @@ def shake(model) -> None:
 
 
 def reference_of(model, folder: Path, dropout: float):
-    """peft's own DoRA, with our adapter values, on a plain float32 model that holds our dequantised weights."""
+    """peft's own DoRA, with our adapter values, on a plain float32 model that holds our dequantized weights."""
     from transformers import AutoModelForCausalLM
 
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -86,7 +86,7 @@ def loss_of(model) -> torch.Tensor:
 @pytest.mark.parametrize(("quantization", "dropout"), [("nf4", 0.0), ("nf4", 0.25), ("none", 0.0)])
 def test_forward_and_gradients_are_those_of_peft(biased_llama: Path, quantization: str, dropout: float) -> None:
     """Logits within 1e-6 of the largest one, and each gradient within 1e-5 of its norm, in float32: with biases, with
-    and without dropout, quantised or not."""
+    and without dropout, quantized or not."""
     model = build(biased_llama, quantization, dropout=dropout).train()
     reference, magnitudes = reference_of(model, biased_llama, dropout)
     for name, param in adapter_parameters(model).items():

@@ -11,6 +11,7 @@ from qlora_dist.data.batch import MicroBatch, collate
 from qlora_dist.data.samples import Sample, join
 from qlora_dist.model.flops import flops_of
 from qlora_dist.model.loss import logits_form, target_loss_sum
+from qlora_dist.model.parts import ModelParts
 
 D, HEADS, KV, HEAD_DIM, MLP, VOCAB, LAYERS, RANK = 32, 4, 2, 16, 48, 160, 3, 4
 MATRICES = {"q_proj": (D, HEADS * HEAD_DIM), "k_proj": (D, KV * HEAD_DIM), "v_proj": (D, KV * HEAD_DIM),
@@ -34,7 +35,7 @@ def sample(length: int, num_targets: int) -> Sample:
 
 
 def operations(model: torch.nn.Module, batch: MicroBatch) -> int:
-    return flops_of(model).of(batch.attention_mask, batch.position_ids, batch.num_tokens, batch.num_targets)
+    return flops_of(ModelParts(model)).of(batch.attention_mask, batch.position_ids, batch.num_tokens, batch.num_targets)
 
 
 def test_the_formula_is_what_pytorch_counts() -> None:
@@ -59,11 +60,11 @@ def test_the_formula_in_the_words_of_its_documentation() -> None:
     """4 P + 6 P_lora per token, 4 d V per target, 12 w per pair and layer; an adapter on the head counts on targets."""
     frozen = LAYERS * sum(i * o for i, o in MATRICES.values())
     adapters = LAYERS * sum(RANK * (i + o) for i, o in MATRICES.values())
-    flops = flops_of(tiny())
+    flops = flops_of(ModelParts(tiny()))
     assert flops.per_token == 4 * frozen + 6 * adapters
     assert flops.per_target == 4 * D * VOCAB
     assert flops.attention == ((12 * HEADS * HEAD_DIM, None),) * LAYERS
-    on_head = flops_of(tiny(targets=("lm_head",)))
+    on_head = flops_of(ModelParts(tiny(targets=("lm_head",))))
     assert on_head.per_token == 4 * frozen
     assert on_head.per_target == 4 * D * VOCAB + 6 * RANK * (D + VOCAB)
 
@@ -91,7 +92,7 @@ def test_samples_count_not_rows() -> None:
 def test_nothing_is_counted_outside_of_a_window(family: str, more: dict, windows: list[int | None]) -> None:
     """A layer with a sliding window counts the pairs within it: in a row of six with a window of four, 1 + 2 + 3 and
     three times 4, of 21."""
-    flops = flops_of(tiny(family, **more))
+    flops = flops_of(ModelParts(tiny(family, **more)))
     assert [window for _, window in flops.attention] == windows
     pairs = {None: 21, 4: 18}
     found = flops.of(torch.ones(1, 6, dtype=torch.int64), None, num_tokens=6, num_targets=0) - 6 * flops.per_token

@@ -12,9 +12,10 @@ from qlora_dist.config.schema import AdapterConfig, ModelConfig
 from qlora_dist.errors import ModelError
 from qlora_dist.memory.footprint import Footprint, check_memory, plan_footprint
 from qlora_dist.model.adapters import add_adapters
-from qlora_dist.model.parts import decoder_layers
+from qlora_dist.model.parts import ModelParts, decoder_layers
 from qlora_dist.model.skeleton import build_skeleton
 from qlora_dist.runtime.memory import free_bytes, free_in_control_groups
+from tests.support.built import cut
 
 HIDDEN, INTERMEDIATE, LAYERS, VOCAB, RANK = 8192, 22016, 80, 32000, 64  # LLaMA-65B (arXiv:2302.13971, table 2)
 
@@ -122,8 +123,6 @@ def shares_under_fsdp(folder: str, world_size: int) -> None:
     from torch import distributed as dist
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    from qlora_dist.config.schema import ParallelConfig
-    from qlora_dist.parallel.fsdp import gathered_units, shard_skeleton
     from qlora_dist.runtime.processes import start_runtime
     from qlora_dist.runtime.shards import local_bytes, whole_bytes
 
@@ -132,8 +131,8 @@ def shares_under_fsdp(folder: str, world_size: int) -> None:
     skeleton = build_skeleton(Path(folder), ModelConfig(path=folder, dtype="bfloat16"))
     model = add_adapters(skeleton, AdapterConfig(rank=RANK), "base")
     total = whole_bytes(model)
-    plan = plan_footprint(model, gathered_units(model), world_size, rank=0)
-    shard_skeleton(model, "fsdp", ParallelConfig(), runtime)
+    plan = plan_footprint(model, ModelParts(model).gathered_units, world_size, rank=0)
+    cut(model, "fsdp", runtime)
     held = local_bytes(model)
     assert held == plan.base + plan.adapters
     assert held <= 1.02 * total / world_size

@@ -4,16 +4,16 @@ import contextlib
 
 import pytest
 
-from qlora_dist.data.formats import COLUMNS, Conversation, PlainText, RowFault, read_row, recognise_format
+from qlora_dist.data.formats import COLUMNS, Conversation, PlainText, RowFault, read_row, recognize_format
 from qlora_dist.data.sources import Row
 from qlora_dist.errors import DataError
 
 USER, ANSWER = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}
 
 
-def recognised(columns: list[str], asked: str) -> str:
+def recognized(columns: list[str], asked: str) -> str:
     """The format of rows with these columns."""
-    return recognise_format([Row("rows.jsonl, row 1", dict.fromkeys(columns, "x"))], asked)[0]
+    return recognize_format([Row("rows.jsonl, row 1", dict.fromkeys(columns, "x"))], asked)[0]
 
 
 def reason(row: dict, format: str) -> str:
@@ -23,7 +23,7 @@ def reason(row: dict, format: str) -> str:
     return caught.value.reason
 
 
-# -- recognising
+# -- recognizing
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,7 @@ def reason(row: dict, format: str) -> str:
 )
 def test_the_columns_say_the_format(columns: list[str], asked: str, expected: str) -> None:
     """Other columns do not matter; where several formats are there, conversations win unless data.format says more."""
-    assert recognised(columns, asked) == expected
+    assert recognized(columns, asked) == expected
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_the_columns_say_the_format(columns: list[str], asked: str, expected: st
 def test_missing_columns_are_refused(columns: list[str], asked: str, needed: tuple[str, ...]) -> None:
     """The message names the row, the columns it has, and those that data.format needs."""
     with pytest.raises(DataError) as caught:
-        recognised(columns, asked)
+        recognized(columns, asked)
     message = str(caught.value)
     assert message.startswith("rows.jsonl, row 1 has the columns ")
     assert f"data.format: {asked}" in message

@@ -12,6 +12,7 @@ from qlora_dist import train as train_module
 from qlora_dist.errors import TrainingError
 from qlora_dist.memory.policy import Recompute
 from qlora_dist.memory.recompute import recompute_of
+from qlora_dist.model.parts import ModelParts
 from tests.support.training import adapter_bytes, lasting_rows, train_here
 
 
@@ -43,7 +44,7 @@ def train_with_errors(folder: Path, settings: dict, full_at: tuple[int, ...]) ->
     micro_step = train_module.micro_step
 
     def limited(model, *arguments):
-        found.append(recompute_of(model))
+        found.append(recompute_of(ModelParts(model).layers))
         loss = micro_step(model, *arguments)
         if len(found) in full_at:
             loss.backward()

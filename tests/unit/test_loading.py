@@ -35,7 +35,7 @@ STATE = f"{Q}.quant_state.bitsandbytes__nf4"
 
 @pytest.fixture(scope="module")
 def tiny_4bit(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
-    """The tiny Llama in nf4 with double quantisation."""
+    """The tiny Llama in nf4 with double quantization."""
     folder = tmp_path_factory.mktemp("stored") / "nf4"
     quantize(str(tiny_llama), str(folder), QuantFormat())
     return folder
@@ -57,7 +57,7 @@ def test_what_transformers_saved_loads_as_it_is(
     tiny_llama: Path, tmp_path: Path, quant_type: str, double_quant: bool, storage: str
 ) -> None:
     """A 4-bit model saved by transformers, in any storage type and over several files, loads to the same bytes as
-    quantising on load."""
+    quantizing on load."""
     folder = save_with_transformers(
         tiny_llama, tmp_path / "saved", max_shard_size="60KB", bnb_4bit_quant_type=quant_type,
         bnb_4bit_use_double_quant=double_quant, bnb_4bit_quant_storage=storage,
@@ -95,14 +95,14 @@ def test_other_shapes_of_the_packed_bytes(tiny_4bit: Path, tmp_path: Path, shape
 
 @given(st.floats(width=32, allow_nan=False, allow_infinity=False))
 def test_offset_survives_json(value: float) -> None:
-    """The mean that double quantisation subtracts is kept as a JSON number: every float32 comes back exactly."""
+    """The mean that double quantization subtracts is kept as a JSON number: every float32 comes back exactly."""
     offset = torch.tensor(value, dtype=torch.float32)
     reread = torch.tensor([json.loads(json.dumps(offset.item()))], dtype=torch.float32)
     assert torch.equal(reread.view(torch.int32), offset.reshape(1).view(torch.int32))
 
 
 def test_block_size_comes_from_the_file(tiny_llama: Path, tmp_path: Path) -> None:
-    """No setting names the block size: the quantisation state does."""
+    """No setting names the block size: the quantization state does."""
     quantize(str(tiny_llama), str(tmp_path / "out"), QuantFormat(block_size=128))
     model = load_here(tmp_path / "out")
     assert {m.format.block_size for m in model.modules() if isinstance(m, QuantizedLinear)} == {128}
@@ -147,7 +147,7 @@ def with_value(name: str, value: float) -> Callable[[Path], None]:
 
 
 def with_state(**values: object) -> Callable[[Path], None]:
-    """Change entries of one quantisation state."""
+    """Change entries of one quantization state."""
 
     def change(folder: Path) -> None:
         state = json.loads(bytes(load_file(folder / "model.safetensors")[STATE].tolist()))
@@ -236,11 +236,11 @@ REFUSED_16_BIT = [
     (with_quantization_config(quant_method="fp8"), ("FP8", "16-bit")),
     (with_quantization_config(quant_method="bitsandbytes", load_in_8bit=True), ("8 bits", "LLM.int8", "16-bit")),
     (with_quantization_config(load_in_8bit=True), ("8 bits", "LLM.int8")),
-    (with_quantization_config(load_in_4bit=True), ("no tensor has a quantisation state", "quantize")),
+    (with_quantization_config(load_in_4bit=True), ("no tensor has a quantization state", "quantize")),
 ]
 REFUSED_4_BIT = [
     (truncated, ("not a readable safetensors file",)),
-    (set_tensor(STATE, None), (Q, "without its quantisation state", STATE, "quantize")),
+    (set_tensor(STATE, None), (Q, "without its quantization state", STATE, "quantize")),
     (set_tensor(f"{Q}.absmax", None), (f"no tensor {Q}.absmax", "4-bit matrix needs")),
     (set_tensor(f"{Q}.nested_absmax", None), (f"no tensor {Q}.nested_absmax",)),
     (set_tensor(f"{Q}.absmax", torch.zeros(3, dtype=torch.uint8)), (f"{Q}.absmax", "[3]", "64 elements")),
@@ -255,7 +255,7 @@ REFUSED_4_BIT = [
     (with_state(nested_offset=float("inf")), (STATE, "offset inf")),
     (with_state(blocksize=48), (STATE, "blocks of 48")),
     (with_state(quant_type="fp4"), (STATE, "fp4", "unlike its own name")),
-    (set_tensor(STATE, torch.tensor([123, 34], dtype=torch.uint8)), (STATE, "not a quantisation state")),
+    (set_tensor(STATE, torch.tensor([123, 34], dtype=torch.uint8)), (STATE, "not a quantization state")),
     (with_quantization_config(), ("stored in 4 bits", "no quantization_config")),
     (other_size, ("mlp.gate_proj.weight", "[112, 64]", "[128, 64]")),
 ]
@@ -282,7 +282,7 @@ def test_wrong_files_are_refused(
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_plain_constants_that_are_not_finite_are_refused(tiny_llama: Path, tmp_path: Path, value: float) -> None:
-    """Without double quantisation the block maxima themselves are looked at."""
+    """Without double quantization the block maxima themselves are looked at."""
     quantize(str(tiny_llama), str(tmp_path / "out"), QuantFormat(double_quant=False))
     with_value(f"{Q}.absmax", value)(tmp_path / "out")
     with pytest.raises(ModelError, match=r"layers\.1\.self_attn\.q_proj\.weight holds values that are not finite"):

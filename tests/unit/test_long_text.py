@@ -1,4 +1,4 @@
-"""Texts that are tokenised in blocks have the tokens that they would have at once."""
+"""Texts that are tokenized in blocks have the tokens that they would have at once."""
 
 from unittest import mock
 
@@ -64,7 +64,7 @@ def wordpiece():
 
 @pytest.fixture(scope="module", params=["byte level", "sentencepiece", "unigram", "wordpiece"])
 def any_tokenizer(request: pytest.FixtureRequest, tokenizer):
-    """One of each family of tokenisers."""
+    """One of each family of tokenizers."""
     from transformers import PreTrainedTokenizerFast
 
     make = {"sentencepiece": sentencepiece, "unigram": unigram, "wordpiece": wordpiece}.get(request.param)
@@ -122,7 +122,7 @@ def test_long_samples_are_those_of_the_whole(tokenizer, content, train_on, num_t
     assert (sample.input_ids[:count], sample.labels[:count]) == (expected.input_ids[:count], expected.labels[:count])
 
 
-def test_no_more_is_tokenised_than_is_needed(any_tokenizer) -> None:
+def test_no_more_is_tokenized_than_is_needed(any_tokenizer) -> None:
     """Ten megabytes of which a thousand tokens are wanted are read for a quarter of a megabyte at most."""
     text = "the quick brown fox " * 500_000
     assert is_long(text, 1000)

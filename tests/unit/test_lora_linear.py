@@ -93,7 +93,7 @@ def test_float32_equals_peft(rank: int, bias: bool, shape: tuple[int, ...]) -> N
 
 @pytest.mark.parametrize("rank", [4, 64])
 def test_bfloat16_is_as_exact_as_peft(rank: int) -> None:
-    """Measured against float32 on the same dequantised weight, no result is further off than peft's own."""
+    """Measured against float32 on the same dequantized weight, no result is further off than peft's own."""
     layer = adapted_layer(rank, torch.bfloat16)
     x = torch.randn(4, 128, IN).to(torch.bfloat16)
     weight = layer.base_layer.dequantized().float()
@@ -142,7 +142,7 @@ def test_the_input_is_kept_once_and_weights_never() -> None:
 
 
 def test_gradients_that_nobody_asks_for_are_not_computed() -> None:
-    """The first layer's input needs no gradient, and its weight is not dequantised for one."""
+    """The first layer's input needs no gradient, and its weight is not dequantized for one."""
     layer = adapted_layer()
     fuse_adapters(layer)
     expected = results(layer, torch.ones(3, IN))

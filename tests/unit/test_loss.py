@@ -114,7 +114,7 @@ def device_of_loss(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("family", FAMILIES)
 def test_loss_and_gradients_are_the_plain_ones(models: dict[str, nn.Module], family: str) -> None:
     """In float32, in every family, within 1e-5: scaled and capped logits, tied heads and heads with a bias included,
-    with many targets, one and none; and what the model does to its logits was recognised."""
+    with many targets, one and none; and what the model does to its logits was recognized."""
     model = models[family].train()
     assert logits_form(model) == FAMILIES[family][2]
     assert model.training

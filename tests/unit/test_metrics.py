@@ -121,7 +121,7 @@ def test_tensorboard_can_be_left_out(tmp_path: Path) -> None:
 # -- recording
 
 
-def test_rates_count_their_own_tokens_and_utilisation_their_operations(tmp_path: Path) -> None:
+def test_rates_count_their_own_tokens_and_utilization_their_operations(tmp_path: Path) -> None:
     """Targets per second are of targets; MFU is the operations of the window over what its seconds offered, and null
     when no peak is known."""
     for peak in (1e6, None):

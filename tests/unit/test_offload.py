@@ -13,7 +13,7 @@ from qlora_dist.errors import ConfigError
 from qlora_dist.memory.offload import Offload, check_offload
 from qlora_dist.memory.policy import Recompute
 from qlora_dist.memory.recompute import set_recompute
-from qlora_dist.model.parts import decoder_layers
+from qlora_dist.model.parts import ModelParts, decoder_layers
 from qlora_dist.runtime.processes import Runtime, start_runtime
 from tests.support.adapted import build_adapted
 from tests.unit.test_selective import loss_and_gradient
@@ -69,7 +69,7 @@ def test_gradients_have_the_same_bits(tiny_llama: Path, runtime: Runtime, choice
     runtime = dataclasses.replace(runtime, compute_dtype=getattr(torch, dtype))
     model = build_adapted(tiny_llama, runtime, dropout=0.1)
     expected = loss_and_gradient(model, runtime)
-    set_recompute(model, choice)
+    set_recompute(ModelParts(model).layers, choice)
     lane = offloading(model)
     assert all(map(torch.equal, loss_and_gradient(model, runtime), expected))
     assert len(lane.sources) == len({source.cdata for source in lane.sources}) >= 3
@@ -82,7 +82,7 @@ def test_inputs_of_recomputed_layers_come_back_one_layer_ahead(tiny_llama: Path,
     before it will need."""
     model = build_adapted(tiny_llama, runtime)
     loss_and_gradient(model, runtime)
-    set_recompute(model, Recompute(3, 0, 3))
+    set_recompute(ModelParts(model).layers, Recompute(3, 0, 3))
     lane = offloading(model)
     loss_and_gradient(model, runtime)
     assert lane.sizes == [2 * 40 * 64] * 3
@@ -94,7 +94,7 @@ def test_inputs_of_recomputed_layers_come_back_one_layer_ahead(tiny_llama: Path,
 def test_what_is_offloaded_is_let_go_of(tiny_llama: Path, runtime: Runtime, choice: Recompute) -> None:
     """Between forward and backward no original is alive, under any policy."""
     model = build_adapted(tiny_llama, runtime)
-    set_recompute(model, choice)
+    set_recompute(ModelParts(model).layers, choice)
     lane = offloading(model)
     loss = model(input_ids=torch.arange(3, 83).reshape(2, 40), use_cache=False).logits.sum()
     assert loss.requires_grad

@@ -179,7 +179,7 @@ MANY_SMALL = {f"q{i}.lora_A": (8, 16) for i in range(64)}  # 128 elements each, 
 
 
 def distances(optimizer: str, num_steps: int = 60) -> tuple[list[float], dict[str, nn.Parameter], FlatAdamW]:
-    """Minimise half the squared distance to zero; its value after each step."""
+    """Minimize half the squared distance to zero; its value after each step."""
     params = parameters(MANY_SMALL)
     flat = FlatAdamW(params, OptimConfig(optimizer=optimizer))
     losses = []

@@ -35,7 +35,7 @@ def tied_with_biases(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def compare_everywhere(source: Path, out: Path, fmt: QuantFormat) -> None:
-    """`out` is `source` in 4 bits: same parameters as quantising on load, same logits here and in transformers."""
+    """`out` is `source` in 4 bits: same parameters as quantizing on load, same logits here and in transformers."""
     config = {"quantization": fmt.quant_type, "double_quant": fmt.double_quant}
     stored = load_here(out, **config)
     if fmt.block_size == 64:
@@ -55,13 +55,13 @@ def compare_everywhere(source: Path, out: Path, fmt: QuantFormat) -> None:
     "fmt", [QuantFormat(), QuantFormat("fp4", False), QuantFormat("nf4", True, 128)], ids=["nf4", "fp4", "128"]
 )
 def test_both_programs_load_the_same_model(tiny_llama: Path, tmp_path: Path, fmt: QuantFormat) -> None:
-    """The stored bytes are those of quantising on load; logits here and in transformers are equal, bit for bit."""
+    """The stored bytes are those of quantizing on load; logits here and in transformers are equal, bit for bit."""
     quantize(str(tiny_llama), str(tmp_path / "out"), fmt)
     compare_everywhere(tiny_llama, tmp_path / "out", fmt)
 
 
 def test_tied_heads_biases_and_float32_sources(tied_with_biases: Path, tmp_path: Path) -> None:
-    """Biases stay 16-bit tensors, a tied head is stored once, and a float32 source is cast before it is quantised."""
+    """Biases stay 16-bit tensors, a tied head is stored once, and a float32 source is cast before it is quantized."""
     quantize(str(tied_with_biases), str(tmp_path / "out"), QuantFormat())
     compare_everywhere(tied_with_biases, tmp_path / "out", QuantFormat())
     tensors = tensors_of(tmp_path / "out")
@@ -70,7 +70,7 @@ def test_tied_heads_biases_and_float32_sources(tied_with_biases: Path, tmp_path:
 
 
 def test_file_is_what_transformers_would_save(tiny_llama: Path, tmp_path: Path) -> None:
-    """Same tensor names, types and bytes as quantising and saving with transformers; same quantization_config."""
+    """Same tensor names, types and bytes as quantizing and saving with transformers; same quantization_config."""
     quantize(str(tiny_llama), str(tmp_path / "ours"), QuantFormat())
     save_with_transformers(
         tiny_llama, tmp_path / "theirs", bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
@@ -168,7 +168,7 @@ def test_full_disk_is_said(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest
 
 
 def test_4_bit_sources_and_full_targets_are_refused(tiny_llama: Path, tmp_path: Path) -> None:
-    """Quantising twice would lose precision twice; OUT is never written over."""
+    """Quantizing twice would lose precision twice; OUT is never written over."""
     quantize(str(tiny_llama), str(tmp_path / "out"), QuantFormat())
     with pytest.raises(ModelError, match="4 bits already"):
         quantize(str(tmp_path / "out"), str(tmp_path / "again"), QuantFormat())

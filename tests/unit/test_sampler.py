@@ -440,7 +440,7 @@ def test_collate_pads_on_the_right() -> None:
 
 
 def test_a_token_that_looks_like_padding_is_kept() -> None:
-    """The end token is often the padding token too; inside a sample it is a real, labelled token."""
+    """The end token is often the padding token too; inside a sample it is a real, labeled token."""
     batch = collate([Sample([1, PAD], [IGNORE_INDEX, PAD]), Sample([1, 2, 3], [1, 2, 3])], PAD)
     assert batch.attention_mask.tolist() == [[1, 1, 0], [1, 1, 1]]
     assert batch.labels.tolist() == [[IGNORE_INDEX, PAD, IGNORE_INDEX], [1, 2, 3]]

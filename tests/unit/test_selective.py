@@ -20,7 +20,7 @@ from qlora_dist.memory.recompute import LayerForward, Survey, recompute_of, set_
 from qlora_dist.memory.selective import SelectiveForward
 from qlora_dist.model.adapters import adapter_parameters
 from qlora_dist.model.compile import CompiledForward
-from qlora_dist.model.parts import base_model
+from qlora_dist.model.parts import ModelParts, base_model
 from qlora_dist.runtime.processes import Runtime, start_runtime
 from qlora_dist.train import micro_step
 from tests.support.adapted import build_adapted
@@ -59,8 +59,8 @@ def test_every_family_has_the_same_bits_under_every_policy(
         expected = loss_and_gradient(model, runtime)
         assert expected[1].norm() > 0
         for choice in CHOICES:
-            set_recompute(model, choice)
-            assert recompute_of(model) == choice
+            set_recompute(ModelParts(model).layers, choice)
+            assert recompute_of(ModelParts(model).layers) == choice
             found = loss_and_gradient(model, runtime)
             assert all(map(torch.equal, found, expected)), (name, choice)
 
@@ -69,7 +69,7 @@ def test_eager_attention_has_the_same_bits(families: dict[str, Path], runtime: R
     """Attention out of single operations is recomputed as far as it is quick: its products run once."""
     model = build_adapted(families["qwen3"], runtime, attention="eager")
     expected = loss_and_gradient(model, runtime)
-    set_recompute(model, Recompute(2, 2))
+    set_recompute(ModelParts(model).layers, Recompute(2, 2))
     assert all(map(torch.equal, loss_and_gradient(model, runtime), expected))
 
 
@@ -80,7 +80,7 @@ def test_products_run_once(tiny_llama: Path, runtime: Runtime) -> None:
     with mock.patch.object(bnb, "matmul_4bit", wraps=bnb.matmul_4bit) as product:
         counts = []
         for choice in (Recompute(3), Recompute(3, 3), Recompute(3, 0, 3)):
-            set_recompute(model, choice)
+            set_recompute(ModelParts(model).layers, choice)
             product.reset_mock()
             loss_and_gradient(model, runtime)
             counts.append(product.call_count)
@@ -94,13 +94,13 @@ def test_what_is_kept_is_what_was_counted(tiny_llama: Path, runtime: Runtime) ->
     runtime = dataclasses.replace(runtime, compute_dtype=torch.bfloat16)
     model = build_adapted(tiny_llama, runtime)
     ids = torch.arange(3, 259).reshape(2, 128)
-    with Survey(model) as survey, runtime.autocast():
+    with Survey(ModelParts(model).layers) as survey, runtime.autocast():
         model(input_ids=ids, use_cache=False)
 
     outputs = []
 
     def alive(*choice: int) -> int:
-        set_recompute(model, Recompute(3, *choice))
+        set_recompute(ModelParts(model).layers, Recompute(3, *choice))
         with runtime.autocast(), StorageCounter() as counter:
             outputs.append(model(input_ids=ids, use_cache=False))
             now = counter.now
@@ -126,7 +126,7 @@ def test_the_formula_is_on_the_safe_side(families: dict[str, Path], runtime: Run
     ids = torch.arange(3, 259).reshape(2, 128)
     with runtime.autocast():
         model(input_ids=ids, use_cache=False)  # the first one asks the model for more
-        with Survey(model) as survey:
+        with Survey(ModelParts(model).layers) as survey:
             model(input_ids=ids, use_cache=False)
     expected = layer_bytes(base_model(model).config, ids.numel(), 2, AdapterConfig(rank=4, **kind))
     for found, formula in zip(vars(survey.result).values(), vars(expected).values(), strict=True):
@@ -136,7 +136,7 @@ def test_the_formula_is_on_the_safe_side(families: dict[str, Path], runtime: Run
 def test_forward_without_gradients_keeps_nothing(tiny_llama: Path, runtime: Runtime) -> None:
     """In evaluation policies do nothing."""
     model = build_adapted(tiny_llama, runtime).eval()
-    set_recompute(model, Recompute(3, 3))
+    set_recompute(ModelParts(model).layers, Recompute(3, 3))
     with mock.patch.object(SelectiveForward, "__enter__", side_effect=AssertionError), torch.no_grad():
         model(input_ids=torch.arange(9).unsqueeze(0))
 

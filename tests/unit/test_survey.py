@@ -68,8 +68,8 @@ def test_no_line_is_too_long(tmp_path: Path, tokenizer, width: int) -> None:
 
 
 @pytest.mark.parametrize("settings", [{}, {"force_terminal": True, "color_system": "truecolor"}])
-def test_only_colours_and_text_are_printed(tmp_path: Path, tokenizer, settings: dict) -> None:
-    """In a log file no control character at all; on a terminal, colours. Brackets are no markup."""
+def test_only_colors_and_text_are_printed(tmp_path: Path, tokenizer, settings: dict) -> None:
+    """In a log file no control character at all; on a terminal, colors. Brackets are no markup."""
     config, data = awkward(tmp_path, tokenizer)
     text = page(config, data, tokenizer, num_shown=20, width=100, **settings)
     assert ("\x1b" in text) == bool(settings)
@@ -81,7 +81,7 @@ def test_only_colours_and_text_are_printed(tmp_path: Path, tokenizer, settings: 
     assert ("⟦" in left) == (not settings)
 
 
-def test_marks_instead_of_colours_where_these_are_not_wanted(tmp_path: Path, tokenizer) -> None:
+def test_marks_instead_of_colors_where_these_are_not_wanted(tmp_path: Path, tokenizer) -> None:
     """NO_COLOR on a terminal: the mask is still there."""
     config, data = load(Source(chat_rows(tmp_path / "t.jsonl", ["fox", "dog"])), tokenizer=tokenizer)
     text = page(config, data, tokenizer, width=80, force_terminal=True, color_system="standard", no_color=True)

@@ -10,8 +10,8 @@ import pytest
 
 from qlora_dist.config.schema import ModelConfig, OptimConfig, ParallelConfig, TrainConfig
 from qlora_dist.errors import ConfigError, LaunchError
-from qlora_dist.parallel.choice import choose_backend, engine_settings
-from qlora_dist.parallel.deepspeed_config import zero_settings
+from qlora_dist.parallel.choice import choose_backend
+from qlora_dist.parallel.deepspeed_config import run_settings, zero_settings
 
 CONFIG = TrainConfig(
     model=ModelConfig(dtype="bfloat16"),
@@ -162,7 +162,7 @@ def test_auto_follows_a_launcher_that_uses_deepspeed(launched_with_deepspeed, fi
     launched_with_deepspeed.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(file))
     file.write_text(json.dumps({"zero_optimization": {"stage": int(stage), "overlap_comm": False}}))
     assert choose_backend(CONFIG) == f"zero{stage}"
-    found = engine_settings(CONFIG, choose_backend(CONFIG))
+    found = run_settings(CONFIG, int(stage), 1)
     assert found is not None
     assert found["zero_optimization"] == {"stage": int(stage), "overlap_comm": False}
 
@@ -192,7 +192,7 @@ def test_two_files_are_one_too_many(launched_with_deepspeed, file: Path) -> None
     with pytest.raises(
         LaunchError, match=r"parallel\.deepspeed_config is mine\.json, but the launcher was given theirs"
     ):
-        engine_settings(TrainConfig(parallel=ParallelConfig("zero3", deepspeed_config="mine.json")), "zero3")
+        run_settings(TrainConfig(parallel=ParallelConfig("zero3", deepspeed_config="mine.json")), 3, 1)
 
 
 def test_without_deepspeed_the_message_says_how_to_install_it(tmp_path: Path) -> None:

@@ -12,10 +12,9 @@ from itertools import pairwise
 
 import torch
 from torch import distributed as dist
-from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from qlora_dist.model.parts import decoder_layers
+from qlora_dist.model.parts import ModelParts
 
 _NUM_IN_FLIGHT = 2
 """Reductions that run at once; each holds the whole gradients of a layer's adapters."""
@@ -55,19 +54,19 @@ class Reductions:
             self._running.popleft()[0].wait()
 
 
-def overlap_on_cpu(model: nn.Module) -> Reductions | None:
+def overlap_on_cpu(parts: ModelParts) -> Reductions | None:
     """Have a sharded model's collectives overlap, as far as this version of torch can.
 
     Returns:
         what to wait for after each backward; None where gradients are complete by then.
     """
-    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    units = [module for module in parts.model.modules() if isinstance(module, FSDPModule)]
     for unit in units:
         if hasattr(unit, "_set_unshard_async_op"):
             unit._set_unshard_async_op(True)
-    for layer, following in pairwise(decoder_layers(model)):
+    for layer, following in pairwise(parts.layers):
         layer.set_modules_to_forward_prefetch([following])
-    param = next(param for param in model.parameters() if param.requires_grad)
+    param = next(iter(parts.adapters.values()))
     if param.device_mesh.ndim > 1 or not hasattr(FSDPModule, "set_custom_reduce_scatter"):
         return None  # replicas add up what the reduce-scatter has made
     reductions = Reductions()

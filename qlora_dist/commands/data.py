@@ -1,0 +1,38 @@
+"""Command `data`: what a run's data are like, and samples as the model sees them."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+
+from qlora_dist.commands.startup import check_sources, loading_libraries, parse_known
+from qlora_dist.config.load import load_config
+from qlora_dist.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Options:
+    """Tell what the data of CONFIG.yaml are like, and show samples as the model sees them. Loads no weights.
+
+    Takes the same `--section.key VALUE` as `qlora-dist train`, and reads and tokenizes the data as it does; what is
+    tokenized is kept for it.
+    """
+
+    show: int = 3
+    """Training samples to show, with what counts in the loss marked; with packing, rows of several samples."""
+    json: bool = False
+    """Write the same facts as one JSON object, without samples."""
+
+
+def main(argv: list[str]) -> None:
+    """Print what the data of CONFIG.yaml are like."""
+    path, rest = (argv[0], argv[1:]) if argv and argv[0] not in ("-h", "--help") else ("", ["--help"])
+    options, overrides = parse_known(Options, rest, "qlora-dist data CONFIG.yaml")
+    if options.show < 0:
+        raise ConfigError(f"--show is {options.show}, but must be at least 0.")
+    config = load_config(path, overrides)
+    check_sources(config)
+    with loading_libraries(sys.stderr):
+        from qlora_dist.inspection.survey import survey
+
+    survey(config, num_shown=options.show, as_json=options.json)

@@ -1,0 +1,71 @@
+"""Start of a command: its options, and its heavy imports, once its settings are known to be good."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar
+
+if TYPE_CHECKING:
+    from qlora_dist.config.schema import TrainConfig
+
+_Options = TypeVar("_Options")
+
+
+def parse(options: type[_Options], argv: list[str], prog: str, positional: bool = False) -> _Options:
+    """Read a command's options; with `positional`, those without a default are given by their place."""
+    import tyro
+
+    config = (tyro.conf.FlagCreatePairsOff, *((tyro.conf.PositionalRequiredArgs,) if positional else ()))
+    return tyro.cli(options, args=argv, prog=prog, config=config, use_underscores=True)
+
+
+def parse_known(options: type[_Options], argv: list[str], prog: str) -> tuple[_Options, list[str]]:
+    """Read a command's options among others; returns the others as well, in their order."""
+    import tyro
+
+    config = (tyro.conf.FlagCreatePairsOff,)
+    return tyro.cli(options, args=argv, prog=prog, config=config, use_underscores=True, return_unknown_args=True)
+
+
+def option_named(name: str) -> Any:
+    """Annotation with which help calls an option `name`; evaluated when tyro reads it, so it imports nothing before."""
+    import tyro
+
+    return tyro.conf.arg(metavar=name)
+
+
+def check_sources(config: TrainConfig) -> None:
+    """Refuse data files that are not there, before anything slow is done."""
+    from qlora_dist.data.sources import check_source
+
+    for source in config.data.sources:
+        check_source(source.path, "data.train")
+    for path in config.data.eval_files:
+        check_source(path, "data.eval")
+
+
+def loading_libraries(file: TextIO) -> AbstractContextManager[object]:
+    """A context for a command's imports, which take up to half a minute on a busy machine."""
+    from qlora_dist.metrics.console import Reporter
+
+    quiet_third_parties()
+    return Reporter(os.environ.get("RANK", "0") == "0", file=file).working("loading libraries")
+
+
+def quiet_third_parties() -> None:
+    """Silence banners, progress bars and deprecation warnings of the libraries; call before importing them."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DATASETS_VERBOSITY", "critical")  # it logs, at length, the errors that it then raises
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    if not any(os.path.exists(f"/dev/{name}") for name in ("nvidiactl", "kfd", "dri", "dxg")):
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, where installed, warns that it found no GPU
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    warnings.filterwarnings("ignore")
+    for name in ("bitsandbytes", "accelerate", "peft", "torch.distributed", "datasets", "root"):
+        logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,0 +1,33 @@
+"""A copy of the model on every rank: `single`, and `ddp` with one all-reduce per optimizer step."""
+
+from __future__ import annotations
+
+import torch
+
+from qlora_dist.model.parts import ModelParts
+from qlora_dist.parallel.backend import Backend
+from qlora_dist.parallel.engine import Engine, FlatEngine, squared_norm
+
+
+class Replicated(Backend):
+    """Every rank holds the whole model and takes its part of each batch."""
+
+    def cut(self, parts: ModelParts) -> None:
+        """Leave the model whole."""
+
+    def engine(self, parts: ModelParts) -> Engine:
+        return ReplicatedEngine(parts, self.config.optim, self.runtime)
+
+
+class ReplicatedEngine(FlatEngine):
+    """Adapter gradients are summed over ranks in one flat all-reduce per optimizer step."""
+
+    can_drop_gradients = True
+
+    def backward(self, loss: torch.Tensor, is_last_micro_batch: bool) -> None:
+        (loss * self.loss_scale).backward()
+
+    def _global_norm(self, gradients: list[torch.Tensor]) -> torch.Tensor:
+        for gradient in gradients:
+            self._runtime.sum_over_ranks(gradient)
+        return squared_norm(gradients).sqrt()
