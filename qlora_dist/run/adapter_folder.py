@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -14,13 +13,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
-from qlora_dist.atomic import remove, sync_folder, sync_tree, write_text
+from qlora_dist.atomic import read_json, whole_folder, write_text
 from qlora_dist.config.saved_adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RECIPE
 from qlora_dist.config.schema import ModelConfig
 from qlora_dist.data.formats import Layout
-from qlora_dist.errors import CheckpointError
+from qlora_dist.errors import CheckpointError, ModelError
 from qlora_dist.model.adapters import saved_name
-from qlora_dist.weights.files import read_json
 
 
 @dataclass(frozen=True)
@@ -51,29 +49,21 @@ def save_adapter(
                 f"the adapter holds values that are not finite in {name}, so it is not saved. Lower optim.lr or set "
                 "optim.max_grad_norm."
             )
-    partial = folder.with_name(f".{folder.name}.partial")
     try:
-        remove(partial)
-        partial.mkdir(parents=True)
-        save_file(weights, partial / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-        peft_config = copy.copy(model.peft_config["default"])
-        peft_config.inference_mode = True  # as PEFT itself writes it
-        peft_config.save_pretrained(str(partial))
-        # safetensors writes files that only their owner may read; an adapter is as public as the files beside it.
-        (partial / ADAPTER_WEIGHTS).chmod((partial / ADAPTER_CONFIG).stat().st_mode)
-        tokenizer.save_pretrained(str(partial))
-        write_text(partial / RECIPE, json.dumps(asdict(recipe), indent=2) + "\n")
-        sync_tree(partial)
-        _verify(partial, weights)
-        remove(folder)
-        os.replace(partial, folder)
-        sync_folder(folder.parent)
+        with whole_folder(folder) as partial:
+            save_file(weights, partial / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+            peft_config = copy.copy(model.peft_config["default"])
+            peft_config.inference_mode = True  # as PEFT itself writes it
+            peft_config.save_pretrained(str(partial))
+            # safetensors writes files that only their owner may read; an adapter is as public as the files beside it.
+            (partial / ADAPTER_WEIGHTS).chmod((partial / ADAPTER_CONFIG).stat().st_mode)
+            tokenizer.save_pretrained(str(partial))
+            write_text(partial / RECIPE, json.dumps(asdict(recipe), indent=2) + "\n")
+            _verify(partial, weights)
     except (OSError, SafetensorError) as error:  # safetensors wraps those of its own writing
         raise CheckpointError(
             f"the adapter cannot be written to {folder}: {error}. Free some space or fix the folder's permissions."
         ) from None
-    finally:
-        remove(partial)
 
 
 def read_recipe(folder: Path) -> Recipe:
@@ -89,10 +79,10 @@ def read_recipe(folder: Path) -> Recipe:
             nested = folder / "adapter"
             hint = f" Did you mean {nested}?" if (nested / ADAPTER_CONFIG).is_file() else ""
             raise CheckpointError(f"adapter folder {folder} has no {file}, so it is not a PEFT adapter.{hint}")
-    base_path = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+    base_path = read_json(folder / ADAPTER_CONFIG, ModelError).get("base_model_name_or_path")
     if not base_path:
         raise CheckpointError(f"{folder / ADAPTER_CONFIG} names no base model (base_model_name_or_path). Add it there.")
-    saved = read_json(folder / RECIPE) if (folder / RECIPE).is_file() else {}
+    saved = read_json(folder / RECIPE, ModelError) if (folder / RECIPE).is_file() else {}
     base = ModelConfig(**{**saved.get("base", {}), "path": str(base_path)})
     return Recipe(base, saved.get("layout", "messages"))
 

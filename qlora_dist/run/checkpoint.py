@@ -13,11 +13,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from qlora_dist.atomic import remove, sync_folder, sync_tree, write_text
+from qlora_dist.atomic import remove, sync_folder, whole_folder, write_text
 from qlora_dist.config.saved_adapter import ADAPTER_WEIGHTS
 from qlora_dist.errors import CheckpointError
 from qlora_dist.model.adapters import adapter_parameters, saved_name
@@ -180,10 +178,7 @@ class Checkpoints:
         self, state: TrainState, adapter: dict[str, torch.Tensor], optimizer: dict[str, torch.Tensor], is_trial: bool
     ) -> None:
         path = self.path(state.step)
-        partial = self.folder / f".{path.name}.partial"
-        try:
-            remove(partial)
-            partial.mkdir(parents=True)
+        with whole_folder(path, clear=_delete) as partial:
             self.write_adapter(partial / "adapter", adapter)
             save_file(optimizer, partial / _OPTIMIZER)
             content = {
@@ -196,14 +191,8 @@ class Checkpoints:
             }
             write_text(partial / _STATE, json.dumps(content, indent=2) + "\n")
             _verify_tensors(partial / _OPTIMIZER, optimizer)
-            sync_tree(partial)
             manifest = _manifest(partial)
-            _delete(path)
-            os.replace(partial, path)
-            self._mark_complete(path, manifest)
-        finally:
-            with suppress(OSError):
-                remove(partial)
+        self._mark_complete(path, manifest)
         self._rotate(state)
 
     def _mark_complete(self, path: Path, manifest: dict[str, dict[str, Any]]) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import os
+import resource
+import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -65,7 +67,13 @@ class MemoryMeter:
         """Most bytes since the restart."""
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device)
-        return _status("VmHWM")
+        return _status("VmHWM") or _highest_resident()
+
+
+def _highest_resident() -> int:
+    """Most resident bytes of this process in its life, where there is no /proc."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, others KiB
 
 
 def _status(key: str) -> int:

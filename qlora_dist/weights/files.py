@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from pathlib import Path
-from typing import Any
 
+from qlora_dist.atomic import read_json
 from qlora_dist.errors import ModelError
 
 _HUB_NAME = re.compile(r"^[\w.-]+/[\w.-]+$")
@@ -54,7 +53,7 @@ def check_model_folder(folder: Path) -> None:
     """
     if not (folder / "config.json").is_file():
         raise ModelError(f"model folder {folder} has no config.json, so it is not a transformers model.")
-    read_json(folder / "config.json")
+    read_json(folder / "config.json", ModelError)
     if not any(folder.glob("*.safetensors")):
         others = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".gguf"))
         found = f" It has {others[0]}, which is not read: pickle files can run code." if others else ""
@@ -81,7 +80,7 @@ def weight_files(folder: Path) -> dict[str, Path]:
 
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        names = read_json(index).get("weight_map")
+        names = read_json(index, ModelError).get("weight_map")
         if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
             raise ModelError(f"{index} has no weight_map from tensor to file names. Copy the model again.")
         for name in sorted(set(names.values())):
@@ -96,21 +95,6 @@ def weight_files(folder: Path) -> dict[str, Path]:
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{file} is not a readable safetensors file ({error}). Copy the model again.") from None
     return files
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object that belongs to a model or adapter.
-
-    Raises:
-        ModelError: the file is not a JSON object.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path} is not readable JSON: {error}.") from None
-    if not isinstance(value, dict):
-        raise ModelError(f"{path} must hold a JSON object.")
-    return value
 
 
 def _download(name: str, wanted: list[str]) -> Path:

@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 
+from qlora_dist.atomic import read_json
 from qlora_dist.config.schema import ModelConfig
 from qlora_dist.errors import ConfigError, ModelError
 from qlora_dist.model.nf4 import NESTED_BLOCK_SIZE, QuantFormat, QuantizedLinear, dynamic_code, four_bit_code
 from qlora_dist.runtime.shards import local_part, local_range
-from qlora_dist.weights.files import read_json
 from qlora_dist.weights.reader import SafetensorsReader
 
 STORAGE = {  # quant_storage: its name in safetensors, bytes of one element
@@ -74,7 +74,7 @@ def formats_in(folder: Path, config: ModelConfig) -> dict[str, QuantFormat] | No
         ModelError: the folder has no config.json, or is quantized in a way that cannot be trained here.
         ConfigError: `config` asks for another 4-bit format.
     """
-    if not is_prequantized(folder, read_json(folder / "config.json").get("quantization_config")):
+    if not is_prequantized(folder, read_json(folder / "config.json", ModelError).get("quantization_config")):
         return None
     with SafetensorsReader(folder) as reader:
         return stored_formats(reader, config)

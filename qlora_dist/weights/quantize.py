@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +17,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
+from qlora_dist.atomic import read_json, whole_folder
 from qlora_dist.config.schema import ModelConfig
 from qlora_dist.errors import LaunchError, ModelError
 from qlora_dist.metrics.console import Reporter
@@ -29,7 +29,7 @@ from qlora_dist.model.parts import linear_layers
 from qlora_dist.model.skeleton import build_skeleton
 from qlora_dist.runtime.processes import launched_world_size, start_runtime
 from qlora_dist.weights.check_headers import check_inventory
-from qlora_dist.weights.files import check_new_folder, read_json, resolve_model_folder
+from qlora_dist.weights.files import check_new_folder, resolve_model_folder
 from qlora_dist.weights.prequantized import formats_in, is_prequantized
 from qlora_dist.weights.reader import SafetensorsReader
 from qlora_dist.weights.writer import FileWriter, stored_tensors
@@ -48,38 +48,33 @@ def quantize(model: str, out: str, fmt: QuantFormat) -> None:
     target = Path(out).resolve()  # a rename replaces a link, not what it points to
     check_new_folder(target)
     folder = resolve_model_folder(model)
-    if is_prequantized(folder, read_json(folder / "config.json").get("quantization_config")):
+    if is_prequantized(folder, read_json(folder / "config.json", ModelError).get("quantization_config")):
         raise ModelError(f"model folder {folder} is stored in 4 bits already. Use it as it is: it loads directly.")
     skeleton = build_skeleton(folder, ModelConfig(path=model, quantization="none", dtype="bfloat16"))
     device = start_runtime(seed=0, dtype="bfloat16").device
     reporter = Reporter(is_main=True)
-    partial = target.with_name(f".{target.name}.partial")
     try:
-        _remove(partial)
-        partial.mkdir(parents=True)
-        with SafetensorsReader(folder) as reader:
-            _check_source(skeleton, reader)
-            _check_space(partial, skeleton, fmt)
-            total = sum(param.numel() * 2 for param in skeleton.parameters())
-            with reporter.quantizing(total) as on_bytes:
-                written = FileWriter(partial)
-                done = 0
-                for tensors, num_elements in _quantized_tensors(skeleton, reader, fmt, device):
-                    written.add(tensors)
-                    done += 2 * num_elements
-                    on_bytes(done)
-                written.close()
-        with reporter.working("checking what was written"):
-            _write_config(folder, partial, skeleton, fmt)
-            _copy_rest(folder, partial)
-            _check_result(partial, fmt)
-        os.replace(partial, target)  # onto nothing, or onto an empty folder
+        with whole_folder(target) as partial:
+            with SafetensorsReader(folder) as reader:
+                _check_source(skeleton, reader)
+                _check_space(partial, skeleton, fmt)
+                total = sum(param.numel() * 2 for param in skeleton.parameters())
+                with reporter.quantizing(total) as on_bytes:
+                    written = FileWriter(partial)
+                    done = 0
+                    for tensors, num_elements in _quantized_tensors(skeleton, reader, fmt, device):
+                        written.add(tensors)
+                        done += 2 * num_elements
+                        on_bytes(done)
+                    written.close()
+            with reporter.working("checking what was written"):
+                _write_config(folder, partial, skeleton, fmt)
+                _copy_rest(folder, partial)
+                _check_result(partial, fmt)
     except (OSError, SafetensorError) as error:
         raise ModelError(
             f"the 4-bit model cannot be written to {target}: {error}. Free some space or fix the folder's permissions."
         ) from None
-    finally:
-        _remove(partial)
     reporter.say(
         f"{target}: {written.num_bytes / 2**20:,.0f} MiB in {written.num_files} files, from {total / 2**20:,.0f}"
     )
@@ -126,7 +121,7 @@ def _check_space(folder: Path, skeleton: PreTrainedModel, fmt: QuantFormat) -> N
 
 
 def _write_config(folder: Path, partial: Path, skeleton: PreTrainedModel, fmt: QuantFormat) -> None:
-    config = read_json(folder / "config.json")
+    config = read_json(folder / "config.json", ModelError)
     config.pop("torch_dtype", None)  # the older name of the next key
     config["dtype"] = "bfloat16"
     quantized = set(linear_layers(skeleton))
@@ -165,8 +160,3 @@ def _check_result(partial: Path, fmt: QuantFormat) -> None:
     plain |= {f"{name}.bias": (layer.out_features,) for name, layer in layers.items() if layer.bias is not None}
     with SafetensorsReader(partial) as reader:
         check_inventory(plain, layers, reader)
-
-
-def _remove(folder: Path) -> None:
-    if folder.exists():
-        shutil.rmtree(folder)

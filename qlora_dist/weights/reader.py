@@ -48,7 +48,7 @@ class SafetensorsReader:
     @cached_property
     def config(self) -> dict[str, Any]:
         """The folder's config.json."""
-        return read_json(self.folder / "config.json")
+        return read_json(self.folder / "config.json", ModelError)
 
     def names(self) -> KeysView[str]:
         """All tensor names, file by file."""

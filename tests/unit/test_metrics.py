@@ -12,8 +12,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from qlora_dist.config.schema import LoggingConfig
 from qlora_dist.metrics.console import Reporter
-from qlora_dist.metrics.recorder import MetricsWriter, Recorder, peak_memory_gib
+from qlora_dist.metrics.recorder import MetricsWriter, Recorder
 from qlora_dist.metrics.rows import EvalMetrics, StepMetrics, StepSums
+from qlora_dist.runtime.memory import GIB, MemoryMeter
 from qlora_dist.runtime.processes import Runtime, start_runtime
 
 DOCUMENTED = {
@@ -254,7 +255,7 @@ def test_peak_memory_of_the_host_is_what_the_kernel_says() -> None:
     if not status.exists():
         pytest.skip("the independent figure comes from Linux's /proc")
     [line] = [line for line in status.read_text().splitlines() if line.startswith("VmHWM:")]
-    assert peak_memory_gib(torch.device("cpu")) == pytest.approx(int(line.split()[1]) / 2**20, rel=0.05)
+    assert MemoryMeter(torch.device("cpu")).peak() / GIB == pytest.approx(int(line.split()[1]) / 2**20, rel=0.05)
 
 
 def test_a_loss_that_is_not_finite_is_null(tmp_path: Path) -> None:
