@@ -150,7 +150,8 @@ def measure(shape: Shape, world_size: int, seq_len: int, recompute: str, is_real
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from qlora_dist.model.loss import LogitsForm, _HeadLoss, target_loss_sum
+    from qlora_dist.model.logits import LogitsForm
+    from qlora_dist.model.loss import _HeadLoss, target_loss_sum
     from qlora_dist.model.parts import ModelParts
     from qlora_dist.parallel.choice import make_backend
     from qlora_dist.runtime.shards import local_bytes
@@ -163,7 +164,7 @@ def measure(shape: Shape, world_size: int, seq_len: int, recompute: str, is_real
     is_finite = mock.patch.object(torch.Tensor, "isfinite", return_value=True)
     plain_logits = mock.patch("qlora_dist.model.loss.logits_form", return_value=LogitsForm())
     # Counted is what a GPU takes, and a CPU makes fewer logits at a time.
-    whole_chunks = mock.patch("qlora_dist.model.loss._is_on_cpu", return_value=False)
+    whole_chunks = mock.patch("qlora_dist.model.loss.is_on_cpu", return_value=False)
     pretended = nullcontext() if is_real else FakeTensorMode(allow_non_fake_inputs=True)
     head_loss, of_loss = _HeadLoss.__call__, Part()
 

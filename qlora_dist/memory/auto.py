@@ -21,6 +21,7 @@ from qlora_dist.memory.activations import LayerBytes, activations_of, layer_byte
 from qlora_dist.memory.policy import Recompute, fixed_recompute
 from qlora_dist.memory.recompute import Survey, is_compiled, recompute_of, set_recompute
 from qlora_dist.model.attention import mask_elements
+from qlora_dist.model.cpu.heap import trim_heap
 from qlora_dist.model.loss import is_chunked
 from qlora_dist.model.parts import ModelParts
 from qlora_dist.optim.adamw import OPTIMIZERS
@@ -62,7 +63,7 @@ class RecomputeBudget:
         runtime, optim = self._runtime, self._config.optim
         dimensions = self._parts.dimensions
         num_tokens, element_size = self._largest_micro_batch, runtime.compute_dtype.itemsize
-        self._meter.return_freed_memory()  # of loading
+        trim_heap(self._runtime.device)  # of loading
         self._allowed = memory_limit(self._config.memory.budget_gib, self._meter, runtime)
         adapters = self._parts.adapters.values()
         num_adapted = sum(local_part(param).numel() for param in adapters)
@@ -128,7 +129,7 @@ class RecomputeBudget:
         if choice != now and (self._num_steps <= 4 or self._layer.kept(now) > self._room):
             set_recompute(self._parts.layers, choice)
             if self._layer.kept(choice) < self._layer.kept(now):
-                self._meter.return_freed_memory()
+                trim_heap(self._runtime.device)
             self._say(
                 f"recompute: {self._described(choice)}, from the next step on (by what step {self._num_steps} took)"
             )

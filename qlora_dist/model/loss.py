@@ -8,12 +8,9 @@ hidden states before the next one is made.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from peft import PeftModel
@@ -23,6 +20,9 @@ from torch.utils.checkpoint import checkpoint
 
 from qlora_dist.config.schema import IGNORE_INDEX
 from qlora_dist.model.attention import model_inputs
+from qlora_dist.model.cpu.loss import MAX_ROWS, loss_and_gradient_on_cpu
+from qlora_dist.model.cpu.pieces import is_on_cpu
+from qlora_dist.model.logits import HALF_GAIN, LogitsForm, logits_form, to_gradient
 from qlora_dist.model.parts import base_model
 from qlora_dist.runtime.shards import is_partitioned
 
@@ -31,37 +31,6 @@ FULL_LOGITS_BYTES = 12
 _CHUNK_BYTES = 2**28
 """What the logits of one chunk may take. With a vocabulary of 128k that is 204 rows in bfloat16: enough for a GPU to
 spend as long multiplying with the head's weights as reading them."""
-_CPU_ROWS = 256
-"""Rows of a chunk on a CPU, at most. Products of more are no quicker, and fresh memory for their logits is slow."""
-_CPU_PIECE = 2**20
-"""Entries that a CPU makes probabilities of at a time, in float32: they stay in its cache."""
-_HALF_GAIN = 2.0**8
-"""Gradients of logits are multiplied by it in float16, which would lose those below 6e-8, and what the head makes of
-them is divided by it."""
-_LOG2_E = math.log2(math.e)
-
-
-@dataclass(frozen=True)
-class LogitsForm:
-    """What a model makes of the output z of its head: scale * z, or cap * tanh(scale * z / cap)."""
-
-    scale: float = 1.0
-    """Cohere, Granite and others multiply or divide their logits."""
-    cap: float | None = None
-    """Soft-capping, Gemma 2 (https://arxiv.org/abs/2408.00118, section 2)."""
-
-    def __call__(self, raw: torch.Tensor) -> torch.Tensor:
-        """Logits of what the head returned, elementwise; in float32 unless nothing is done to them."""
-        if self == LogitsForm():
-            return raw
-        logits = raw.float() * self.scale
-        return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
-
-    def times_slope(self, gradient: torch.Tensor, raw: torch.Tensor) -> torch.Tensor:
-        """Gradient of what the head returned, from that of the logits, in place."""
-        if self.cap is not None:
-            gradient.mul_(1 - torch.tanh(raw.float() * (self.scale / self.cap)) ** 2)
-        return gradient if self.scale == 1 else gradient.mul_(self.scale)
 
 
 def target_loss_sum(
@@ -104,25 +73,6 @@ def _where(mask: torch.Tensor, number: int | None) -> torch.Tensor:
     return torch.nonzero_static(mask, size=number).squeeze(1)
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# What the model does with its head: asked of the model itself, since each family has code of its own for it.
-
-_forms: WeakKeyDictionary[nn.Module, LogitsForm | None] = WeakKeyDictionary()
-_PROBE_LENGTH = 4
-
-
-def logits_form(model: nn.Module) -> LogitsForm | None:
-    """What this model makes of its head's output, or None when that is something else; all ranks ask together.
-
-    The first time, a forward of a few tokens is run in which the head answers with given values. Scale and cap are read
-    off the logits that come out, and must account for all of them.
-    """
-    base = base_model(model)
-    if base not in _forms:
-        _forms[base] = _ask(model)
-    return _forms[base]
-
-
 def loss_note(model: nn.Module) -> str | None:
     """What to tell the user of this model's loss, if anything; all ranks ask together."""
     if is_chunked(model):
@@ -140,57 +90,6 @@ def loss_note(model: nn.Module) -> str | None:
 def is_chunked(model: nn.Module) -> bool:
     """Whether the loss is made of a bounded number of logits at a time; all ranks ask together."""
     return logits_form(model) is not None and not _is_gathered_inside(base_model(model).get_output_embeddings())
-
-
-@torch.no_grad()
-def _ask(model: nn.Module) -> LogitsForm | None:
-    head = base_model(model).get_output_embeddings()
-    if head is None:
-        return None
-    seen: list[tuple[Any, torch.Tensor]] = []  # (shape of the hidden states, values given in place of logits)
-
-    def answer(_: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
-        seen.append((inputs[0].shape[:-1] if inputs else None, _given_values(output)))
-        return seen[-1][1]
-
-    hook = head.register_forward_hook(answer)
-    was_training = model.training
-    model.eval()
-    ids = torch.arange(_PROBE_LENGTH, device=_device(model)).unsqueeze(0)
-    try:
-        found = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
-    finally:
-        hook.remove()
-        model.train(was_training)
-    if len(seen) != 1 or seen[0][0] != ids.shape or seen[0][1].shape != found.shape:
-        return None
-    return _form_between(seen[0][1], found)
-
-
-_LANDMARKS = (1.0, 1e6, 1e7)
-
-
-def _given_values(like: torch.Tensor) -> torch.Tensor:
-    """Float32 values from small to large, different in each row; the first ones of the first row are landmarks."""
-    values = torch.linspace(-300, 300, like.numel(), device=like.device).roll(like.shape[-1] // 2)
-    values[: len(_LANDMARKS)] = values.new_tensor(_LANDMARKS)[: len(values)]
-    return values.reshape(like.shape)
-
-
-def _form_between(given: torch.Tensor, found: torch.Tensor) -> LogitsForm | None:
-    """The form that makes `found` of `given`."""
-    one, large, larger = found.flatten()[: len(_LANDMARKS)].tolist()
-    form = LogitsForm(scale=one)
-    if large == larger > abs(one):  # so far out that tanh is 1
-        scale = large * math.atanh(one / large)
-        form = LogitsForm(scale=1.0 if abs(scale - 1) < 1e-6 else scale, cap=large)
-    is_form = torch.allclose(form(given), found.float(), rtol=1e-5, atol=1e-5)
-    return form if is_form else None
-
-
-def _device(model: nn.Module) -> torch.device:
-    """Where the model runs; its buffers are never offloaded."""
-    return next((tensor.device for tensor in model.buffers()), next(model.parameters()).device)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -272,10 +171,6 @@ def rows_per_chunk(vocab_size: int, element_size: int) -> int:
     return max(1, _CHUNK_BYTES // (vocab_size * (element_size + 2 * 4)))
 
 
-def _is_on_cpu(tensor: torch.Tensor) -> bool:
-    return tensor.device.type == "cpu"
-
-
 def loss_bytes(num_targets: int, vocab_size: int, hidden_size: int, element_size: int) -> int:
     """Bytes that the loss of a frozen head takes at its peak: one chunk of logits, and the rows' gradients. Of these, a
     CPU makes fewer logits at a time, and takes less."""
@@ -293,39 +188,13 @@ def _loss_and_gradient(raw: torch.Tensor, targets: torch.Tensor, form: LogitsFor
         targets: (rows,) int64.
     """
     targets = targets.unsqueeze(1)
-    if _is_on_cpu(raw):
-        rows = max(1, _CPU_PIECE // raw.shape[1])
-        pieces = zip(raw.split(rows), targets.split(rows), strict=True)
-        return torch.stack([_loss_and_gradient_of_piece(*piece, form, with_gradient) for piece in pieces]).sum()
+    if is_on_cpu(raw):
+        return loss_and_gradient_on_cpu(raw, targets, form, with_gradient)
     log_p = torch.log_softmax(form(raw), dim=1, dtype=torch.float32)
     loss = -log_p.gather(1, targets).sum()
     if with_gradient:
-        _to_gradient(log_p.exp_(), targets, raw, form)
+        to_gradient(log_p.exp_(), targets, raw, form)
     return loss
-
-
-def _loss_and_gradient_of_piece(
-    raw: torch.Tensor, targets: torch.Tensor, form: LogitsForm, with_gradient: bool
-) -> torch.Tensor:
-    """The same with powers of 2, and one for each entry: torch's exp2 takes a quarter of the time of its exp on a CPU.
-
-    Args:
-        targets: (rows, 1) int64.
-    """
-    powers = form(raw).to(torch.float32, copy=True)
-    powers.sub_(powers.amax(1, keepdim=True)).mul_(_LOG2_E)
-    of_targets = powers.gather(1, targets)
-    sums = powers.exp2_().sum(1, keepdim=True)
-    if with_gradient:
-        _to_gradient(powers.div_(sums), targets, raw, form)
-    return sums.log2_().sub_(of_targets).sum() / _LOG2_E
-
-
-def _to_gradient(p: torch.Tensor, targets: torch.Tensor, raw: torch.Tensor, form: LogitsForm) -> None:
-    """Probabilities (rows, vocab) float32, used up, to the gradient of what the head returned, in the place of that."""
-    gradient = p.scatter_add_(1, targets, torch.full_like(targets, -1, dtype=torch.float32))
-    gradient = form.times_slope(gradient, raw)
-    raw.copy_(gradient.mul_(_HALF_GAIN) if raw.dtype == torch.float16 else gradient)
 
 
 class _FrozenHead(torch.autograd.Function):
@@ -345,8 +214,8 @@ class _FrozenHead(torch.autograd.Function):
         loss = hidden.new_zeros((), dtype=torch.float32)
         gradient = hidden.new_empty((len(rows), hidden.shape[1])) if keep_gradient else None
         size = rows_per_chunk(weight.shape[0], hidden.element_size())
-        if _is_on_cpu(hidden):
-            size = min(size, _CPU_ROWS)
+        if is_on_cpu(hidden):
+            size = min(size, MAX_ROWS)
         for start in range(0, len(rows), size):
             chunk = slice(start, start + size)
             raw = nn.functional.linear(hidden.index_select(0, rows[chunk]), weight, bias)
@@ -366,7 +235,7 @@ class _FrozenHead(torch.autograd.Function):
         to_hidden = gradient.new_zeros((ctx.num_tokens, gradient.shape[1]))
         factor = grads[0]  # 0-dim, on the device: nothing waits for it
         if gradient.dtype == torch.float16:  # where the factor itself may be out of range
-            gradient = (gradient.float() * (factor / _HALF_GAIN)).to(gradient.dtype)
+            gradient = (gradient.float() * (factor / HALF_GAIN)).to(gradient.dtype)
         else:
             gradient = gradient * factor
         to_hidden.index_copy_(0, rows, gradient)

@@ -20,6 +20,8 @@ import torch
 from bitsandbytes import functional as bnb_functional
 from torch import nn
 
+from qlora_dist.model.cpu.pieces import in_pieces
+
 BLOCK_SIZE = 64
 """Elements that share one quantization constant."""
 NESTED_BLOCK_SIZE = 256
@@ -149,7 +151,7 @@ def quantize_blocks(elements: torch.Tensor, fmt: QuantFormat) -> tuple[torch.Ten
         packed (ceil(n / 2), 1) uint8, and absmax (ceil(n / block_size),) float32.
     """
     pieces = []
-    for piece in elements.split(_CPU_PIECE if elements.device.type == "cpu" else max(1, elements.numel())):
+    for piece in in_pieces(elements, _CPU_PIECE):
         packed, state = bnb_functional.quantize_4bit(
             piece, blocksize=fmt.block_size, compress_statistics=False, quant_type=fmt.quant_type
         )

@@ -10,6 +10,7 @@ import torch
 
 from qlora_dist.config.schema import OptimConfig
 from qlora_dist.model.adapters import whole_adapter
+from qlora_dist.model.cpu.pieces import in_pieces
 from qlora_dist.model.parts import ModelParts
 from qlora_dist.optim.adamw import FlatAdamW
 from qlora_dist.runtime.processes import Runtime
@@ -98,7 +99,7 @@ def squared_norm(gradients: list[torch.Tensor]) -> torch.Tensor:
     norms = [
         torch.linalg.vector_norm(piece, dtype=torch.float64)
         for gradient in gradients
-        for piece in (gradient.flatten().split(_CPU_PIECE) if gradient.device.type == "cpu" else [gradient])
+        for piece in in_pieces(gradient.flatten(), _CPU_PIECE)
     ]
     return (torch.stack(norms) ** 2).sum()
 

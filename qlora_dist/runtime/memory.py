@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import resource
 import sys
@@ -40,14 +39,6 @@ class MemoryMeter:
         if self._device.type == "cuda":
             return torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
         return 0
-
-    def return_freed_memory(self) -> None:
-        """Give the operating system what glibc keeps of freed memory: it counts as resident, and would hide that a step
-        takes less than what was before. Where there is such a reason only: fetching the pages again makes the next step
-        a tenth longer (SmolLM2-135M)."""
-        if self._device.type == "cpu":
-            with suppress(OSError, AttributeError):  # other C libraries have no such function
-                ctypes.CDLL(None).malloc_trim(0)
 
     def restart(self) -> None:
         """Look for the peak from here on."""

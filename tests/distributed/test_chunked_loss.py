@@ -11,7 +11,7 @@ from qlora_dist.data.batch import MicroBatch, collate
 from qlora_dist.data.samples import Sample
 from qlora_dist.model import loss as loss_module
 from qlora_dist.model.adapters import whole_adapter
-from qlora_dist.model.loss import logits_form
+from qlora_dist.model.logits import logits_form
 from qlora_dist.runtime.processes import Runtime, start_runtime
 from qlora_dist.train import train_step
 from tests.support.built import build

@@ -10,7 +10,8 @@ from qlora_dist.config.schema import IGNORE_INDEX
 from qlora_dist.data.batch import MicroBatch, collate
 from qlora_dist.data.samples import Sample, join
 from qlora_dist.model.flops import flops_of
-from qlora_dist.model.loss import logits_form, target_loss_sum
+from qlora_dist.model.logits import logits_form
+from qlora_dist.model.loss import target_loss_sum
 from qlora_dist.model.parts import ModelParts
 
 D, HEADS, KV, HEAD_DIM, MLP, VOCAB, LAYERS, RANK = 32, 4, 2, 16, 48, 160, 3, 4

@@ -17,7 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from benchmarks.memory import StorageCounter
 from qlora_dist.config.schema import IGNORE_INDEX
 from qlora_dist.model import loss as loss_module
-from qlora_dist.model.loss import LogitsForm, logits_form, loss_bytes, loss_note, target_loss_sum
+from qlora_dist.model.logits import LogitsForm, logits_form
+from qlora_dist.model.loss import loss_bytes, loss_note, target_loss_sum
 from qlora_dist.model.parts import decoder_layers
 from tests.support.processes import run_on_processes
 from tests.support.training import train_here

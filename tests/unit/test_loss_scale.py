@@ -10,7 +10,8 @@ import torch
 from qlora_dist.data.batch import collate
 from qlora_dist.metrics.rows import StepSums
 from qlora_dist.model.adapters import adapter_parameters
-from qlora_dist.model.loss import LogitsForm, _FrozenHead
+from qlora_dist.model.logits import LogitsForm
+from qlora_dist.model.loss import _FrozenHead
 from qlora_dist.optim.loss_scale import GROWTH_INTERVAL, INITIAL, LARGEST, LossScale
 from qlora_dist.run.state import TrainState
 from qlora_dist.runtime.processes import Runtime, start_runtime

@@ -1,0 +1,19 @@
+"""The C library's heap, which keeps freed memory resident."""
+
+from __future__ import annotations
+
+import ctypes
+from contextlib import suppress
+
+import torch
+
+
+def trim_heap(device: torch.device) -> None:
+    """Give the operating system what glibc keeps of freed memory, if layers run on the CPU.
+
+    It counts as resident, and would hide that a step takes less than the one before. Only where there is such a
+    reason: fetching the pages again makes the next step a tenth longer (SmolLM2-135M).
+    """
+    if device.type == "cpu":
+        with suppress(OSError, AttributeError):  # other C libraries have no such function
+            ctypes.CDLL(None).malloc_trim(0)
