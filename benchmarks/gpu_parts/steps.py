@@ -84,7 +84,7 @@ def ours(
     if saves:
         row["save"] = save(engine, runtime, is_written=saves == "write")
     seconds = row["seconds_per_step"]
-    share = recompute_of(adapted).num_full / shape["layers"]  # what is recomputed selectively multiplies nothing again
+    share = recompute_of(parts.layers).num_full / shape["layers"]  # what is recomputed selectively multiplies nothing again
     bound = bound_seconds(adapted, batch, rates)
     return {
         **row,

@@ -125,7 +125,18 @@ class _Request:
         (folder / _REPORT).write_text(json.dumps({"digest": digest, "report": report.to_json()}), "utf-8")
 
 
-_CODE = ("sources", "formats", "template", "sketch", "turns", "chat", "long_text", "encode", "samples")
+_CODE = (
+    "sources",
+    "formats",
+    "chat_template",
+    "placeholders",
+    "assistant_spans",
+    "tokenization",
+    "long_text",
+    "encode",
+    "report",
+    "samples",
+)
 """The modules that decide what is in the cache."""
 
 

@@ -54,7 +54,7 @@ MOMENTS = {
     "before the folder gets its name": ("qlora_dist.run.checkpoint", "_manifest", 2),
     "before COMPLETE": ("qlora_dist.run.checkpoint.Checkpoints", "_mark_complete", 2),
     "after COMPLETE, before old ones go": ("qlora_dist.run.checkpoint.Checkpoints", "_rotate", 3),
-    "while an old one is removed": ("qlora_dist.run.checkpoint", "remove", 5),
+    "while an old one is removed": ("qlora_dist.run.checkpoint", "remove", 3),
     "while the final adapter is written": ("qlora_dist.train.Training", "finish", 1),
 }
 

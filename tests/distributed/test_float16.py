@@ -12,8 +12,8 @@ import torch
 
 from qlora_dist import train as train_module
 from qlora_dist.errors import TrainingError
-from qlora_dist.optim.adamw import loss_scale as loss_scale_module
-from qlora_dist.parallel.engine import ReplicatedEngine
+from qlora_dist.optim import loss_scale as loss_scale_module
+from qlora_dist.parallel.replicated import ReplicatedEngine
 from qlora_dist.run.checkpoint import newest_checkpoint
 from tests.distributed.test_equivalence import adapter_vector
 from tests.support.command import losses

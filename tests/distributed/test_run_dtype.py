@@ -13,7 +13,8 @@ from qlora_dist.build import load_trained
 from qlora_dist.config.schema import ModelConfig, TrainConfig
 from qlora_dist.metrics.console import Reporter
 from qlora_dist.run.adapter_folder import read_recipe
-from qlora_dist.runtime.processes import compute_type, start_runtime
+from qlora_dist.runtime import compute_type
+from qlora_dist.runtime.processes import start_runtime
 from tests.support.built import build
 from tests.support.processes import run_on_processes
 from tests.support.training import adapter_bytes, lasting_rows, train_here

@@ -131,9 +131,9 @@ def kill_this_process() -> None:
     [
         ("qlora_dist.data.cache", "encode_rows", 1),
         ("qlora_dist.data.samples.SampleWriter", "add", 30),
-        ("qlora_dist.data.cache", "sync_tree", 1),
-        ("qlora_dist.data.cache", "remove", 1),
-        ("qlora_dist.data.cache", "sync_folder", 1),
+        ("qlora_dist.atomic", "sync_tree", 1),
+        ("qlora_dist.atomic", "remove", 2),
+        ("qlora_dist.atomic", "sync_folder", 2),
     ],
 )
 def test_kill_9_while_tokenizing(run: dict, owner: str, function: str, call: int) -> None:

@@ -18,13 +18,13 @@ INTERVAL = 0.4
 LONG = 3.0
 """Seconds that each of the following takes."""
 SLOW = {
-    "sample_order": "qlora_dist.train",
-    "load_dataset": "qlora_dist.data.inputs",
-    "choose_checkpoint": "qlora_dist.train",
+    "sample_order": "qlora_dist.prepare",
+    "load_dataset": "qlora_dist.data.dataset",
+    "choose_checkpoint": "qlora_dist.prepare",
     "build_skeleton": "qlora_dist.build",
     "load_base_weights": "qlora_dist.build",
     "verify_base": "qlora_dist.build",
-    "build_engine": "qlora_dist.train",
+    "loss_note": "qlora_dist.prepare",
     "target_loss_sum": "qlora_dist.evaluate",
     "micro_step": "qlora_dist.train",
     "_verify_tensors": "qlora_dist.run.checkpoint",

@@ -35,11 +35,11 @@ def test_flash_attention_is_taken_where_it_can_be(
     would choose SDPA and leave out the cap of its scores."""
     with (
         mock.patch.object(torch.cuda, "is_available", return_value=has_gpu),
-        mock.patch.object(skeleton, "is_flash_attn_2_available", return_value=has_package),
-        mock.patch.object(skeleton, "is_flash_attn_greater_or_equal", return_value=has_package),
+        mock.patch.object(attention, "is_flash_attn_2_available", return_value=has_package),
+        mock.patch.object(attention, "is_flash_attn_greater_or_equal", return_value=has_package),
     ):
         model = Gemma2Config(attn_logit_softcapping=cap)
-        found = skeleton._attention(ModelConfig("m", dtype=dtype, attention=asked), model)
+        found = attention.attention_arguments(ModelConfig("m", dtype=dtype, attention=asked), model)
     assert found == expected
 
 
@@ -47,12 +47,12 @@ def test_flash_attention_is_not_taken_where_it_would_fail() -> None:
     """Not by a class of models that does not know it, and by soft-capped ones not before the package can cap."""
     with (
         mock.patch.object(torch.cuda, "is_available", return_value=True),
-        mock.patch.object(skeleton, "is_flash_attn_2_available", return_value=True),
-        mock.patch.object(skeleton, "is_flash_attn_greater_or_equal", lambda version: version <= "2.5.9"),
+        mock.patch.object(attention, "is_flash_attn_2_available", return_value=True),
+        mock.patch.object(attention, "is_flash_attn_greater_or_equal", lambda version: version <= "2.5.9"),
     ):
         config = ModelConfig("m", dtype="bfloat16")
-        assert skeleton._attention(config, BloomConfig()) == {}
-        assert skeleton._attention(config, Gemma2Config()) == {"attn_implementation": "eager"}
+        assert attention.attention_arguments(config, BloomConfig()) == {}
+        assert attention.attention_arguments(config, Gemma2Config()) == {"attn_implementation": "eager"}
 
 
 @pytest.fixture(params=["ImportError('undefined symbol: _ZN3c104')", "RuntimeError('no kernel')", None])
@@ -65,16 +65,16 @@ def installed_package(
     (tmp_path / "flash_attn" / "__init__.py").write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(skeleton, "is_flash_attn_2_available", lambda: True)  # by its metadata
-    skeleton.flash_attention_problem.cache_clear()
+    monkeypatch.setattr(attention, "is_flash_attn_2_available", lambda: True)  # by its metadata
+    attention.flash_attention_problem.cache_clear()
     yield request.param
-    skeleton.flash_attention_problem.cache_clear()
+    attention.flash_attention_problem.cache_clear()
     sys.modules.pop("flash_attn", None)
 
 
 def test_a_package_that_cannot_be_imported_is_not_taken(installed_package: str | None) -> None:
     """One that was built for another torch: the run goes on with SDPA, and the log says why."""
-    found = skeleton._attention(ModelConfig("m"), LlamaConfig())
+    found = attention.attention_arguments(ModelConfig("m"), LlamaConfig())
     config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(_attn_implementation="sdpa"))
     with mock.patch.object(attention, "base_model", return_value=SimpleNamespace(config=config)):
         notes = [

@@ -19,7 +19,7 @@ def adapted(tmp_path_factory: pytest.TempPathFactory) -> torch.nn.Module:
     config = make_config(
         tmp_path_factory.mktemp("small"), SHAPE, 2, 32, adapter={"rank": 4}, model={"dtype": "bfloat16"}
     )
-    return build(config, start_runtime(seed=0, dtype="bfloat16"))[0]
+    return build(config, start_runtime(seed=0, dtype="bfloat16"))[0].model
 
 
 def test_the_bound_is_the_sum_of_its_parts(adapted: torch.nn.Module) -> None:

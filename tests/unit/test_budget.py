@@ -25,7 +25,7 @@ def test_the_limit(budget_gib: float | None, local_world_size: int, device: str,
     """What is held, what the processes of a host share of what is free, and what the allocator has over; or less."""
     meter = SimpleNamespace(held=lambda: 3 * GIB, unused=lambda: (device == "cuda") * GIB)
     runtime = SimpleNamespace(device=torch.device(device), local_world_size=local_world_size)
-    with mock.patch("qlora_dist.memory.auto.free_bytes", return_value=8 * GIB):
+    with mock.patch("qlora_dist.runtime.memory.free_bytes", return_value=8 * GIB):
         assert memory_limit(budget_gib, meter, runtime) == expected * GIB
 
 

@@ -8,8 +8,9 @@ from unittest import mock
 import pytest
 import torch
 
+from qlora_dist.runtime import compute_type
 from qlora_dist.runtime.compute_type import Ability, ability, choose
-from qlora_dist.runtime.processes import compute_type, start_runtime
+from qlora_dist.runtime.processes import start_runtime
 from tests.support.processes import run_on_processes
 
 AMX = Ability("CPU", False, False, {"bfloat16": 423e9, "float32": 116e9})

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from qlora_dist.parallel.choice import backends as parallel
+from qlora_dist.parallel import engine as parallel
 
 
 @pytest.fixture(scope="module")
@@ -18,12 +18,12 @@ def gradient() -> torch.Tensor:
 
 def test_it_is_the_norm_of_all_elements(gradient: torch.Tensor) -> None:
     exact = math.fsum(value * value for value in gradient.double().tolist())
-    assert float(parallel._squared_norm([gradient])) == pytest.approx(exact, rel=1e-13)
+    assert float(parallel.squared_norm([gradient])) == pytest.approx(exact, rel=1e-13)
 
 
 @pytest.mark.parametrize("num_parts", [2, 3, 7])
 def test_it_has_the_same_bits_however_the_gradient_is_cut(gradient: torch.Tensor, num_parts: int) -> None:
     """In float32, in which it is used; parts of one dimension or two, and parts with nothing in them, as shards are."""
-    whole = parallel._squared_norm([gradient]).sqrt().float()
+    whole = parallel.squared_norm([gradient]).sqrt().float()
     parts = [part.unsqueeze(0) if i % 2 else part for i, part in enumerate(gradient.chunk(num_parts))]
-    assert torch.equal(parallel._squared_norm([*parts, gradient[:0]]).sqrt().float(), whole)
+    assert torch.equal(parallel.squared_norm([*parts, gradient[:0]]).sqrt().float(), whole)

@@ -3,6 +3,8 @@
 import ast
 import importlib
 import re
+import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,16 +14,40 @@ import qlora_dist
 
 ROOT = Path(qlora_dist.__file__).parent
 FILES = {".".join(("qlora_dist", *path.relative_to(ROOT).with_suffix("").parts)): path for path in ROOT.rglob("*.py")}
+MODULES = [name for name, path in FILES.items() if path.name != "__init__.py"]
 TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FILES.items()}
 
-FOUNDATION = {"qlora_dist.config.schema", "qlora_dist.config.saved_adapter", "qlora_dist.errors", "qlora_dist.atomic"}
-KNOWS_BACKENDS = {
-    "qlora_dist.parallel.choice",
-    "qlora_dist.parallel.zero",
-    "qlora_dist.config.schema",
-    "qlora_dist.config.rules",
-    "qlora_dist.commands.demo_run",
-}
+ROOMS = {
+    "errors": (),
+    "atomic": ("errors",),
+    "config": ("errors", "atomic"),
+    "runtime": ("errors",),
+    "metrics": ("config", "runtime"),
+    "model": ("errors", "config", "runtime"),
+    "data": ("errors", "atomic", "config", "metrics"),
+    "weights": ("errors", "atomic", "config", "runtime", "metrics", "model"),
+    "run": ("errors", "atomic", "config", "runtime", "metrics", "model", "data"),
+    "optim": ("errors", "config", "runtime", "metrics", "run"),
+    "memory": ("errors", "config", "runtime", "model", "data", "optim"),
+    "inspection": ("errors", "config", "runtime", "metrics", "data", "weights"),
+    "evaluate": ("config", "runtime", "metrics", "model", "data"),
+    "parallel": ("errors", "atomic", "config", "runtime", "model", "weights", "optim", "memory"),
+    "build": ("config", "runtime", "metrics", "model", "data", "weights", "run", "memory", "parallel"),
+    "generation": ("errors", "runtime", "metrics", "data", "run", "build"),
+    "prepare": ("config", "runtime", "model", "data", "weights", "run", "optim", "memory", "parallel", "build"),
+    "train": (
+        "errors", "config", "runtime", "metrics", "model", "data", "run", "optim", "memory", "evaluate", "parallel",
+        "prepare",
+    ),
+    "commands": (
+        "errors", "atomic", "config", "runtime", "metrics", "model", "data", "weights", "run", "inspection", "build",
+        "generation", "train",
+    ),
+    "cli": ("errors", "metrics", "run"),
+    "__main__": ("cli",),
+}  # fmt: skip
+"""The rooms of the package from the bottom to the top, and which rooms below each one imports."""
+KNOWS_BACKENDS = {"qlora_dist.parallel.choice", "qlora_dist.config.schema", "qlora_dist.commands.demo_run"}
 
 
 def imports(tree: ast.AST) -> Iterator[tuple[str, bool]]:
@@ -51,41 +77,52 @@ def imported(module: str) -> set[str]:
     return {name for name, _ in imports(TREES[module])} - {"qlora_dist"}
 
 
+def room_of(module: str) -> str:
+    """The file or folder at the top of the package that holds a module."""
+    return module.split(".")[1]
+
+
 def test_the_source_is_found() -> None:
     """The other tests here would pass on an empty list of files, or if imports were not seen."""
-    assert {"qlora_dist.train", "qlora_dist.weights.loading", "qlora_dist.data.tokenization"} <= set(FILES)
-    assert "qlora_dist.parallel.choice" in imported("qlora_dist.train")
+    assert {"qlora_dist.train", "qlora_dist.weights.loading", "qlora_dist.data.encode"} <= set(FILES)
+    assert "qlora_dist.prepare" in imported("qlora_dist.train")
     assert list(imports(ast.parse("def f():\n    from qlora_dist import train"))) == [
         ("qlora_dist", True), ("qlora_dist.train", True),
     ]  # fmt: skip
 
 
-def test_only_the_command_line_imports_the_loop_and_only_when_it_runs_it() -> None:
+def test_rooms_import_what_the_table_says(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each room imports just the rooms of its line, all of which stand above it in the table; prints the table."""
+    found: dict[str, set[str]] = {room: set() for room in ROOMS}
+    num_files = Counter(room_of(module) for module in MODULES)
+    for module in MODULES:
+        found[room_of(module)] |= {room_of(name) for name in imported(module)} - {room_of(module)}
+    lines = [f"  {room:<11}{num_files[room]:>3} files -> {', '.join(sorted(below))}" for room, below in found.items()]
+    with capsys.disabled():
+        sys.stdout.write("\n" + "\n".join(lines))
+    assert found == {room: set(below) for room, below in ROOMS.items()}
+    order = list(ROOMS)
+    upward = [(room, name) for room, below in ROOMS.items() for name in below if order.index(name) >= order.index(room)]
+    assert not upward
+
+
+def test_the_package_has_few_rooms() -> None:
+    """Files and folders at the top: what a person who enters has to look at."""
+    assert len({path.name for path in ROOT.iterdir()} - {"__init__.py", "__pycache__", "py.typed"}) <= 22
+
+
+def test_only_the_command_imports_the_loop_and_only_when_it_runs_it() -> None:
     """`train` is the top: nothing is built on it, and `--help` does not wait for it."""
     users = {(module, lazy) for module in FILES for name, lazy in imports(TREES[module]) if name == "qlora_dist.train"}
-    assert users == {("qlora_dist.cli", True)}
+    assert users == {("qlora_dist.commands.train", True)}
 
 
-@pytest.mark.parametrize("layer", ["model", "data"])
-def test_model_and_data_stand_on_the_foundation_only(layer: str) -> None:
-    """Neither knows the other, nor anything above: they can be read, and tested, on their own."""
-    modules = [module for module in FILES if module.startswith(f"qlora_dist.{layer}.")]
-    assert len(modules) > 3
-    for module in modules:
-        above = {name for name in imported(module) - FOUNDATION if not name.startswith(f"qlora_dist.{layer}.")}
-        assert not above, f"{module} imports {above}"
-
-
-def test_config_and_errors_stand_on_nothing() -> None:
-    """The bottom of the package; what a saved adapter says of itself belongs to the rules of a configuration."""
-    assert imported("qlora_dist.config.schema") == set()
-    rules = {"qlora_dist.config.schema", "qlora_dist.errors", "qlora_dist.config.saved_adapter"}
-    assert imported("qlora_dist.config.rules") == rules
-    assert imported("qlora_dist.config.load") == rules | {"qlora_dist.config.rules", "qlora_dist.config.typed"}
-    assert imported("qlora_dist.config.saved_adapter") == {"qlora_dist.errors"}
-    assert imported("qlora_dist.config.typed") == set()
-    assert imported("qlora_dist.errors") == set()
-    assert imported("qlora_dist.atomic") == set()
+def test_what_only_a_cpu_needs_is_reached_through_few_lines() -> None:
+    """A reader of the GPU's path need not enter `model/cpu`: a module of it is imported by one or two others."""
+    inside = "qlora_dist.model.cpu."
+    for module in (module for module in MODULES if module.startswith(inside)):
+        users = {user for user in MODULES if module in imported(user) and not user.startswith(inside)}
+        assert 1 <= len(users) <= 3, f"{module} is imported by {users}"
 
 
 def test_the_batch_script_imports_what_is_there() -> None:
@@ -123,8 +160,7 @@ def string_literals(tree: ast.Module) -> Iterator[str]:
 
 @pytest.mark.parametrize("backend", ["fsdp", "ddp", "deepspeed", "zero2", "zero3"])
 def test_backends_are_named_in_one_place(backend: str) -> None:
-    """Only `parallel` decides by a backend's name; the config lists the names, the demo writes one into a config,
-    and `zero` is one of them.
+    """Only `parallel/choice.py` decides by a backend's name; the configuration lists them, and the demo writes one.
 
     A message may name one as a remedy: what counts is a string that is a name, as in a comparison.
     """

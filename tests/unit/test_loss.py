@@ -16,7 +16,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.memory import StorageCounter
 from qlora_dist.config.schema import IGNORE_INDEX
+from qlora_dist.model import logits as logits_module
 from qlora_dist.model import loss as loss_module
+from qlora_dist.model.cpu import loss as cpu_loss
 from qlora_dist.model.logits import LogitsForm, logits_form
 from qlora_dist.model.loss import loss_bytes, loss_note, target_loss_sum
 from qlora_dist.model.parts import decoder_layers
@@ -102,13 +104,13 @@ def distance(one: torch.Tensor, other: torch.Tensor) -> float:
 def tiny_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three rows of float32 logits fill a chunk, and two rows a piece of it."""
     monkeypatch.setattr(loss_module, "_CHUNK_BYTES", 3 * VOCAB * 12)
-    monkeypatch.setattr(loss_module, "_CPU_PIECE", 2 * VOCAB)
+    monkeypatch.setattr(cpu_loss, "_PIECE", 2 * VOCAB)
 
 
 @pytest.fixture(params=["as on a CPU", "as on a GPU"])
 def device_of_loss(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a GPU computes, a CPU can compute too."""
-    monkeypatch.setattr(loss_module, "_is_on_cpu", lambda _: request.param == "as on a CPU")
+    monkeypatch.setattr(loss_module, "is_on_cpu", lambda _: request.param == "as on a CPU")
 
 
 @pytest.mark.usefixtures("tiny_chunks", "device_of_loss")
@@ -195,8 +197,8 @@ def test_the_size_of_chunks_does_not_matter(
     for size, piece in ((chunk_rows, piece_rows), (12, 12)):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(loss_module, "_CHUNK_BYTES", size * 11 * 12)
-            patch.setattr(loss_module, "_CPU_PIECE", piece * 11)
-            patch.setattr(loss_module, "_is_on_cpu", lambda _: is_on_cpu)
+            patch.setattr(cpu_loss, "_PIECE", piece * 11)
+            patch.setattr(loss_module, "is_on_cpu", lambda _: is_on_cpu)
             loss = loss_module._HeadLoss(head, rows, targets, form, 11)(hidden)
         results.append((loss.detach(), torch.autograd.grad(3 * loss, hidden)[0]))
     torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-6)
@@ -270,7 +272,7 @@ def train_a_model_of_its_own(folder: Path, model: Path, data: Path) -> None:
         for name, is_said in (("known", False), ("other", True)):
             said: list[str] = []
             patch.setattr("qlora_dist.metrics.console.Reporter.say", lambda _, text, said=said: said.append(text))
-            patch.setattr(loss_module, "_form_between", lambda *_: None if is_said else LogitsForm())  # noqa: B023
+            patch.setattr(logits_module, "_form_between", lambda *_: None if is_said else LogitsForm())  # noqa: B023
             assert train_here(folder / name, run)
             assert sum("of its own of the logits" in text for text in said) == is_said
 
@@ -312,7 +314,7 @@ def test_the_loss_takes_a_twentieth_of_full_logits(is_gpu: bool, monkeypatch: py
     """T = 4,096 target tokens, V = 131,072: at most 5 % of what cross-entropy of full logits takes at its peak, and
     what the formula for users says, or less on a CPU."""
     num_tokens, vocab = 4096, 131072
-    monkeypatch.setattr(loss_module, "_is_on_cpu", lambda _: not is_gpu)
+    monkeypatch.setattr(loss_module, "is_on_cpu", lambda _: not is_gpu)
 
     def plain(hidden: torch.Tensor, targets: torch.Tensor, head: nn.Linear) -> torch.Tensor:
         return nn.functional.cross_entropy(head(hidden).flatten(0, 1).float(), targets, reduction="sum")
@@ -330,7 +332,7 @@ def test_the_loss_takes_a_twentieth_of_full_logits(is_gpu: bool, monkeypatch: py
 
 
 def test_a_cpu_makes_few_logits_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss_module, "_CPU_ROWS", 5)
+    monkeypatch.setattr(loss_module, "MAX_ROWS", 5)
     head = nn.Linear(8, 11).requires_grad_(False)
     loss = loss_module._HeadLoss(head, torch.arange(12), torch.zeros(12, dtype=torch.int64), LogitsForm(), 11)
     with mock.patch.object(nn.functional, "linear", side_effect=nn.functional.linear) as product:

@@ -17,7 +17,7 @@ from torch import distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from qlora_dist.optim.adamw import moments as moments_module
+from qlora_dist.optim import moments as moments_module
 from qlora_dist.optim.moments import Moments, Piece
 
 HIDDEN, INTERMEDIATE, LAYERS, RANK = 8192, 22016, 80, 64

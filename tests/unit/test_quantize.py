@@ -89,7 +89,7 @@ def test_file_is_what_transformers_would_save(tiny_llama: Path, tmp_path: Path) 
 
 def test_output_is_cut_into_files(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No file is larger than the limit unless one tensor is; the index names every tensor; both programs load it."""
-    monkeypatch.setattr(qlora_dist.weights.quantize, "MAX_FILE_BYTES", 50_000)
+    monkeypatch.setattr(qlora_dist.weights.writer, "MAX_FILE_BYTES", 50_000)
     out = tmp_path / "out"
     quantize(str(tiny_llama), str(out), QuantFormat())
     files = sorted(out.glob("*.safetensors"))
@@ -131,7 +131,7 @@ def test_nothing_is_left_when_it_fails(tiny_llama: Path, tmp_path: Path, monkeyp
         tensors["model.layers.2.mlp.up_proj.weight"][7, 3] = float("nan")
 
     monkeypatch.setattr(
-        qlora_dist.weights.quantize, "MAX_FILE_BYTES", 10_000
+        qlora_dist.weights.writer, "MAX_FILE_BYTES", 10_000
     )  # some files are written before it is met
     source = spoiled(tiny_llama, tmp_path / "source", put_nan)
     work = tmp_path / "work"
@@ -157,7 +157,7 @@ def test_full_disk_is_said(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(qlora_dist.weights.quantize, "save_file", no_space)
+        patch.setattr(qlora_dist.weights.writer, "save_file", no_space)
         with pytest.raises(ModelError, match="No space left on device"):
             quantize(str(tiny_llama), str(tmp_path / "out"), QuantFormat())
     usage = type(qlora_dist.weights.quantize.shutil.disk_usage(tmp_path))(10**12, 10**12 - 1000, 1000)

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import distributed as dist
 
+from qlora_dist.runtime import processes as runtime_module
 from qlora_dist.runtime.processes import Runtime, start_runtime
-from qlora_dist.runtime.processes import processes as runtime_module
 
 
 @pytest.fixture(scope="module")
