@@ -67,7 +67,9 @@ def over_base(in_order: Sequence[tuple[str, float]], base: str) -> dict[str, lis
     is_base = [name == base for name, _ in in_order]
     found: dict[str, list[float]] = {}
     for place, (name, rate) in enumerate(in_order):
-        found.setdefault(name, []).append(rate / statistics.mean(in_order[i][1] for i in neighbors(is_base, place)))
+        found.setdefault(name, []).append(
+            rate / statistics.mean(in_order[i][1] for i in neighbors(is_base, place))
+        )
     return found
 
 

@@ -2,7 +2,7 @@
 
     seconds >= F / f + D / d + (L + E) / c
 
-F   operations of `qlora_dist/model/flops.py`: 4 P per token for the frozen linear layers, 12 w for each attended pair
+F   operations of `qlora_dist/model/mfu.py`: 4 P per token for the frozen linear layers, 12 w for each attended pair
     and layer, 4 d V per target token for the head. f: what a large product reaches here.
 D   bytes that dequantization reads and writes, 0.516 + b per weight and pass; two passes, forward and for the gradient
     of the input. d: the rate of bitsandbytes' kernel here.
@@ -36,7 +36,7 @@ from benchmarks.limits import copy_gib_per_second, dequantize_gib_per_second, ge
 from qlora_dist.config.schema import AdapterConfig, ModelConfig
 from qlora_dist.data.batch import MicroBatch
 from qlora_dist.model.adapters import add_adapters, lora_layers
-from qlora_dist.model.flops import flops_of
+from qlora_dist.model.mfu import flops_of
 from qlora_dist.model.nf4 import QuantizedLinear
 from qlora_dist.model.parts import ModelParts, base_model
 from qlora_dist.model.skeleton import build_skeleton
@@ -61,7 +61,10 @@ class Rates:
         Args:
             dtype: the compute type, `bfloat16` or `float32`.
         """
-        dequantized = {"bfloat16": "dequantize_gib_per_second", "float32": "dequantize_float32_gib_per_second"}
+        dequantized = {
+            "bfloat16": "dequantize_gib_per_second",
+            "float32": "dequantize_float32_gib_per_second",
+        }
         return cls(
             flops=limits["gemm_tflops"][dtype] * 1e12,
             dequantized_bytes=limits[dequantized[dtype]] * GIB,
@@ -85,14 +88,18 @@ def measured_rates(device: torch.device) -> Rates:
     return rates
 
 
-def bound_seconds(model: nn.Module, batch: MicroBatch, rates: Rates, recomputed_share: float = 0.0) -> float:
+def bound_seconds(
+    model: nn.Module, batch: MicroBatch, rates: Rates, recomputed_share: float = 0.0
+) -> float:
     """The least time of a step on one micro-batch.
 
     Args:
         recomputed_share: of the layers, how many compute their forward twice.
     """
     config = base_model(model).config.get_text_config()
-    num_weights = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, QuantizedLinear))
+    num_weights = sum(
+        m.in_features * m.out_features for m in model.modules() if isinstance(m, QuantizedLinear)
+    )
     lora = [(layer.in_features, layer.out_features, _rank(layer)) for layer in lora_layers(model)]
     kv = config.hidden_size * config.num_key_value_heads // config.num_attention_heads
     tokens = batch.num_tokens
@@ -110,10 +117,19 @@ def bound_seconds(model: nn.Module, batch: MicroBatch, rates: Rates, recomputed_
     rotated = 2 * (config.hidden_size + kv)
     elementwise_forward = 8 * config.hidden_size + rotated + 3 * config.intermediate_size
     elementwise_backward = 8 * config.hidden_size + rotated + 5 * config.intermediate_size
-    elementwise = tokens * config.num_hidden_layers * (elementwise_forward * forwards + elementwise_backward) * element
+    elementwise = (
+        tokens
+        * config.num_hidden_layers
+        * (elementwise_forward * forwards + elementwise_backward)
+        * element
+    )
     # Forward reads x, and reads and writes the output; the rest is backward's.
-    lora_elements = sum((inner + 2 * outer) * forwards + 3 * inner + 2 * outer for inner, outer, _ in lora)
-    lora_seconds = max(tokens * lora_elements * element / rates.copied_bytes, lora_flops / rates.flops)
+    lora_elements = sum(
+        (inner + 2 * outer) * forwards + 3 * inner + 2 * outer for inner, outer, _ in lora
+    )
+    lora_seconds = max(
+        tokens * lora_elements * element / rates.copied_bytes, lora_flops / rates.flops
+    )
     return (
         arithmetic / rates.flops
         + dequantized / rates.dequantized_bytes
@@ -140,8 +156,12 @@ def most_tokens_per_second(
     skeleton = build_skeleton(folder, ModelConfig(path=str(folder)))
     model = add_adapters(skeleton, AdapterConfig(rank=adapter_rank), "base")
     ids = torch.zeros(rows, seq_len, dtype=torch.int64)
-    batch = MicroBatch(ids, torch.ones_like(ids), ids, None, num_tokens=ids.numel(), num_targets=num_targets)
-    return ids.numel() / mean(bound_seconds(model, batch, Rates.of(limits, dtype)) for limits in measured)
+    batch = MicroBatch(
+        ids, torch.ones_like(ids), ids, None, num_tokens=ids.numel(), num_targets=num_targets
+    )
+    return ids.numel() / mean(
+        bound_seconds(model, batch, Rates.of(limits, dtype)) for limits in measured
+    )
 
 
 def arithmetic_seconds(model: nn.Module, batch: MicroBatch, rates: Rates) -> float:

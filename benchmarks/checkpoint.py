@@ -30,7 +30,9 @@ STEPS, WARM_UP, EVERY, THREADS = 18, 2, 4, 2
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=None, help="JSON file to write")
     parser.add_argument("--worker", choices=MODES, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -52,19 +54,34 @@ def main() -> None:
     later = [index for index in range(STEPS - WARM_UP) if (WARM_UP + index) % EVERY == 0]
     saving = [run for mode in MODES[1:] for run in runs[mode]]
     result = {
-        "machine": machine, "adapter_rank": 64, "steps": STEPS, "warm_up_steps": WARM_UP, "checkpoint_every": EVERY,
+        "machine": machine,
+        "adapter_rank": 64,
+        "steps": STEPS,
+        "warm_up_steps": WARM_UP,
+        "checkpoint_every": EVERY,
         "checkpoint_mib": saving[0]["checkpoint_mib"],
         "gather_seconds": median_of(saving, "gather_seconds"),
         "write_seconds": {mode: median_of(runs[mode], "write_seconds") for mode in MODES[1:]},
-        "seconds_per_step": {mode: round(statistics.median(steps), 3) for mode, steps in step.items()},
+        "seconds_per_step": {
+            mode: round(statistics.median(steps), 3) for mode, steps in step.items()
+        },
         "seconds_added_by_a_checkpoint": {
-            mode: round(statistics.median(step[mode][i] - step["none"][i] for i in later), 3) for mode in MODES[1:]
+            mode: round(statistics.median(step[mode][i] - step["none"][i] for i in later), 3)
+            for mode in MODES[1:]
         },
         "runs": runs,
-    }  # fmt: skip
-    out = options.out or ROOT / "benchmarks" / "results" / f"checkpoint_{'cuda' if machine['num_gpus'] else 'cpu'}.json"
+    }
+    out = (
+        options.out
+        or ROOT
+        / "benchmarks"
+        / "results"
+        / f"checkpoint_{'cuda' if machine['num_gpus'] else 'cpu'}.json"
+    )
     out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps({key: result[key] for key in result if key not in ("machine", "runs")}, indent=2))
+    print(
+        json.dumps({key: result[key] for key in result if key not in ("machine", "runs")}, indent=2)
+    )
     print(f"written to {out}")
 
 
@@ -111,22 +128,33 @@ def measure(mode: str) -> dict[str, Any]:
         checkpoint_module.Checkpoints._write = timed_write  # type: ignore[method-assign, assignment]
     with tempfile.TemporaryDirectory(dir=ROOT / "runs") as folder:
         file = Path(folder) / "config.yaml"
-        file.write_text(json.dumps({
-            "output_dir": f"{folder}/run",
-            "model": {"path": str(PREPARED / "SmolLM2-135M-Instruct")},
-            "adapter": {"rank": 64, "alpha": 64},
-            "data": {
-                "train": str(PREPARED / "stdlib-docstrings" / "train.jsonl"), "max_seq_len": 256, "packing": False,
-            },
-            "optim": {"max_steps": STEPS, "micro_batch_size": 4, "grad_accum_steps": 2},
-            "memory": {"recompute": "none"},
-            "checkpoint": {"every": EVERY},
-            "logging": {"tensorboard": False},
-        }))  # fmt: skip
+        file.write_text(
+            json.dumps(
+                {
+                    "output_dir": f"{folder}/run",
+                    "model": {"path": str(PREPARED / "SmolLM2-135M-Instruct")},
+                    "adapter": {"rank": 64, "alpha": 64},
+                    "data": {
+                        "train": str(PREPARED / "stdlib-docstrings" / "train.jsonl"),
+                        "max_seq_len": 256,
+                        "packing": False,
+                    },
+                    "optim": {"max_steps": STEPS, "micro_batch_size": 4, "grad_accum_steps": 2},
+                    "memory": {"recompute": "none"},
+                    "checkpoint": {"every": EVERY},
+                    "logging": {"tensorboard": False},
+                }
+            )
+        )
         train(load_config(file))
-        rows = [json.loads(line) for line in (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()]
+        rows = [
+            json.loads(line)
+            for line in (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()
+        ]
         newest = sorted((Path(folder) / "run" / "checkpoints").glob("step-*"))[-1:]
-        size = sum(path.stat().st_size for folder in newest for path in folder.rglob("*") if path.is_file())
+        size = sum(
+            path.stat().st_size for folder in newest for path in folder.rglob("*") if path.is_file()
+        )
     return {
         "step_seconds": [round(row["step_seconds"], 3) for row in rows[WARM_UP:]],
         "losses": [row["loss"] for row in rows],

@@ -34,7 +34,10 @@ def write_long_conversations(file: Path) -> None:
     said = words()
     with file.open("w", encoding="utf-8") as out:
         for start in range(0, len(said) - 700, 100):
-            asked, answered = " ".join(said[start : start + 60]), " ".join(said[start + 60 : start + 700])
+            asked, answered = (
+                " ".join(said[start : start + 60]),
+                " ".join(said[start + 60 : start + 700]),
+            )
             out.write(json.dumps({"messages": _turns(asked, answered)}) + "\n")
 
 

@@ -34,15 +34,27 @@ LEAST_SECONDS = 2.0
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     names = [part.name for part in all_parts(is_small=True)]
-    parser.add_argument("--parts", nargs="+", choices=names, metavar="PART", help=f"all, if not given: {names}")
-    parser.add_argument("--again", nargs="+", choices=names, metavar="PART", default=[], help="measured once more")
+    parser.add_argument(
+        "--parts", nargs="+", choices=names, metavar="PART", help=f"all, if not given: {names}"
+    )
+    parser.add_argument(
+        "--again", nargs="+", choices=names, metavar="PART", default=[], help="measured once more"
+    )
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--small", action="store_true", help="tiny shapes")
-    parser.add_argument("--minutes", type=float, default=9.0, help="when those are over, what runs is ended")
-    parser.add_argument("--out", type=Path, help="JSON file of results; gone on with if it is there")
-    parser.add_argument("--plan", action="store_true", help="print the parts and their seconds, and run nothing")
+    parser.add_argument(
+        "--minutes", type=float, default=9.0, help="when those are over, what runs is ended"
+    )
+    parser.add_argument(
+        "--out", type=Path, help="JSON file of results; gone on with if it is there"
+    )
+    parser.add_argument(
+        "--plan", action="store_true", help="print the parts and their seconds, and run nothing"
+    )
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.device == "cpu":
@@ -50,7 +62,9 @@ def main() -> None:
     if options.worker:
         work()
         return
-    parts = [part for part in all_parts(options.small) if not options.parts or part.name in options.parts]
+    parts = [
+        part for part in all_parts(options.small) if not options.parts or part.name in options.parts
+    ]
     if options.plan:
         print(plan_table(parts))
         return
@@ -60,7 +74,9 @@ def main() -> None:
     with Workers([sys.executable, __file__, "--worker", "--device", options.device]) as workers:
         machine = described(workers)
         if options.device == "cuda" and not machine["num_gpus"]:
-            sys.exit("there is no CUDA device here. `--device cpu --small` tries every path on tiny shapes.")
+            sys.exit(
+                "there is no CUDA device here. `--device cpu --small` tries every path on tiny shapes."
+            )
         results.begin(machine, options.small)
         run_all(results, results.left_of(parts, options.again), workers, ends)
     print(table(results.content))
@@ -80,7 +96,9 @@ def described(workers: Workers) -> dict[str, object]:
         sys.exit(f"the benchmark cannot start: {error}")
 
 
-def run_all(results: Results, left: list[tuple[Part, list[Case]]], workers: Workers, ends: float) -> None:
+def run_all(
+    results: Results, left: list[tuple[Part, list[Case]]], workers: Workers, ends: float
+) -> None:
     """Run cases until the time is up, and keep the result of each.
 
     A part may take what those behind it do not need: its own seconds at least, and all that those
@@ -97,7 +115,11 @@ def run_all(results: Results, left: list[tuple[Part, list[Case]]], workers: Work
             seconds = min(float(case.limit_seconds), part_ends - time.monotonic())
             if seconds < LEAST_SECONDS:
                 if not results.is_done(part.name, case.name):
-                    row = {"not measured": "the time was used up", "unfinished": True, "seconds": 0.0}
+                    row = {
+                        "not measured": "the time was used up",
+                        "unfinished": True,
+                        "seconds": 0.0,
+                    }
                     results.add(part.name, case.name, row)
                 continue
             if worker is None or worker.is_over or case.own_process:
@@ -106,7 +128,9 @@ def run_all(results: Results, left: list[tuple[Part, list[Case]]], workers: Work
                 seconds = max(LEAST_SECONDS, min(seconds, part_ends - time.monotonic()))
             row = worker.run(case, seconds)
             results.add(part.name, case.name, row)
-            print(f"{part.name} | {case.name} | {row['seconds']:.1f} s | {in_short(row)}", flush=True)
+            print(
+                f"{part.name} | {case.name} | {row['seconds']:.1f} s | {in_short(row)}", flush=True
+            )
 
 
 if __name__ == "__main__":

@@ -40,7 +40,9 @@ MOST_BYTES = 64 * 2**20
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--to", type=Path, default=SITE, help="the folder; replaced")
     options = parser.parse_args()
     make(options.to)
@@ -50,10 +52,22 @@ def main() -> None:
 def make(folder: Path) -> None:
     """Install every package there without what it needs, and take away what no run reads."""
     shutil.rmtree(folder, ignore_errors=True)
-    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-compile", "--target", str(folder)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "--no-deps",
+        "--no-compile",
+        "--target",
+        str(folder),
+    ]
     command += ["--python-version", "3.12", "--implementation", "cp", "--only-binary=:all:"]
     command += [word for platform in PLATFORMS for word in ("--platform", platform)]
-    subprocess.run([*command, *(f"{name}=={version}" for name, version in PACKAGES.items())], check=True)
+    subprocess.run(
+        [*command, *(f"{name}=={version}" for name, version in PACKAGES.items())], check=True
+    )
     strip(folder)
 
 

@@ -40,13 +40,19 @@ TOOLS = {"pip"}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--python", required=True, help="of an environment with the packages of gpu_machine.txt")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--python", required=True, help="of an environment with the packages of gpu_machine.txt"
+    )
     parser.add_argument("--keep", type=Path, help="folder for the results and what the calls said")
     options = parser.parse_args()
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     started = time.monotonic()
-    python = str(Path(options.python).absolute())  # not resolved: a link to it is what makes an environment
+    python = str(
+        Path(options.python).absolute()
+    )  # not resolved: a link to it is what makes an environment
     check_environment(python)
     with tempfile.TemporaryDirectory() as folder:
         there = Path(folder) / "there"
@@ -56,7 +62,9 @@ def main() -> None:
         rows = rehearsal.killed_call()
         rehearsal.second_call(rows)
         rehearsal.third_call()
-    print(f"rehearsal passed: {in_mib(rehearsal.num_bytes)} carried, {time.monotonic() - started:.0f} seconds in all")
+    print(
+        f"rehearsal passed: {in_mib(rehearsal.num_bytes)} carried, {time.monotonic() - started:.0f} seconds in all"
+    )
 
 
 def check_environment(python: str) -> None:
@@ -65,18 +73,29 @@ def check_environment(python: str) -> None:
     Raises:
         SystemExit: with what differs.
     """
-    wanted = dict(re.findall(r"^([\w.-]+)==(\S+)$", MACHINE.read_text(encoding="utf-8"), re.MULTILINE))
+    wanted = dict(
+        re.findall(r"^([\w.-]+)==(\S+)$", MACHINE.read_text(encoding="utf-8"), re.MULTILINE)
+    )
     code = (
         "import json; from importlib.metadata import distributions; "
         "print(json.dumps({d.name: d.version for d in distributions()}))"
     )
     clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    installed = json.loads(subprocess.check_output([python, "-I", "-c", code], env=clean, text=True))
+    installed = json.loads(
+        subprocess.check_output([python, "-I", "-c", code], env=clean, text=True)
+    )
     expected = {_plain(name): version for name, version in wanted.items()}
-    found = {_plain(name): version for name, version in installed.items() if _plain(name) not in TOOLS}
-    differs = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    found = {
+        _plain(name): version for name, version in installed.items() if _plain(name) not in TOOLS
+    }
+    differs = sorted(
+        name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)
+    )
     if differs:
-        said = [f"{name}: {expected.get(name, 'none')} there, {found.get(name, 'none')} here" for name in differs]
+        said = [
+            f"{name}: {expected.get(name, 'none')} there, {found.get(name, 'none')} here"
+            for name in differs
+        ]
         sys.exit(f"{python} is not as {MACHINE.name} says: {'; '.join(said)}")
     print(f"{len(found)} packages, those of {MACHINE.name} and no others")
 
@@ -96,9 +115,12 @@ class Rehearsal:
         home.mkdir()
         kept.mkdir(parents=True, exist_ok=True)
         self.environment = {
-            "PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": str(home), "TMPDIR": str(home), "LANG": "C.UTF-8",
+            "PATH": "/usr/local/bin:/usr/bin:/bin",
+            "HOME": str(home),
+            "TMPDIR": str(home),
+            "LANG": "C.UTF-8",
             "PYTHONPATH": str(there / ".site"),
-        }  # fmt: skip
+        }
         self.alone = ["unshare", "-rn", "sh", "-c", 'ip link set lo up && exec "$@"', "sh"]
         if subprocess.run([*self.alone, "true"], capture_output=True, check=False).returncode:
             self.alone = []
@@ -113,7 +135,9 @@ class Rehearsal:
         changed = subprocess.check_output(["git", "stash", "create"], cwd=ROOT, text=True).strip()
         self.there.mkdir()
         archive = self.there.parent / "tracked.tar"
-        subprocess.run(["git", "archive", "-o", str(archive), changed or "HEAD"], cwd=ROOT, check=True)
+        subprocess.run(
+            ["git", "archive", "-o", str(archive), changed or "HEAD"], cwd=ROOT, check=True
+        )
         subprocess.run(["tar", "-xf", str(archive), "-C", str(self.there)], check=True)
         tracked = size_of(self.there)
         shutil.copytree(SITE, self.there / ".site")
@@ -139,10 +163,14 @@ print(json.dumps(found))
         if done.wait():
             sys.exit(f"what is carried cannot be imported:\n{self._said('imports')[-2000:]}")
         files = json.loads(self._said("imports").splitlines()[-1])
-        elsewhere = [file for file in files.values() if not Path(file).is_relative_to(self.there / ".site")]
+        elsewhere = [
+            file for file in files.values() if not Path(file).is_relative_to(self.there / ".site")
+        ]
         if elsewhere:
             sys.exit(f"not from the carried folder: {elsewhere}")
-        print(f"{len(files)} carried modules are imported from there; the CUDA library of bitsandbytes loads")
+        print(
+            f"{len(files)} carried modules are imported from there; the CUDA library of bitsandbytes loads"
+        )
 
     def killed_call(self) -> dict[str, Any]:
         """The rows that the first call leaves, killed as soon as there are some."""
@@ -150,12 +178,16 @@ print(json.dumps(found))
         started = time.monotonic()
         while len(self._rows()) < KILLED_AFTER:
             if process.poll() is not None or time.monotonic() - started > SECONDS:
-                sys.exit(f"the first call ended, or hung, before {KILLED_AFTER} cases:\n{self._said('first')[-3000:]}")
+                sys.exit(
+                    f"the first call ended, or hung, before {KILLED_AFTER} cases:\n{self._said('first')[-3000:]}"
+                )
             time.sleep(0.2)
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
         rows = self._rows()
-        print(f"first call: killed after {time.monotonic() - started:.0f} seconds and {len(rows)} cases")
+        print(
+            f"first call: killed after {time.monotonic() - started:.0f} seconds and {len(rows)} cases"
+        )
         return rows
 
     def second_call(self, before: dict[str, Any]) -> None:
@@ -166,13 +198,21 @@ print(json.dumps(found))
         """
         seconds = self._run_whole("second")
         rows = self._rows()
-        planned = [f"{part.name} | {case.name}" for part in all_parts(is_small=True) for case in part.cases]
+        planned = [
+            f"{part.name} | {case.name}" for part in all_parts(is_small=True) for case in part.cases
+        ]
         wrong = [f"{name}: no result and no reason" for name in planned if name not in rows]
         wrong += [f"{name}: measured again" for name in before if rows.get(name) != before[name]]
         without = {name: row["not measured"] for name, row in rows.items() if "not measured" in row}
-        wrong += [f"{name}: {reason}" for name, reason in without.items() if not is_for_want_of_gpu(reason)]
+        wrong += [
+            f"{name}: {reason}"
+            for name, reason in without.items()
+            if not is_for_want_of_gpu(reason)
+        ]
         measured = len(rows) - len(without)
-        print(f"second call: {seconds:.0f} seconds; {measured} of {len(planned)} cases measured, not measured:")
+        print(
+            f"second call: {seconds:.0f} seconds; {measured} of {len(planned)} cases measured, not measured:"
+        )
         for name, reason in without.items():
             print(f"    {name}: {reason}")
         if wrong:
@@ -192,7 +232,16 @@ print(json.dumps(found))
 
     def _command(self) -> list[str]:
         minutes = str(SECONDS / 60)
-        return ["benchmarks/gpu.py", "--device", "cpu", "--small", "--minutes", minutes, "--out", str(self.out)]
+        return [
+            "benchmarks/gpu.py",
+            "--device",
+            "cpu",
+            "--small",
+            "--minutes",
+            minutes,
+            "--out",
+            str(self.out),
+        ]
 
     def _run_whole(self, name: str) -> float:
         started = time.monotonic()
@@ -205,7 +254,11 @@ print(json.dumps(found))
     def _start(self, arguments: list[str], name: str) -> subprocess.Popen[bytes]:
         with (self.kept / f"{name}.log").open("wb") as log:
             return subprocess.Popen(
-                [*self.alone, self.python, *arguments], cwd=self.there, env=self.environment, stdout=log, stderr=log
+                [*self.alone, self.python, *arguments],
+                cwd=self.there,
+                env=self.environment,
+                stdout=log,
+                stderr=log,
             )
 
     def _said(self, name: str) -> str:
@@ -215,7 +268,9 @@ print(json.dumps(found))
         if not self.out.is_file():
             return {}
         parts = json.loads(self.out.read_text(encoding="utf-8"))["parts"]
-        return {f"{part} | {case}": row for part, rows in parts.items() for case, row in rows.items()}
+        return {
+            f"{part} | {case}": row for part, rows in parts.items() for case, row in rows.items()
+        }
 
 
 def is_for_want_of_gpu(reason: str) -> bool:

@@ -43,7 +43,9 @@ COMPILED = "`memory.compile: true` instead"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=None, help="JSON file to write")
     options = parser.parse_args()
     from qlora_dist.commands.startup import quiet_third_parties
@@ -51,7 +53,10 @@ def main() -> None:
 
     quiet_third_parties()
     machine = describe_machine()
-    out = options.out or ROOT / "benchmarks" / "results" / f"kept_{'cuda' if machine['num_gpus'] else 'cpu'}.json"
+    out = (
+        options.out
+        or ROOT / "benchmarks" / "results" / f"kept_{'cuda' if machine['num_gpus'] else 'cpu'}.json"
+    )
     runtime = start_runtime(seed=0, dtype="bfloat16")
     forms = {}
     for name, left in FORMS.items():
@@ -60,7 +65,12 @@ def main() -> None:
     forms[COMPILED] = saved_bytes(runtime, {"recompute": "none", "compile": True}) / MIB
     result = {
         "machine": machine,
-        "settings": {"shape": vars(SMOLLM2_135M), "rank": 16, "tokens": f"{ROWS} x {SEQ_LEN}", "dtype": "bfloat16"},
+        "settings": {
+            "shape": vars(SMOLLM2_135M),
+            "rank": 16,
+            "tokens": f"{ROWS} x {SEQ_LEN}",
+            "dtype": "bfloat16",
+        },
         "saved_mib": {name: round(value, 1) for name, value in forms.items()},
         "layer_mib": {name: round(value / MIB, 2) for name, value in layer_bytes(runtime).items()},
     }
@@ -87,12 +97,16 @@ def saved_bytes(runtime: Any, memory: dict[str, Any]) -> int:
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        storages[storage.data_ptr()] = storage  # alive until counted, so that no address comes twice
+        storages[storage.data_ptr()] = (
+            storage  # alive until counted, so that no address comes twice
+        )
         return tensor
 
     model, forward = build_model(runtime, memory)
     forward()  # compiles, where that is asked for
-    own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
+    own = {
+        tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]
+    }
     with saved_tensors_hooks(pack, lambda tensor: tensor):
         forward()
     return sum(storage.nbytes() for address, storage in storages.items() if address not in own)
@@ -100,11 +114,11 @@ def saved_bytes(runtime: Any, memory: dict[str, Any]) -> int:
 
 def layer_bytes(runtime: Any) -> dict[str, int]:
     """Bytes that one decoder layer keeps, by policy."""
-    from qlora_dist.memory.recompute import Survey
+    from qlora_dist.memory.recompute import KeptBytesProbe
     from qlora_dist.model.parts import ModelParts
 
     model, forward = build_model(runtime, {"recompute": "none"})
-    with Survey(ModelParts(model).layers) as survey:
+    with KeptBytesProbe(ModelParts(model).layers) as survey:
         forward()
     return vars(survey.result)
 
@@ -122,7 +136,11 @@ def build_model(runtime: Any, memory: dict[str, Any]) -> tuple[Any, Callable[[],
     def forward() -> torch.Tensor:
         with runtime.autocast():
             return target_loss_sum(
-                model, batch.input_ids, batch.attention_mask, batch.labels, num_targets=batch.num_targets
+                model,
+                batch.input_ids,
+                batch.attention_mask,
+                batch.labels,
+                num_targets=batch.num_targets,
             )
 
     return model.train(), forward
@@ -133,7 +151,9 @@ def table(result: dict[str, Any]) -> str:
     plain = result["saved_mib"][PLAIN]
     lines = ["| | MiB | |", "|---|---|---|"]
     for name, value in result["saved_mib"].items():
-        lines.append(f"| {name} | {value:.0f} | {'' if name == PLAIN else f'{value / plain - 1:+.0%}'} |")
+        lines.append(
+            f"| {name} | {value:.0f} | {'' if name == PLAIN else f'{value / plain - 1:+.0%}'} |"
+        )
     lines += ["", "| policy | MiB of one layer |", "|---|---|"]
     lines += [f"| `{name}` | {value:.1f} |" for name, value in result["layer_mib"].items()]
     return "\n".join(lines)

@@ -35,10 +35,16 @@ LINK_BYTES = 32 * 2**20
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--processes", type=int, default=2, help="for the link rates; 1 leaves them out")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--processes", type=int, default=2, help="for the link rates; 1 leaves them out"
+    )
     parser.add_argument("--out", type=Path, default=None, help="JSON file to write")
-    parser.add_argument("--link", type=Path, help=argparse.SUPPRESS)  # one process of the link measurement
+    parser.add_argument(
+        "--link", type=Path, help=argparse.SUPPRESS
+    )  # one process of the link measurement
     options = parser.parse_args()
     if options.link is not None:
         measure_link(options.link)
@@ -47,7 +53,13 @@ def main() -> None:
     result: dict[str, Any] = {"machine": machine, "threads": torch.get_num_threads(), **measure()}
     if options.processes > 1:
         result["links"] = run_links(options.processes)
-    out = options.out or ROOT / "benchmarks" / "results" / f"limits_{'cuda' if machine['num_gpus'] else 'cpu'}.json"
+    out = (
+        options.out
+        or ROOT
+        / "benchmarks"
+        / "results"
+        / f"limits_{'cuda' if machine['num_gpus'] else 'cpu'}.json"
+    )
     out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(result, indent=2))
     print(f"written to {out}")
@@ -66,16 +78,19 @@ def measure() -> dict[str, Any]:
             for dtype in (torch.bfloat16, torch.float32)
         },
         "thin_gemm_tflops": {  # tokens x 4,096 by 4,096 x rank: what LoRA adds
-            f"rank {rank}": gemm_tflops(tokens, 4096, rank, torch.bfloat16, device) for rank in (16, 64)
+            f"rank {rank}": gemm_tflops(tokens, 4096, rank, torch.bfloat16, device)
+            for rank in (16, 64)
         },
         # On a GPU so large that the host, which prepares each call in Python, is not what is measured.
         "dequantize_gib_per_second": dequantize_gib_per_second(16384 if is_gpu else 4096, device),
         "dequantize_float32_gib_per_second": dequantize_gib_per_second(
             16384 if is_gpu else 4096, device, torch.float32
         ),
-        "attention_tflops": {f"{length} tokens": attention_tflops(length, device) for length in lengths},
+        "attention_tflops": {
+            f"{length} tokens": attention_tflops(length, device) for length in lengths
+        },
         "copy_gib_per_second": copy_gib_per_second(2**30 if is_gpu else 2**27, device),
-    }  # fmt: skip
+    }
     if is_gpu:
         result["host_to_device_gib_per_second"] = host_to_device_gib_per_second(device)
     return result
@@ -111,25 +126,37 @@ def rate(work: float, run: Callable[[], object], device: torch.device) -> float:
     return float(f"{statistics.median(rates):.4g}")
 
 
-def gemm_tflops(rows: int, inner: int, columns: int, dtype: torch.dtype, device: torch.device) -> float:
+def gemm_tflops(
+    rows: int, inner: int, columns: int, dtype: torch.dtype, device: torch.device
+) -> float:
     """2 * rows * inner * columns FLOPs per product."""
     a = torch.randn(rows, inner, device=device).to(dtype)
     b = torch.randn(columns, inner, device=device).to(dtype)
     return rate(2 * rows * inner * columns / 1e12, lambda: functional.linear(a, b), device)
 
 
-def dequantize_gib_per_second(size: int, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> float:
+def dequantize_gib_per_second(
+    size: int, device: torch.device, dtype: torch.dtype = torch.bfloat16
+) -> float:
     """NF4 with double quantization to `dtype`; bytes read and written, per weight 0.516 and those of `dtype`."""
     import bitsandbytes.functional as bnb
 
-    packed, state = bnb.quantize_4bit(torch.randn(size, size, device=device).to(dtype), quant_type="nf4",
-                                      compress_statistics=True)  # fmt: skip
-    return rate((0.516 + dtype.itemsize) * size**2 / 2**30, lambda: bnb.dequantize_4bit(packed, state), device)
+    packed, state = bnb.quantize_4bit(
+        torch.randn(size, size, device=device).to(dtype), quant_type="nf4", compress_statistics=True
+    )
+    return rate(
+        (0.516 + dtype.itemsize) * size**2 / 2**30,
+        lambda: bnb.dequantize_4bit(packed, state),
+        device,
+    )
 
 
 def attention_tflops(length: int, device: torch.device) -> float:
     """Causal SDPA, forward and backward, 8 heads of 64: 7 * heads * length^2 * 64 FLOPs, half of all pairs."""
-    q, k, v = (torch.randn(1, 8, length, 64, device=device, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    q, k, v = (
+        torch.randn(1, 8, length, 64, device=device, dtype=torch.bfloat16, requires_grad=True)
+        for _ in range(3)
+    )
     grad = torch.ones_like(q)
 
     def run() -> None:
@@ -157,8 +184,16 @@ def run_links(processes: int) -> dict[str, Any]:
     """Start the processes that measure what goes between them."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "links.json"
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}",
-                   __file__, "--link", str(out)]  # fmt: skip
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc-per-node={processes}",
+            __file__,
+            "--link",
+            str(out),
+        ]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:

@@ -28,18 +28,28 @@ from benchmarks.machine import describe_machine  # noqa: E402
 
 MODELS = ROOT / "runs" / "bench-load"
 SHAPE = {
-    "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32,
-    "num_key_value_heads": 4, "vocab_size": 32000,
-}  # fmt: skip
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_hidden_layers": 22,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "vocab_size": 32000,
+}
 WORLD_SIZES = (1, 2, 4)
 MIB = 2**20
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=None, help="JSON file to write")
-    parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)  # MODEL OUT: load in this process
-    parser.add_argument("--stock", nargs=2, help=argparse.SUPPRESS)  # the same through from_pretrained
+    parser.add_argument(
+        "--worker", nargs=2, help=argparse.SUPPRESS
+    )  # MODEL OUT: load in this process
+    parser.add_argument(
+        "--stock", nargs=2, help=argparse.SUPPRESS
+    )  # the same through from_pretrained
     options = parser.parse_args()
     if options.worker or options.stock:
         model, out = map(Path, options.worker or options.stock)
@@ -51,15 +61,24 @@ def main() -> None:
     runs = []
     for source, folder in sources.items():
         for world_size in WORLD_SIZES:
-            runs.append({"loader": "qlora_dist", "source": source, "ranks": run_ranks(folder, world_size)})
+            runs.append(
+                {"loader": "qlora_dist", "source": source, "ranks": run_ranks(folder, world_size)}
+            )
             print(line(runs[-1]), flush=True)
         runs.append({"loader": "from_pretrained", "source": source, "ranks": [run_stock(folder)]})
         print(line(runs[-1]), flush=True)
     result = {
-        "machine": machine, "shape": SHAPE, "threads_per_process": 1, "quantize_seconds": quantize_seconds,
-        "runs": runs, "targets": check_targets(runs),
-    }  # fmt: skip
-    out = options.out or ROOT / "benchmarks" / "results" / f"load_{'cuda' if machine['num_gpus'] else 'cpu'}.json"
+        "machine": machine,
+        "shape": SHAPE,
+        "threads_per_process": 1,
+        "quantize_seconds": quantize_seconds,
+        "runs": runs,
+        "targets": check_targets(runs),
+    }
+    out = (
+        options.out
+        or ROOT / "benchmarks" / "results" / f"load_{'cuda' if machine['num_gpus'] else 'cpu'}.json"
+    )
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(result["targets"], indent=2))
@@ -75,7 +94,9 @@ def make_model(folder: Path) -> Path:
     if (folder / "model.safetensors.index.json").is_file():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
-    LlamaConfig(**SHAPE, tie_word_embeddings=False, architectures=["LlamaForCausalLM"]).save_pretrained(folder)
+    LlamaConfig(
+        **SHAPE, tie_word_embeddings=False, architectures=["LlamaForCausalLM"]
+    ).save_pretrained(folder)
     with torch.device("meta"):
         shapes = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).state_dict()
     generator = torch.Generator().manual_seed(0)
@@ -83,16 +104,22 @@ def make_model(folder: Path) -> Path:
     groups: dict[str, list[str]] = {}
     for name in shapes:
         parts = name.split(".")
-        groups.setdefault(f"layer{int(parts[2]) // 4}" if parts[1] == "layers" else "ends", []).append(name)
+        groups.setdefault(
+            f"layer{int(parts[2]) // 4}" if parts[1] == "layers" else "ends", []
+        ).append(name)
     for number, names in enumerate(groups.values(), start=1):
         file = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
         tensors = {
-            name: torch.empty(shapes[name].shape, dtype=torch.bfloat16).normal_(std=0.02, generator=generator)
+            name: torch.empty(shapes[name].shape, dtype=torch.bfloat16).normal_(
+                std=0.02, generator=generator
+            )
             for name in names
         }
         save_file(tensors, folder / file, metadata={"format": "pt"})
         index |= dict.fromkeys(names, file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": index})
+    )
     return folder
 
 
@@ -109,7 +136,13 @@ def run_ranks(folder: Path, world_size: int) -> list[dict[str, float]]:
     """Load on `world_size` fresh processes; one row per rank."""
     with tempfile.TemporaryDirectory() as out:
         worker = [__file__, "--worker", str(folder), out]
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world_size)]
+        launcher = [
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            str(world_size),
+        ]
         run_apart([*launcher, *worker] if world_size > 1 else worker, threads=1)
         return [json.loads((Path(out) / f"{rank}.json").read_text()) for rank in range(world_size)]
 
@@ -162,8 +195,12 @@ def load_ours(folder: Path) -> Any:
     from qlora_dist.weights.loading import load_base_weights, materialize
 
     runtime = start_runtime(seed=0, dtype="bfloat16")
-    model = add_adapters(build_skeleton(folder, ModelConfig(path=str(folder))), AdapterConfig(rank=8), str(folder))
-    make_backend("fsdp" if runtime.world_size > 1 else "single", TrainConfig(), runtime).cut(ModelParts(model))
+    model = add_adapters(
+        build_skeleton(folder, ModelConfig(path=str(folder))), AdapterConfig(rank=8), str(folder)
+    )
+    make_backend("fsdp" if runtime.world_size > 1 else "single", TrainConfig(), runtime).cut(
+        ModelParts(model)
+    )
 
     def load() -> dict[str, float]:
         materialize(model, runtime.device, runtime.device)
@@ -185,19 +222,33 @@ def load_stock(folder: Path) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
     stored = getattr(AutoConfig.from_pretrained(folder), "quantization_config", None)
-    config = None if stored else BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )  # fmt: skip
+    config = (
+        None
+        if stored
+        else BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+    )
 
     def load() -> dict[str, float]:
         # Given as None it would hide what the folder's own config.json says.
         quantization = {} if config is None else {"quantization_config": config}
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **quantization)
         shard = sum(param.nbytes for param in model.parameters())
-        linear = 0 if stored else sum(p.numel() * 2 for p in model.parameters() if p.dtype == torch.uint8)
+        linear = (
+            0
+            if stored
+            else sum(p.numel() * 2 for p in model.parameters() if p.dtype == torch.uint8)
+        )
         files = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-        return {"bytes_read": files, "elements_quantized": linear, "shard_mib": round(shard / MIB, 1)}
+        return {
+            "bytes_read": files,
+            "elements_quantized": linear,
+            "shard_mib": round(shard / MIB, 1),
+        }
 
     return load
 
@@ -226,7 +277,9 @@ def check_targets(runs: list[dict[str, Any]]) -> dict[str, Any]:
             max(rank["peak_mib_above_baseline"] for rank in two),
             round(max(rank["shard_mib"] for rank in two) + 2 * largest_tensor, 1),
         ],
-        "seconds from 16 bits over seconds from 4 bits (at least 5)": round(one["seconds"] / stored["seconds"], 1),
+        "seconds from 16 bits over seconds from 4 bits (at least 5)": round(
+            one["seconds"] / stored["seconds"], 1
+        ),
     }
 
 

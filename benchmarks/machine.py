@@ -13,7 +13,12 @@ import torch
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
 CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "asimd", "bf16", "sve")
 """Of all that a CPU says it has (x86, ARM), those that decide how quickly it multiplies, and what."""
-ISA_LIMITS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
+ISA_LIMITS = (
+    "ATEN_CPU_CAPABILITY",
+    "ONEDNN_MAX_CPU_ISA",
+    "DNNL_MAX_CPU_ISA",
+    "MKL_ENABLE_INSTRUCTIONS",
+)
 """Variables with which PyTorch and its libraries use less than the CPU has."""
 
 
@@ -56,6 +61,10 @@ def _cpu_fact(key: str) -> str | None:
     """Of the first CPU in /proc/cpuinfo; None where there is no such line."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
-            return next(line.split(":", 1)[1].strip() for line in file if line.partition(":")[0].strip() == key)
+            return next(
+                line.split(":", 1)[1].strip()
+                for line in file
+                if line.partition(":")[0].strip() == key
+            )
     except (OSError, StopIteration):
         return None

@@ -93,7 +93,9 @@ class StorageCounter(TorchDispatchMode):
     def __enter__(self) -> StorageCounter:
         self._resize = resize = torch.UntypedStorage.resize_
 
-        def counted(storage: torch.UntypedStorage, size: int) -> Any:  # how FSDP2 frees what it gathered
+        def counted(
+            storage: torch.UntypedStorage, size: int
+        ) -> Any:  # how FSDP2 frees what it gathered
             result = resize(storage, size)
             if storage._cdata in self._sizes:
                 self._set(storage._cdata, size)
@@ -142,7 +144,9 @@ class StorageCounter(TorchDispatchMode):
         del self._sizes[key]
 
 
-def measure(shape: Shape, world_size: int, seq_len: int, recompute: str, is_real: bool) -> dict[str, float]:
+def measure(
+    shape: Shape, world_size: int, seq_len: int, recompute: str, is_real: bool
+) -> dict[str, float]:
     """Two training steps of rank 0 among `world_size`, in this process; GiB.
 
     Args:
@@ -150,7 +154,7 @@ def measure(shape: Shape, world_size: int, seq_len: int, recompute: str, is_real
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from qlora_dist.model.logits import LogitsForm
+    from qlora_dist.model.logits import LogitsTransform
     from qlora_dist.model.loss import _HeadLoss, target_loss_sum
     from qlora_dist.model.parts import ModelParts
     from qlora_dist.parallel.choice import make_backend
@@ -160,9 +164,13 @@ def measure(shape: Shape, world_size: int, seq_len: int, recompute: str, is_real
     model, runtime = describe(shape, world_size, seq_len, recompute)
     device = runtime.device
     # Tensors without contents cannot answer: there is one sample in the row, and the gradient is finite.
-    one_sample = mock.patch("transformers.masking_utils.find_packed_sequence_indices", return_value=None)
+    one_sample = mock.patch(
+        "transformers.masking_utils.find_packed_sequence_indices", return_value=None
+    )
     is_finite = mock.patch.object(torch.Tensor, "isfinite", return_value=True)
-    plain_logits = mock.patch("qlora_dist.model.loss.logits_form", return_value=LogitsForm())
+    plain_logits = mock.patch(
+        "qlora_dist.model.loss.logits_transform", return_value=LogitsTransform()
+    )
     # Counted is what a GPU takes, and a CPU makes fewer logits at a time.
     whole_chunks = mock.patch("qlora_dist.model.loss.is_on_cpu", return_value=False)
     pretended = nullcontext() if is_real else FakeTensorMode(allow_non_fake_inputs=True)
@@ -173,7 +181,15 @@ def measure(shape: Shape, world_size: int, seq_len: int, recompute: str, is_real
             return head_loss(loss, hidden)
 
     watched_loss = mock.patch.object(_HeadLoss, "__call__", counted_loss)
-    with one_sample, is_finite, plain_logits, whole_chunks, watched_loss, pretended, StorageCounter() as counter:
+    with (
+        one_sample,
+        is_finite,
+        plain_logits,
+        whole_chunks,
+        watched_loss,
+        pretended,
+        StorageCounter() as counter,
+    ):
         materialize(model, device, device)
         held = counter.now
         engine = make_backend("fsdp", TrainConfig(), runtime).engine(ModelParts(model.train()))
@@ -181,13 +197,20 @@ def measure(shape: Shape, world_size: int, seq_len: int, recompute: str, is_real
             ids = torch.zeros(1, seq_len, dtype=torch.int64, device=device)
             positions = torch.arange(seq_len, device=device).unsqueeze(0)
             with runtime.autocast():  # every token is a target: the most that the head can take
-                loss = target_loss_sum(model, ids, torch.ones_like(ids), ids, positions, num_targets=seq_len - 1)
+                loss = target_loss_sum(
+                    model, ids, torch.ones_like(ids), ids, positions, num_targets=seq_len - 1
+                )
             engine.backward(loss, is_last_micro_batch=True)
             engine.update(lr=1e-3, max_grad_norm=1.0)
         between = counter.now
-    row = {"parameters_gib": local_bytes(model) / GIB, "after_loading_gib": held / GIB,
-           "between_steps_gib": between / GIB, "before_loss_gib": of_loss.before / GIB,
-           "loss_gib": of_loss.beyond / GIB, "peak_gib": counter.peak / GIB}  # fmt: skip
+    row = {
+        "parameters_gib": local_bytes(model) / GIB,
+        "after_loading_gib": held / GIB,
+        "between_steps_gib": between / GIB,
+        "before_loss_gib": of_loss.before / GIB,
+        "loss_gib": of_loss.beyond / GIB,
+        "peak_gib": counter.peak / GIB,
+    }
     if is_real and device.type == "cuda":
         row["cuda_peak_gib"] = torch.cuda.max_memory_allocated(device) / GIB
     return {name: round(value, 4) for name, value in row.items()}
@@ -204,7 +227,7 @@ def describe(shape: Shape, world_size: int, seq_len: int, recompute: str) -> tup
     from qlora_dist.config.schema import AdapterConfig, MemoryConfig, ModelConfig
     from qlora_dist.memory.recompute import apply_recompute
     from qlora_dist.model.adapters import add_adapters
-    from qlora_dist.model.fused_norm_mlp import lighten
+    from qlora_dist.model.fused_norm_mlp import fuse_norms_and_mlps
     from qlora_dist.model.lora_linear import fuse_adapters
     from qlora_dist.model.nf4 import dynamic_code, four_bit_code
     from qlora_dist.model.parts import ModelParts
@@ -219,7 +242,7 @@ def describe(shape: Shape, world_size: int, seq_len: int, recompute: str) -> tup
         skeleton = build_skeleton(Path(folder), ModelConfig(path=folder))
     model = add_adapters(skeleton, AdapterConfig(rank=RANK), "base")
     fuse_adapters(model)
-    lighten(model)
+    fuse_norms_and_mlps(model)
     parts = ModelParts(model)
     apply_recompute(parts.layers, MemoryConfig(recompute=recompute))  # type: ignore[arg-type]
     make_backend("fsdp", TrainConfig(), runtime).cut(parts)
@@ -235,16 +258,26 @@ def write_model_config(shape: Shape, folder: Path, seq_len: int) -> None:
     from transformers import LlamaConfig
 
     LlamaConfig(
-        hidden_size=shape.hidden, intermediate_size=shape.intermediate, num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads, vocab_size=shape.vocab,
-        max_position_embeddings=seq_len, tie_word_embeddings=False, architectures=["LlamaForCausalLM"],
-    ).save_pretrained(folder)  # fmt: skip
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        vocab_size=shape.vocab,
+        max_position_embeddings=seq_len,
+        tie_word_embeddings=False,
+        architectures=["LlamaForCausalLM"],
+    ).save_pretrained(folder)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "memory.json")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)  # arguments of `measure` as JSON, result on stdout
+    parser.add_argument(
+        "--worker", help=argparse.SUPPRESS
+    )  # arguments of `measure` as JSON, result on stdout
     options = parser.parse_args()
     if options.worker:
         arguments = json.loads(options.worker)
@@ -254,12 +287,21 @@ def main() -> None:
         os._exit(0)  # a pretended process group cannot be taken down
     check = check_against_real_tensors()
     runs = run_all([(name, n, SEQ_LEN, "full") for name in SHAPES for n in WORLD_SIZES])
-    by_length = run_all([(*case, seq_len, how) for case in BY_LENGTH for how in RECOMPUTE for seq_len in SEQ_LENS])
+    by_length = run_all(
+        [(*case, seq_len, how) for case in BY_LENGTH for how in RECOMPUTE for seq_len in SEQ_LENS]
+    )
     result = {
-        "machine": describe_machine(), "seq_len": SEQ_LEN, "micro_batch_size": 1, "adapter_rank": RANK,
-        "optimizer": "adamw, float32", "recompute": "full", "shapes": {n: vars(s) for n, s in SHAPES.items()},
-        "check": check, "runs": runs, "by_length": by_length,
-    }  # fmt: skip
+        "machine": describe_machine(),
+        "seq_len": SEQ_LEN,
+        "micro_batch_size": 1,
+        "adapter_rank": RANK,
+        "optimizer": "adamw, float32",
+        "recompute": "full",
+        "shapes": {n: vars(s) for n, s in SHAPES.items()},
+        "check": check,
+        "runs": runs,
+        "by_length": by_length,
+    }
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     plot(by_length, options.out.with_suffix(".png"))
@@ -273,10 +315,14 @@ def check_against_real_tensors() -> dict[str, dict[str, float]]:
         SystemExit: the two differ.
     """
     check = {
-        kind: in_process(SMALL, 2, 512, "full", is_real=kind == "real tensors") for kind in ("real tensors", "shapes")
+        kind: in_process(SMALL, 2, 512, "full", is_real=kind == "real tensors")
+        for kind in ("real tensors", "shapes")
     }
     real, pretended = check["real tensors"]["peak_gib"], check["shapes"]["peak_gib"]
-    print(f"check on a small model: peak {real:.4f} GiB with real tensors, {pretended:.4f} from shapes", flush=True)
+    print(
+        f"check on a small model: peak {real:.4f} GiB with real tensors, {pretended:.4f} from shapes",
+        flush=True,
+    )
     if abs(real - pretended) > 0.02 * real:
         sys.exit("the two differ by more than 2 %: the figures from shapes would mean nothing")
     return check
@@ -287,25 +333,48 @@ def run_all(cases: list[tuple[str, int, int, str]]) -> list[dict[str, Any]]:
     rows = []
     for name, world_size, seq_len, recompute in cases:
         row = in_process(SHAPES[name], world_size, seq_len, recompute, is_real=False)
-        rows.append({"shape": name, "world_size": world_size, "seq_len": seq_len, "recompute": recompute, **row})
-        print(f"{name:>4} N={world_size:<3} {seq_len:>6} tokens, recompute {recompute}: parameters "
-              f"{row['parameters_gib']:7.2f} GiB, peak {row['peak_gib']:7.2f} GiB", flush=True)  # fmt: skip
+        rows.append(
+            {
+                "shape": name,
+                "world_size": world_size,
+                "seq_len": seq_len,
+                "recompute": recompute,
+                **row,
+            }
+        )
+        print(
+            f"{name:>4} N={world_size:<3} {seq_len:>6} tokens, recompute {recompute}: parameters "
+            f"{row['parameters_gib']:7.2f} GiB, peak {row['peak_gib']:7.2f} GiB",
+            flush=True,
+        )
     return rows
 
 
-def in_process(shape: Shape, world_size: int, seq_len: int, recompute: str, is_real: bool) -> dict[str, float]:
+def in_process(
+    shape: Shape, world_size: int, seq_len: int, recompute: str, is_real: bool
+) -> dict[str, float]:
     """`measure` in a process of its own."""
-    arguments = {"shape": vars(shape), "world_size": world_size, "seq_len": seq_len, "recompute": recompute,
-                 "is_real": is_real}  # fmt: skip
+    arguments = {
+        "shape": vars(shape),
+        "world_size": world_size,
+        "seq_len": seq_len,
+        "recompute": recompute,
+        "is_real": is_real,
+    }
     said = run_apart([__file__, "--worker", json.dumps(arguments)], threads=1)
     return dict(json.loads(said.splitlines()[-1]))
 
 
 def table(runs: list[dict[str, Any]]) -> str:
     """Peak GiB by shape and world size, in Markdown."""
-    lines = ["| | " + " | ".join(f"N = {n}" for n in WORLD_SIZES) + " |", "|---" * (len(WORLD_SIZES) + 1) + "|"]
+    lines = [
+        "| | " + " | ".join(f"N = {n}" for n in WORLD_SIZES) + " |",
+        "|---" * (len(WORLD_SIZES) + 1) + "|",
+    ]
     for name in SHAPES:
-        cells = [f"{r['peak_gib']:.1f} ({r['parameters_gib']:.1f})" for r in runs if r["shape"] == name]
+        cells = [
+            f"{r['peak_gib']:.1f} ({r['parameters_gib']:.1f})" for r in runs if r["shape"] == name
+        ]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -317,7 +386,9 @@ def table_by_length(rows: list[dict[str, Any]]) -> str:
         "|---" * (len(SEQ_LENS) + 2) + "|",
     ]
     for (name, world_size), recompute in product(BY_LENGTH, RECOMPUTE):
-        cells = [f"{r['peak_gib']:.1f} ({r['loss_gib']:.2f})" for r in chosen(rows, name, recompute)]
+        cells = [
+            f"{r['peak_gib']:.1f} ({r['loss_gib']:.2f})" for r in chosen(rows, name, recompute)
+        ]
         lines.append(f"| {name}, N = {world_size} | {recompute} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -338,15 +409,24 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
     for panel, (name, world_size) in zip(panels, BY_LENGTH, strict=True):
         for recompute in RECOMPUTE:
             curve = chosen(rows, name, recompute)
-            panel.plot([r["seq_len"] for r in curve], [r["peak_gib"] for r in curve], marker="o",
-                       label=f"recompute: {recompute}")  # fmt: skip
+            panel.plot(
+                [r["seq_len"] for r in curve],
+                [r["peak_gib"] for r in curve],
+                marker="o",
+                label=f"recompute: {recompute}",
+            )
         held, loss = curve[0]["between_steps_gib"], [row["loss_gib"] for row in curve]
         panel.axhline(held, color="gray", linestyle=":", label="between two steps")
         panel.plot(SEQ_LENS, loss, color="black", linestyle="--", label="the loss alone")
         for size in (24, 80):
             panel.axhline(size, color="tab:red", linewidth=0.8, alpha=0.6)
             panel.text(SEQ_LENS[0], size, f"{size} GiB", color="tab:red", fontsize=8, va="bottom")
-        panel.set(title=f"{name}, one rank of {world_size}", xlabel="tokens in the row", ylabel="GiB", yscale="log")
+        panel.set(
+            title=f"{name}, one rank of {world_size}",
+            xlabel="tokens in the row",
+            ylabel="GiB",
+            yscale="log",
+        )
         panel.set_xscale("log", base=2)
         panel.set_xticks(SEQ_LENS, [f"{n:,}" for n in SEQ_LENS], fontsize=8)
         panel.grid(alpha=0.3)

@@ -47,15 +47,21 @@ TOKENIZING = {"qlora_dist": 0, "TRL": 1, "TRL, two processes": 2}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=8, help="optimizer steps of each training run")
     parser.add_argument("--out", type=Path, default=None, help="JSON file to write")
-    parser.add_argument("--tokenize", choices=TOKENIZING, help=argparse.SUPPRESS)  # one contender, in this process
+    parser.add_argument(
+        "--tokenize", choices=TOKENIZING, help=argparse.SUPPRESS
+    )  # one contender, in this process
     parser.add_argument("--rows", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     check_prepared()
     if options.tokenize is not None:
-        options.out.write_text(json.dumps(tokenize(options.tokenize, options.rows)), encoding="utf-8")
+        options.out.write_text(
+            json.dumps(tokenize(options.tokenize, options.rows)), encoding="utf-8"
+        )
         return
     machine = describe_machine()
     with tempfile.TemporaryDirectory() as name:
@@ -66,14 +72,23 @@ def main() -> None:
         result = {
             "machine": machine,
             "settings": {
-                "num_rows": NUM_ROWS, "training_max_seq_len": MAX_SEQ_LEN, "steps": options.steps,
-                "warmup_steps_dropped": NUM_WARMUP, "micro_batch_size": MICRO_BATCH_SIZE,
+                "num_rows": NUM_ROWS,
+                "training_max_seq_len": MAX_SEQ_LEN,
+                "steps": options.steps,
+                "warmup_steps_dropped": NUM_WARMUP,
+                "micro_batch_size": MICRO_BATCH_SIZE,
             },
             "fill": [fill(rows, length) for length in ROW_LENGTHS],
             "tokenizing": measure_tokenizing(rows, folder),
             "training": measure_training(rows, folder, options.steps),
-        }  # fmt: skip
-    out = options.out or ROOT / "benchmarks" / "results" / f"packing_{'cuda' if machine['num_gpus'] else 'cpu'}.json"
+        }
+    out = (
+        options.out
+        or ROOT
+        / "benchmarks"
+        / "results"
+        / f"packing_{'cuda' if machine['num_gpus'] else 'cpu'}.json"
+    )
     out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(tables(result))
     print(f"written to {out}")
@@ -86,12 +101,14 @@ def fill(rows: Path, max_seq_len: int) -> dict[str, float]:
     from transformers import AutoTokenizer
 
     from qlora_dist.config.schema import DataConfig
-    from qlora_dist.data.dataset import load_dataset
+    from qlora_dist.data.dataset import load_data
 
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     plain = DataConfig(train=str(rows), max_seq_len=max_seq_len, packing=False)
-    lengths = load_dataset(plain, tokenizer, seed=0).train.lengths
-    packed = load_dataset(DataConfig(train=str(rows), max_seq_len=max_seq_len, packing=True), tokenizer, seed=0).train
+    lengths = load_data(plain, tokenizer, seed=0).train.lengths
+    packed = load_data(
+        DataConfig(train=str(rows), max_seq_len=max_seq_len, packing=True), tokenizer, seed=0
+    ).train
     size = MICRO_BATCH_SIZE["padded"]
     order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(0)).numpy()
     batches = lengths[order][: len(lengths) // size * size].reshape(-1, size)
@@ -115,7 +132,9 @@ def measure_training(rows: Path, folder: Path, steps: int) -> dict[str, Any]:
         name: {
             **{key: round(statistics.median(run[key] for run in repeats), 3) for key in repeats[0]},
             "of_each_run": [round(run["target_tokens_per_second"], 1) for run in repeats],
-            "times_padded": round(statistics.median(run["target_tokens_per_second"] for run in repeats) / base, 2),
+            "times_padded": round(
+                statistics.median(run["target_tokens_per_second"] for run in repeats) / base, 2
+            ),
         }
         for name, repeats in runs.items()
     }
@@ -129,12 +148,15 @@ def train(name: str, rows: Path, folder: Path, steps: int) -> dict[str, float]:
         "adapter": {"rank": 16, "alpha": 32},
         "data": {"train": str(rows), "max_seq_len": MAX_SEQ_LEN, **TRAINING[name]},
         "optim": {
-            "lr": 1e-4, "schedule": "constant", "max_steps": steps, "micro_batch_size": MICRO_BATCH_SIZE[name],
+            "lr": 1e-4,
+            "schedule": "constant",
+            "max_steps": steps,
+            "micro_batch_size": MICRO_BATCH_SIZE[name],
         },
         "memory": {"recompute": "none"},
         "checkpoint": {"every": None},
         "logging": {"tensorboard": False},
-    }  # fmt: skip
+    }
     file = folder.with_suffix(".yaml")
     file.write_text(yaml.safe_dump(config), encoding="utf-8")
     run_apart(["-m", "qlora_dist", "train", str(file)], THREADS)
@@ -164,7 +186,9 @@ def measure_tokenizing(rows: Path, folder: Path) -> dict[str, Any]:
     base = statistics.median(run["rows_per_second"] for run in runs["TRL"])
     return {
         name: {
-            "rows_per_second": round(rate := statistics.median(run["rows_per_second"] for run in repeats)),
+            "rows_per_second": round(
+                rate := statistics.median(run["rows_per_second"] for run in repeats)
+            ),
             "of_each_run": [round(run["rows_per_second"]) for run in repeats],
             "times_trl": round(rate / base, 2),
             "num_targets": repeats[0]["num_targets"],
@@ -175,7 +199,11 @@ def measure_tokenizing(rows: Path, folder: Path) -> dict[str, Any]:
 
 def tokenize(contender: str, rows: Path) -> dict[str, float]:
     """From the file to token ids and loss mask, with nothing cached; imports and the tokenizer's loading left out."""
-    return tokenize_here(rows) if contender == "qlora_dist" else tokenize_trl(rows, TOKENIZING[contender])
+    return (
+        tokenize_here(rows)
+        if contender == "qlora_dist"
+        else tokenize_trl(rows, TOKENIZING[contender])
+    )
 
 
 def tokenize_here(rows: Path) -> dict[str, float]:
@@ -183,11 +211,13 @@ def tokenize_here(rows: Path) -> dict[str, float]:
     from transformers import AutoTokenizer
 
     from qlora_dist.config.schema import DataConfig
-    from qlora_dist.data.dataset import load_dataset
+    from qlora_dist.data.dataset import load_data
 
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     started = time.perf_counter()
-    data = load_dataset(DataConfig(train=str(rows), max_seq_len=MAX_SEQ_LEN, packing=False), tokenizer, seed=0)
+    data = load_data(
+        DataConfig(train=str(rows), max_seq_len=MAX_SEQ_LEN, packing=False), tokenizer, seed=0
+    )
     seconds = time.perf_counter() - started
     return {"rows_per_second": NUM_ROWS / seconds, "num_targets": data.reports[0].num_targets}
 
@@ -199,7 +229,9 @@ def tokenize_trl(rows: Path, num_processes: int) -> dict[str, float]:
     from trl import SFTConfig, SFTTrainer
 
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    answer = "message['content'] + '<|im_end|>'"  # TRL wants the assistant's part of the template marked
+    answer = (
+        "message['content'] + '<|im_end|>'"  # TRL wants the assistant's part of the template marked
+    )
     whole = "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
     marked = (
         "{% if message['role'] == 'assistant' %}{{ '<|im_start|>assistant\n' }}"
@@ -207,18 +239,32 @@ def tokenize_trl(rows: Path, num_processes: int) -> dict[str, float]:
     )
     assert tokenizer.chat_template.count(whole) == 1
     tokenizer.chat_template = tokenizer.chat_template.replace(whole, marked)
-    shape = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    shape = {
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+    }
     model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **shape))
     with tempfile.TemporaryDirectory() as folder:
         arguments = SFTConfig(
-            output_dir=folder, use_cpu=True, bf16=False, report_to="none", max_length=MAX_SEQ_LEN,
-            assistant_only_loss=True, dataset_num_proc=num_processes if num_processes > 1 else None,
-        )  # fmt: skip
+            output_dir=folder,
+            use_cpu=True,
+            bf16=False,
+            report_to="none",
+            max_length=MAX_SEQ_LEN,
+            assistant_only_loss=True,
+            dataset_num_proc=num_processes if num_processes > 1 else None,
+        )
 
         def build(split: str) -> tuple[float, Any]:
             started = time.perf_counter()
-            table = load_dataset("json", data_files=str(rows), split=split, cache_dir=f"{folder}/{split}")
-            trainer = SFTTrainer(model, args=arguments, train_dataset=table, processing_class=tokenizer)
+            table = load_dataset(
+                "json", data_files=str(rows), split=split, cache_dir=f"{folder}/{split}"
+            )
+            trainer = SFTTrainer(
+                model, args=arguments, train_dataset=table, processing_class=tokenizer
+            )
             return time.perf_counter() - started, trainer
 
         build("train[:64]")  # what is done once
@@ -226,20 +272,31 @@ def tokenize_trl(rows: Path, num_processes: int) -> dict[str, float]:
         seconds, trainer = build("train")
         num_targets = 0
         for row in trainer.train_dataset:
-            mask = row["labels"][1:MAX_SEQ_LEN] if "labels" in row else row["assistant_masks"][1:MAX_SEQ_LEN]
+            mask = (
+                row["labels"][1:MAX_SEQ_LEN]
+                if "labels" in row
+                else row["assistant_masks"][1:MAX_SEQ_LEN]
+            )
             num_targets += sum(label != -100 for label in mask) if "labels" in row else sum(mask)
     return {"rows_per_second": NUM_ROWS / (seconds - fixed), "num_targets": num_targets}
 
 
 def tables(result: dict[str, Any]) -> str:
     """The result as Markdown."""
-    lines = ["| row length | tokens of a conversation, median, mean | packed | padded |", "|---|---|---|---|"]
+    lines = [
+        "| row length | tokens of a conversation, median, mean | packed | padded |",
+        "|---|---|---|---|",
+    ]
     lines += [
         f"| {row['max_seq_len']:,} | {row['median_tokens']:.0f}, {row['mean_tokens']:.0f} | {row['packed']:.1%} | "
         f"{row['padded']:.1%} |"
         for row in result["fill"]
     ]
-    lines += ["", "| batches | target tokens/s | each run | x padded | waiting for data |", "|---|---|---|---|---|"]
+    lines += [
+        "",
+        "| batches | target tokens/s | each run | x padded | waiting for data |",
+        "|---|---|---|---|---|",
+    ]
     for name, row in result["training"].items():
         each = ", ".join(f"{rate:g}" for rate in row["of_each_run"])
         lines.append(

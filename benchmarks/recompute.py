@@ -49,10 +49,16 @@ GIB = 2**30
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=13, help="optimizer steps of each run")
-    parser.add_argument("--rounds", type=int, default=2, help="times through the fixed settings and back")
-    parser.add_argument("--pairs", type=int, default=12, help="pairs of runs of `auto` and the best fixed setting")
+    parser.add_argument(
+        "--rounds", type=int, default=2, help="times through the fixed settings and back"
+    )
+    parser.add_argument(
+        "--pairs", type=int, default=12, help="pairs of runs of `auto` and the best fixed setting"
+    )
     parser.add_argument("--out", type=Path, default=None, help="JSON file to write")
     parser.add_argument("--worker", help=argparse.SUPPRESS)  # settings as JSON, run in this process
     parser.add_argument("--rows", type=Path, help=argparse.SUPPRESS)
@@ -78,18 +84,27 @@ def main() -> None:
         auto = compare_auto(fixed, budgets, Path(name), options.steps, options.pairs)
     result = {
         "machine": machine,
-        "settings": {"model": MODEL.name, "rank": 16, "tokens_per_step": f"{ROWS} x {SEQ_LEN}", "threads": THREADS,
-                     "steps": options.steps, "warmup_steps_dropped": NUM_WARMUP, "rounds": options.rounds,
-                     "pairs": options.pairs},
+        "settings": {
+            "model": MODEL.name,
+            "rank": 16,
+            "tokens_per_step": f"{ROWS} x {SEQ_LEN}",
+            "threads": THREADS,
+            "steps": options.steps,
+            "warmup_steps_dropped": NUM_WARMUP,
+            "rounds": options.rounds,
+            "pairs": options.pairs,
+        },
         "budgets_gib": budgets,
         "fixed": fixed,
         "auto": auto,
-    }  # fmt: skip
+    }
     out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(table(result))
     print(f"written to {out}")
     in_pairs = [row["best_fixed_in_pairs"] for row in auto.values()]
-    check_losses([*fixed.values(), *auto.values(), *in_pairs], tolerance=1e-3 if machine["num_gpus"] else 0)
+    check_losses(
+        [*fixed.values(), *auto.values(), *in_pairs], tolerance=1e-3 if machine["num_gpus"] else 0
+    )
 
 
 def compare_fixed(folder: Path, steps: int, rounds: int) -> dict[str, dict[str, Any]]:
@@ -100,24 +115,37 @@ def compare_fixed(folder: Path, steps: int, rounds: int) -> dict[str, dict[str, 
     for name in [*order, *reversed(order)] * rounds:
         print(f"{name} ...", flush=True)
         in_order.append((name, run(settings[name], folder, steps)))
-    relative = over_base([(name, statistics.median(counted_rates(found))) for name, found in in_order], BASE)
+    relative = over_base(
+        [(name, statistics.median(counted_rates(found))) for name, found in in_order], BASE
+    )
     return {
         name: summarize([found for other, found in in_order if other == name])
-        | {"times_none": round(statistics.mean(relative[name]), 3),
-           "times_none_of_each_run": [round(each, 3) for each in relative[name]]}
+        | {
+            "times_none": round(statistics.mean(relative[name]), 3),
+            "times_none_of_each_run": [round(each, 3) for each in relative[name]],
+        }
         for name in settings
-    }  # fmt: skip
+    }
 
 
 def compare_auto(
-    fixed: dict[str, dict[str, Any]], budgets: dict[str, float], folder: Path, steps: int, pairs: int
+    fixed: dict[str, dict[str, Any]],
+    budgets: dict[str, float],
+    folder: Path,
+    steps: int,
+    pairs: int,
 ) -> dict[str, dict[str, Any]]:
     """Under each budget, `auto` and the best fixed setting that fits, in pairs of runs; the budgets take turns too."""
     best = {kind: best_that_fits(fixed, budget) for kind, budget in budgets.items()}
-    found: dict[str, dict[str, list[dict[str, Any]]]] = {kind: {"auto": [], "best": []} for kind in budgets}
+    found: dict[str, dict[str, list[dict[str, Any]]]] = {
+        kind: {"auto": [], "best": []} for kind in budgets
+    }
     for i in range(pairs):
         for kind, budget in budgets.items():
-            print(f"{kind}, {budget:g} GiB: auto and {best[kind]}, pair {i + 1} of {pairs} ...", flush=True)
+            print(
+                f"{kind}, {budget:g} GiB: auto and {best[kind]}, pair {i + 1} of {pairs} ...",
+                flush=True,
+            )
             both: dict[str, dict[str, Any]] = {
                 "auto": {"recompute": "auto", "budget_gib": budget},
                 "best": {"recompute": next(value for value in FIXED if str(value) == best[kind])},
@@ -126,7 +154,10 @@ def compare_auto(
                 found[kind][name].append(run(both[name], folder, steps))
     result = {}
     for kind, runs in found.items():
-        rates = {name: [statistics.median(counted_rates(one)) for one in each] for name, each in runs.items()}
+        rates = {
+            name: [statistics.median(counted_rates(one)) for one in each]
+            for name, each in runs.items()
+        }
         ratios = [auto / other for auto, other in zip(rates["auto"], rates["best"], strict=True)]
         result[kind] = summarize(runs["auto"]) | {
             "best_fixed": best[kind],
@@ -147,8 +178,17 @@ def best_that_fits(fixed: dict[str, dict[str, Any]], budget: float) -> str:
 def run(memory: dict[str, Any], folder: Path, steps: int) -> dict[str, Any]:
     """One setting in a fresh process."""
     out = folder / "measured.json"
-    command = [__file__, "--worker", json.dumps(memory), "--steps", str(steps),
-               "--rows", str(folder / "rows.jsonl"), "--out", str(out)]  # fmt: skip
+    command = [
+        __file__,
+        "--worker",
+        json.dumps(memory),
+        "--steps",
+        str(steps),
+        "--rows",
+        str(folder / "rows.jsonl"),
+        "--out",
+        str(out),
+    ]
     run_apart(command, THREADS, XDG_CACHE_HOME=str(folder / "cache"))
     return dict(json.loads(out.read_text(encoding="utf-8")))
 
@@ -171,8 +211,14 @@ def measure(memory: dict[str, Any], rows: Path, steps: int) -> dict[str, Any]:
         forget_peak(arguments[4].device)
         started = time.perf_counter()
         sums = train_step(model, *arguments)
-        measured.append({"seconds": time.perf_counter() - started, "peak_gib": meter.peak() / GIB,
-                         "num_selective": now.num_selective, "num_full": now.num_full})  # fmt: skip
+        measured.append(
+            {
+                "seconds": time.perf_counter() - started,
+                "peak_gib": meter.peak() / GIB,
+                "num_selective": now.num_selective,
+                "num_full": now.num_full,
+            }
+        )
         return sums
 
     with tempfile.TemporaryDirectory() as name:
@@ -180,16 +226,24 @@ def measure(memory: dict[str, Any], rows: Path, steps: int) -> dict[str, Any]:
             "output_dir": f"{name}/run",
             "model": {"path": str(MODEL)},
             "data": {"train": str(rows), "max_seq_len": SEQ_LEN, "packing": False},
-            "optim": {"lr": 1e-4, "schedule": "constant", "max_steps": steps, "micro_batch_size": ROWS},
+            "optim": {
+                "lr": 1e-4,
+                "schedule": "constant",
+                "max_steps": steps,
+                "micro_batch_size": ROWS,
+            },
             "memory": memory,
             "checkpoint": {"every": None},
             "logging": {"tensorboard": False},
-        }  # fmt: skip
+        }
         file = Path(name) / "config.yaml"
         file.write_text(yaml.safe_dump(config), encoding="utf-8")
         with mock.patch.object(train_module, "train_step", timed):
             train_module.train(load_config(file))
-        logged = [json.loads(line) for line in (Path(name) / "run" / "metrics.jsonl").read_text("utf-8").splitlines()]
+        logged = [
+            json.loads(line)
+            for line in (Path(name) / "run" / "metrics.jsonl").read_text("utf-8").splitlines()
+        ]
     return {"steps": measured, "losses": [row["loss"] for row in logged]}
 
 
@@ -211,7 +265,9 @@ def summarize(repeats: list[dict[str, Any]]) -> dict[str, Any]:
         "tokens_per_second": round(statistics.median(rate for each in rates for rate in each), 1),
         "tokens_per_second_of_each_run": [round(statistics.median(each), 1) for each in rates],
         "peak_gib": round(max(step["peak_gib"] for steps in counted for step in steps), 3),
-        "first_peak_gib": round(max(s["peak_gib"] for run in repeats for s in run["steps"][:NUM_WARMUP]), 3),
+        "first_peak_gib": round(
+            max(s["peak_gib"] for run in repeats for s in run["steps"][:NUM_WARMUP]), 3
+        ),
         "num_selective": sorted({step["num_selective"] for step in last}),
         "num_full": sorted({step["num_full"] for step in last}),
         "losses": [list(each) for each in dict.fromkeys(tuple(run["losses"]) for run in repeats)],
@@ -241,21 +297,31 @@ def check_losses(rows: list[dict[str, Any]], tolerance: float) -> None:
 def recomputed(row: dict[str, Any]) -> str:
     """How many layers were recomputed in part and in full; the least and the most of them where runs differ."""
     return ", ".join(
-        "-".join(map(str, sorted({each[0], each[-1]}))) for each in (row["num_selective"], row["num_full"])
+        "-".join(map(str, sorted({each[0], each[-1]})))
+        for each in (row["num_selective"], row["num_full"])
     )
 
 
 def table(result: dict[str, Any]) -> str:
     """The result as Markdown: the fixed settings, and `auto` under each budget beside the best of those that fit."""
-    lines = ["| setting | partly, fully | tokens/s | x none | each run | peak, GiB |", "|---" * 6 + "|"]
+    lines = [
+        "| setting | partly, fully | tokens/s | x none | each run | peak, GiB |",
+        "|---" * 6 + "|",
+    ]
     for name, row in result["fixed"].items():
-        each = [] if name == BASE else row["times_none_of_each_run"]  # that one ran between all others
+        each = (
+            [] if name == BASE else row["times_none_of_each_run"]
+        )  # that one ran between all others
         lines.append(
             f"| {name} | {recomputed(row)} | {row['tokens_per_second']:g} | "
             f"{row['times_none']:.2f} | {', '.join(map('{:.2f}'.format, each))} | {row['peak_gib']:.2f} |"
         )
-    lines += ["", "| budget, GiB | partly, fully | tokens/s | best fixed setting | of that | each pair | peak, GiB | "
-              "in the first steps |", "|---" * 8 + "|"]  # fmt: skip
+    lines += [
+        "",
+        "| budget, GiB | partly, fully | tokens/s | best fixed setting | of that | each pair | peak, GiB | "
+        "in the first steps |",
+        "|---" * 8 + "|",
+    ]
     for kind, row in result["auto"].items():
         best = row["best_fixed_in_pairs"]
         lines.append(

@@ -83,31 +83,56 @@ class Case:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=5, help="optimizer steps of each run")
     parser.add_argument("--rounds", type=int, default=4, help="how often each run is repeated")
-    parser.add_argument("--processes", type=int, nargs="+", default=None, help="1 2 4, or as many as there are GPUs")
-    parser.add_argument("--modes", nargs="+", default=["weak", "strong"], choices=["weak", "strong"])
+    parser.add_argument(
+        "--processes", type=int, nargs="+", default=None, help="1 2 4, or as many as there are GPUs"
+    )
+    parser.add_argument(
+        "--modes", nargs="+", default=["weak", "strong"], choices=["weak", "strong"]
+    )
     parser.add_argument("--out", type=Path, default=None, help="JSON file to write")
-    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)  # a config to train, counting one step
+    parser.add_argument(
+        "--worker", type=Path, help=argparse.SUPPRESS
+    )  # a config to train, counting one step
     options = parser.parse_args()
     if options.worker is not None:
         work(options.worker)
         return
     check_prepared()
     machine = describe_machine()
-    counts = options.processes or ([n for n in (1, 2, 4, 8) if n <= machine["num_gpus"]] or [1, 2, 4])
+    counts = options.processes or (
+        [n for n in (1, 2, 4, 8) if n <= machine["num_gpus"]] or [1, 2, 4]
+    )
     cases = [case for mode in options.modes for case in cases_of(mode, counts)]
-    rounds, limits = run_rounds(cases, options.rounds, options.steps, machine["num_gpus"] or machine["num_cores"])
+    rounds, limits = run_rounds(
+        cases, options.rounds, options.steps, machine["num_gpus"] or machine["num_cores"]
+    )
     result: dict[str, Any] = {
         "machine": machine,
-        "settings": {"model": MODEL.name, "tokens_per_micro_batch": SEQ_LEN * ROWS, "rank": ADAPTER_RANK,
-                     "recompute": "none", "steps": options.steps, "rounds": options.rounds,
-                     "warmup_steps_dropped": NUM_WARMUP, "strong_rows": STRONG_ROWS},
+        "settings": {
+            "model": MODEL.name,
+            "tokens_per_micro_batch": SEQ_LEN * ROWS,
+            "rank": ADAPTER_RANK,
+            "recompute": "none",
+            "steps": options.steps,
+            "rounds": options.rounds,
+            "warmup_steps_dropped": NUM_WARMUP,
+            "strong_rows": STRONG_ROWS,
+        },
         "limits": limits,
         "runs": summarize(rounds, limits),
-    }  # fmt: skip
-    out = options.out or ROOT / "benchmarks" / "results" / f"scaling_{'cuda' if machine['num_gpus'] else 'cpu'}.json"
+    }
+    out = (
+        options.out
+        or ROOT
+        / "benchmarks"
+        / "results"
+        / f"scaling_{'cuda' if machine['num_gpus'] else 'cpu'}.json"
+    )
     out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     plot(result["runs"], out.with_suffix(".png"))
     print(table(result["runs"]))
@@ -131,7 +156,10 @@ def run_rounds(
             for case in cases[:: -1 if number % 2 else 1]:
                 if case.processes > at_once and 0 < number < num_rounds - 1:
                     continue
-                print(f"round {number + 1}: {case.mode}, {case.processes} x {case.backend} ...", flush=True)
+                print(
+                    f"round {number + 1}: {case.mode}, {case.processes} x {case.backend} ...",
+                    flush=True,
+                )
                 rounds[-1].append((case, run(case, Path(name), steps)))
             limits.append(measure_apart(threads=1))
     return rounds, limits
@@ -156,7 +184,13 @@ def run(case: Case, folder: Path, steps: int) -> dict[str, Any]:
         apart = case.backend == "single"
         places = [Path(name) / str(i) for i in range(case.processes if apart else 1)]
         started = [
-            start(case, place, folder / "rows.jsonl", steps, {"CUDA_VISIBLE_DEVICES": str(number)} if apart else {})
+            start(
+                case,
+                place,
+                folder / "rows.jsonl",
+                steps,
+                {"CUDA_VISIBLE_DEVICES": str(number)} if apart else {},
+            )
             for number, place in enumerate(places)
         ]
         for process in started:
@@ -165,11 +199,17 @@ def run(case: Case, folder: Path, steps: int) -> dict[str, Any]:
                 sys.exit(f"{case} ended with {process.returncode}:\n{output[-4000:]}")
         logged = [rows_of(place / "run") for place in places]
         counted = json.loads((places[0] / "run" / "counted.json").read_text("utf-8"))
-        waited = [json.loads(file.read_text("utf-8")) for file in sorted((places[0] / "run").glob("waited.*.json"))]
+        waited = [
+            json.loads(file.read_text("utf-8"))
+            for file in sorted((places[0] / "run").glob("waited.*.json"))
+        ]
     return {
-        "tokens_per_second": sum(statistics.median(row["tokens_per_second"] for row in rows) for rows in logged),
+        "tokens_per_second": sum(
+            statistics.median(row["tokens_per_second"] for row in rows) for rows in logged
+        ),
         "peak_memory_gib": max(row["peak_memory_gib"] for rows in logged for row in rows),
-        "target_share": sum(row["num_target_tokens"] for row in logged[0]) / sum(r["num_tokens"] for r in logged[0]),
+        "target_share": sum(row["num_target_tokens"] for row in logged[0])
+        / sum(r["num_tokens"] for r in logged[0]),
         "waiting_share_of_each_rank": waited,
         **counted,
     }
@@ -177,11 +217,16 @@ def run(case: Case, folder: Path, steps: int) -> dict[str, Any]:
 
 def rows_of(folder: Path) -> list[dict[str, float]]:
     """The logged steps that count: not the first ones, nor the one in which collectives were counted."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = [
+        json.loads(line)
+        for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     return rows[NUM_WARMUP:]
 
 
-def start(case: Case, folder: Path, rows: Path, steps: int, where: dict[str, str]) -> subprocess.Popen[str]:
+def start(
+    case: Case, folder: Path, rows: Path, steps: int, where: dict[str, str]
+) -> subprocess.Popen[str]:
     """Begin a run of this program, in one process or several.
 
     Args:
@@ -193,23 +238,45 @@ def start(case: Case, folder: Path, rows: Path, steps: int, where: dict[str, str
         "output_dir": str(folder / "run"),
         "model": {"path": str(MODEL)},
         "adapter": {"rank": ADAPTER_RANK, "alpha": 32},
-        "data": {"train": str(rows), "max_seq_len": SEQ_LEN, "packing": False, "cache_dir": str(rows.parent / "cache")},
-        "optim": {"lr": 1e-4, "max_steps": steps, "micro_batch_size": micro_batch_size,
-                  "grad_accum_steps": grad_accum_steps},
+        "data": {
+            "train": str(rows),
+            "max_seq_len": SEQ_LEN,
+            "packing": False,
+            "cache_dir": str(rows.parent / "cache"),
+        },
+        "optim": {
+            "lr": 1e-4,
+            "max_steps": steps,
+            "micro_batch_size": micro_batch_size,
+            "grad_accum_steps": grad_accum_steps,
+        },
         "parallel": {"backend": case.backend},
         "memory": {"recompute": "none"},
         "checkpoint": {"every": None},
         "logging": {"tensorboard": False},
-    }  # fmt: skip
+    }
     file = folder / "config.yaml"
     file.write_text(yaml.safe_dump(config), encoding="utf-8")
     processes = 1 if case.backend == "single" else case.processes
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), **where}
+    launcher = (
+        ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        if processes > 1
+        else []
+    )
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": str(ROOT),
+        **where,
+    }
     return subprocess.Popen(
         [sys.executable, *launcher, __file__, "--worker", str(file)],
-        env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 def work(file: Path) -> None:
@@ -228,13 +295,18 @@ def work(file: Path) -> None:
             sums = train_step(model, *arguments)
         ends.append((time.perf_counter(), clock.seconds))
         if counter is not None and rank == "0":
-            found = {"bytes_on_the_wire": dict(counter.sent), "expected_bytes": expected_bytes(model, config)}
+            found = {
+                "bytes_on_the_wire": dict(counter.sent),
+                "expected_bytes": expected_bytes(model, config),
+            }
             (folder / "counted.json").write_text(json.dumps(found), "utf-8")
         return sums
 
     with mock.patch.object(train_module, "train_step", step), clock:
         train_module.train(config)
-    if not torch.cuda.is_available():  # there, the host does not wait: collectives queue up on the device
+    if (
+        not torch.cuda.is_available()
+    ):  # there, the host does not wait: collectives queue up on the device
         (started, waited_before), (ended, waited) = ends[NUM_WARMUP - 1], ends[-1]
         share = (waited - waited_before) / (ended - started)
         (folder / f"waited.{rank}.json").write_text(json.dumps(round(share, 4)), "utf-8")
@@ -280,9 +352,13 @@ class CollectiveCounter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "c10d":
             kind = str(func).removeprefix("c10d.").partition(".")[0]
-            tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+            tensors = [
+                leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)
+            ]
             whole = max((tensor.numel() * tensor.element_size() for tensor in tensors), default=0)
-            if kind.startswith("allgather_") and len(tensors) > 2:  # a list of parts and this rank's own
+            if (
+                kind.startswith("allgather_") and len(tensors) > 2
+            ):  # a list of parts and this rank's own
                 whole = sum(tensor.numel() * tensor.element_size() for tensor in tensors[:-1])
             share = whole * (self._world - 1) / self._world
             self.sent[kind] += round(2 * share if "allreduce" in kind else share)
@@ -314,10 +390,14 @@ def expected_bytes(model: Any, config: Any) -> dict[str, int]:
     if config.parallel.backend == "zero3":
         base = parts.base
         embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
-        gathered = 2 * whole_bytes(model) + whole_bytes(embedding) * (1 if embedding.weight is head.weight else -1)
+        gathered = 2 * whole_bytes(model) + whole_bytes(embedding) * (
+            1 if embedding.weight is head.weight else -1
+        )
     matrices = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
     quantized = sum(
-        whole_shape(p).numel() * p.element_size() for module in matrices for p in module.parameters(recurse=False)
+        whole_shape(p).numel() * p.element_size()
+        for module in matrices
+        for p in module.parameters(recurse=False)
     )
     return {
         "gather": round(config.optim.grad_accum_steps * gathered * share),
@@ -331,7 +411,9 @@ def expected_bytes(model: Any, config: Any) -> dict[str, int]:
 # The report.
 
 
-def summarize(rounds: list[list[tuple[Case, dict[str, Any]]]], limits: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def summarize(
+    rounds: list[list[tuple[Case, dict[str, Any]]]], limits: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
     """A row for each case: rate, efficiency against one process, and how much of what is missing is communication."""
     runs: dict[Case, list[dict[str, Any]]] = {}
     efficiencies: dict[Case, list[float]] = {}
@@ -339,31 +421,44 @@ def summarize(rounds: list[list[tuple[Case, dict[str, Any]]]], limits: list[dict
         for place, (case, found) in enumerate(in_order):
             runs.setdefault(case, []).append(found)
             one = statistics.mean(neighboring_rates(in_order, place))
-            efficiencies.setdefault(case, []).append(found["tokens_per_second"] / (one * case.processes))
-    rate = {case: statistics.median(r["tokens_per_second"] for r in repeats) for case, repeats in runs.items()}
-    efficiency = {case: 1.0 if case.alone else statistics.mean(found) for case, found in efficiencies.items()}
+            efficiencies.setdefault(case, []).append(
+                found["tokens_per_second"] / (one * case.processes)
+            )
+    rate = {
+        case: statistics.median(r["tokens_per_second"] for r in repeats)
+        for case, repeats in runs.items()
+    }
+    efficiency = {
+        case: 1.0 if case.alone else statistics.mean(found) for case, found in efficiencies.items()
+    }
     target_share = rounds[0][0][1]["target_share"]
     num_targets = round(ROWS * SEQ_LEN * target_share)
     most = most_tokens_per_second(MODEL, ADAPTER_RANK, ROWS, SEQ_LEN, num_targets, limits)
     rows = []
     for case, repeats in runs.items():
         control = efficiency[Case(case.mode, "single", case.processes)]
-        rows.append({
-            **asdict(case),
-            "tokens_per_second": round(rate[case], 1),
-            "of_each_run": [round(r["tokens_per_second"], 1) for r in repeats],
-            "efficiency": round(efficiency[case], 3),
-            "efficiency_error": round(standard_error(efficiencies[case]), 3) if len(repeats) > 1 else None,
-            "efficiency_of_each_run": [round(found, 3) for found in efficiencies[case]],
-            "efficiency_without_communication": round(control, 3),
-            "communication_share": round(max(0.0, 1 - efficiency[case] / control), 3),
-            "waiting_share_of_each_rank": [r["waiting_share_of_each_rank"] for r in repeats],
-            "share_of_limit": round(rate[case] / (most * case.processes), 3),
-            "peak_memory_gib": round(max(r["peak_memory_gib"] for r in repeats), 3),
-            "bytes_on_the_wire": repeats[0]["bytes_on_the_wire"],
-            "expected_bytes": repeats[0]["expected_bytes"],
-            "bytes_of_formula": of_formula(repeats[0]["bytes_on_the_wire"], repeats[0]["expected_bytes"]),
-        })  # fmt: skip
+        rows.append(
+            {
+                **asdict(case),
+                "tokens_per_second": round(rate[case], 1),
+                "of_each_run": [round(r["tokens_per_second"], 1) for r in repeats],
+                "efficiency": round(efficiency[case], 3),
+                "efficiency_error": round(standard_error(efficiencies[case]), 3)
+                if len(repeats) > 1
+                else None,
+                "efficiency_of_each_run": [round(found, 3) for found in efficiencies[case]],
+                "efficiency_without_communication": round(control, 3),
+                "communication_share": round(max(0.0, 1 - efficiency[case] / control), 3),
+                "waiting_share_of_each_rank": [r["waiting_share_of_each_rank"] for r in repeats],
+                "share_of_limit": round(rate[case] / (most * case.processes), 3),
+                "peak_memory_gib": round(max(r["peak_memory_gib"] for r in repeats), 3),
+                "bytes_on_the_wire": repeats[0]["bytes_on_the_wire"],
+                "expected_bytes": repeats[0]["expected_bytes"],
+                "bytes_of_formula": of_formula(
+                    repeats[0]["bytes_on_the_wire"], repeats[0]["expected_bytes"]
+                ),
+            }
+        )
     return rows
 
 
@@ -424,10 +519,18 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
     for (above, below), mode in zip(panels.T, modes, strict=True):
         mine = [row for row in rows if row["mode"] == mode]
         plot_efficiency(above, mine, mode)
-        plot_losses(below, [row for row in mine if row["processes"] > 1 and row["backend"] != "single"])
+        plot_losses(
+            below, [row for row in mine if row["processes"] > 1 and row["backend"] != "single"]
+        )
     panels[0][0].set_ylabel("tokens/s per process, of one alone")
     panels[0][0].legend(frameon=False, loc="lower left")
-    figure.legend(*panels[1][0].get_legend_handles_labels(), frameon=False, loc="lower center", ncol=3, fontsize=9)
+    figure.legend(
+        *panels[1][0].get_legend_handles_labels(),
+        frameon=False,
+        loc="lower center",
+        ncol=3,
+        fontsize=9,
+    )
     figure.tight_layout(rect=(0, 0.04, 1, 1))
     figure.savefig(file, dpi=130)
 
@@ -435,10 +538,18 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
 def plot_efficiency(panel: Any, rows: list[dict[str, Any]], mode: str) -> None:
     """A line for each backend, dashed for processes that do not know of each other."""
     for backend in dict.fromkeys(row["backend"] for row in rows):
-        points = {(1, 1.0), *((row["processes"], row["efficiency"]) for row in rows if row["backend"] == backend)}
+        points = {
+            (1, 1.0),
+            *((row["processes"], row["efficiency"]) for row in rows if row["backend"] == backend),
+        }
         alone = backend == "single"
-        panel.plot(*zip(*sorted(points), strict=True), marker="o", label="no communication" if alone else backend,
-                   color="gray" if alone else None, linestyle="--" if alone else "-")  # fmt: skip
+        panel.plot(
+            *zip(*sorted(points), strict=True),
+            marker="o",
+            label="no communication" if alone else backend,
+            color="gray" if alone else None,
+            linestyle="--" if alone else "-",
+        )
     panel.set(title=f"{mode} scaling", xlabel="processes", ylim=(0, 1.1))
     panel.set_xticks(sorted({row["processes"] for row in rows}))
     panel.grid(alpha=0.3)
@@ -448,12 +559,20 @@ def plot_losses(panel: Any, rows: list[dict[str, Any]]) -> None:
     """A bar for each run: what is left of the rate of processes alone, what the machine takes, what communication."""
     names = [f"{row['processes']} x {row['backend']}" for row in rows]
     kept = [min(1.0, row["efficiency"]) for row in rows]
-    machine = [max(0.0, 1 - max(row["efficiency"], row["efficiency_without_communication"])) for row in rows]
+    machine = [
+        max(0.0, 1 - max(row["efficiency"], row["efficiency_without_communication"]))
+        for row in rows
+    ]
     rest = [max(0.0, 1 - one - other) for one, other in zip(kept, machine, strict=True)]
     panel.barh(names, kept, color="tab:green", alpha=0.7, label="efficiency")
     panel.barh(names, rest, left=kept, color="tab:orange", label="lost to communication")
-    panel.barh(names, machine, left=[a + b for a, b in zip(kept, rest, strict=True)], color="lightgray",
-               label="lost without it, too")  # fmt: skip
+    panel.barh(
+        names,
+        machine,
+        left=[a + b for a, b in zip(kept, rest, strict=True)],
+        color="lightgray",
+        label="lost without it, too",
+    )
     for place, share in enumerate(kept):
         panel.text(share - 0.01, place, f"{share:.0%}", ha="right", va="center", fontsize=8)
     panel.set(xlim=(0, 1), xlabel="share of the rate of as many processes, each alone")

@@ -35,7 +35,9 @@ LONGEST_LIFE_SECONDS = 13.0
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "soak.json")
@@ -52,14 +54,20 @@ def main() -> None:
     print(f"undisturbed run: {time.perf_counter() - started:.0f} s", flush=True)
     lives = kill_again_and_again(options.kills, random.Random(options.seed))
     expected, found = (
-        digest(WORK / name / "adapter" / "adapter_model.safetensors") for name in ("undisturbed", "killed")
+        digest(WORK / name / "adapter" / "adapter_model.safetensors")
+        for name in ("undisturbed", "killed")
     )
     rows_agree = lasting_rows("undisturbed") == lasting_rows("killed")
     result = {
-        "machine": describe_machine(), "steps": MAX_STEPS, "kills": sum("killed" in life for life in lives),
-        "seconds": round(time.perf_counter() - started), "adapter_sha256": {"undisturbed": expected, "killed": found},
-        "same_adapter": expected == found, "same_metrics": rows_agree, "lives": lives,
-    }  # fmt: skip
+        "machine": describe_machine(),
+        "steps": MAX_STEPS,
+        "kills": sum("killed" in life for life in lives),
+        "seconds": round(time.perf_counter() - started),
+        "adapter_sha256": {"undisturbed": expected, "killed": found},
+        "same_adapter": expected == found,
+        "same_metrics": rows_agree,
+        "lives": lives,
+    }
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(f"{result['kills']} kills; same adapter: {expected == found}; same metrics: {rows_agree}")
@@ -75,8 +83,12 @@ def make_model(folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "runs" / "prepared" / "SmolLM2-135M-Instruct")
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+    )
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -110,12 +122,23 @@ def write_config(name: str) -> Path:
 def start(config: Path, name: str) -> subprocess.Popen[bytes]:
     """The command of a run, in a process group of its own, its output in a log."""
     command = [
-        sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / "launch" / "cpu_2.yaml"),
-        "--main_process_port", "0", "-m", "qlora_dist", "train", str(config),
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        str(ROOT / "launch" / "cpu_2.yaml"),
+        "--main_process_port",
+        "0",
+        "-m",
+        "qlora_dist",
+        "train",
+        str(config),
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     with (WORK / f"{name}.log").open("ab") as log:
-        return subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT, env=environment, start_new_session=True)
+        return subprocess.Popen(
+            command, stdout=log, stderr=log, cwd=ROOT, env=environment, start_new_session=True
+        )
 
 
 def kill_again_and_again(num_kills: int, rng: random.Random) -> list[dict[str, Any]]:
@@ -149,9 +172,12 @@ def kill(process: subprocess.Popen[bytes], target: str, delay: float) -> dict[st
     else:
         return {}
     ranks = rank_pids(process.pid)
-    victims = {"rank 0": ranks[:1], "rank 1": ranks[1:2], "launcher": [process.pid], "all": [process.pid, *ranks]}[
-        target
-    ]
+    victims = {
+        "rank 0": ranks[:1],
+        "rank 1": ranks[1:2],
+        "launcher": [process.pid],
+        "all": [process.pid, *ranks],
+    }[target]
     for pid in victims or [process.pid]:
         os.kill(pid, signal.SIGKILL)
     waited = time.perf_counter()
@@ -162,7 +188,11 @@ def kill(process: subprocess.Popen[bytes], target: str, delay: float) -> dict[st
             os.kill(pid, signal.SIGKILL)
     while any(Path(f"/proc/{pid}").exists() for pid in ranks if not is_zombie(pid)):
         time.sleep(0.05)
-    return {"killed": target if victims else "launcher", "after_seconds": round(delay, 2), "ended_in_seconds": seconds}
+    return {
+        "killed": target if victims else "launcher",
+        "after_seconds": round(delay, 2),
+        "ended_in_seconds": seconds,
+    }
 
 
 def what_happened(log: Path, offset: int) -> dict[str, Any]:
@@ -209,7 +239,10 @@ def lasting_rows(name: str) -> list[dict[str, Any]]:
     """The rows of a run's metrics without times and memory."""
     moods = ("tokens_per_second", "step_seconds", "peak_memory_gib", "seconds")
     lines = (WORK / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [{key: value for key, value in json.loads(line).items() if key not in moods} for line in lines]
+    return [
+        {key: value for key, value in json.loads(line).items() if key not in moods}
+        for line in lines
+    ]
 
 
 def digest(path: Path) -> str:

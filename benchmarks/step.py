@@ -104,7 +104,9 @@ def contenders_in(dtype: str) -> dict[str, Ours | Peer]:
         base_of(dtype): Peer("TRL", dtype, is_recomputing=True),
         f"TRL, tuned{in_type}": Peer("TRL", dtype),
         f"HF Trainer, no recompute{in_type}": Peer("HF Trainer", dtype),
-        "plain loop: peft's layers, all logits, all layers recomputed": Ours("full", False, False, False, "sdpa"),
+        "plain loop: peft's layers, all logits, all layers recomputed": Ours(
+            "full", False, False, False, "sdpa"
+        ),
         "+ nothing recomputed": Ours("none", False, False, False, "sdpa"),
         "+ loss of target rows, in chunks": Ours("none", True, False, False, "sdpa"),
         "+ fused 4-bit layers": Ours("none", True, True, False, "sdpa"),
@@ -123,13 +125,26 @@ def whole_of(contenders: Mapping[str, Ours | Peer]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=8, help="optimizer steps of each run")
-    parser.add_argument("--rounds", type=int, default=1, help="times through the list, forwards and backwards")
+    parser.add_argument(
+        "--rounds", type=int, default=1, help="times through the list, forwards and backwards"
+    )
     parser.add_argument("--out", type=Path, default=None, help="JSON file to write")
-    parser.add_argument("--check", action="store_true", help="compare a short run with the committed result")
-    parser.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="compute type of all")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="of the contenders, besides the base")
+    parser.add_argument(
+        "--check", action="store_true", help="compare a short run with the committed result"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "bfloat16", "float32"),
+        default="auto",
+        help="compute type of all",
+    )
+    parser.add_argument(
+        "--only", nargs="+", metavar="NAME", help="of the contenders, besides the base"
+    )
     parser.add_argument("--contender", help=argparse.SUPPRESS)  # run one, in this process
     parser.add_argument("--rows", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -146,7 +161,9 @@ def main() -> None:
     kept = ROOT / "benchmarks" / "results" / f"step_{'cuda' if machine['num_gpus'] else 'cpu'}.json"
     if options.check:
         names = (base_of(dtype), whole_of(contenders))
-        measured, _ = compare({name: contenders[name] for name in names}, dtype, options.steps, options.rounds)
+        measured, _ = compare(
+            {name: contenders[name] for name in names}, dtype, options.steps, options.rounds
+        )
         committed = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else None
         print(verdict(measured[names[1]]["times_trl"], committed, machine, dtype))
         return
@@ -159,7 +176,11 @@ def main() -> None:
     }
     out = options.out or kept
     out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    plot(measured, [name for name, one in contenders.items() if isinstance(one, Peer)], out.with_suffix(".png"))
+    plot(
+        measured,
+        [name for name, one in contenders.items() if isinstance(one, Peer)],
+        out.with_suffix(".png"),
+    )
     print(table(measured))
     print(f"written to {out}")
 
@@ -179,20 +200,33 @@ def compute_type(asked: str) -> str:
     found = choose("auto", [ability(device, "auto")])
     print(found.note, flush=True)
     if found.name == "float16":
-        raise SystemExit("model.dtype: auto takes float16 on this GPU. Give --dtype bfloat16 or float32.")
+        raise SystemExit(
+            "model.dtype: auto takes float16 on this GPU. Give --dtype bfloat16 or float32."
+        )
     return found.name
 
 
 def settings(dtype: str, steps: int, rounds: int) -> dict[str, Any]:
     """What all contenders share."""
     return {
-        "model": MODEL.name, "rank": RANK, "alpha": ALPHA, "target_modules": "all-linear", "dtype": dtype,
-        "quantization": "nf4", "double_quant": True, "tokens_per_step": f"{ROWS} x {SEQ_LEN}", "threads": THREADS,
-        "steps": steps, "warmup_steps_dropped": NUM_WARMUP, "rounds": rounds,
-    }  # fmt: skip
+        "model": MODEL.name,
+        "rank": RANK,
+        "alpha": ALPHA,
+        "target_modules": "all-linear",
+        "dtype": dtype,
+        "quantization": "nf4",
+        "double_quant": True,
+        "tokens_per_step": f"{ROWS} x {SEQ_LEN}",
+        "threads": THREADS,
+        "steps": steps,
+        "warmup_steps_dropped": NUM_WARMUP,
+        "rounds": rounds,
+    }
 
 
-def verdict(lead: float, committed: Mapping[str, Any] | None, machine: Mapping[str, Any], dtype: str) -> str:
+def verdict(
+    lead: float, committed: Mapping[str, Any] | None, machine: Mapping[str, Any], dtype: str
+) -> str:
     """What a lead over TRL says beside the committed result.
 
     Args:
@@ -206,7 +240,9 @@ def verdict(lead: float, committed: Mapping[str, Any] | None, machine: Mapping[s
     """
     found = f"{lead:g} times {base_of(dtype)}"
     again = "On a machine with other work this may be chance: ask again with --rounds 3."
-    then = None if committed is None else kind_of(committed["machine"], committed["settings"]["dtype"])
+    then = (
+        None if committed is None else kind_of(committed["machine"], committed["settings"]["dtype"])
+    )
     if committed is None or then != kind_of(machine, dtype):
         where = f"the committed result is from {then}, this is {kind_of(machine, dtype)}"
         nothing = f"nothing to compare with: {where if then else 'no result is committed'}"
@@ -221,7 +257,11 @@ def verdict(lead: float, committed: Mapping[str, Any] | None, machine: Mapping[s
 
 
 def compare(
-    contenders: Mapping[str, Ours | Peer], dtype: str, steps: int, rounds: int, with_limits: bool = False
+    contenders: Mapping[str, Ours | Peer],
+    dtype: str,
+    steps: int,
+    rounds: int,
+    with_limits: bool = False,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Run all, forwards and backwards; rate, spread and losses of each, and the machine's rates meanwhile."""
     in_order: list[tuple[str, list[dict[str, float]]]] = []
@@ -234,7 +274,9 @@ def compare(
             for contender in turn:
                 print(f"{contender} ...", flush=True)
                 one = contenders[contender]
-                is_in_other_type = isinstance(one, Peer) and one.dtype != dtype  # there, many times slower
+                is_in_other_type = (
+                    isinstance(one, Peer) and one.dtype != dtype
+                )  # there, many times slower
                 num_steps = NUM_WARMUP + 1 if is_in_other_type else steps
                 in_order.append((contender, run(contender, dtype, folder, num_steps)))
             limits += [measure_apart(THREADS)] if with_limits else []
@@ -244,8 +286,19 @@ def compare(
 def run(contender: str, dtype: str, folder: Path, steps: int) -> list[dict[str, float]]:
     """One contender in a fresh process; a row for each optimizer step: loss, seconds, num_tokens."""
     out = folder / "steps.json"
-    command = [__file__, "--contender", contender, "--dtype", dtype, "--steps", str(steps),
-               "--rows", str(folder / "rows.jsonl"), "--out", str(out)]  # fmt: skip
+    command = [
+        __file__,
+        "--contender",
+        contender,
+        "--dtype",
+        dtype,
+        "--steps",
+        str(steps),
+        "--rows",
+        str(folder / "rows.jsonl"),
+        "--out",
+        str(out),
+    ]
     run_apart(command, THREADS, XDG_CACHE_HOME=str(folder / "cache"))
     return list(json.loads(out.read_text(encoding="utf-8")))
 
@@ -277,31 +330,54 @@ def run_ours(ours: Ours, dtype: str, rows: Path, steps: int) -> list[dict[str, f
             "model": {"path": str(MODEL), "dtype": dtype, "attention": ours.attention},
             "adapter": {"rank": RANK, "alpha": ALPHA},
             "data": {"train": str(rows), "max_seq_len": SEQ_LEN, "packing": False},
-            "optim": {"lr": LR, "schedule": "constant", "max_steps": steps, "micro_batch_size": ROWS},
+            "optim": {
+                "lr": LR,
+                "schedule": "constant",
+                "max_steps": steps,
+                "micro_batch_size": ROWS,
+            },
             "memory": {"recompute": ours.recompute, "compile": ours.is_compiled},
             "checkpoint": {"every": None},
             "logging": {"tensorboard": False},
-        }  # fmt: skip
+        }
         file = Path(name) / "config.yaml"
         file.write_text(yaml.safe_dump(config), encoding="utf-8")
         with ExitStack() as patches:
             if not ours.is_fused:
-                patches.enter_context(mock.patch.object(assemble, "fuse_adapters", return_value=None))
+                patches.enter_context(
+                    mock.patch.object(assemble, "fuse_adapters", return_value=None)
+                )
             if not ours.is_light:
-                patches.enter_context(mock.patch.object(assemble, "lighten"))
+                patches.enter_context(mock.patch.object(assemble, "fuse_norms_and_mlps"))
             if not ours.is_loss_chunked:
-                patches.enter_context(mock.patch.object(train_module, "target_loss_sum", all_logits))
+                patches.enter_context(
+                    mock.patch.object(train_module, "target_loss_sum", all_logits)
+                )
             train_module.train(load_config(file))
-        logged = [json.loads(line) for line in (Path(name) / "run" / "metrics.jsonl").read_text("utf-8").splitlines()]
-    names = {"loss": "loss", "seconds": "step_seconds", "num_tokens": "num_tokens", "num_targets": "num_target_tokens"}
+        logged = [
+            json.loads(line)
+            for line in (Path(name) / "run" / "metrics.jsonl").read_text("utf-8").splitlines()
+        ]
+    names = {
+        "loss": "loss",
+        "seconds": "step_seconds",
+        "num_tokens": "num_tokens",
+        "num_targets": "num_target_tokens",
+    }
     return [{name: row[source] for name, source in names.items()} for row in logged]
 
 
-def all_logits(model: Any, input_ids: Any, attention_mask: Any, labels: Any, *_: Any, **__: Any) -> torch.Tensor:
+def all_logits(
+    model: Any, input_ids: Any, attention_mask: Any, labels: Any, *_: Any, **__: Any
+) -> torch.Tensor:
     """The loss as everybody computes it: logits of all tokens, in float32."""
-    logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits.float()
+    logits = model(
+        input_ids=input_ids, attention_mask=attention_mask, use_cache=False
+    ).logits.float()
     shifted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
-    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), shifted.flatten(), reduction="sum")
+    return torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), shifted.flatten(), reduction="sum"
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -313,20 +389,29 @@ def run_peer(peer: Peer, rows: Path, steps: int) -> list[dict[str, float]]:
     from datasets import Dataset
     from peft import LoraConfig
     from torch.utils.data import SequentialSampler
-    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoTokenizer,
+        BitsAndBytesConfig,
+        TrainerCallback,
+    )
 
     from qlora_dist.config.schema import DataConfig
-    from qlora_dist.data.dataset import load_dataset
+    from qlora_dist.data.dataset import load_data
     from qlora_dist.data.order import SampleOrder
 
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    samples = load_dataset(DataConfig(train=str(rows), max_seq_len=SEQ_LEN, packing=False), tokenizer, seed=0).train
+    samples = load_data(
+        DataConfig(train=str(rows), max_seq_len=SEQ_LEN, packing=False), tokenizer, seed=0
+    ).train
     chosen = [samples[i] for i in SampleOrder((len(samples),), seed=0).between(0, steps * ROWS)]
     table = Dataset.from_list([{"input_ids": s.input_ids, "labels": s.labels} for s in chosen])
     quantization = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=getattr(torch, peer.dtype),
-    )  # fmt: skip
+    )
     model = AutoModelForCausalLM.from_pretrained(
         MODEL, dtype=getattr(torch, peer.dtype), quantization_config=quantization
     )
@@ -343,17 +428,26 @@ def run_peer(peer: Peer, rows: Path, steps: int) -> list[dict[str, float]]:
         def on_step_end(self, *_: Any, **__: Any) -> None:
             self.times.append(time.perf_counter())
 
-        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
+        def on_log(
+            self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any
+        ) -> None:
             if "loss" in logs:
                 self.losses.append(float(logs["loss"]))
 
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
         common = {
-            "output_dir": folder, "max_steps": steps, "per_device_train_batch_size": ROWS, "learning_rate": LR,
-            "lr_scheduler_type": "constant", "use_cpu": not torch.cuda.is_available(), "logging_steps": 1,
-            "save_strategy": "no", "report_to": "none", "disable_tqdm": True,
-        }  # fmt: skip
+            "output_dir": folder,
+            "max_steps": steps,
+            "per_device_train_batch_size": ROWS,
+            "learning_rate": LR,
+            "lr_scheduler_type": "constant",
+            "use_cpu": not torch.cuda.is_available(),
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": "none",
+            "disable_tqdm": True,
+        }
         kind, keywords = trainer_of(peer, model, lora, tokenizer, common)
 
         class InOrder(kind):  # type: ignore[misc, valid-type]
@@ -365,7 +459,9 @@ def run_peer(peer: Peer, rows: Path, steps: int) -> list[dict[str, float]]:
             if param.requires_grad:
                 param.data = param.data.to(getattr(torch, peer.dtype))
         trainer.train()
-    seconds = [later - earlier for earlier, later in zip(clock.times, clock.times[1:], strict=False)]
+    seconds = [
+        later - earlier for earlier, later in zip(clock.times, clock.times[1:], strict=False)
+    ]
     return [
         {"loss": loss, "seconds": second, "num_tokens": ROWS * SEQ_LEN}
         for loss, second in zip(clock.losses, seconds, strict=True)
@@ -383,8 +479,11 @@ def trainer_of(
         in_type = {} if peer.dtype == THEIRS else {"bf16": False}
         arguments = SFTConfig(max_length=SEQ_LEN, **tuned, **in_type, **common)
         return SFTTrainer, {
-            "model": model, "args": arguments, "processing_class": tokenizer, "peft_config": lora,
-        }  # fmt: skip
+            "model": model,
+            "args": arguments,
+            "processing_class": tokenizer,
+            "peft_config": lora,
+        }
     from peft import get_peft_model
     from transformers import Trainer, TrainingArguments
 
@@ -411,14 +510,20 @@ def summarize(
     reference = runs[base][0][0]["loss"]
     result: dict[str, dict[str, Any]] = {}
     bound = at_the_bound(runs, dtype, limits)
-    leads = over_base([(name, statistics.median(counted_rates(rows))) for name, rows in in_order], base)
+    leads = over_base(
+        [(name, statistics.median(counted_rates(rows))) for name, rows in in_order], base
+    )
     for name, repeats in runs.items():
         if abs(repeats[0][0]["loss"] / reference - 1) > 0.01:
-            sys.exit(f"{name}: first loss {repeats[0][0]['loss']:.4f} is not the {reference:.4f} of the others.")
+            sys.exit(
+                f"{name}: first loss {repeats[0][0]['loss']:.4f} is not the {reference:.4f} of the others."
+            )
         rate = statistics.median(rate for rows in repeats for rate in counted_rates(rows))
         result[name] = {
             "tokens_per_second": round(rate, 1),
-            "tokens_per_second_of_each_run": [round(statistics.median(counted_rates(rows)), 1) for rows in repeats],
+            "tokens_per_second_of_each_run": [
+                round(statistics.median(counted_rates(rows)), 1) for rows in repeats
+            ],
             "times_trl": round(statistics.mean(leads[name]), 2),
             "times_trl_of_each_run": [round(lead, 2) for lead in leads[name]],
             "share_of_limit": round(rate / bound, 3) if bound else None,
@@ -481,7 +586,9 @@ def plot(contenders: dict[str, Any], peers: Sequence[str], file: Path) -> None:
         panel.text(max(each) * 1.02, place, f"{row['times_trl']:g} x", va="center", fontsize=9)
     bound = rates[0] / next(iter(contenders.values()))["share_of_limit"]
     panel.axvline(bound, color="tab:red", linestyle="--")
-    panel.set_title("dashed: the least work of a step at the rates of this machine", fontsize=9, color="tab:red")
+    panel.set_title(
+        "dashed: the least work of a step at the rates of this machine", fontsize=9, color="tab:red"
+    )
     panel.set(xlabel="tokens/s (marks: each run; x: of TRL, the first)")
     panel.invert_yaxis()
     panel.grid(axis="x", alpha=0.3)

@@ -22,13 +22,13 @@ from qlora_dist.model.adapters import (
 )
 from qlora_dist.model.compile import compile_layers
 from qlora_dist.model.dora import init_magnitudes
-from qlora_dist.model.fused_norm_mlp import lighten
+from qlora_dist.model.fused_norm_mlp import fuse_norms_and_mlps
 from qlora_dist.model.lora_linear import fuse_adapters
 from qlora_dist.model.parts import ModelParts, decoder_layers
 from qlora_dist.model.skeleton import build_skeleton
 from qlora_dist.parallel.backend import Backend
 from qlora_dist.parallel.checks import check_fits, verify_base
-from qlora_dist.run.adapter_folder import Recipe
+from qlora_dist.run.adapter_folder import AdapterRecord
 from qlora_dist.runtime.processes import Runtime
 from qlora_dist.weights.files import looks_like_hub_name, resolve_model_folder
 from qlora_dist.weights.loading import checkpoint_bytes, load_base_weights, materialize
@@ -40,7 +40,7 @@ def build_model(
     folder: Path,
     backend: Backend,
     reporter: Reporter,
-    alive: Callable[[], None] = lambda: None,
+    check_in: Callable[[], None] = lambda: None,
 ) -> ModelParts:
     """Build the adapted model of this rank; no rank holds more of the base than its shard and one layer.
 
@@ -65,18 +65,18 @@ def build_model(
     if saved_adapter is not None:
         check_adapter_fits(model, saved_adapter)
     if unfused := fuse_adapters(model):
-        reporter.say(unfused)
+        reporter.log(unfused)
     parts = ModelParts(model)
     if config.memory.compile:  # which fuses more when it sees single operations
         compile_layers(parts.layers, runtime.device)
-        reporter.say("decoder layers: compiled in the first steps, which take longer")
+        reporter.log("decoder layers: compiled in the first steps, which take longer")
     else:
-        lighten(model, runtime.device)
+        fuse_norms_and_mlps(model, runtime.device)
     apply_recompute(parts.layers, config.memory)
     check_fits(parts, backend)
     backend.cut(parts)
     materialize(model, backend.home, runtime.device)
-    with reporter.loading(checkpoint_bytes(folder), len(parts.layers), alive) as on_progress:
+    with reporter.loading(checkpoint_bytes(folder), len(parts.layers), check_in) as on_progress:
         load_base_weights(model, folder, runtime.device, on_progress)
     with reporter.working("checking the weights"):
         verify_base(parts, backend)
@@ -90,7 +90,7 @@ def build_model(
 
 
 def load_trained(
-    adapter_folder: Path, recipe: Recipe, *, runtime: Runtime, reporter: Reporter
+    adapter_folder: Path, recipe: AdapterRecord, *, runtime: Runtime, reporter: Reporter
 ) -> tuple[PeftModel, PreTrainedTokenizerBase]:
     """A trained adapter on its 4-bit base, whole on this process's device, in eval mode; and the tokenizer.
 
@@ -103,7 +103,9 @@ def load_trained(
     folder = resolve_model_folder(recipe.base.path)
     trained_in = recipe.base.dtype
     is_other = trained_in not in ("auto", runtime.dtype_name)
-    reporter.say(runtime.compute_note + (f"; the adapter was trained in {trained_in}" if is_other else ""))
+    reporter.log(
+        runtime.compute_note + (f"; the adapter was trained in {trained_in}" if is_other else "")
+    )
     config = replace(recipe.base, dtype=runtime.dtype_name)
     skeleton = build_skeleton(folder, config, formats_in(folder, config))
     if (folder / "generation_config.json").is_file():

@@ -51,10 +51,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _leave(0)
         else:
             near = difflib.get_close_matches(argv[0], COMMANDS, n=1)
-            hint = f"Did you mean {near[0]}?" if near else f"The commands are {', '.join(COMMANDS)}."
+            hint = (
+                f"Did you mean {near[0]}?" if near else f"The commands are {', '.join(COMMANDS)}."
+            )
             raise ConfigError(f"unknown command {argv[0]!r}. {hint}")
     except Stopped as stopped:
-        tell_launcher(f"stopped ({stopped}) with a checkpoint: nothing failed, and the same command goes on from there")
+        tell_launcher(
+            f"stopped ({stopped}) with a checkpoint: nothing failed, and the same command goes on from there"
+        )
         _leave(EXIT_RESUME)
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -37,7 +37,7 @@ class Stopped(Exception):
     """Not an error: all ranks agreed to stop because somebody asked, and the message says who."""
 
 
-class Echo(Exception):
+class PeerError(Exception):
     """Another process of the run failed, and says of what; this one only has to end. `error` is what it failed of."""
 
     def __init__(self, error: Exception) -> None:

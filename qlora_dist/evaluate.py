@@ -17,7 +17,9 @@ from qlora_dist.model.loss import target_loss_sum
 from qlora_dist.runtime.processes import Runtime
 
 
-def num_eval_batches(num_samples: int, config: EvalConfig, micro_batch_size: int, runtime: Runtime) -> int:
+def num_eval_batches(
+    num_samples: int, config: EvalConfig, micro_batch_size: int, runtime: Runtime
+) -> int:
     """Micro-batches of each rank in one evaluation."""
     num_batches = -(-num_samples // (micro_batch_size * runtime.world_size))
     return num_batches if config.max_batches is None else min(num_batches, config.max_batches)
@@ -32,7 +34,7 @@ def evaluate(
     *,
     micro_batch_size: int,
     pad_token_id: int,
-    alive: Callable[[], None] = lambda: None,
+    check_in: Callable[[], None] = lambda: None,
     on_batch: Callable[[int], None] = lambda number: None,
     step: int = 0,
     epoch: float = 0.0,
@@ -52,11 +54,15 @@ def evaluate(
     ):
         if config.max_batches is not None and number > config.max_batches:
             break
-        alive()
+        check_in()
         batch = collate([samples[i] for i in indices], pad_token_id).to(runtime.device)
         with runtime.autocast():
             sums[0] += target_loss_sum(
-                model, batch.input_ids, batch.attention_mask, batch.labels, num_targets=batch.num_targets
+                model,
+                batch.input_ids,
+                batch.attention_mask,
+                batch.labels,
+                num_targets=batch.num_targets,
             )
         sums[1] += batch.num_targets
         on_batch(number)

@@ -12,12 +12,12 @@ from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from qlora_dist.build import load_trained
 from qlora_dist.data.chat_template import end_of_turn_id
-from qlora_dist.data.formats import Layout
+from qlora_dist.data.formats import PromptLayout
 from qlora_dist.data.tokenization import plain_ids
 from qlora_dist.data.tokenizer import pad_token_id
 from qlora_dist.errors import ConfigError, LaunchError
 from qlora_dist.metrics.console import Reporter
-from qlora_dist.run.adapter_folder import read_recipe
+from qlora_dist.run.adapter_folder import read_adapter_record
 from qlora_dist.runtime.processes import Runtime, launched_world_size, start_runtime
 
 
@@ -30,7 +30,9 @@ class Sampling:
     """0 takes the likeliest token each time."""
 
 
-def generate(adapter: str, prompt: str | None, chat: bool, max_new_tokens: int, temperature: float) -> None:
+def generate(
+    adapter: str, prompt: str | None, chat: bool, max_new_tokens: int, temperature: float
+) -> None:
     """Load the model once, then answer one prompt or converse.
 
     Raises:
@@ -42,7 +44,7 @@ def generate(adapter: str, prompt: str | None, chat: bool, max_new_tokens: int, 
         prompt = "" if sys.stdin.isatty() else sys.stdin.read()
     if not chat and not (prompt or "").strip():
         raise ConfigError("there is no prompt. Give --prompt TEXT, pipe text in, or use --chat.")
-    recipe = read_recipe(Path(adapter))
+    recipe = read_adapter_record(Path(adapter))
     runtime = start_runtime(seed=0, dtype="auto")
     # Answers go to standard output alone, so that they can be piped on.
     reporter = Reporter(is_main=True, file=sys.stderr)
@@ -53,11 +55,20 @@ def generate(adapter: str, prompt: str | None, chat: bool, max_new_tokens: int, 
         _converse(model, tokenizer, recipe.layout, settings, runtime)
     else:
         assert prompt is not None
-        answer(model, tokenizer, prompt_ids(prompt, tokenizer, recipe.layout), settings, runtime, stream=True)
+        answer(
+            model,
+            tokenizer,
+            prompt_ids(prompt, tokenizer, recipe.layout),
+            settings,
+            runtime,
+            stream=True,
+        )
     runtime.close()
 
 
-def prompt_ids(prompt: str, tokenizer: PreTrainedTokenizerBase, layout: Layout) -> torch.Tensor:
+def prompt_ids(
+    prompt: str, tokenizer: PreTrainedTokenizerBase, layout: PromptLayout
+) -> torch.Tensor:
     """A prompt in the form that the adapter was trained on: a user turn, or plain text. (1, seq_len) int64."""
     if layout == "messages":
         return chat_ids([{"role": "user", "content": prompt}], tokenizer)
@@ -83,7 +94,9 @@ def answer(
     """Continue `input_ids` (1, seq_len) until the end token; with `stream`, print tokens as they come."""
     input_ids = input_ids.to(runtime.device)
     choice = (
-        {"do_sample": True, "temperature": sampling.temperature} if sampling.temperature > 0 else {"do_sample": False}
+        {"do_sample": True, "temperature": sampling.temperature}
+        if sampling.temperature > 0
+        else {"do_sample": False}
     )
     with runtime.autocast():
         output = model.generate(
@@ -92,7 +105,9 @@ def answer(
             max_new_tokens=sampling.max_new_tokens,
             pad_token_id=pad_token_id(tokenizer, model.get_input_embeddings().weight.shape[0]),
             eos_token_id=_end_token_ids(model, tokenizer),
-            streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None,
+            streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+            if stream
+            else None,
             **choice,
         )
     return str(tokenizer.decode(output[0, input_ids.shape[1] :], skip_special_tokens=True)).strip()
@@ -107,10 +122,16 @@ def _end_token_ids(model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> list
 
 
 def _converse(
-    model: PeftModel, tokenizer: PreTrainedTokenizerBase, layout: Layout, sampling: Sampling, runtime: Runtime
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    layout: PromptLayout,
+    sampling: Sampling,
+    runtime: Runtime,
 ) -> None:
     if layout != "messages":
-        raise ConfigError("this adapter was trained on plain text, not on conversations. Use --prompt TEXT.")
+        raise ConfigError(
+            "this adapter was trained on plain text, not on conversations. Use --prompt TEXT."
+        )
     messages: list[dict[str, str]] = []
     while True:
         try:
@@ -120,5 +141,7 @@ def _converse(
         if not text:
             return
         messages.append({"role": "user", "content": text})
-        reply = answer(model, tokenizer, chat_ids(messages, tokenizer), sampling, runtime, stream=True)
+        reply = answer(
+            model, tokenizer, chat_ids(messages, tokenizer), sampling, runtime, stream=True
+        )
         messages.append({"role": "assistant", "content": reply})

@@ -9,7 +9,7 @@ import torch
 
 from qlora_dist.build import build_model
 from qlora_dist.config.schema import TrainConfig
-from qlora_dist.data.dataset import Dataset, load_inputs
+from qlora_dist.data.dataset import RunData, load_tokenizer_and_data
 from qlora_dist.data.loader import StepLoader
 from qlora_dist.data.order import BatchPlan, run_end, sample_order
 from qlora_dist.data.tokenizer import pad_token_id
@@ -17,18 +17,18 @@ from qlora_dist.memory.auto import RecomputeBudget
 from qlora_dist.memory.offload import check_offload
 from qlora_dist.model.attention import attention_note
 from qlora_dist.model.loss import loss_note
-from qlora_dist.model.packing_check import check_isolation
+from qlora_dist.model.packing_check import check_packing
 from qlora_dist.model.parts import ModelParts
 from qlora_dist.optim.adamw import OPTIMIZERS
 from qlora_dist.optim.loss_scale import LossScale
 from qlora_dist.optim.schedule import check_warmup
 from qlora_dist.parallel.backend import Backend
 from qlora_dist.parallel.engine import Engine
-from qlora_dist.run.adapter_folder import Recipe, save_adapter
+from qlora_dist.run.adapter_folder import AdapterRecord, save_adapter
 from qlora_dist.run.checkpoint import Checkpoint, Checkpoints, adapter_shapes, choose_checkpoint
 from qlora_dist.run.folder import identity
 from qlora_dist.run.session import Session
-from qlora_dist.run.state import Identity, TrainState
+from qlora_dist.run.state import RunIdentity, TrainState
 from qlora_dist.runtime.shards import local_bytes, whole_bytes
 from qlora_dist.weights.files import fingerprint, resolve_model_folder
 
@@ -37,7 +37,7 @@ from qlora_dist.weights.files import fingerprint, resolve_model_folder
 class RunParts:
     """What a run works with, once all of it is known to fit together."""
 
-    data: Dataset
+    data: RunData
     plan: BatchPlan
     num_steps: int
     loader: StepLoader
@@ -57,34 +57,42 @@ def prepare(config: TrainConfig, backend: Backend, session: Session) -> RunParts
     Raises:
         QloraDistError: the input cannot be used, or does not belong together; nothing has been written then.
     """
-    runtime, say, working = session.runtime, session.reporter.say, session.reporter.working
-    say(runtime.compute_note)
+    runtime, log, working = session.runtime, session.reporter.log, session.reporter.working
+    log(runtime.compute_note)
     check_offload(config.memory, runtime.device)
     with working(f"fetching {config.model.path}"):
         model_folder = runtime.main_first(lambda: resolve_model_folder(config.model.path))
-    tokenizer, data = load_inputs(config, model_folder, session.reporter, runtime.main_first)
-    say("\n".join(data.notes))
+    tokenizer, data = load_tokenizer_and_data(
+        config, model_folder, session.reporter, runtime.main_first
+    )
+    log("\n".join(data.notes))
 
     with working("looking for a checkpoint"):
-        checkpoint = choose_checkpoint(session.folder, config.checkpoint.resume, runtime, say)
+        checkpoint = choose_checkpoint(session.folder, config.checkpoint.resume, runtime, log)
     state = checkpoint.state if checkpoint else TrainState()
     is_own = checkpoint is not None and checkpoint.path.parent.parent == session.folder
     if not is_own:
-        state.best_eval_loss = state.best_step = None  # another run's best is not among this one's checkpoints
+        state.best_eval_loss = state.best_step = (
+            None  # another run's best is not among this one's checkpoints
+        )
     plan = _plan(data, config, runtime.world_size)
     num_steps = plan.num_steps(state.step, state.num_samples_seen, config.optim)
     check_warmup(num_steps, config.optim)
     adapter = session.folder / "adapter"
     if state.step >= num_steps and adapter.is_dir():
-        say(f"this run is finished: {adapter}. checkpoint.resume: never would start it over.")
+        log(f"this run is finished: {adapter}. checkpoint.resume: never would start it over.")
         return None
 
     session.watch()
     with working("building the model"):
-        modules = build_model(config, model_folder, backend, session.reporter, session.alive)
+        modules = build_model(config, model_folder, backend, session.reporter, session.check_in)
     model = modules.model
-    held_bytes = local_bytes(model)  # a forward without a backward leaves some engines' output head gathered
-    belongs_to = Identity(fingerprint(model_folder), data.fingerprint(), adapter_shapes(model), identity(config))
+    held_bytes = local_bytes(
+        model
+    )  # a forward without a backward leaves some engines' output head gathered
+    belongs_to = RunIdentity(
+        fingerprint(model_folder), data.fingerprint(), adapter_shapes(model), identity(config)
+    )
     if checkpoint:
         checkpoint.check(belongs_to, is_own)
         checkpoint.load_adapter(model)
@@ -93,44 +101,57 @@ def prepare(config: TrainConfig, backend: Backend, session: Session) -> RunParts
     if checkpoint:
         _resume(engine, checkpoint, session)
     if runtime.device.type == "cpu" and OPTIMIZERS[config.optim.optimizer].is_paged:
-        say(f"{config.optim.optimizer}: without a GPU there is nothing to page, its state is in host memory anyway")
-    say(attention_note(model, config.model, is_packed=config.data.packing))
-    say(
+        log(
+            f"{config.optim.optimizer}: without a GPU there is nothing to page, its state is in host memory anyway"
+        )
+    log(attention_note(model, config.model, is_packed=config.data.packing))
+    log(
         f"{backend.name}, {runtime.world_size} x {runtime.device.type}: this rank holds {held_bytes / 2**20:,.0f} "
         f"of {whole_bytes(model) / 2**20:,.0f} MiB | {num_steps:,} steps of {plan.global_batch_size:,} rows"
     )
-    budget = RecomputeBudget(config, modules, runtime, say)
+    budget = RecomputeBudget(config, modules, runtime, log)
     budget.choose()
 
     def write_adapter(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-        save_adapter(path, model, tensors, tokenizer, Recipe(config.model, data.layout))
+        save_adapter(path, model, tensors, tokenizer, AdapterRecord(config.model, data.layout))
 
     checkpoints = Checkpoints(
-        session.folder / "checkpoints", config.checkpoint.keep, belongs_to, runtime, backend.name, write_adapter
+        session.folder / "checkpoints",
+        config.checkpoint.keep,
+        belongs_to,
+        runtime,
+        backend.name,
+        write_adapter,
     )
     if checkpoint and is_own:
-        checkpoints.note(state.step)
+        checkpoints.mark_written(state.step)
     session.claim_folder(resumed_step=state.step if checkpoint else None)
     padding = pad_token_id(tokenizer, modules.dimensions.vocab_size)
-    loader = StepLoader(plan, data.train, runtime.rank, padding, pin_memory=runtime.device.type == "cuda")
-    scale = LossScale(state, runtime, say)
-    return RunParts(data, plan, num_steps, loader, padding, modules, engine, budget, checkpoints, state, scale)
+    loader = StepLoader(
+        plan, data.train, runtime.rank, padding, pin_memory=runtime.device.type == "cuda"
+    )
+    scale = LossScale(state, runtime, log)
+    return RunParts(
+        data, plan, num_steps, loader, padding, modules, engine, budget, checkpoints, state, scale
+    )
 
 
-def _plan(data: Dataset, config: TrainConfig, world_size: int) -> BatchPlan:
+def _plan(data: RunData, config: TrainConfig, world_size: int) -> BatchPlan:
     order, optim = sample_order(data, config), config.optim
-    return BatchPlan(order, optim.micro_batch_size, optim.grad_accum_steps, world_size, run_end(order, optim))
+    return BatchPlan(
+        order, optim.micro_batch_size, optim.grad_accum_steps, world_size, run_end(order, optim)
+    )
 
 
 def _check_forward(modules: ModelParts, config: TrainConfig, session: Session) -> None:
     """Look at what forward makes of packed rows and of logits; a collective, after the engine has prepared forward."""
     with session.runtime.autocast():
         if config.data.packing:
-            check_isolation(modules.model, session.runtime.device)
+            check_packing(modules.model, session.runtime.device)
         if note := loss_note(modules.model):
-            session.reporter.say(note)
+            session.reporter.log(note)
 
 
 def _resume(engine: Engine, checkpoint: Checkpoint, session: Session) -> None:
     engine.load_optimizer_state(checkpoint.optimizer_tensors(), checkpoint.state.num_updates)
-    session.reporter.say(f"going on after step {checkpoint.state.step} from {checkpoint.path}")
+    session.reporter.log(f"going on after step {checkpoint.state.step} from {checkpoint.path}")

@@ -23,9 +23,8 @@ from qlora_dist.metrics.console import Reporter
 from qlora_dist.metrics.profiler import StepProfiler
 from qlora_dist.metrics.recorder import Recorder
 from qlora_dist.metrics.rows import StepSums
-from qlora_dist.model.flops import Flops, flops_of
 from qlora_dist.model.loss import target_loss_sum
-from qlora_dist.model.peak import peak_flops
+from qlora_dist.model.mfu import Flops, flops_of, peak_flops
 from qlora_dist.optim.schedule import lr_at
 from qlora_dist.parallel.checks import check_in_sync
 from qlora_dist.parallel.choice import choose_backend, make_backend
@@ -83,7 +82,9 @@ class Training:
         """
         runtime, reporter, folder = self.session.runtime, self.session.reporter, self.session.folder
         state, num_steps, logging = self.state, self.parts.num_steps, self.config.logging
-        profiler = StepProfiler(folder / "profile", logging.profile_steps if runtime.is_main else None, reporter)
+        profiler = StepProfiler(
+            folder / "profile", logging.profile_steps if runtime.is_main else None, reporter
+        )
         peak = peak_flops(runtime)
         recorder = Recorder(folder, logging, runtime, reporter, num_steps, state.step + 1, peak)
         with self.parts.loader, recorder, profiler:
@@ -111,12 +112,19 @@ class Training:
                 pass
         parts.budget.after_step(batches)
         state.count_step(parts.plan.after_step(state.num_samples_seen), sums.is_finite)
-        epoch, flops = parts.plan.epoch_at(state.num_samples_seen), sum(map(self._useful_flops, batches))
-        recorder.step(state.step, lr, sums, epoch, state.num_skipped_steps, parts.loader.wait_seconds, flops)
+        epoch, flops = (
+            parts.plan.epoch_at(state.num_samples_seen),
+            sum(map(self._useful_flops, batches)),
+        )
+        recorder.step(
+            state.step, lr, sums, epoch, state.num_skipped_steps, parts.loader.wait_seconds, flops
+        )
         if state.num_skipped_in_a_row:
             self._consider_skipped_step()
         if is_due(state.step, self.config.parallel.check_every):
-            check_in_sync(parts.modules.adapters, state.step, state.num_samples_seen, self.session.runtime)
+            check_in_sync(
+                parts.modules.adapters, state.step, state.num_samples_seen, self.session.runtime
+            )
         parts.checkpoints.poll()
 
     def after_step(self, recorder: Recorder) -> None:
@@ -129,7 +137,11 @@ class Training:
             self.evaluate(recorder)
         if state.step == 0:
             return
-        if is_last or state.best_step == state.step or is_due(state.step, self.config.checkpoint.every):
+        if (
+            is_last
+            or state.best_step == state.step
+            or is_due(state.step, self.config.checkpoint.every)
+        ):
             self.save()
         elif state.step == 1:
             self.save(is_trial=True)  # what cannot work fails now, not after hours
@@ -138,15 +150,23 @@ class Training:
         """Compute the loss on the held-out samples."""
         parts, state, session, settings = self.parts, self.state, self.session, self.config.eval
         micro_batch_size = self.config.optim.micro_batch_size
-        num_batches = num_eval_batches(len(parts.data.eval), settings, micro_batch_size, session.runtime)
+        num_batches = num_eval_batches(
+            len(parts.data.eval), settings, micro_batch_size, session.runtime
+        )
         try:
             with session.reporter.working("evaluating batch", num_batches) as update:
                 result = evaluate(
-                    parts.modules.model, parts.data.eval, settings, session.runtime,
-                    micro_batch_size=micro_batch_size, pad_token_id=parts.pad_token_id,
-                    alive=session.alive, on_batch=update,
-                    step=state.step, epoch=parts.plan.epoch_at(state.num_samples_seen),
-                )  # fmt: skip
+                    parts.modules.model,
+                    parts.data.eval,
+                    settings,
+                    session.runtime,
+                    micro_batch_size=micro_batch_size,
+                    pad_token_id=parts.pad_token_id,
+                    check_in=session.check_in,
+                    on_batch=update,
+                    step=state.step,
+                    epoch=parts.plan.epoch_at(state.num_samples_seen),
+                )
         except torch.OutOfMemoryError as error:
             raise TrainingError(
                 "the GPU's memory is full in an evaluation, which keeps nothing for backward. Lower "
@@ -161,7 +181,9 @@ class Training:
         if state.step == 0 or parts.checkpoints.has(state.step):
             return
         with self.session.reporter.working("saving a checkpoint"):  # which waits for the one before
-            check_in_sync(parts.modules.adapters, state.step, state.num_samples_seen, self.session.runtime)
+            check_in_sync(
+                parts.modules.adapters, state.step, state.num_samples_seen, self.session.runtime
+            )
             optimizer = parts.engine.optimizer_state() if state.num_updates else {}
             parts.checkpoints.write(state, parts.engine.whole_adapter(), optimizer, is_trial)
 
@@ -170,23 +192,33 @@ class Training:
         adapter = self.parts.engine.whole_adapter()
         if not self.session.runtime.is_main:
             return
-        path, state, say = self.session.folder / "adapter", self.state, self.session.reporter.say
+        path, state, log = self.session.folder / "adapter", self.state, self.session.reporter.log
         self.parts.checkpoints.write_adapter(path, adapter)
-        say(f"adapter written to {path}")
+        log(f"adapter written to {path}")
         if state.best_step not in (None, 0, state.step):
             best = self.parts.checkpoints.path(state.best_step) / "adapter"
-            say(f"the evaluation loss was best after step {state.best_step} ({state.best_eval_loss:.4f}): {best}")
+            log(
+                f"the evaluation loss was best after step {state.best_step} ({state.best_eval_loss:.4f}): {best}"
+            )
 
     def _attempt(self, batches: Sequence[MicroBatch], lr: float) -> StepSums:
         """Take a step that may turn out to have changed nothing."""
         engine, budget, modules = self.parts.engine, self.parts.budget, self.parts.modules
         engine.loss_scale = self.parts.loss_scale.value
         make_room = self._make_room if engine.can_drop_gradients and budget.can_make_room else None
-        runtime, alive, max_norm = self.session.runtime, self.session.alive, self.config.optim.max_grad_norm
+        runtime, check_in, max_norm = (
+            self.session.runtime,
+            self.session.check_in,
+            self.config.optim.max_grad_norm,
+        )
         try:
-            return train_step(modules.model, engine, batches, lr, max_norm, runtime, alive, make_room)
+            return train_step(
+                modules.model, engine, batches, lr, max_norm, runtime, check_in, make_room
+            )
         except torch.OutOfMemoryError as error:
-            raise TrainingError(largest_batch_message(self.config, modules, batches, runtime.device)) from error
+            raise TrainingError(
+                largest_batch_message(self.config, modules, batches, runtime.device)
+            ) from error
 
     def _make_room(self) -> None:
         self.parts.engine.drop_gradients()
@@ -198,12 +230,14 @@ class Training:
 
     def _useful_flops(self, batch: MicroBatch) -> int:
         """Operations that this micro-batch needs."""
-        return self._flops.of(batch.attention_mask, batch.position_ids, batch.num_tokens, batch.num_targets)
+        return self._flops.of(
+            batch.attention_mask, batch.position_ids, batch.num_tokens, batch.num_targets
+        )
 
     def _consider_skipped_step(self) -> None:
         """Say that a step updated nothing; give up after too many in a row."""
         in_a_row, limit = self.state.num_skipped_in_a_row, self.config.optim.max_skipped_steps
-        self.session.reporter.say(
+        self.session.reporter.log(
             f"step {self.state.step} skipped: its gradient is not finite ({in_a_row} in a row, at most {limit})"
         )
         if in_a_row >= limit:
@@ -221,7 +255,7 @@ def train_step(
     lr: float,
     max_grad_norm: float | None,
     runtime: Runtime,
-    alive: Callable[[], None] = lambda: None,
+    check_in: Callable[[], None] = lambda: None,
     make_room: Callable[[], None] | None = None,
 ) -> StepSums:
     """One optimizer step: forward and backward of each micro-batch, then one synchronization and one update.
@@ -236,20 +270,23 @@ def train_step(
     """
     counts = torch.tensor(
         [sum(batch.num_targets for batch in batches), sum(batch.num_tokens for batch in batches)],
-        dtype=torch.float32, device=runtime.device,
-    )  # fmt: skip
+        dtype=torch.float32,
+        device=runtime.device,
+    )
     runtime.sum_over_ranks(counts)
     num_targets = counts[0]
     loss = None
     try:
-        loss = _backward_of_all(model, engine, batches, num_targets, runtime, alive)
+        loss = _backward_of_all(model, engine, batches, num_targets, runtime, check_in)
     except torch.OutOfMemoryError:
         if make_room is None:
             raise
-    if loss is None:  # out of the handler: the error holds the frames, and these what forward has kept
+    if (
+        loss is None
+    ):  # out of the handler: the error holds the frames, and these what forward has kept
         assert make_room is not None
         make_room()
-        loss = _backward_of_all(model, engine, batches, num_targets, runtime, alive)
+        loss = _backward_of_all(model, engine, batches, num_targets, runtime, check_in)
     grad_norm = engine.update(lr, max_grad_norm)
     return StepSums(loss=loss, grad_norm=grad_norm, num_targets=counts[0], num_tokens=counts[1])
 
@@ -260,24 +297,33 @@ def _backward_of_all(
     batches: Sequence[MicroBatch],
     num_targets: torch.Tensor,
     runtime: Runtime,
-    alive: Callable[[], None],
+    check_in: Callable[[], None],
 ) -> torch.Tensor:
     """Forward and backward of a step's micro-batches; returns this rank's share of the loss, 0-dim float32."""
     loss = torch.zeros((), device=runtime.device)
     for number, batch in enumerate(batches, start=1):
-        alive()
+        check_in()
         micro_loss = micro_step(model, batch.to(runtime.device), num_targets, runtime)
         engine.backward(micro_loss, is_last_micro_batch=number == len(batches))
         loss += micro_loss.detach()
     return loss
 
 
-def micro_step(model: PeftModel, batch: MicroBatch, num_targets: torch.Tensor, runtime: Runtime) -> torch.Tensor:
+def micro_step(
+    model: PeftModel, batch: MicroBatch, num_targets: torch.Tensor, runtime: Runtime
+) -> torch.Tensor:
     """This micro-batch's share of the global mean loss, 0-dim float32."""
-    torch.manual_seed(batch.seed)  # dropout depends on where the batch stands in the data, not on who computes it
+    torch.manual_seed(
+        batch.seed
+    )  # dropout depends on where the batch stands in the data, not on who computes it
     with runtime.autocast():
         loss_sum = target_loss_sum(
-            model, batch.input_ids, batch.attention_mask, batch.labels, batch.position_ids, batch.num_targets
+            model,
+            batch.input_ids,
+            batch.attention_mask,
+            batch.labels,
+            batch.position_ids,
+            batch.num_targets,
         )
     return loss_sum / num_targets
 

@@ -42,10 +42,15 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     raw.train_from_iterator(
         ["the quick brown fox jumps over the lazy dog", "system user assistant"] * 8,
-        trainers.BpeTrainer(vocab_size=320, special_tokens=special, initial_alphabet=alphabet, show_progress=False),
+        trainers.BpeTrainer(
+            vocab_size=320, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        ),
     )
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=raw, eos_token="<|im_end|>", pad_token="<|im_end|>", bos_token="<|im_start|>"
+        tokenizer_object=raw,
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        bos_token="<|im_start|>",
     )
     tokenizer.chat_template = CHATML
     folder = tmp_path_factory.mktemp("tokenizer")
@@ -71,10 +76,17 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory, tokenizer) -> Path:
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=112, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512, eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=112,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+    )
     model = LlamaForCausalLM(config)
     for param in model.parameters():  # the default initialization leaves attention nearly uniform
         if param.ndim > 1:
@@ -96,13 +108,29 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="session")
 def chat_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """48 conversations whose answers are from one to sixty words long."""
-    words = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "and", "then", "some"]
+    words = [
+        "the",
+        "quick",
+        "brown",
+        "fox",
+        "jumps",
+        "over",
+        "a",
+        "lazy",
+        "dog",
+        "and",
+        "then",
+        "some",
+    ]
     rng = random.Random(0)
     file = tmp_path_factory.mktemp("data") / "chat.jsonl"
     with file.open("w") as out:
         for i in range(48):
             question = " ".join(rng.choices(words, k=rng.randint(2, 12)))
             answer = " ".join(rng.choices(words, k=1 if i % 3 else rng.randint(20, 60)))
-            messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+            messages = [
+                {"role": "user", "content": question},
+                {"role": "assistant", "content": answer},
+            ]
             out.write(json.dumps({"messages": messages}) + "\n")
     return file

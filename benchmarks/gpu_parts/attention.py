@@ -71,7 +71,10 @@ def not_numbers(lengths: Sequence[int]) -> dict[str, Any]:
         for kind, mean in (("ordinary", 0.0), ("massive", 4.0))
     }
     counts = {name: row for name, row in found.items() if isinstance(row, dict)}
-    return {"wrong": [name for name, row in counts.items() if any(row[key] for key in TENSORS)], **found}
+    return {
+        "wrong": [name for name, row in counts.items() if any(row[key] for key in TENSORS)],
+        **found,
+    }
 
 
 def _not_finite(backend: SDPBackend, length: int, mean: float) -> dict[str, Any] | str:
@@ -94,11 +97,19 @@ def _not_finite(backend: SDPBackend, length: int, mean: float) -> dict[str, Any]
     far = sum(float((found[name].double() - exact[name].double()).square().sum()) for name in exact)
     long = sum(float(exact[name].double().square().sum()) for name in exact)
     distance = math.sqrt(far / long)
-    return {**counts, "distance": float(f"{distance:.3g}") if math.isfinite(distance) else "not a number"}
+    return {
+        **counts,
+        "distance": float(f"{distance:.3g}") if math.isfinite(distance) else "not a number",
+    }
 
 
 def _results(
-    backend: SDPBackend, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, grad: torch.Tensor
+    backend: SDPBackend,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor,
+    grad: torch.Tensor,
 ) -> dict[str, torch.Tensor]:
     q, k, v = (one.clone().requires_grad_() for one in (q, k, v))
     with sdpa_kernel(backend):
@@ -119,7 +130,9 @@ def packed_mask(length: int, device: torch.device) -> torch.Tensor:
 # Rates.
 
 
-def speed(way: str, rows: int = 8, heads: int = 32, length: int = 2048, width: int = 128) -> dict[str, Any]:
+def speed(
+    way: str, rows: int = 8, heads: int = 32, length: int = 2048, width: int = 128
+) -> dict[str, Any]:
     """TFLOP/s of forward and backward, and seconds of the first call for lengths that were not met
     before.
 
@@ -129,10 +142,19 @@ def speed(way: str, rows: int = 8, heads: int = 32, length: int = 2048, width: i
     device = this_device()
     if device.type == "cpu" and ("cuDNN" in way or way in ("varlen", "masked, efficient")):
         raise NotMeasured("needs a GPU: there is no such kernel for a CPU")
-    run = _varlen(rows, heads, width, device) if way == "varlen" else _sdpa(way, rows, heads, width, device)
+    run = (
+        _varlen(rows, heads, width, device)
+        if way == "varlen"
+        else _sdpa(way, rows, heads, width, device)
+    )
     work = PAIR_OPERATIONS * rows * heads * length**2 * width / 1e12  # of the half of all pairs
-    row: dict[str, Any] = {"shape": [rows, heads, length, width], "tflops": rate(work, lambda: run(length), device)}
-    row["new_lengths"] = {str(one): _first_calls(run, one, device) for one in (length - 1, length - 7, length - 49)}
+    row: dict[str, Any] = {
+        "shape": [rows, heads, length, width],
+        "tflops": rate(work, lambda: run(length), device),
+    }
+    row["new_lengths"] = {
+        str(one): _first_calls(run, one, device) for one in (length - 1, length - 7, length - 49)
+    }
     if way == "varlen":
         row["fewer_key_heads"] = _fewer_key_heads(rows, heads, length, width, device)
     return row
@@ -148,7 +170,9 @@ def _first_calls(run: Callable[[int], None], length: int, device: torch.device) 
     return seconds
 
 
-def _sdpa(way: str, rows: int, heads: int, width: int, device: torch.device) -> Callable[[int], None]:
+def _sdpa(
+    way: str, rows: int, heads: int, width: int, device: torch.device
+) -> Callable[[int], None]:
     kind, _, kernel = way.partition(", ")
 
     def run(length: int) -> None:
@@ -162,18 +186,24 @@ def _sdpa(way: str, rows: int, heads: int, width: int, device: torch.device) -> 
 
     def masks(length: int) -> torch.Tensor:
         if length not in made:
-            made[length] = packed_mask(length, device).repeat(rows, 1, 1, 1)  # one for each row, as models have it
+            made[length] = packed_mask(length, device).repeat(
+                rows, 1, 1, 1
+            )  # one for each row, as models have it
         return made[length]
 
     return run
 
 
-def _varlen(rows: int, heads: int, width: int, device: torch.device, kv_heads: int = 0) -> Callable[[int], None]:
+def _varlen(
+    rows: int, heads: int, width: int, device: torch.device, kv_heads: int = 0
+) -> Callable[[int], None]:
     """FlashAttention-2 inside torch, on rows behind each other."""
     varlen_attn = _find_varlen()
 
     def run(length: int) -> None:
-        q, k, v = _inputs((rows * length, heads, width), device, (rows * length, kv_heads or heads, width))
+        q, k, v = _inputs(
+            (rows * length, heads, width), device, (rows * length, kv_heads or heads, width)
+        )
         begins = torch.arange(0, (rows + 1) * length, length, device=device, dtype=torch.int32)
         out = varlen_attn(q, k, v, begins, begins, length, length, **_causal(varlen_attn))
         out.backward(torch.ones_like(out))
@@ -193,7 +223,11 @@ def _causal(varlen_attn: Callable[..., Any]) -> dict[str, Any]:
     """Arguments that make it causal in this version of torch."""
     import inspect
 
-    return {"is_causal": True} if "is_causal" in inspect.signature(varlen_attn).parameters else {"window_size": (-1, 0)}
+    return (
+        {"is_causal": True}
+        if "is_causal" in inspect.signature(varlen_attn).parameters
+        else {"window_size": (-1, 0)}
+    )
 
 
 def _fewer_key_heads(rows: int, heads: int, length: int, width: int, device: torch.device) -> str:
@@ -211,7 +245,10 @@ def _inputs(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Queries, keys and values; ones of random numbers that are made once, as making them takes
     time too."""
-    return tuple(_random(size, device).detach().requires_grad_() for size in (shape, keys or shape, keys or shape))
+    return tuple(
+        _random(size, device).detach().requires_grad_()
+        for size in (shape, keys or shape, keys or shape)
+    )
 
 
 _MADE: dict[tuple[int, ...], torch.Tensor] = {}

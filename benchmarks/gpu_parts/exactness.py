@@ -103,22 +103,35 @@ def compute(shape: Shape, seq_len: int, way: Way, dtype: str) -> list[Results]:
         if not way.is_fused:
             stack.enter_context(mock.patch.object(assemble, "fuse_adapters", return_value=None))
         if not way.is_light:
-            stack.enter_context(mock.patch.object(assemble, "lighten", return_value=None))
+            stack.enter_context(
+                mock.patch.object(assemble, "fuse_norms_and_mlps", return_value=None)
+            )
         if not way.is_loss_chunked:
             stack.enter_context(mock.patch.object(train_module, "target_loss_sum", all_logits))
         config = make_config(
-            folder, shape, 2, seq_len, memory=way.memory, adapter={"rank": 16},
+            folder,
+            shape,
+            2,
+            seq_len,
+            memory=way.memory,
+            adapter={"rank": 16},
             model={"dtype": dtype, "attention": way.attention},
-        )  # fmt: skip
+        )
         model = build(config, runtime)[0].model
         learn_something(model)
         model.train()
         for seed in range(NUM_BATCHES):
-            batch = make_batch(shape.vocab, 2, seq_len, samples_per_row=2, seed=seed).to(runtime.device)
-            loss = micro_step(model, batch, torch.tensor(float(batch.num_targets), device=runtime.device), runtime)
+            batch = make_batch(shape.vocab, 2, seq_len, samples_per_row=2, seed=seed).to(
+                runtime.device
+            )
+            loss = micro_step(
+                model, batch, torch.tensor(float(batch.num_targets), device=runtime.device), runtime
+            )
             model.zero_grad()
             loss.backward()
-            gradients = {name: param.grad.clone() for name, param in adapter_parameters(model).items()}
+            gradients = {
+                name: param.grad.clone() for name, param in adapter_parameters(model).items()
+            }
             found.append({OUT: loss.detach(), **gradients})
     return found
 
@@ -144,7 +157,9 @@ def all_logits(
     )
 
 
-def compared(reference: list[Results], plain: list[Results], quick: list[Results], dtype: str) -> dict[str, Any]:
+def compared(
+    reference: list[Results], plain: list[Results], quick: list[Results], dtype: str
+) -> dict[str, Any]:
     """Relative distances to the reference, of the output and of all gradients taken together."""
     row: dict[str, Any] = {}
     is_as_exact = True
@@ -154,7 +169,9 @@ def compared(reference: list[Results], plain: list[Results], quick: list[Results
         row[what] = {"plain": of_plain, "quick": of_quick}
         limit = 1e-5 if dtype == "float32" else 1.25 * of_plain
         if what == OUT and reference[0][OUT].ndim == 0 and dtype == "bfloat16":
-            limit = max(limit, 2**-9)  # a few numbers may by chance be nearer than half a unit in the last place
+            limit = max(
+                limit, 2**-9
+            )  # a few numbers may by chance be nearer than half a unit in the last place
         is_as_exact = is_as_exact and of_quick <= limit
     return {**row, "is_as_exact": is_as_exact}
 
@@ -163,7 +180,9 @@ def distance(found: list[Results], expected: list[Results], names: list[str]) ->
     """||found - expected|| / ||expected|| in float64, over all batches; huge where something is not a number."""
     far = long = 0.0
     for mine, exact in zip(found, expected, strict=True):
-        far += sum(float((mine[name].double() - exact[name].double()).pow(2).sum()) for name in names)
+        far += sum(
+            float((mine[name].double() - exact[name].double()).pow(2).sum()) for name in names
+        )
         long += sum(float(exact[name].double().pow(2).sum()) for name in names)
     ratio = math.sqrt(far / long) if long else math.inf
     return float(f"{ratio:.4g}") if math.isfinite(ratio) else 1e300  # JSON knows no infinity
@@ -177,7 +196,9 @@ def of_layer(inner: int, outer: int, tokens: int, rank: int) -> dict[str, Any]:
     """A 4-bit layer with an adapter: output, and gradients of its input and of the adapter."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     generator = torch.Generator(device).manual_seed(2)
-    x, grad = (torch.randn(tokens, width, generator=generator, device=device) for width in (inner, outer))
+    x, grad = (
+        torch.randn(tokens, width, generator=generator, device=device) for width in (inner, outer)
+    )
     x, grad = x.bfloat16().float(), grad.bfloat16().float()
     row: dict[str, Any] = {}
     reference: Results | None = None
@@ -192,7 +213,9 @@ def of_layer(inner: int, outer: int, tokens: int, rank: int) -> dict[str, Any]:
     return row
 
 
-def adapted_layer(inner: int, outer: int, rank: int, dtype: torch.dtype, device: torch.device) -> Any:
+def adapted_layer(
+    inner: int, outer: int, rank: int, dtype: torch.dtype, device: torch.device
+) -> Any:
     """peft's layer on random 4-bit bytes, with A and B in float32."""
     from peft import LoraConfig
     from peft.tuners.lora.bnb import Linear4bit
@@ -200,13 +223,17 @@ def adapted_layer(inner: int, outer: int, rank: int, dtype: torch.dtype, device:
     base = QuantizedLinear(inner, outer, False, QuantFormat(), dtype).to_empty(device=device)
     for name, tensor in vars(random_quantized((outer, inner), device)).items():
         getattr(base, name).copy_(tensor)
-    layer = Linear4bit(base, "default", LoraConfig(r=rank, lora_alpha=16), r=rank, lora_alpha=16).to(device)
+    layer = Linear4bit(
+        base, "default", LoraConfig(r=rank, lora_alpha=16), r=rank, lora_alpha=16
+    ).to(device)
     layer.lora_A.float(), layer.lora_B.float()
     layer.cast_input_dtype_enabled = False
     generator = torch.Generator().manual_seed(3)
     for weight in (layer.lora_A["default"].weight, layer.lora_B["default"].weight):
         values = torch.randn(weight.shape, generator=generator) * weight.shape[1] ** -0.5
-        weight.data.copy_(values.to(torch.bfloat16))  # so that every type begins with the same numbers
+        weight.data.copy_(
+            values.to(torch.bfloat16)
+        )  # so that every type begins with the same numbers
     return layer.train()
 
 

@@ -36,7 +36,13 @@ _COPIES = 64
 
 def patterns(device: torch.device) -> torch.Tensor:
     """Every pattern of two bytes, and so every bfloat16 and float16, (8 MiB,) uint8."""
-    return torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.uint8).repeat(_COPIES).to(device)
+    return (
+        torch.arange(2**16, dtype=torch.int32)
+        .to(torch.int16)
+        .view(torch.uint8)
+        .repeat(_COPIES)
+        .to(device)
+    )
 
 
 def foreach_copies() -> dict[str, Any]:
@@ -71,12 +77,18 @@ class RepeatedGather:
         self.num_bytes = 0
         """Written into outputs, this rank's part included."""
 
-    def allocate(self, size: tuple[int, ...], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    def allocate(
+        self, size: tuple[int, ...], *, dtype: torch.dtype, device: torch.device
+    ) -> torch.Tensor:
         """Memory for an output."""
         return torch.empty(size, dtype=dtype, device=device)
 
     def __call__(
-        self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: dist.ProcessGroup, async_op: bool = False
+        self,
+        output_tensor: torch.Tensor,
+        input_tensor: torch.Tensor,
+        group: dist.ProcessGroup,
+        async_op: bool = False,
     ) -> None:
         """Copy the input, which lies in the output as its first part, over the others."""
         parts = output_tensor.view(group.size(), -1)
@@ -87,7 +99,9 @@ class RepeatedGather:
 class KeptReduceScatter:
     """In place of a reduce-scatter: the sum is this rank's own part."""
 
-    def allocate(self, size: tuple[int, ...], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    def allocate(
+        self, size: tuple[int, ...], *, dtype: torch.dtype, device: torch.device
+    ) -> torch.Tensor:
         """Memory for an input or output."""
         return torch.empty(size, dtype=dtype, device=device)
 
@@ -146,7 +160,11 @@ def compare_gathered(model: nn.Module, ranks: int) -> dict[str, int]:
     """Each frozen parameter as layers see it, against this rank's shard repeated."""
     parts = different = changed = 0
     for unit, owned in _units(model):
-        shards = {name: param.to_local().clone() for name, param in owned.items() if isinstance(param, DTensor)}
+        shards = {
+            name: param.to_local().clone()
+            for name, param in owned.items()
+            if isinstance(param, DTensor)
+        }
         unit.unshard()
         for name, param in unit.named_parameters():
             if name in shards:
@@ -159,10 +177,16 @@ def compare_gathered(model: nn.Module, ranks: int) -> dict[str, int]:
 
 def _units(model: nn.Module) -> Iterator[tuple[Any, dict[str, torch.Tensor]]]:
     """The units that are gathered at once, with the frozen parameters that each has to itself."""
-    units = [(prefix, module) for prefix, module in model.named_modules() if isinstance(module, FSDPModule)]
+    units = [
+        (prefix, module)
+        for prefix, module in model.named_modules()
+        if isinstance(module, FSDPModule)
+    ]
     for prefix, unit in units:
         inner = tuple(
-            other[len(prefix) :].lstrip(".") + "." for other, _ in units if other != prefix and other.startswith(prefix)
+            other[len(prefix) :].lstrip(".") + "."
+            for other, _ in units
+            if other != prefix and other.startswith(prefix)
         )
         yield (
             unit,

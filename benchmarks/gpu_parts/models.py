@@ -31,7 +31,9 @@ SHARED_ABOVE = 2**22
 different ones, and a 65B model is there in seconds."""
 
 
-def make_config(folder: Path, shape: Shape, rows: int, seq_len: int, **sections: Mapping[str, Any]) -> TrainConfig:
+def make_config(
+    folder: Path, shape: Shape, rows: int, seq_len: int, **sections: Mapping[str, Any]
+) -> TrainConfig:
     """A complete configuration of a run on `rows` x `seq_len` tokens, and the model's config.json in `folder`.
 
     Args:
@@ -49,7 +51,9 @@ def make_config(folder: Path, shape: Shape, rows: int, seq_len: int, **sections:
     for name, section in sections.items():
         settings.setdefault(name, {}).update(section)
     file = folder / "run.yaml"
-    file.write_text(yaml.safe_dump({"output_dir": str(folder / "run"), **settings}), encoding="utf-8")
+    file.write_text(
+        yaml.safe_dump({"output_dir": str(folder / "run"), **settings}), encoding="utf-8"
+    )
     return load_config(file)
 
 
@@ -58,8 +62,12 @@ def build(config: TrainConfig, runtime: Runtime) -> tuple[ModelParts, list[str]]
     said = io.StringIO()
     with random_weights_instead():
         backend = make_backend(choose_backend(config), config, runtime)
-        parts = assemble.build_model(config, Path(config.model.path), backend, Reporter(is_main=True, file=said))
-    return parts, [line for line in said.getvalue().splitlines() if not line.startswith("base model:")]
+        parts = assemble.build_model(
+            config, Path(config.model.path), backend, Reporter(is_main=True, file=said)
+        )
+    return parts, [
+        line for line in said.getvalue().splitlines() if not line.startswith("base model:")
+    ]
 
 
 @contextmanager
@@ -91,7 +99,11 @@ def fill(model: nn.Module, folder: Path, device: torch.device, *_: Any) -> LoadS
         elif ".lora_" not in name:
             for param in module.parameters(recurse=False):
                 size = whole_shape(param)
-                whole = random_matrix((size[0], size[1]), generator) if len(size) == 2 else torch.ones(size)
+                whole = (
+                    random_matrix((size[0], size[1]), generator)
+                    if len(size) == 2
+                    else torch.ones(size)
+                )
                 keep_local(param, whole.to(device=device, dtype=param.dtype))
     return LoadStats(bytes_read=0, elements_quantized=num_quantized)
 
@@ -102,12 +114,18 @@ def random_matrix(shape: tuple[int, int], generator: torch.Generator) -> torch.T
     return matrix.mul_(shape[1] ** -0.5)
 
 
-def random_quantized(shape: tuple[int, int], device: torch.device, fmt: QuantFormat | None = None) -> QuantizedTensors:
+def random_quantized(
+    shape: tuple[int, int], device: torch.device, fmt: QuantFormat | None = None
+) -> QuantizedTensors:
     """One random matrix, in 4 bits."""
-    return quantize_matrix(random_matrix(shape, torch.Generator(device).manual_seed(0)), fmt or QuantFormat())
+    return quantize_matrix(
+        random_matrix(shape, torch.Generator(device).manual_seed(0)), fmt or QuantFormat()
+    )
 
 
-def make_batch(vocab: int, rows: int, seq_len: int, samples_per_row: int = 1, seed: int = 0) -> MicroBatch:
+def make_batch(
+    vocab: int, rows: int, seq_len: int, samples_per_row: int = 1, seed: int = 0
+) -> MicroBatch:
     """Full rows of random tokens, all of them targets but each sample's first, on the CPU.
 
     Args:
@@ -119,6 +137,10 @@ def make_batch(vocab: int, rows: int, seq_len: int, samples_per_row: int = 1, se
     positions = (torch.arange(seq_len) % length).repeat(rows, 1)
     labels = ids.masked_fill(positions == 0, IGNORE_INDEX)
     return MicroBatch(
-        ids, torch.ones_like(ids), labels, positions if samples_per_row > 1 else None,
-        num_tokens=ids.numel(), num_targets=int((labels[:, 1:] != IGNORE_INDEX).sum()),
-    )  # fmt: skip
+        ids,
+        torch.ones_like(ids),
+        labels,
+        positions if samples_per_row > 1 else None,
+        num_tokens=ids.numel(),
+        num_targets=int((labels[:, 1:] != IGNORE_INDEX).sum()),
+    )

@@ -21,7 +21,10 @@ def paged() -> dict[str, Any]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     keywords = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
     result: dict[str, Any] = {"elements": _NUMEL, "steps": 3}
-    for name, plain in (("paged_adamw_8bit", bnb.optim.AdamW8bit), ("paged_adamw_32bit", bnb.optim.AdamW32bit)):
+    for name, plain in (
+        ("paged_adamw_8bit", bnb.optim.AdamW8bit),
+        ("paged_adamw_32bit", bnb.optim.AdamW32bit),
+    ):
         values = torch.randn(_NUMEL, generator=torch.Generator().manual_seed(0)).to(device)
         ours, other = nn.Parameter(values.clone()), nn.Parameter(values.clone())
         config = OptimConfig(optimizer=name, lr=1e-3)  # type: ignore[arg-type]
@@ -35,7 +38,9 @@ def paged() -> dict[str, Any]:
         result[name] = {
             "is_paged": bool(getattr(state["state1"], "is_paged", False)),
             "same_parameters": torch.equal(ours, other),
-            "same_state": all(torch.equal(state[key].cpu(), others[key].cpu()) for key in ("state1", "state2")),
+            "same_state": all(
+                torch.equal(state[key].cpu(), others[key].cpu()) for key in ("state1", "state2")
+            ),
             "moved": float((ours.detach() - values).abs().max()),
         }
     return result

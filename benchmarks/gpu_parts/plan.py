@@ -39,8 +39,22 @@ class Part:
 
 
 TINY = {"hidden": 64, "intermediate": 176, "layers": 3, "heads": 4, "kv_heads": 2, "vocab": 320}
-EXACT = {"hidden": 1024, "intermediate": 2816, "layers": 4, "heads": 16, "kv_heads": 8, "vocab": 8192}
-WIDE = {"hidden": 4096, "intermediate": 11008, "layers": 4, "heads": 32, "kv_heads": 8, "vocab": 32000}
+EXACT = {
+    "hidden": 1024,
+    "intermediate": 2816,
+    "layers": 4,
+    "heads": 16,
+    "kv_heads": 8,
+    "vocab": 8192,
+}
+WIDE = {
+    "hidden": 4096,
+    "intermediate": 11008,
+    "layers": 4,
+    "heads": 32,
+    "kv_heads": 8,
+    "vocab": 32000,
+}
 """Four layers of a 7B with grouped keys: attention as there, and quickly made."""
 
 LENGTHS = (512, 704, 960, 1088, 1600, 1999, 2041, 2048)
@@ -60,7 +74,11 @@ def all_parts(is_small: bool) -> list[Part]:
         Part("peers", 75, peer_cases(is_small)),
         Part("65B", 40, saving_cases(is_small)),
         Part("rows", 45, row_cases(is_small)),
-        Part("tests", 40, [Case("tests/gpu", "suite.run", {"selection": TESTS, "seconds": None}, 300)]),
+        Part(
+            "tests",
+            40,
+            [Case("tests/gpu", "suite.run", {"selection": TESTS, "seconds": None}, 300)],
+        ),
     ]
     return [_patient(part) for part in parts] if is_small else parts
 
@@ -93,8 +111,15 @@ def exactness_cases(is_small: bool) -> list[Case]:
     if is_small:
         layer = {"inner": 128, "outer": 96, "tokens": 32, "rank": 4}
     sizes = {"shape": TINY if is_small else EXACT, "seq_len": 16 if is_small else 512}
-    ways = ("fused layers", "norms and SwiGLU", "loss in chunks", "recompute: full", "recompute: selective",
-            "attention: sdpa", "all of it")  # fmt: skip
+    ways = (
+        "fused layers",
+        "norms and SwiGLU",
+        "loss in chunks",
+        "recompute: full",
+        "recompute: selective",
+        "attention: sdpa",
+        "all of it",
+    )
     return [
         *(Case(way, "exactness.of_models", {**sizes, "way": way}) for way in ways),
         Case("one fused layer", "exactness.of_layer", layer),
@@ -118,8 +143,16 @@ def steps_of_7b(is_small: bool) -> list[Case]:
         _step("4x2048, none", is_small, rows=4, recompute="none"),
         _step("1x2048, none", is_small, rows=1, recompute="none"),
         _step("1x2048, full", is_small, rows=1, recompute="full"),
-        _step("8x2048, full, 4 samples a row", is_small, rows=8, recompute="full", samples_per_row=4),
-        _step("8x2048, full, dropout 0.05", is_small, rows=8, recompute="full", adapter={"dropout": 0.05}),
+        _step(
+            "8x2048, full, 4 samples a row", is_small, rows=8, recompute="full", samples_per_row=4
+        ),
+        _step(
+            "8x2048, full, dropout 0.05",
+            is_small,
+            rows=8,
+            recompute="full",
+            adapter={"dropout": 0.05},
+        ),
     ]
 
 
@@ -138,25 +171,52 @@ def peer_cases(is_small: bool) -> list[Case]:
 
     def peer(name: str, function: str, rows: int, **keywords: Any) -> Case:
         own_process = function == "peers.trl"
-        return Case(name, function, {**_sizes("7B", is_small, 2048), "rows": rows, **keywords}, 60, own_process)
+        return Case(
+            name,
+            function,
+            {**_sizes("7B", is_small, 2048), "rows": rows, **keywords},
+            60,
+            own_process,
+        )
 
     return [
         peer("HF + peft, 8x2048, full", "peers.hf_loop", 8, recompute="full"),
         peer("HF + peft, 1x2048, full", "peers.hf_loop", 1, recompute="full"),
-        peer("HF + peft + liger, 8x2048, full", "peers.hf_loop", 8, recompute="full", with_liger=True),
+        peer(
+            "HF + peft + liger, 8x2048, full", "peers.hf_loop", 8, recompute="full", with_liger=True
+        ),
         peer("TRL, 8x2048, defaults", "peers.trl", 8, defaults=True),
     ]
 
 
 def saving_cases(is_small: bool) -> list[Case]:
     """A large model on one GPU, and what a save takes of it."""
-    eight_bit: dict[str, Any] = {"optim": {"optimizer": "adamw_8bit"}, "num_steps": 3, "saves": "gather"}
+    eight_bit: dict[str, Any] = {
+        "optim": {"optimizer": "adamw_8bit"},
+        "num_steps": 3,
+        "saves": "gather",
+    }
     whole = {**eight_bit, "saves": "write"}
     return [
-        _step("1x512, full, adamw_8bit, then gathered", is_small, shape="65B", rows=1, seq_len=512, recompute="full",
-              limit=120, **eight_bit),
-        _step("7B, 1x512, full, adamw_8bit, then written", is_small, rows=1, seq_len=512, recompute="full", **whole),
-    ]  # fmt: skip
+        _step(
+            "1x512, full, adamw_8bit, then gathered",
+            is_small,
+            shape="65B",
+            rows=1,
+            seq_len=512,
+            recompute="full",
+            limit=120,
+            **eight_bit,
+        ),
+        _step(
+            "7B, 1x512, full, adamw_8bit, then written",
+            is_small,
+            rows=1,
+            seq_len=512,
+            recompute="full",
+            **whole,
+        ),
+    ]
 
 
 def row_cases(is_small: bool) -> list[Case]:
@@ -169,10 +229,19 @@ def row_cases(is_small: bool) -> list[Case]:
         name = "with cuDNN" if with_cudnn else "without cuDNN"
         tokens = {"num_tokens": 4 if is_small else 16, "prompt": 8 if is_small else 100}
         cases += [
-            Case(f"padded rows, {name}", "rows.padded",
-                 {"shape": shape, "rows": 4, "lengths": lengths, "with_cudnn": with_cudnn}, 60),
-            Case(f"generation, {name}", "rows.generation", {"shape": llama, **tokens, "with_cudnn": with_cudnn}, 60),
-        ]  # fmt: skip
+            Case(
+                f"padded rows, {name}",
+                "rows.padded",
+                {"shape": shape, "rows": 4, "lengths": lengths, "with_cudnn": with_cudnn},
+                60,
+            ),
+            Case(
+                f"generation, {name}",
+                "rows.generation",
+                {"shape": llama, **tokens, "with_cudnn": with_cudnn},
+                60,
+            ),
+        ]
     return cases
 
 
@@ -185,11 +254,25 @@ def _sizes(shape: str, is_small: bool, seq_len: int) -> dict[str, Any]:
 
 
 def _step(
-    name: str, is_small: bool, *, rows: int, recompute: str, shape: str = "7B", seq_len: int = 2048,
-    limit: int = 45, memory: dict[str, Any] | None = None, adapter: dict[str, Any] | None = None, **keywords: Any,
-) -> Case:  # fmt: skip
+    name: str,
+    is_small: bool,
+    *,
+    rows: int,
+    recompute: str,
+    shape: str = "7B",
+    seq_len: int = 2048,
+    limit: int = 45,
+    memory: dict[str, Any] | None = None,
+    adapter: dict[str, Any] | None = None,
+    **keywords: Any,
+) -> Case:
     sizes = _sizes(shape, is_small, seq_len)
     rank = sizes.pop("rank")
-    arguments = {**sizes, "rows": rows, "adapter": {"rank": rank, **(adapter or {})},
-                 "memory": {"recompute": recompute, **(memory or {})}, **keywords}  # fmt: skip
+    arguments = {
+        **sizes,
+        "rows": rows,
+        "adapter": {"rank": rank, **(adapter or {})},
+        "memory": {"recompute": recompute, **(memory or {})},
+        **keywords,
+    }
     return Case(name, "steps.ours", arguments, limit)

@@ -55,16 +55,23 @@ def table(result: dict[str, Any]) -> str:
 
 def _found(row: dict[str, Any]) -> dict[str, Any]:
     """Findings of a case that takes steps, besides its speed: gathered weights, a save."""
-    return {key: row[key] for key in ("gathered_parameters", "bytes_that_differ", "save") if key in row}
+    return {
+        key: row[key] for key in ("gathered_parameters", "bytes_that_differ", "save") if key in row
+    }
 
 
 def _step_cells(row: dict[str, Any]) -> list[str]:
     shares = [
-        f"{row[key]:.1%}" if key in row else "" for key in ("mfu", "share_of_bound", "share_of_bound_with_recompute")
+        f"{row[key]:.1%}" if key in row else ""
+        for key in ("mfu", "share_of_bound", "share_of_bound_with_recompute")
     ]
     busy = row.get("busy") or {}
     peaks = [row["peak_allocated_gib"], row["peak_reserved_gib"]]
-    memory = "" if None in peaks else f"{max(peaks[0], row.get('build_peak_gib') or 0):.2f}, {peaks[1]:.2f}"
+    memory = (
+        ""
+        if None in peaks
+        else f"{max(peaks[0], row.get('build_peak_gib') or 0):.2f}, {peaks[1]:.2f}"
+    )
     return [
         f"{row['tokens_per_second']:,.0f}",
         f"{row['seconds_per_step']:.4g}",
@@ -84,10 +91,14 @@ def verdict(row: dict[str, Any]) -> str:
     for dtype in ("float32", "bfloat16"):
         if isinstance(row.get(dtype), dict) and "gradients" in row[dtype]:
             distances = [
-                f"{row[dtype][part][which]:.2g}" for part in ("output", "gradients") for which in ("plain", "quick")
+                f"{row[dtype][part][which]:.2g}"
+                for part in ("output", "gradients")
+                for which in ("plain", "quick")
             ]
             word = "as exact" if row[dtype]["is_as_exact"] else "LESS EXACT"
             found.append(
                 f"{dtype}: {word} (output {distances[0]} → {distances[1]}, gradients {distances[2]} → {distances[3]})"
             )
-    return "; ".join(found) or json.dumps({key: value for key, value in row.items() if key not in _NOTES})
+    return "; ".join(found) or json.dumps(
+        {key: value for key, value in row.items() if key not in _NOTES}
+    )

@@ -38,7 +38,9 @@ class Results:
         """
         before = self.content.get("machine", machine)
         differs = [
-            f"{key} {before.get(key)} there, {machine[key]} here" for key in MACHINE if before.get(key) != machine[key]
+            f"{key} {before.get(key)} there, {machine[key]} here"
+            for key in MACHINE
+            if before.get(key) != machine[key]
         ]
         if self.content.get("is_small", is_small) != is_small:
             differs.append(f"is_small {not is_small} there, {is_small} here")
@@ -47,7 +49,11 @@ class Results:
                 f"{self.file} holds results of something else: {'; '.join(differs)}. They would be mixed. "
                 "Give another file with --out, or remove this one."
             )
-        self.content |= {"machine": dict(machine), "is_small": is_small, "adapter_rank": 4 if is_small else 64}
+        self.content |= {
+            "machine": dict(machine),
+            "is_small": is_small,
+            "adapter_rank": 4 if is_small else 64,
+        }
 
     def is_done(self, part: str, case: str) -> bool:
         """True for a case with a result, or with a reason that another call would find as well."""
@@ -58,7 +64,11 @@ class Results:
         """The cases to run; all of those parts that are to run again."""
         left = []
         for part in parts:
-            cases = [case for case in part.cases if part.name in again or not self.is_done(part.name, case.name)]
+            cases = [
+                case
+                for case in part.cases
+                if part.name in again or not self.is_done(part.name, case.name)
+            ]
             if cases:
                 left.append((part, cases))
         return left

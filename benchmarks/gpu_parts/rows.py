@@ -30,7 +30,9 @@ FILLED = (1.0, 0.8, 0.55, 0.3)
 """Share of each row in turn that is no padding."""
 
 
-def padded(shape: Mapping[str, int], rows: int, lengths: Sequence[int], with_cudnn: bool) -> dict[str, Any]:
+def padded(
+    shape: Mapping[str, int], rows: int, lengths: Sequence[int], with_cudnn: bool
+) -> dict[str, Any]:
     """Two steps at each length: seconds of both, and whether the gradient is finite. The weights
     are random, so no head has the massive activations that bring cuDNN's backward down; that is
     looked for by itself, in `attention.py`."""
@@ -63,7 +65,9 @@ def padded_batch(vocab: int, rows: int, length: int) -> MicroBatch:
     return MicroBatch(ids, mask, labels, None, num_tokens=int(mask.sum()), num_targets=targets)
 
 
-def generation(shape: Mapping[str, int], prompt: int, num_tokens: int, with_cudnn: bool) -> dict[str, Any]:
+def generation(
+    shape: Mapping[str, int], prompt: int, num_tokens: int, with_cudnn: bool
+) -> dict[str, Any]:
     """Seconds of every token that the adapted model makes, as `qlora-dist generate` has it."""
     from transformers import StoppingCriteria, StoppingCriteriaList
 
@@ -83,9 +87,14 @@ def generation(shape: Mapping[str, int], prompt: int, num_tokens: int, with_cudn
     with cudnn_attention(with_cudnn), torch.inference_mode(), runtime.autocast():
         times.append(wait(runtime.device))
         model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=0,
-            min_new_tokens=num_tokens, max_new_tokens=num_tokens, stopping_criteria=StoppingCriteriaList([Clock()]),
-        )  # fmt: skip
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            pad_token_id=0,
+            min_new_tokens=num_tokens,
+            max_new_tokens=num_tokens,
+            stopping_criteria=StoppingCriteriaList([Clock()]),
+        )
     seconds = [later - earlier for earlier, later in itertools.pairwise(times)]
     return {
         "seconds_per_token": float(f"{statistics.median(seconds[1:]):.4g}"),
@@ -98,7 +107,12 @@ def generation(shape: Mapping[str, int], prompt: int, num_tokens: int, with_cudn
 def _model(shape: Mapping[str, int], rows: int, length: int, runtime: Any) -> tuple[Any, Any]:
     with tempfile.TemporaryDirectory() as folder:
         config = make_config(
-            Path(folder), Shape(**shape), rows, length, memory={"recompute": "none"}, adapter={"rank": 16},
-        )  # fmt: skip
+            Path(folder),
+            Shape(**shape),
+            rows,
+            length,
+            memory={"recompute": "none"},
+            adapter={"rank": 16},
+        )
         model = build(config, runtime)[0].model
     return model, config

@@ -25,7 +25,7 @@ from qlora_dist.memory.auto import RecomputeBudget
 from qlora_dist.memory.recompute import recompute_of
 from qlora_dist.parallel.replicated import Replicated
 from qlora_dist.run.checkpoint import Checkpoints
-from qlora_dist.run.state import Identity, TrainState
+from qlora_dist.run.state import RunIdentity, TrainState
 from qlora_dist.runtime.processes import Runtime, start_runtime
 from qlora_dist.train import train_step
 
@@ -74,7 +74,9 @@ def ours(
 
     def step() -> float:
         with budget.measuring():
-            sums = train_step(adapted, engine, [batch], config.optim.lr, config.optim.max_grad_norm, runtime)
+            sums = train_step(
+                adapted, engine, [batch], config.optim.lr, config.optim.max_grad_norm, runtime
+            )
         budget.after_step([batch])
         return sums.loss.item()
 
@@ -84,21 +86,25 @@ def ours(
     if saves:
         row["save"] = save(engine, runtime, is_written=saves == "write")
     seconds = row["seconds_per_step"]
-    share = recompute_of(parts.layers).num_full / shape["layers"]  # what is recomputed selectively multiplies nothing again
+    share = (
+        recompute_of(parts.layers).num_full / shape["layers"]
+    )  # what is recomputed selectively multiplies nothing again
     bound = bound_seconds(adapted, batch, rates)
     return {
         **row,
         "mfu": round(arithmetic_seconds(adapted, batch, rates) / seconds, 4),
         "bound_tokens_per_second": round(tokens / bound, 1),
         "share_of_bound": round(bound / seconds, 4),
-        "share_of_bound_with_recompute": round(bound_seconds(adapted, batch, rates, share) / seconds, 4),
+        "share_of_bound_with_recompute": round(
+            bound_seconds(adapted, batch, rates, share) / seconds, 4
+        ),
         "build_seconds": round(build_seconds, 1),
         "build_peak_gib": build_peak,
         "outside_allocator_gib": outside,
         "rates": vars(rates),
         "may_use_cudnn_attention": torch.backends.cuda.cudnn_sdp_enabled(),
         "said": said,
-    }  # fmt: skip
+    }
 
 
 def timed(
@@ -111,14 +117,18 @@ def timed(
     """
     losses = [step() for _ in range(NUM_WARMUP)]
     seconds: list[float] = []
-    while len(seconds) < (num_steps or 3) or (num_steps is None and sum(seconds) < TIMED_SECONDS and len(seconds) < 20):
+    while len(seconds) < (num_steps or 3) or (
+        num_steps is None and sum(seconds) < TIMED_SECONDS and len(seconds) < 20
+    ):
         started = wait(device)
         losses.append(step())
         seconds.append(wait(device) - started)
     return seconds, losses
 
 
-def row_of(seconds: list[float], losses: list[float], tokens: int, device: torch.device) -> dict[str, Any]:
+def row_of(
+    seconds: list[float], losses: list[float], tokens: int, device: torch.device
+) -> dict[str, Any]:
     """What is reported of every contender: rate, losses and peaks."""
     median = statistics.median(seconds)
     return {
@@ -128,7 +138,9 @@ def row_of(seconds: list[float], losses: list[float], tokens: int, device: torch
         "first_loss": round(losses[0], 4),
         "last_loss": round(losses[-1], 4),
         "peak_allocated_gib": peak_gib(device),
-        "peak_reserved_gib": round(torch.cuda.max_memory_reserved(device) / GIB, 2) if device.type == "cuda" else None,
+        "peak_reserved_gib": round(torch.cuda.max_memory_reserved(device) / GIB, 2)
+        if device.type == "cuda"
+        else None,
         "allocation_retries": num_retries(device),
     }
 
@@ -150,7 +162,9 @@ def reset_peak(device: torch.device) -> None:
 
 def num_retries(device: torch.device) -> int | None:
     """Allocations since the last reset that first had to give cached memory back; each waits for the device."""
-    return int(torch.cuda.memory_stats(device)["num_alloc_retries"]) if device.type == "cuda" else None
+    return (
+        int(torch.cuda.memory_stats(device)["num_alloc_retries"]) if device.type == "cuda" else None
+    )
 
 
 def outside_allocator_gib(device: torch.device) -> float | None:
@@ -163,7 +177,9 @@ def outside_allocator_gib(device: torch.device) -> float | None:
 
 def peak_gib(device: torch.device) -> float | None:
     """Largest allocation since the last reset; not known on the CPU."""
-    return round(torch.cuda.max_memory_allocated(device) / GIB, 2) if device.type == "cuda" else None
+    return (
+        round(torch.cuda.max_memory_allocated(device) / GIB, 2) if device.type == "cuda" else None
+    )
 
 
 def this_device() -> torch.device:
@@ -182,7 +198,8 @@ def rates() -> dict[str, Any]:
             for dtype in (torch.bfloat16, torch.float32)
         },
         "thin_gemm_tflops": {
-            f"rank {rank}": gemm_tflops(tokens, 4096, rank, torch.bfloat16, device) for rank in (16, 64)
+            f"rank {rank}": gemm_tflops(tokens, 4096, rank, torch.bfloat16, device)
+            for rank in (16, 64)
         },
         "dequantize_gib_per_second": dequantize_gib_per_second(2 * size, device),
         "copy_gib_per_second": copy_gib_per_second(2**30 if is_gpu else 2**25, device),
@@ -199,7 +216,9 @@ def busy(step: Callable[[], float], device: torch.device) -> dict[str, Any]:
     down, so the share is a lower bound.
     """
     on_gpu = device.type == "cuda"
-    activity = torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU
+    activity = (
+        torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU
+    )
     started = wait(device)
     with torch.profiler.profile(activities=[activity]) as profiler:
         begun = wait(device)
@@ -209,7 +228,8 @@ def busy(step: Callable[[], float], device: torch.device) -> dict[str, Any]:
     spans = sorted(
         (event.start_ns(), event.start_ns() + event.duration_ns())
         for event in profiler.profiler.kineto_results.events()
-        if event.device_type() == kind and not event.is_user_annotation()  # which spans whole phases, gaps and all
+        if event.device_type() == kind
+        and not event.is_user_annotation()  # which spans whole phases, gaps and all
     )
     covered = union_length(spans) / 1e9
     return {
@@ -251,7 +271,9 @@ def save(engine: Any, runtime: Runtime, is_written: bool) -> dict[str, Any]:
         "optimizer_state_peak_gib": None,
     }
     if device.type == "cuda":
-        row["optimizer_state_peak_gib"] = round((torch.cuda.max_memory_allocated(device) - held) / GIB, 3)
+        row["optimizer_state_peak_gib"] = round(
+            (torch.cuda.max_memory_allocated(device) - held) / GIB, 3
+        )
     adapter = engine.whole_adapter()
     row["whole_adapter_seconds"] = round(wait(device) - gathered, 2)
     if is_written:
@@ -269,7 +291,9 @@ def write_checkpoint(
         save_file(tensors, folder / "adapter_model.safetensors")
 
     with tempfile.TemporaryDirectory() as folder:
-        checkpoints = Checkpoints(Path(folder), 1, Identity("", "", {}, {}), runtime, "single", write_adapter)
+        checkpoints = Checkpoints(
+            Path(folder), 1, RunIdentity("", "", {}, {}), runtime, "single", write_adapter
+        )
         started = time.perf_counter()
         checkpoints.write(TrainState(step=1), adapter, state, False)
         checkpoints.wait()

@@ -43,9 +43,15 @@ class Worker:
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         self._errors = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115 - closed by `end`
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True, env=environment,
-            cwd=ROOT, start_new_session=True,
-        )  # fmt: skip
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+            env=environment,
+            cwd=ROOT,
+            start_new_session=True,
+        )
         self._lines: queue.Queue[str | None] = queue.Queue()
         self._machine: dict[str, Any] | None = None
         self.is_over = False
@@ -95,7 +101,10 @@ class Worker:
             line = self._lines.get(timeout=seconds)
         except queue.Empty:
             self.is_over = True
-            return {"not measured": f"it took longer than {seconds:.0f} seconds", "unfinished": True}
+            return {
+                "not measured": f"it took longer than {seconds:.0f} seconds",
+                "unfinished": True,
+            }
         if line is not None:
             row = dict(json.loads(line))
             self.is_over = is_device_lost(row)
@@ -104,7 +113,9 @@ class Worker:
         code = self._process.wait()
         self._errors.seek(0)
         said = self._errors.read().strip().splitlines()
-        return {"not measured": f"the process ended with {code}: {said[-1][:500] if said else 'without a word'}"}
+        return {
+            "not measured": f"the process ended with {code}: {said[-1][:500] if said else 'without a word'}"
+        }
 
     def end(self) -> None:
         """End the process and all that it has started."""
@@ -161,7 +172,9 @@ def work() -> None:
 def serve(machine: Row, run: Callable[[Case, float], Row]) -> None:
     """Run each case that comes in, say what it returned, and leave nothing of it behind."""
     cases = os.fdopen(os.dup(0), encoding="utf-8")
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # compilers and tests that are started would share the pipe
+    os.dup2(
+        os.open(os.devnull, os.O_RDONLY), 0
+    )  # compilers and tests that are started would share the pipe
     _say(machine)
     for line in cases:
         message = json.loads(line)
@@ -171,7 +184,9 @@ def serve(machine: Row, run: Callable[[Case, float], Row]) -> None:
         _clean_up()
         if is_device_lost(row):
             break
-    os._exit(0)  # process groups and compilers may take their time, or abort, on the ordinary way out
+    os._exit(
+        0
+    )  # process groups and compilers may take their time, or abort, on the ordinary way out
 
 
 def _say(row: Row) -> None:
@@ -214,7 +229,11 @@ def attempt(case: Case, seconds: float = 600.0) -> Row:
         arguments["seconds"] = max(1.0, seconds - 3)
     try:
         module, _, function = case.function.partition(".")
-        return dict(getattr(importlib.import_module(f"benchmarks.gpu_parts.{module}"), function)(**arguments))
+        return dict(
+            getattr(importlib.import_module(f"benchmarks.gpu_parts.{module}"), function)(
+                **arguments
+            )
+        )
     except NotMeasured as error:
         return {"not measured": str(error)}
     except ModuleNotFoundError as error:
@@ -234,4 +253,7 @@ def attempt(case: Case, seconds: float = 600.0) -> Row:
 def is_device_lost(row: Row) -> bool:
     """Whether an error has left the GPU unusable for this process."""
     reason = str(row.get("not measured", ""))
-    return any(words in reason for words in ("CUDA error", "CUDA driver error", "cuDNN error", "NCCL error"))
+    return any(
+        words in reason
+        for words in ("CUDA error", "CUDA driver error", "cuDNN error", "NCCL error")
+    )

@@ -26,13 +26,15 @@ class Options:
 
 def main(argv: list[str]) -> None:
     """Print what the data of CONFIG.yaml are like."""
-    path, rest = (argv[0], argv[1:]) if argv and argv[0] not in ("-h", "--help") else ("", ["--help"])
+    path, rest = (
+        (argv[0], argv[1:]) if argv and argv[0] not in ("-h", "--help") else ("", ["--help"])
+    )
     options, overrides = parse_known(Options, rest, "qlora-dist data CONFIG.yaml")
     if options.show < 0:
         raise ConfigError(f"--show is {options.show}, but must be at least 0.")
     config = load_config(path, overrides)
     check_sources(config)
     with loading_libraries(sys.stderr):
-        from qlora_dist.inspection.survey import survey
+        from qlora_dist.inspection.inspect_data import inspect_data
 
-    survey(config, num_shown=options.show, as_json=options.json)
+    inspect_data(config, num_shown=options.show, as_json=options.json)

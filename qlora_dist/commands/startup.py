@@ -14,11 +14,16 @@ if TYPE_CHECKING:
 _Options = TypeVar("_Options")
 
 
-def parse(options: type[_Options], argv: list[str], prog: str, positional: bool = False) -> _Options:
+def parse(
+    options: type[_Options], argv: list[str], prog: str, positional: bool = False
+) -> _Options:
     """Read a command's options; with `positional`, those without a default are given by their place."""
     import tyro
 
-    config = (tyro.conf.FlagCreatePairsOff, *((tyro.conf.PositionalRequiredArgs,) if positional else ()))
+    config = (
+        tyro.conf.FlagCreatePairsOff,
+        *((tyro.conf.PositionalRequiredArgs,) if positional else ()),
+    )
     return tyro.cli(options, args=argv, prog=prog, config=config, use_underscores=True)
 
 
@@ -27,7 +32,9 @@ def parse_known(options: type[_Options], argv: list[str], prog: str) -> tuple[_O
     import tyro
 
     config = (tyro.conf.FlagCreatePairsOff,)
-    return tyro.cli(options, args=argv, prog=prog, config=config, use_underscores=True, return_unknown_args=True)
+    return tyro.cli(
+        options, args=argv, prog=prog, config=config, use_underscores=True, return_unknown_args=True
+    )
 
 
 def option_named(name: str) -> Any:
@@ -58,13 +65,17 @@ def loading_libraries(file: TextIO) -> AbstractContextManager[object]:
 def quiet_third_parties() -> None:
     """Silence banners, progress bars and deprecation warnings of the libraries; call before importing them."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("DATASETS_VERBOSITY", "critical")  # it logs, at length, the errors that it then raises
+    os.environ.setdefault(
+        "DATASETS_VERBOSITY", "critical"
+    )  # it logs, at length, the errors that it then raises
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")
     if not any(os.path.exists(f"/dev/{name}") for name in ("nvidiactl", "kfd", "dri", "dxg")):
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, where installed, warns that it found no GPU
+        os.environ.setdefault(
+            "DS_ACCELERATOR", "cpu"
+        )  # else DeepSpeed, where installed, warns that it found no GPU
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     warnings.filterwarnings("ignore")
     for name in ("bitsandbytes", "accelerate", "peft", "torch.distributed", "datasets", "root"):

@@ -45,9 +45,12 @@ def _show_help() -> None:
         if info.type != str | tuple[Source, ...]:
             return None
         return PrimitiveConstructorSpec(
-            nargs=1, metavar="STR|[STR|{path: STR, weight: FLOAT}, ...]", instance_from_str=lambda words: words[0],
-            is_instance=lambda value: isinstance(value, (str, tuple)), str_from_instance=lambda value: [str(value)],
-        )  # fmt: skip
+            nargs=1,
+            metavar="STR|[STR|{path: STR, weight: FLOAT}, ...]",
+            instance_from_str=lambda words: words[0],
+            is_instance=lambda value: isinstance(value, (str, tuple)),
+            str_from_instance=lambda value: [str(value)],
+        )
 
     with registry:
         tyro.cli(

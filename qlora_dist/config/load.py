@@ -41,7 +41,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     settings: dict[str, Setting] = {}
     for key, setting in _read_yaml(Path(path)):
         if key in settings:
-            raise ConfigError(f"{setting.where}: {key} is set twice, first at {settings[key].where}. Remove one.")
+            raise ConfigError(
+                f"{setting.where}: {key} is set twice, first at {settings[key].where}. Remove one."
+            )
         settings[key] = setting
     settings.update(_read_overrides(overrides))
     config = _build(TrainConfig, {**_of_saved_adapter(settings), **settings})
@@ -58,7 +60,9 @@ def _read_yaml(path: Path) -> Iterator[tuple[str, Setting]]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise ConfigError(f"config file {path} does not exist. Give the path of a YAML file, see configs/.") from None
+        raise ConfigError(
+            f"config file {path} does not exist. Give the path of a YAML file, see configs/."
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"config file {path} cannot be read: {error}.") from None
     try:
@@ -68,7 +72,9 @@ def _read_yaml(path: Path) -> Iterator[tuple[str, Setting]]:
     if root is None:
         return
     if not isinstance(root, yaml.MappingNode):
-        raise ConfigError(f"config file {path} must be a mapping of sections, such as `model:` and `data:`.")
+        raise ConfigError(
+            f"config file {path} must be a mapping of sections, such as `model:` and `data:`."
+        )
     yield from _walk_yaml(root, path, prefix="")
 
 
@@ -86,7 +92,9 @@ def _walk_yaml(node: yaml.MappingNode, path: Path, prefix: str) -> Iterator[tupl
         elif key in sections():
             if _construct(value_node, where) is None:
                 continue  # a section with nothing (or only comments) under it
-            raise ConfigError(f"{where}: {key} is a section: write its keys indented below it, such as `{key}.…`.")
+            raise ConfigError(
+                f"{where}: {key} is a section: write its keys indented below it, such as `{key}.…`."
+            )
         else:
             yield key, Setting(_construct(value_node, where), where)
 
@@ -96,7 +104,9 @@ def _construct(node: yaml.Node, where: str) -> Any:
     try:
         return yaml.SafeLoader("").construct_object(node, deep=True)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{where}: this value is not plain YAML ({str(error).splitlines()[0]}).") from None
+        raise ConfigError(
+            f"{where}: this value is not plain YAML ({str(error).splitlines()[0]})."
+        ) from None
 
 
 def _read_overrides(arguments: Sequence[str]) -> Iterator[tuple[str, Setting]]:
@@ -105,11 +115,15 @@ def _read_overrides(arguments: Sequence[str]) -> Iterator[tuple[str, Setting]]:
     while pending:
         argument = pending.pop(0)
         if not argument.startswith("--"):
-            raise ConfigError(f"unexpected argument {argument!r}. Settings are given as --section.key VALUE.")
+            raise ConfigError(
+                f"unexpected argument {argument!r}. Settings are given as --section.key VALUE."
+            )
         key, has_value, text = argument[2:].partition("=")
         if not has_value:
             if not pending:
-                raise ConfigError(f"--{key} has no value. Settings are given as --section.key VALUE.")
+                raise ConfigError(
+                    f"--{key} has no value. Settings are given as --section.key VALUE."
+                )
             text = pending.pop(0)
         key = key.replace("-", "_")
         try:
@@ -140,8 +154,12 @@ def _build(cls: type[TrainConfig], settings: Mapping[str, Setting]) -> TrainConf
     values: dict[str, Any] = {}
     for name, section in sections().items():
         hints = typing.get_type_hints(section)
-        keys = [item.name for item in dataclasses.fields(section) if f"{name}.{item.name}" in settings]
-        values[name] = section(**{key: _typed(f"{name}.{key}", settings[f"{name}.{key}"], hints[key]) for key in keys})
+        keys = [
+            item.name for item in dataclasses.fields(section) if f"{name}.{item.name}" in settings
+        ]
+        values[name] = section(
+            **{key: _typed(f"{name}.{key}", settings[f"{name}.{key}"], hints[key]) for key in keys}
+        )
     hints = typing.get_type_hints(cls)
     for key, setting in settings.items():
         if "." not in key:
@@ -152,16 +170,27 @@ def _build(cls: type[TrainConfig], settings: Mapping[str, Setting]) -> TrainConf
 def _unknown_key(key: str, setting: Setting, known: list[str]) -> str:
     where = "" if setting.where.startswith("--") else f"{setting.where}: "
     # A user who writes `learning_rate` or forgets the section still means one of the keys that exist.
-    synonyms = {"learning_rate": "lr", "lora_r": "rank", "r": "rank", "batch_size": "micro_batch_size"}
+    synonyms = {
+        "learning_rate": "lr",
+        "lora_r": "rank",
+        "r": "rank",
+        "batch_size": "micro_batch_size",
+    }
     if key in sections():
         return f"{where}{key} is a section, not a key. `qlora-dist train --help` lists its keys."
     leaf = key.rpartition(".")[2]
     leaf = synonyms.get(leaf, leaf)
-    candidates = [k for k in known if k.rpartition(".")[2] == leaf] or difflib.get_close_matches(key, known, n=1)
+    candidates = [k for k in known if k.rpartition(".")[2] == leaf] or difflib.get_close_matches(
+        key, known, n=1
+    )
     if not candidates:
         leaves = {k.rpartition(".")[2]: k for k in known}
         candidates = [leaves[match] for match in difflib.get_close_matches(leaf, leaves, n=1)]
-    hint = f" Did you mean {candidates[0]}?" if candidates else " `qlora-dist train --help` lists all keys."
+    hint = (
+        f" Did you mean {candidates[0]}?"
+        if candidates
+        else " `qlora-dist train --help` lists all keys."
+    )
     return f"{where}unknown key {key}.{hint}"
 
 
@@ -173,7 +202,9 @@ def _typed(key: str, setting: Setting, hint: Any) -> Any:
         raise ConfigError(f"{prefix}{key}, {error}") from None
     except TypeError:
         reason = _REFUSED.get(f"{key}: {setting.value}", "")
-        raise ConfigError(f"{prefix}{key} is {_show(setting.value)}, but must be {_describe(hint)}.{reason}") from None
+        raise ConfigError(
+            f"{prefix}{key} is {_show(setting.value)}, but must be {_describe(hint)}.{reason}"
+        ) from None
 
 
 _CHANGES_BASE = (
@@ -205,7 +236,9 @@ def _convert(value: Any, hint: Any) -> Any:
             except TypeError:
                 continue
     elif origin is Literal:
-        if value is None and "none" in get_args(hint):  # an unquoted `none` is text in YAML, but people write null
+        if value is None and "none" in get_args(
+            hint
+        ):  # an unquoted `none` is text in YAML, but people write null
             return "none"
         if isinstance(value, str) and value in get_args(hint):
             return value
@@ -215,7 +248,10 @@ def _convert(value: Any, hint: Any) -> Any:
         if isinstance(value, (list, tuple)) and value:
             item_hint = get_args(hint)[0]
             if dataclasses.is_dataclass(item_hint):
-                return tuple(_convert_entry(item, item_hint, number) for number, item in enumerate(value, start=1))
+                return tuple(
+                    _convert_entry(item, item_hint, number)
+                    for number, item in enumerate(value, start=1)
+                )
             return tuple(_convert(item, item_hint) for item in value)
     elif hint is type(None):
         if value is None:
@@ -245,14 +281,20 @@ def _convert_entry(value: Any, cls: Any, number: int) -> Any:
     values = {}
     for key, item in entry.items():
         if key not in fields:
-            raise _BadEntry(f"entry {number}: unknown key {key}. The keys of an entry are {' and '.join(fields)}.")
+            raise _BadEntry(
+                f"entry {number}: unknown key {key}. The keys of an entry are {' and '.join(fields)}."
+            )
         try:
             values[key] = _convert(item, hints[key])
         except TypeError:
-            raise _BadEntry(f"entry {number}: {key} is {_show(item)}, but must be {_describe(hints[key])}.") from None
+            raise _BadEntry(
+                f"entry {number}: {key} is {_show(item)}, but must be {_describe(hints[key])}."
+            ) from None
     for name, item in fields.items():
         if name not in values and item.default is dataclasses.MISSING:
-            raise _BadEntry(f"entry {number}: {name} is missing. The keys of an entry are {' and '.join(fields)}.")
+            raise _BadEntry(
+                f"entry {number}: {name} is missing. The keys of an entry are {' and '.join(fields)}."
+            )
     return cls(**values)
 
 
@@ -262,14 +304,24 @@ def _describe(hint: Any) -> str:
     if origin in (Union, types.UnionType):
         return " or ".join(_describe(option) for option in get_args(hint))
     if origin is Literal:
-        return ", ".join(get_args(hint)[:-1]) + (" or " if len(get_args(hint)) > 1 else "") + get_args(hint)[-1]
+        return (
+            ", ".join(get_args(hint)[:-1])
+            + (" or " if len(get_args(hint)) > 1 else "")
+            + get_args(hint)[-1]
+        )
     if origin is tuple:
         item_hint = get_args(hint)[0]
         if dataclasses.is_dataclass(item_hint):
             keys = ", ".join(f"{item.name}: …" for item in dataclasses.fields(item_hint))
             return f"a list whose entries are names or {{{keys}}}"
         return "a list of names"
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+    names = {
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        str: "text",
+        type(None): "null",
+    }
     return names[hint]
 
 

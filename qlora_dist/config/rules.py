@@ -18,8 +18,11 @@ def validate(config: TrainConfig) -> None:
     Raises:
         ConfigError: with the key as it is spelled in YAML, its value, the rule and the remedy.
     """
-    for key, what in (("model.path", "a model folder or hub name"), ("data.train", "a data file"),
-                      ("output_dir", "a folder for the run")):  # fmt: skip
+    for key, what in (
+        ("model.path", "a model folder or hub name"),
+        ("data.train", "a data file"),
+        ("output_dir", "a folder for the run"),
+    ):
         if not flatten(config)[key]:
             raise ConfigError(f"{key} is missing. Set it to {what}, in the file or with --{key}.")
     for key, value in flatten(config).items():
@@ -46,7 +49,9 @@ def _check_files(key: str, sources: Sequence[Source]) -> None:
     entries: dict[str, int] = {}
     for number, source in enumerate(sources, start=1):
         if not source.path:
-            raise ConfigError(f"{key}, entry {number}: path is empty. Give a data file, or remove the entry.")
+            raise ConfigError(
+                f"{key}, entry {number}: path is empty. Give a data file, or remove the entry."
+            )
         if not 0 < source.weight < float("inf"):
             raise ConfigError(
                 f"{key}, entry {number}: weight is {source.weight:g}, but must be a finite number greater than 0. "
@@ -54,8 +59,12 @@ def _check_files(key: str, sources: Sequence[Source]) -> None:
             )
         first = entries.setdefault(os.path.abspath(source.path), number)
         if first != number:
-            hint = " A weight of 2 passes over a file twice per epoch." if key == "data.train" else ""
-            raise ConfigError(f"{key}, entries {first} and {number} are the same file, {source.path}. Keep one.{hint}")
+            hint = (
+                " A weight of 2 passes over a file twice per epoch." if key == "data.train" else ""
+            )
+            raise ConfigError(
+                f"{key}, entries {first} and {number} are the same file, {source.path}. Keep one.{hint}"
+            )
 
 
 def check_backend_reads(config: TrainConfig, backend: str) -> None:
@@ -86,7 +95,11 @@ def _check_contradictions(config: TrainConfig) -> None:
             f"optim.warmup_steps ({optim.warmup_steps}) and optim.warmup_ratio ({optim.warmup_ratio:g}) both set the "
             "warm-up. Keep one and set the other to null."
         )
-    if optim.max_steps is not None and optim.warmup_steps is not None and optim.warmup_steps >= optim.max_steps:
+    if (
+        optim.max_steps is not None
+        and optim.warmup_steps is not None
+        and optim.warmup_steps >= optim.max_steps
+    ):
         raise ConfigError(
             f"optim.warmup_steps ({optim.warmup_steps}) is not shorter than optim.max_steps ({optim.max_steps}): the "
             "learning rate would never reach optim.lr. Shorten the warm-up."
@@ -102,7 +115,9 @@ def _check_contradictions(config: TrainConfig) -> None:
             "evaluation data. Keep one; data.eval_fraction: 0 splits nothing off."
         )
     if config.adapter.path is not None:
-        check_agreement(config.adapter.path, read_saved_adapter(config.adapter.path), flatten(config))
+        check_agreement(
+            config.adapter.path, read_saved_adapter(config.adapter.path), flatten(config)
+        )
     if config.parallel.backend != "auto":
         check_backend_reads(config, config.parallel.backend)
     memory = config.memory
@@ -127,7 +142,9 @@ def _check_contradictions(config: TrainConfig) -> None:
             f"memory.budget_gib is {memory.budget_gib:g}, but {why}, so nothing is chosen by it. Remove "
             "memory.budget_gib, or set memory.recompute: auto and memory.offload_activations: false."
         )
-    if not config.has_eval and (config.eval.every is not None or config.eval.max_batches is not None):
+    if not config.has_eval and (
+        config.eval.every is not None or config.eval.max_batches is not None
+    ):
         raise ConfigError(
             "eval.every or eval.max_batches is set, but there is nothing to evaluate on. "
             "Set data.eval to a file or a list of files, or data.eval_fraction to the share to hold out."

@@ -13,8 +13,8 @@ from qlora_dist.errors import ConfigError
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
-RECIPE = "qlora_dist.json"
-"""Beside the adapter: what PEFT's own files do not say, see :class:`qlora_dist.run.adapter_folder.Recipe`."""
+ADAPTER_RECORD = "qlora_dist.json"
+"""Beside the adapter: what PEFT's own files do not say, see :class:`qlora_dist.run.adapter_folder.AdapterRecord`."""
 
 BASE_KEEPING_INITS = (True, False, "gaussian")
 """Values of PEFT's `init_lora_weights` after which the base is still that of the checkpoint."""
@@ -29,10 +29,19 @@ _SETTINGS = {
 """Settings of this program by PEFT's name for them, and PEFT's default."""
 
 _HARMLESS = {
-    "auto_mapping", "base_model_name_or_path", "inference_mode", "init_lora_weights", "lora_dropout", "megatron_core",
-    "peft_type", "peft_version", "qalora_group_size", "revision", "task_type",
+    "auto_mapping",
+    "base_model_name_or_path",
+    "inference_mode",
+    "init_lora_weights",
+    "lora_dropout",
+    "megatron_core",
+    "peft_type",
+    "peft_version",
+    "qalora_group_size",
+    "revision",
+    "task_type",
     *(name for name, _ in _SETTINGS.values()),
-}  # fmt: skip
+}
 """What does not change the function of the adapter, or is read here. Anything else must be off."""
 
 
@@ -54,19 +63,29 @@ def read_saved_adapter(path: str) -> SavedAdapter:
     """
     folder = Path(path)
     if not folder.is_dir():
-        raise ConfigError(f"adapter.path {path} is not a folder. Give the adapter/ folder of a run, or null.")
+        raise ConfigError(
+            f"adapter.path {path} is not a folder. Give the adapter/ folder of a run, or null."
+        )
     for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         if not (folder / file).is_file():
             nested = folder / "adapter"
             hint = f" Did you mean {nested}?" if (nested / ADAPTER_CONFIG).is_file() else ""
-            raise ConfigError(f"adapter.path {path} has no {file}, so it is not a PEFT adapter.{hint}")
+            raise ConfigError(
+                f"adapter.path {path} has no {file}, so it is not a PEFT adapter.{hint}"
+            )
     saved = read_json(folder / ADAPTER_CONFIG, ConfigError, "adapter.path: ")
     _check_kind(path, saved)
     settings = {key: saved.get(name, default) for key, (name, default) in _SETTINGS.items()}
-    base = {"model.path": saved["base_model_name_or_path"]} if saved.get("base_model_name_or_path") else {}
-    if (folder / RECIPE).is_file():
-        recipe = read_json(folder / RECIPE, ConfigError, "adapter.path: ").get("base", {})
-        base |= {f"model.{key}": recipe[key] for key in ("quantization", "double_quant") if key in recipe}
+    base = (
+        {"model.path": saved["base_model_name_or_path"]}
+        if saved.get("base_model_name_or_path")
+        else {}
+    )
+    if (folder / ADAPTER_RECORD).is_file():
+        recipe = read_json(folder / ADAPTER_RECORD, ConfigError, "adapter.path: ").get("base", {})
+        base |= {
+            f"model.{key}": recipe[key] for key in ("quantization", "double_quant") if key in recipe
+        }
     return SavedAdapter(settings, base)
 
 
@@ -96,7 +115,10 @@ def check_agreement(path: str, saved: SavedAdapter, settings: Mapping[str, Any])
             is_same = Path(now).resolve() == Path(there).resolve()
             remedy = f"If it is the same model in another place, say so in {ADAPTER_CONFIG} there"
         else:
-            is_same = now == there or settings["model.quantization"] == saved.base.get("model.quantization") == "none"
+            is_same = (
+                now == there
+                or settings["model.quantization"] == saved.base.get("model.quantization") == "none"
+            )
             remedy = f"Set {key}: {_show(there)}"
         if not is_same:
             raise ConfigError(

@@ -30,7 +30,9 @@ class Range:
         if self == FRACTION:
             return None if 0 <= value < 1 else "must be at least 0 and less than 1"
         if self.at_least is not None and value < self.at_least:
-            return f"must be at least {self.at_least:g}" if self.at_least else "must not be negative"
+            return (
+                f"must be at least {self.at_least:g}" if self.at_least else "must not be negative"
+            )
         if self.above is not None and value <= self.above:
             return f"must be greater than {self.above:g}"
         if self.below is not None and value >= self.below:
@@ -276,7 +278,8 @@ def flatten(config: TrainConfig) -> dict[str, Any]:
     return {
         key: getattr(owner, key.rpartition(".")[2])
         for key, owner in (
-            (key, config if "." not in key else getattr(config, key.partition(".")[0])) for key in known_keys()
+            (key, config if "." not in key else getattr(config, key.partition(".")[0]))
+            for key in known_keys()
         )
     }
 
@@ -284,7 +287,11 @@ def flatten(config: TrainConfig) -> dict[str, Any]:
 def sections() -> dict[str, type]:
     """The dataclass of each section, by its name."""
     hints = typing.get_type_hints(TrainConfig)
-    return {name: hint for name, hint in hints.items() if dataclasses.is_dataclass(hint) and isinstance(hint, type)}
+    return {
+        name: hint
+        for name, hint in hints.items()
+        if dataclasses.is_dataclass(hint) and isinstance(hint, type)
+    }
 
 
 def known_keys() -> list[str]:
@@ -300,7 +307,9 @@ def known_keys() -> list[str]:
 def declared(key: str) -> tuple[Any, tuple[Any, ...]]:
     """The type that a setting is declared with, as ``typing`` writes it, and what its annotation adds."""
     section, _, leaf = key.rpartition(".")
-    hint = typing.get_type_hints(sections()[section] if section else TrainConfig, include_extras=True)[leaf]
+    hint = typing.get_type_hints(
+        sections()[section] if section else TrainConfig, include_extras=True
+    )[leaf]
     if typing.get_origin(hint) is Annotated:
         return typing.get_args(hint)[0], typing.get_args(hint)[1:]
     return hint, ()

@@ -17,7 +17,14 @@ from itertools import accumulate
 from qlora_dist.data.chat_template import ChatTemplate
 from qlora_dist.data.formats import Conversation, RowFault
 from qlora_dist.data.long_text import Span
-from qlora_dist.data.placeholders import MARK, OPEN_THOUGHTS, Sketch, marked, sketch_of, unmarked
+from qlora_dist.data.placeholders import (
+    MARK,
+    OPEN_THOUGHTS,
+    MarkedConversation,
+    mark_conversation,
+    marked,
+    unmarked,
+)
 
 _MOST_OUTLINES = 4096
 """Outlines that are kept, some kilobytes each."""
@@ -42,7 +49,7 @@ class TurnFinder:
             DataError: see `ChatTemplate.render`.
         """
         text = self.template.render(content.messages, content.tools)
-        sketch = sketch_of(content)
+        sketch = mark_conversation(content)
         if sketch.shape not in self._outlines:
             if len(self._outlines) >= _MOST_OUTLINES:
                 self._outlines.clear()
@@ -51,7 +58,7 @@ class TurnFinder:
         spans = outline.fit(text, sketch.said) if outline is not None else None
         return (text, spans) if spans is not None else (text, self._spans_by_content(content, text))
 
-    def _outline(self, sketch: Sketch) -> _Outline | None:
+    def _outline(self, sketch: MarkedConversation) -> _Outline | None:
         """None if the template refuses stand-ins, leaves some of them out, or their turns cannot be found."""
         try:
             outline = self._locate(sketch)
@@ -73,7 +80,9 @@ class TurnFinder:
                 fault = error
                 continue
             if (spans := outline.fit(text, sketch.said)) is not None:
-                missing -= {number for number, mark in enumerate(sketch.marks) if mark in outline.marks}
+                missing -= {
+                    number for number, mark in enumerate(sketch.marks) if mark in outline.marks
+                }
                 break
         _check_nothing_left_out(content, text, missing)
         if spans is None:
@@ -81,7 +90,7 @@ class TurnFinder:
             raise fault
         return spans
 
-    def _locate(self, sketch: Sketch) -> _Outline:
+    def _locate(self, sketch: MarkedConversation) -> _Outline:
         """The sketched conversation as text, with its turns."""
         messages, tools = sketch.content.messages, sketch.content.tools
         whole = self.template.render(messages, tools)
@@ -117,7 +126,9 @@ class TurnFinder:
             return at + len(end_of_turn)
         return len(stripped) if stripped.endswith(self.template.special_tokens) else len(through)
 
-    def _rewritten(self, sketch: Sketch, index: int, whole: str, before: str, through: str) -> Span | None:
+    def _rewritten(
+        self, sketch: MarkedConversation, index: int, whole: str, before: str, through: str
+    ) -> Span | None:
         """Where a turn stands if what surrounds it is not what surrounded it when it was the last one.
 
         Args:
@@ -141,9 +152,13 @@ class TurnFinder:
             start, end = max(start, generation[0]), max(end, generation[1])
         return start, end
 
-    def _start(self, sketch: Sketch, index: int, whole: str, before: str, own: Span) -> int | None:
+    def _start(
+        self, sketch: MarkedConversation, index: int, whole: str, before: str, own: Span
+    ) -> int | None:
         """Past the generation prompt, which follows what was said last; else where the turn's own words begin."""
-        said_before = [found for mark in filter(None, sketch.marks[:index]) if (found := _place(before, mark))]
+        said_before = [
+            found for mark in filter(None, sketch.marks[:index]) if (found := _place(before, mark))
+        ]
         last = max(said_before, default=(0, 0))
         at = _place(whole, before[slice(*last)] or None)
         if at is None or any(mark in whole[at[1] : own[0]] for mark in sketch.other(index)):
@@ -160,22 +175,32 @@ class TurnFinder:
                 return start + len(lead)
         return None
 
-    def _generation(self, sketch: Sketch, index: int, whole: str, own: Span) -> Span | None:
+    def _generation(
+        self, sketch: MarkedConversation, index: int, whole: str, own: Span
+    ) -> Span | None:
         """The template's own word on where a turn stands, `{% generation %}`, with the end token right after it."""
         parts = self.template.generations(sketch.content.messages, sketch.content.tools)
         holding = [(first, last) for first, last in parts if first <= own[0] and own[1] <= last]
-        if len(holding) != 1 or any(mark in whole[slice(*holding[0])] for mark in sketch.other(index)):
+        if len(holding) != 1 or any(
+            mark in whole[slice(*holding[0])] for mark in sketch.other(index)
+        ):
             return None
         first, last = holding[0]
         stripped = whole[first:last].rstrip()
         if stripped.endswith(self.template.special_tokens):
             return first, first + len(stripped)
         end_of_turn = self._end_of_turn
-        return first, last + len(end_of_turn) if end_of_turn and whole.startswith(end_of_turn, last) else last
+        return first, last + len(end_of_turn) if end_of_turn and whole.startswith(
+            end_of_turn, last
+        ) else last
 
-    def _end_token_at(self, whole: str, at: int, sketch: Sketch) -> str | None:
+    def _end_token_at(self, whole: str, at: int, sketch: MarkedConversation) -> str | None:
         """A special token that stands here and ends other messages too, so that it does not open the next one."""
-        others = [m for m, msg in zip(sketch.marks, sketch.content.messages, strict=True) if msg["role"] != "assistant"]
+        others = [
+            m
+            for m, msg in zip(sketch.marks, sketch.content.messages, strict=True)
+            if msg["role"] != "assistant"
+        ]
         ends = [found[1] for mark in filter(None, others) if (found := _place(whole, mark))]
         for token in self.template.special_tokens:
             if whole.startswith(token, at) and any(whole.startswith(token, end) for end in ends):
@@ -228,11 +253,20 @@ class _Outline:
         """The turns in a text that is this one with something said in place of each mark; None if it is not."""
         at = 0
         shifts = [0]
-        for mark, end, piece, following in zip(self.marks, self.ends, self.pieces, self.pieces[1:], strict=False):
+        for mark, end, piece, following in zip(
+            self.marks, self.ends, self.pieces, self.pieces[1:], strict=False
+        ):
             if not text.startswith(piece, at):
                 return None
             at += len(piece)
-            form = next((form for form in _forms(said.get(mark, mark)) if text.startswith(form + following, at)), None)
+            form = next(
+                (
+                    form
+                    for form in _forms(said.get(mark, mark))
+                    if text.startswith(form + following, at)
+                ),
+                None,
+            )
             if form is None:
                 return None
             at += len(form)
@@ -265,7 +299,9 @@ def _check_nothing_left_out(content: Conversation, text: str, missing: set[int])
     """
 
     def is_there(said: str) -> bool:
-        return said in text or json.dumps(said, ensure_ascii=False)[1:-1] in text  # some quote what a tool returns
+        return (
+            said in text or json.dumps(said, ensure_ascii=False)[1:-1] in text
+        )  # some quote what a tool returns
 
     for number, message in enumerate(content.messages, start=1):
         calls = message.get("tool_calls", ())

@@ -18,7 +18,9 @@ class MicroBatch:
     input_ids: torch.Tensor  # (micro_batch_size, seq_len) int64
     attention_mask: torch.Tensor  # (micro_batch_size, seq_len) int64, 1 for real tokens
     labels: torch.Tensor  # (micro_batch_size, seq_len) int64, IGNORE_INDEX where there is no target
-    position_ids: torch.Tensor | None  # (micro_batch_size, seq_len) int64, from 0 in each sample; None: not packed
+    position_ids: (
+        torch.Tensor | None
+    )  # (micro_batch_size, seq_len) int64, from 0 in each sample; None: not packed
     num_tokens: int
     num_targets: int
     seed: int = 0
@@ -77,12 +79,17 @@ def collate(samples: Sequence[Sample], pad_token_id: int, seed: int = 0) -> Micr
     )
 
 
-def eval_batches(num_samples: int, micro_batch_size: int, rank: int, world_size: int) -> Iterator[list[int]]:
+def eval_batches(
+    num_samples: int, micro_batch_size: int, rank: int, world_size: int
+) -> Iterator[list[int]]:
     """Every sample once, in file order, micro-batches dealt round to the ranks.
 
     All ranks get the same number of batches, since each forward of a sharded model is a collective; a batch that has
     no samples left is empty.
     """
-    groups = [list(range(i, min(i + micro_batch_size, num_samples))) for i in range(0, num_samples, micro_batch_size)]
+    groups = [
+        list(range(i, min(i + micro_batch_size, num_samples)))
+        for i in range(0, num_samples, micro_batch_size)
+    ]
     groups += [[]] * (-len(groups) % world_size)
     yield from groups[rank::world_size]

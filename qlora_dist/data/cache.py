@@ -99,11 +99,15 @@ class _Request:
         made_from = {
             "path": self.path,  # messages name it
             "data": fingerprint(self.path, self.key),
-            "tokenizer": [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, tokenizer.bos_token_id,
-                          tokenizer.eos_token_id],
+            "tokenizer": [
+                tokenizer.backend_tokenizer.to_str(),
+                tokenizer.chat_template,
+                tokenizer.bos_token_id,
+                tokenizer.eos_token_id,
+            ],
             "settings": [config.format, config.max_seq_len, config.too_long, config.train_on],
             "code": [*code, transformers.__version__, tokenizers.__version__],
-        }  # fmt: skip
+        }
         return hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:32]
 
     def fill(self, folder: Path, show: Callable[[str], None]) -> None:
@@ -115,14 +119,22 @@ class _Request:
         writer = SampleWriter(folder)
         rows = load_rows(self.path, self.key)
         report = encode_rows(
-            rows, self.tokenizer, self.config, self.path, writer.add,
+            rows,
+            self.tokenizer,
+            self.config,
+            self.path,
+            writer.add,
             lambda num_rows: show(f"tokenizing {self.path}: {num_rows:,} rows"),
-        )  # fmt: skip
+        )
         digest = writer.close()
         report.check(self.config)
         if stamp(self.path, self.key) != self.stamp:
-            raise DataError(f"{self.key} {self.path} changed while it was read. Start again when nothing writes to it.")
-        (folder / _REPORT).write_text(json.dumps({"digest": digest, "report": report.to_json()}), "utf-8")
+            raise DataError(
+                f"{self.key} {self.path} changed while it was read. Start again when nothing writes to it."
+            )
+        (folder / _REPORT).write_text(
+            json.dumps({"digest": digest, "report": report.to_json()}), "utf-8"
+        )
 
 
 _CODE = (
@@ -144,7 +156,9 @@ def _open(folder: Path) -> TokenizedSource | None:
     """What is in a folder of the cache; None when there is nothing, or something damaged."""
     try:
         values = json.loads((folder / _REPORT).read_text("utf-8"))
-        return TokenizedSource(SampleStore(folder, values["digest"]), Report.from_json(values["report"]))
+        return TokenizedSource(
+            SampleStore(folder, values["digest"]), Report.from_json(values["report"])
+        )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 

@@ -45,7 +45,9 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, choice: str | None) ->
                 f"({reason}). Give the path of one, or a name: {', '.join(sorted({*own, *built_in}))}."
             ) from None
     if fault := _syntax_fault(text):
-        raise ConfigError(f"data.chat_template {choice}, {fault}. Mend the template, or choose another.")
+        raise ConfigError(
+            f"data.chat_template {choice}, {fault}. Mend the template, or choose another."
+        )
     tokenizer.chat_template = text
 
 
@@ -68,7 +70,9 @@ def check_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
         )
     for name, text in own.items():
         if fault := _syntax_fault(text):
-            raise DataError(f"the tokenizer's chat template ({name}), {fault}. Choose another with data.chat_template.")
+            raise DataError(
+                f"the tokenizer's chat template ({name}), {fault}. Choose another with data.chat_template."
+            )
 
 
 def _own_templates(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
@@ -99,7 +103,9 @@ class ChatTemplate:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
 
-    def render(self, messages: list[dict[str, Any]], tools: list[Any] | None, *, is_prompt: bool = False) -> str:
+    def render(
+        self, messages: list[dict[str, Any]], tools: list[Any] | None, *, is_prompt: bool = False
+    ) -> str:
         """The conversation as text; with `is_prompt`, up to where the assistant speaks next.
 
         Raises:
@@ -108,7 +114,9 @@ class ChatTemplate:
         """
         return self._render(messages, tools, add_generation_prompt=is_prompt)[0]
 
-    def generations(self, messages: list[dict[str, Any]], tools: list[Any] | None) -> list[tuple[int, int]]:
+    def generations(
+        self, messages: list[dict[str, Any]], tools: list[Any] | None
+    ) -> list[tuple[int, int]]:
         """The (first, past-last) characters of each `{% generation %}` part, with which a template may say itself what
         the assistant's turns are; none if it does not.
 
@@ -120,7 +128,9 @@ class ChatTemplate:
         parts = self._render(messages, tools, return_assistant_tokens_mask=True)[1]
         return [(int(first), int(last)) for first, last in parts]
 
-    def _render(self, messages: list[dict[str, Any]], tools: list[Any] | None, **how: bool) -> tuple[str, list[Any]]:
+    def _render(
+        self, messages: list[dict[str, Any]], tools: list[Any] | None, **how: bool
+    ) -> tuple[str, list[Any]]:
         from jinja2 import TemplateError
         from jinja2.exceptions import SecurityError
         from transformers.utils.chat_template_utils import render_jinja_template
@@ -151,7 +161,9 @@ class ChatTemplate:
     def special_tokens(self) -> tuple[str, ...]:
         """Texts of all special tokens, the longest first: those with a role, and those that only the vocabulary has."""
         added = self.tokenizer.added_tokens_decoder.values()
-        texts = {str(token) for token in added if token.special} | set(self.tokenizer.all_special_tokens)
+        texts = {str(token) for token in added if token.special} | set(
+            self.tokenizer.all_special_tokens
+        )
         return tuple(sorted(filter(None, texts), key=lambda text: (-len(text), text)))
 
     @cached_property
@@ -170,8 +182,12 @@ class ChatTemplate:
             RowFault: the template does not take a question and an answer.
         """
         question, answer = "zQaskedQz", "zQsaidQz"
-        text = self.render([{"role": "user", "content": question}, {"role": "assistant", "content": answer}], None)
-        special = re.search("|".join(map(re.escape, self.special_tokens)) or "(?!)", text.rpartition(answer)[2])
+        text = self.render(
+            [{"role": "user", "content": question}, {"role": "assistant", "content": answer}], None
+        )
+        special = re.search(
+            "|".join(map(re.escape, self.special_tokens)) or "(?!)", text.rpartition(answer)[2]
+        )
         return special and special.group()
 
 

@@ -11,7 +11,7 @@ import torch
 
 from qlora_dist.config.schema import DataConfig
 from qlora_dist.data.cache import TokenizedSource, tokenized
-from qlora_dist.data.formats import Layout
+from qlora_dist.data.formats import PromptLayout
 from qlora_dist.data.packing import pack
 from qlora_dist.data.report import Report
 from qlora_dist.data.samples import Rows
@@ -30,7 +30,7 @@ from qlora_dist.metrics.console import Reporter
 
 
 @dataclass(frozen=True)
-class Dataset:
+class RunData:
     """Tokenized samples of a run, and what became of the rows that they were made of."""
 
     train: Rows
@@ -46,7 +46,7 @@ class Dataset:
     """Sentences that say all this."""
 
     @property
-    def layout(self) -> Layout:
+    def layout(self) -> PromptLayout:
         """Of the first source."""
         layout = self.reports[0].layout
         assert layout is not None
@@ -54,15 +54,17 @@ class Dataset:
 
     def fingerprint(self) -> str:
         """Of what decides which samples a run sees when: sources, weights and the tokenized samples, in order."""
-        return hashlib.sha256(repr((self.sizes, self.weights, self.train.digest())).encode()).hexdigest()
+        return hashlib.sha256(
+            repr((self.sizes, self.weights, self.train.digest())).encode()
+        ).hexdigest()
 
 
-def load_dataset(
+def load_data(
     config: DataConfig,
     tokenizer: PreTrainedTokenizerBase,
     seed: int,
     show: Callable[[str], None] = lambda text: None,
-) -> Dataset:
+) -> RunData:
     """Read, tokenize and split the data of a run; every rank does this alike.
 
     Args:
@@ -71,11 +73,16 @@ def load_dataset(
     Raises:
         DataError: see `tokenized`, or `data.eval_fraction` leaves nothing on one side.
     """
-    sources = [tokenized(source.path, "data.train", tokenizer, config, show) for source in config.sources]
-    eval_sources = [tokenized(path, "data.eval", tokenizer, config, show) for path in config.eval_files]
+    sources = [
+        tokenized(source.path, "data.train", tokenizer, config, show) for source in config.sources
+    ]
+    eval_sources = [
+        tokenized(path, "data.eval", tokenizer, config, show) for path in config.eval_files
+    ]
     weights = tuple(source.weight for source in config.sources)
     notes = [
-        source.report.sentence(config.max_seq_len) + (f", weight {weight:g}" if len(sources) > 1 or weight != 1 else "")
+        source.report.sentence(config.max_seq_len)
+        + (f", weight {weight:g}" if len(sources) > 1 or weight != 1 else "")
         for source, weight in zip(sources, weights, strict=True)
     ] + [source.report.sentence(config.max_seq_len) for source in eval_sources]
     train = [Rows.of(source.store) for source in sources]
@@ -86,14 +93,16 @@ def load_dataset(
         train, held_out = [part[0] for part in parts], [part[1] for part in parts]
         notes.append(f"held out {sum(map(len, held_out)):,} of {num_rows:,} rows for evaluation")
     if config.packing:
-        train = [rows.grouped(pack(rows.lengths.tolist(), config.max_seq_len, seed)) for rows in train]
+        train = [
+            rows.grouped(pack(rows.lengths.tolist(), config.max_seq_len, seed)) for rows in train
+        ]
         num_samples, num_rows = sum(rows.num_samples for rows in train), sum(map(len, train))
         num_tokens = sum(int(rows.lengths.sum()) for rows in train)
         notes.append(
             f"packed {num_samples:,} samples into {num_rows:,} rows of at most {config.max_seq_len:,} tokens, "
             f"{num_tokens / (num_rows * config.max_seq_len):.1%} full"
         )
-    return Dataset(
+    return RunData(
         train=Rows.concatenated(train),
         eval=Rows.concatenated(held_out),
         sizes=tuple(map(len, train)),
@@ -117,12 +126,12 @@ def _split(source: TokenizedSource, eval_fraction: float, seed: int) -> tuple[Ro
     return rows.grouped([[i] for i in train]), rows.grouped([[i] for i in held_out])
 
 
-def load_inputs(
+def load_tokenizer_and_data(
     config: TrainConfig,
     model_folder: Path,
     reporter: Reporter,
-    main_first: Callable[[Callable[[], Dataset]], Dataset] = lambda make: make(),
-) -> tuple[PreTrainedTokenizerBase, Dataset]:
+    main_first: Callable[[Callable[[], RunData]], RunData] = lambda make: make(),
+) -> tuple[PreTrainedTokenizerBase, RunData]:
     """The tokenizer in `model_folder`, and the samples of the run; whoever looks at them sees what training sees.
 
     Args:
@@ -131,12 +140,12 @@ def load_inputs(
     Raises:
         ModelError: see `load_tokenizer` and `check_tokenizer_fits`.
         ConfigError: see `set_chat_template`.
-        DataError: see `load_dataset`.
+        DataError: see `load_data`.
     """
     tokenizer = load_tokenizer(model_folder, config.model.trust_remote_code)
     set_chat_template(tokenizer, config.data.chat_template)
     with reporter.preparing() as show:
-        data = main_first(lambda: load_dataset(config.data, tokenizer, config.seed, show))
+        data = main_first(lambda: load_data(config.data, tokenizer, config.seed, show))
     if (model_folder / "config.json").is_file():  # a look at the data does not need one
         largest = max(report.max_token_id for report in data.reports)
         check_tokenizer_fits(tokenizer, largest, num_embeddings(model_folder, config.model))

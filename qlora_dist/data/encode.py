@@ -8,12 +8,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from qlora_dist.config.schema import DataConfig
 from qlora_dist.data.assistant_spans import TurnFinder
 from qlora_dist.data.chat_template import ChatTemplate, check_chat_template
-from qlora_dist.data.formats import (
-    Conversation,
-    PlainText,
-    RowFault,
-    read_row,
-)
+from qlora_dist.data.formats import Conversation, PlainText, RowFault, read_row
 from qlora_dist.data.samples import Sample
 from qlora_dist.data.sources import Row
 from qlora_dist.data.tokenization import tokenize
@@ -85,7 +80,9 @@ def _batches(contents: Iterable[_Placed]) -> Iterator[list[_Placed]]:
 
 def _num_needed(report: Report, config: DataConfig) -> int | None:
     """Tokens at the start of a sample that decide what `_within_limit` makes of it; None: all."""
-    loses_end = config.too_long in ("truncate_end", "drop") or (config.too_long == "split" and report.layout != "text")
+    loses_end = config.too_long in ("truncate_end", "drop") or (
+        config.too_long == "split" and report.layout != "text"
+    )
     return config.max_seq_len + 1 if loses_end else None
 
 
@@ -109,7 +106,9 @@ def _content(row: Row, report: Report, template: ChatTemplate) -> _Content:
     return content
 
 
-def _within_limit(sample: Sample, report: Report, config: DataConfig, start_token: int | None) -> list[Sample]:
+def _within_limit(
+    sample: Sample, report: Report, config: DataConfig, start_token: int | None
+) -> list[Sample]:
     """What of a sample is used, as `data.too_long` says; counts what is lost."""
     limit = config.max_seq_len
     num_tokens = len(sample.input_ids)
@@ -121,8 +120,13 @@ def _within_limit(sample: Sample, report: Report, config: DataConfig, start_toke
     elif config.too_long == "split" and report.layout == "text":
         parts = [_part(sample, first, first + limit) for first in range(0, num_tokens, limit)]
     elif config.too_long == "truncate_start":
-        num_kept = int(sample.input_ids[0] == start_token)  # models expect it at the start, whatever follows
-        opening, rest = _part(sample, 0, num_kept), _part(sample, num_tokens - limit + num_kept, num_tokens)
+        num_kept = int(
+            sample.input_ids[0] == start_token
+        )  # models expect it at the start, whatever follows
+        opening, rest = (
+            _part(sample, 0, num_kept),
+            _part(sample, num_tokens - limit + num_kept, num_tokens),
+        )
         parts = [Sample(opening.input_ids + rest.input_ids, opening.labels + rest.labels)]
     else:
         parts = [_part(sample, 0, limit)]

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 Format = Literal["messages", "sharegpt", "prompt_completion", "alpaca", "text"]
 """How rows are written."""
-Layout = Literal["messages", "prompt_completion", "text"]
+PromptLayout = Literal["messages", "prompt_completion", "text"]
 """How the model sees them: through its chat template, or as plain text with or without a prompt."""
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -32,10 +32,19 @@ COLUMNS: dict[Format, tuple[str, ...]] = {
 may be only its parts or its text."""
 
 _SHAREGPT_ROLES = {
-    "system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
-    "model": "assistant", "bing": "assistant", "chatgpt": "assistant", "tool": "tool", "function_response": "tool",
-    "observation": "tool", "function_call": "assistant",
-}  # fmt: skip
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "model": "assistant",
+    "bing": "assistant",
+    "chatgpt": "assistant",
+    "tool": "tool",
+    "function_response": "tool",
+    "observation": "tool",
+    "function_call": "assistant",
+}
 
 
 class RowFault(Exception):
@@ -57,7 +66,7 @@ class Conversation:
     """Messages at the start that are a prompt: no turn among them is a target."""
 
     @property
-    def layout(self) -> Layout:
+    def layout(self) -> PromptLayout:
         return "messages"
 
     @property
@@ -75,7 +84,7 @@ class PlainText:
     """What comes before it and is no target."""
 
     @property
-    def layout(self) -> Layout:
+    def layout(self) -> PromptLayout:
         return "prompt_completion" if self.prompt else "text"
 
     @property
@@ -123,14 +132,20 @@ def _sharegpt(row: Mapping[str, Any]) -> Conversation:
     """`from` and `value`; some data sets of that name have `role` and `content` in the same column."""
     turns = row["conversations"]
     if not isinstance(turns, list) or not turns:
-        raise RowFault("empty row", f"`conversations` is {turns!r:.80}, but must be a list of from and value pairs.")
+        raise RowFault(
+            "empty row",
+            f"`conversations` is {turns!r:.80}, but must be a list of from and value pairs.",
+        )
     messages = [_of_sharegpt(turn, number) for number, turn in enumerate(turns, start=1)]
     return _conversation(_with_system(row, messages), row, "conversations")
 
 
 def _of_sharegpt(turn: Any, number: int) -> dict[str, Any]:
     if not isinstance(turn, Mapping):
-        raise RowFault("turn without `from` and `value`", f"turn {number} is {turn!r:.80}, but needs from and value.")
+        raise RowFault(
+            "turn without `from` and `value`",
+            f"turn {number} is {turn!r:.80}, but needs from and value.",
+        )
     speaker, said = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
     role = _SHAREGPT_ROLES.get(speaker) if isinstance(speaker, str) else None
     if role is None:
@@ -147,7 +162,9 @@ def _alpaca(row: Mapping[str, Any]) -> Conversation:
     instruction, output = (_text(row, column) for column in ("instruction", "output"))
     context = row.get("input")
     if context is not None and not isinstance(context, str):
-        raise RowFault("`input` is no text", f"`input` is {context!r:.80}, but must be text, or left out.")
+        raise RowFault(
+            "`input` is no text", f"`input` is {context!r:.80}, but must be text, or left out."
+        )
     asked = f"{instruction}\n\n{context}" if context else instruction
     turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": output}]
     return _conversation(_with_system(row, turns), row, "instruction")
@@ -159,7 +176,10 @@ def _prompt_completion(row: Mapping[str, Any]) -> Conversation | PlainText:
         return PlainText(_text(row, "completion"), prompt=_text(row, "prompt"))
     conversation = _conversation([*prompt, *completion], row, "prompt")
     if not any(message["role"] == "assistant" for message in conversation.messages[len(prompt) :]):
-        raise RowFault("no assistant turn", "no assistant turn in `completion`, so there is nothing to learn from it.")
+        raise RowFault(
+            "no assistant turn",
+            "no assistant turn in `completion`, so there is nothing to learn from it.",
+        )
     return Conversation(conversation.messages, conversation.tools, num_given=len(prompt))
 
 
@@ -179,8 +199,13 @@ _READERS: dict[Format, Callable[[Mapping[str, Any]], Conversation | PlainText]] 
 def _text(row: Mapping[str, Any], column: str) -> str:
     value = row[column]
     if not isinstance(value, str) or not value.strip():
-        reason = "is empty" if value is None or value == [] or isinstance(value, str) else "is no text"
-        raise RowFault(f"`{column}` {reason}", f"`{column}` is {value!r:.80}, but must be text that is not empty.")
+        reason = (
+            "is empty" if value is None or value == [] or isinstance(value, str) else "is no text"
+        )
+        raise RowFault(
+            f"`{column}` {reason}",
+            f"`{column}` is {value!r:.80}, but must be text that is not empty.",
+        )
     return value
 
 
@@ -198,7 +223,10 @@ def _with_system(row: Mapping[str, Any], messages: list[dict[str, Any]]) -> list
 
 def _conversation(messages: Any, row: Mapping[str, Any], column: str) -> Conversation:
     if not isinstance(messages, list) or not messages:
-        raise RowFault("empty row", f"`{column}` is {messages!r:.80}, but must be a list of role and content pairs.")
+        raise RowFault(
+            "empty row",
+            f"`{column}` is {messages!r:.80}, but must be a list of role and content pairs.",
+        )
     checked = [_checked(message, number) for number, message in enumerate(messages, start=1)]
     roles = [message["role"] for message in checked]
     if roles[0] == "assistant":
@@ -224,7 +252,10 @@ def _conversation(messages: Any, row: Mapping[str, Any], column: str) -> Convers
 
 def _checked(message: Any, number: int) -> dict[str, Any]:
     if not isinstance(message, Mapping):
-        raise RowFault("message without `content`", f"message {number} is {message!r:.80}, but needs a text `content`.")
+        raise RowFault(
+            "message without `content`",
+            f"message {number} is {message!r:.80}, but needs a text `content`.",
+        )
     if message.get("role") not in ROLES:
         raise RowFault(
             "unknown role",
@@ -237,7 +268,9 @@ def _checked(message: Any, number: int) -> dict[str, Any]:
     else:
         checked.pop("tool_calls", None)
     content = checked.get("content", "" if "tool_calls" in checked else None)
-    if isinstance(content, list) and all(isinstance(part, Mapping) and part.get("type") == "text" for part in content):
+    if isinstance(content, list) and all(
+        isinstance(part, Mapping) and part.get("type") == "text" for part in content
+    ):
         content = "".join(str(part.get("text", "")) for part in content)
     if not isinstance(content, str):
         raise RowFault(
@@ -260,8 +293,14 @@ def _calls(calls: Any, number: int) -> list[dict[str, Any]]:
             )
         arguments = function.get("arguments", {})
         if isinstance(arguments, str):
-            arguments = _from_json(arguments or "{}", dict, f"message {number}, arguments of {function['name']}")
-        rest = {name: value for name, value in call.items() if name not in ("name", "arguments") and value is not None}
+            arguments = _from_json(
+                arguments or "{}", dict, f"message {number}, arguments of {function['name']}"
+            )
+        rest = {
+            name: value
+            for name, value in call.items()
+            if name not in ("name", "arguments") and value is not None
+        }
         function = {"name": function["name"], "arguments": arguments}
         checked.append({**rest, "type": "function", "function": function})
     return checked
@@ -275,7 +314,10 @@ def _tools(row: Mapping[str, Any]) -> list[Any] | None:
     if not tools:
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
-        raise RowFault("`tools` is no list", f"`tools` is {tools!r:.80}, but must be a list of function descriptions.")
+        raise RowFault(
+            "`tools` is no list",
+            f"`tools` is {tools!r:.80}, but must be a list of function descriptions.",
+        )
     return tools
 
 
@@ -288,7 +330,9 @@ def _from_json(text: Any, kind: type, what: str) -> Any:
     if kind is list and isinstance(value, dict):
         value = [value]
     if not isinstance(value, kind):
-        raise RowFault("broken tool call", f"{what} is {text!r:.80}, but must be the JSON text of a tool call.")
+        raise RowFault(
+            "broken tool call", f"{what} is {text!r:.80}, but must be the JSON text of a tool call."
+        )
     return value
 
 
@@ -302,7 +346,9 @@ _LOOKED_AT = 100
 """Rows within which the format of a source must show: the first ones may be faulty."""
 
 
-def recognize_format(rows: Iterable[Row], asked: Literal["auto"] | Format) -> tuple[Format, Iterator[Row]]:
+def recognize_format(
+    rows: Iterable[Row], asked: Literal["auto"] | Format
+) -> tuple[Format, Iterator[Row]]:
     """The format of a source, as its first rows show it, and all of its rows.
 
     Raises:
@@ -313,12 +359,18 @@ def recognize_format(rows: Iterable[Row], asked: Literal["auto"] | Format) -> tu
     for row in islice(rest, _LOOKED_AT):
         first.append(row)
         # A table has every column in each row; those that a row does not use are empty.
-        if (found := _asked_or_found((c for c, value in row.values.items() if value is not None), asked)) is not None:
+        if (
+            found := _asked_or_found(
+                (c for c, value in row.values.items() if value is not None), asked
+            )
+        ) is not None:
             return found, chain(first, rest)
     if (found := _asked_or_found(first[0].values, asked)) is not None:
         return found, chain(first, rest)
     formats = list(COLUMNS) if asked == "auto" else [asked]
-    needed = "; or ".join(" and ".join(f"`{column}`" for column in COLUMNS[format]) for format in formats)
+    needed = "; or ".join(
+        " and ".join(f"`{column}`" for column in COLUMNS[format]) for format in formats
+    )
     raise DataError(
         f"{first[0].where} has the columns {listed(first[0].values)}, but data.format: {asked} needs {needed}. "
         "Rename the columns."

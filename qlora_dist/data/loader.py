@@ -17,7 +17,11 @@ def step_batches(
 ) -> list[MicroBatch]:
     """The micro-batches of a rank in the optimizer step that begins at that position, on the CPU."""
     return [
-        collate([samples[i] for i in group.indices], pad_token_id, seed_of(plan.order.seed, "dropout", group.position))
+        collate(
+            [samples[i] for i in group.indices],
+            pad_token_id,
+            seed_of(plan.order.seed, "dropout", group.position),
+        )
         for group in plan.micro_batches(num_samples_seen, rank)
     ]
 
@@ -29,7 +33,13 @@ class StepLoader:
     """
 
     def __init__(
-        self, plan: BatchPlan, samples: Sequence[Sample], rank: int, pad_token_id: int, *, pin_memory: bool
+        self,
+        plan: BatchPlan,
+        samples: Sequence[Sample],
+        rank: int,
+        pad_token_id: int,
+        *,
+        pin_memory: bool,
     ) -> None:
         self._plan = plan
         self._samples = samples
@@ -56,13 +66,18 @@ class StepLoader:
         self._ahead = num_samples_seen, self._pool.submit(self._make, num_samples_seen)
 
     def _make(self, num_samples_seen: int) -> list[MicroBatch]:
-        batches = step_batches(self._plan, num_samples_seen, self._samples, self._rank, self._pad_token_id)
+        batches = step_batches(
+            self._plan, num_samples_seen, self._samples, self._rank, self._pad_token_id
+        )
         return [batch.pinned() for batch in batches] if self._pin_memory else batches
 
     def __enter__(self) -> StepLoader:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)

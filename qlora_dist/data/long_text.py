@@ -33,7 +33,9 @@ def is_long(text: str, num_tokens: int | None) -> bool:
     return len(text) > _block(num_tokens) + _OVERLAP
 
 
-def long_ids(text: str, tokenizer: PreTrainedTokenizerBase, num_tokens: int | None = None) -> list[int]:
+def long_ids(
+    text: str, tokenizer: PreTrainedTokenizerBase, num_tokens: int | None = None
+) -> list[int]:
     """The tokens of a text, without special ones around it.
 
     Args:
@@ -69,7 +71,9 @@ def _block(num_tokens: int | None) -> int:
     return _BLOCK if num_tokens is None else min(max(_SMALL_BLOCK, 16 * num_tokens), _BLOCK)
 
 
-def _blocks(text: str, tokenizer: PreTrainedTokenizerBase, size: int) -> Iterator[list[tuple[int, Span]] | None]:
+def _blocks(
+    text: str, tokenizer: PreTrainedTokenizerBase, size: int
+) -> Iterator[list[tuple[int, Span]] | None]:
     """The tokens of each block from where those of the one before end; None, and no more, if the two do not agree."""
     done = 0  # characters whose tokens have been given
     last: list[tuple[int, Span]] = []
@@ -78,7 +82,9 @@ def _blocks(text: str, tokenizer: PreTrainedTokenizerBase, size: int) -> Iterato
         is_end = first + size + _OVERLAP >= len(text)
         sure_until = len(text) if is_end else first + size
         ids, spans = _encoded(text[first : first + size + _OVERLAP], tokenizer, first)
-        tokens = [(token, span) for token, span in zip(ids, spans, strict=True) if span[1] <= sure_until]
+        tokens = [
+            (token, span) for token, span in zip(ids, spans, strict=True) if span[1] <= sure_until
+        ]
         num_known = sum(span[1] <= done for _, span in tokens)
         known, new = tokens[:num_known], tokens[num_known:]
         inner = done - _OVERLAP // 2
@@ -91,6 +97,10 @@ def _blocks(text: str, tokenizer: PreTrainedTokenizerBase, size: int) -> Iterato
         last = new
 
 
-def _encoded(text: str, tokenizer: PreTrainedTokenizerBase, first: int = 0) -> tuple[list[int], list[Span]]:
+def _encoded(
+    text: str, tokenizer: PreTrainedTokenizerBase, first: int = 0
+) -> tuple[list[int], list[Span]]:
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    return encoded["input_ids"], [(start + first, end + first) for start, end in encoded["offset_mapping"]]
+    return encoded["input_ids"], [
+        (start + first, end + first) for start, end in encoded["offset_mapping"]
+    ]

@@ -10,7 +10,7 @@ from fractions import Fraction
 import torch
 
 from qlora_dist.config.schema import OptimConfig, TrainConfig
-from qlora_dist.data.dataset import Dataset
+from qlora_dist.data.dataset import RunData
 
 _WINDOW = 1024
 _CHUNK = 32
@@ -57,7 +57,9 @@ class SampleOrder:
 
     def _counts(self) -> list[int]:
         weights = self.weights or (1.0,) * len(self.sizes)
-        return [max(1, round(weight * size)) for weight, size in zip(weights, self.sizes, strict=True)]
+        return [
+            max(1, round(weight * size)) for weight, size in zip(weights, self.sizes, strict=True)
+        ]
 
     def _shuffled(self, epoch: int) -> torch.Tensor:  # (epoch_size,) int64
         generator = _generator(self.seed, "epoch", epoch)
@@ -66,7 +68,9 @@ class SampleOrder:
         for number, (size, count) in enumerate(zip(self.sizes, self._counts(), strict=True)):
             # The source's own stream of shuffled passes, of which this epoch takes the next `count`.
             passes = range(epoch * count // size, -(-(epoch + 1) * count // size))
-            order = torch.cat([torch.randperm(size, generator=_generator(self.seed, number, p)) for p in passes])
+            order = torch.cat(
+                [torch.randperm(size, generator=_generator(self.seed, number, p)) for p in passes]
+            )
             skip = epoch * count - passes.start * size
             parts.append(order[skip : skip + count] + first)
             first += size
@@ -150,13 +154,15 @@ class BatchPlan:
         """
         stream = self.order.between(num_seen, self.after_step(num_seen))
         size = self.micro_batch_size
-        groups = [SampleGroup(stream[i : i + size], num_seen + i) for i in range(0, len(stream), size)]
+        groups = [
+            SampleGroup(stream[i : i + size], num_seen + i) for i in range(0, len(stream), size)
+        ]
         while len(groups) % self.world_size:
             groups.append(SampleGroup([], num_seen + len(groups) * size))
         return groups[rank :: self.world_size]
 
 
-def sample_order(data: Dataset, config: TrainConfig) -> SampleOrder:
+def sample_order(data: RunData, config: TrainConfig) -> SampleOrder:
     """The order in which a run sees its training samples."""
     lengths = tuple(data.train.lengths.tolist()) if config.data.group_by_length else None
     return SampleOrder(data.sizes, config.seed, data.weights, lengths)

@@ -14,7 +14,7 @@ MARK = re.compile(r"(zQ\d{5}Qz)")
 
 
 @dataclass(frozen=True)
-class Sketch:
+class MarkedConversation:
     """A conversation in which marks stand for what is said, or after it."""
 
     content: Conversation
@@ -63,7 +63,8 @@ class _Marks:
         if "</think>" not in said:
             return self.new(said) if said.strip() else said
         return "".join(
-            part if number % 2 or not part.strip() else self.new(part) for number, part in enumerate(_TAG.split(said))
+            part if number % 2 or not part.strip() else self.new(part)
+            for number, part in enumerate(_TAG.split(said))
         )
 
     def of_values(self, value: Any) -> Any:
@@ -75,7 +76,7 @@ class _Marks:
         return [self.of_values(item) for item in value] if isinstance(value, list) else value
 
 
-def sketch_of(content: Conversation) -> Sketch:
+def mark_conversation(content: Conversation) -> MarkedConversation:
     """The conversation with a mark instead of each text."""
     marks = _Marks()
     messages, ends, words = [], [], []
@@ -90,30 +91,39 @@ def sketch_of(content: Conversation) -> Sketch:
             sketched["tool_call_id"] = marks.of_id(message["tool_call_id"])
         end = own[-1] if own and sketched["content"].rstrip().endswith(own[-1]) else None
         if "tool_calls" in message:
-            calls = [_sketched_call(call, marks) for call in message["tool_calls"]]
+            calls = [_marked_call(call, marks) for call in message["tool_calls"]]
             sketched["tool_calls"], end = _with_last_name_marked(calls, marks)
         messages.append(sketched)
         ends.append(end)
         words.append(own)
     shape = json.dumps([messages, content.tools, content.num_given], default=repr)
     sketched_content = Conversation(messages, content.tools, content.num_given)
-    return Sketch(sketched_content, marks.said, ends, words, shape)
+    return MarkedConversation(sketched_content, marks.said, ends, words, shape)
 
 
-def _sketched_call(call: dict[str, Any], marks: _Marks) -> dict[str, Any]:
+def _marked_call(call: dict[str, Any], marks: _Marks) -> dict[str, Any]:
     ids = {"id": marks.of_id(call["id"])} if isinstance(call.get("id"), str) else {}
     function = call["function"]
-    return {**call, **ids, "function": {**function, "arguments": marks.of_values(function["arguments"])}}
+    return {
+        **call,
+        **ids,
+        "function": {**function, "arguments": marks.of_values(function["arguments"])},
+    }
 
 
-def _with_last_name_marked(calls: list[dict[str, Any]], marks: _Marks) -> tuple[list[dict[str, Any]], str]:
+def _with_last_name_marked(
+    calls: list[dict[str, Any]], marks: _Marks
+) -> tuple[list[dict[str, Any]], str]:
     """A turn ends soon after its last call, whose name is always there and always text."""
     mark = marks.new("")
     last = calls[-1]
-    return [*calls[:-1], {**last, "function": {**last["function"], "name": last["function"]["name"] + mark}}], mark
+    return [
+        *calls[:-1],
+        {**last, "function": {**last["function"], "name": last["function"]["name"] + mark}},
+    ], mark
 
 
-def marked(content: Conversation) -> Sketch:
+def marked(content: Conversation) -> MarkedConversation:
     """The conversation as it is, with a mark after each message."""
     marks = _Marks()
     messages, ends = [], []
@@ -126,9 +136,16 @@ def marked(content: Conversation) -> Sketch:
             said["content"] = text + end + message["content"][len(text) :]
         messages.append(said)
         ends.append(end)
-    return Sketch(Conversation(messages, content.tools, content.num_given), marks.said, ends, [[] for _ in messages])
+    return MarkedConversation(
+        Conversation(messages, content.tools, content.num_given),
+        marks.said,
+        ends,
+        [[] for _ in messages],
+    )
 
 
-def unmarked(content: Conversation) -> Sketch:
+def unmarked(content: Conversation) -> MarkedConversation:
     """The conversation as it is."""
-    return Sketch(content, {}, [None for _ in content.messages], [[] for _ in content.messages])
+    return MarkedConversation(
+        content, {}, [None for _ in content.messages], [[] for _ in content.messages]
+    )

@@ -6,11 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from qlora_dist.config.schema import DataConfig
-from qlora_dist.data.formats import (
-    Format,
-    Layout,
-    RowFault,
-)
+from qlora_dist.data.formats import Format, PromptLayout, RowFault
 from qlora_dist.data.samples import Sample
 from qlora_dist.errors import DataError
 
@@ -37,7 +33,8 @@ class FaultyRows:
         """`unknown role: 3 (first: chat.jsonl, row 7), empty row: 1 (chat.jsonl, row 9)`, the most frequent first."""
         ordered = sorted(self.reasons.items(), key=lambda item: -item[1][0])
         return ", ".join(
-            f"{reason}: {count:,} ({'first: ' if count > 1 else ''}{where})" for reason, (count, where) in ordered
+            f"{reason}: {count:,} ({'first: ' if count > 1 else ''}{where})"
+            for reason, (count, where) in ordered
         )
 
 
@@ -47,7 +44,7 @@ class Report:
 
     path: str
     format: Format
-    layout: Layout | None = None
+    layout: PromptLayout | None = None
     """Of the first usable row, and so of all; None: no row is usable."""
     num_rows: int = 0
     num_samples: int = 0
@@ -105,7 +102,9 @@ class Report:
     def from_json(cls, values: dict[str, Any]) -> Report:
         """What `to_json` gave."""
         faulty = FaultyRows(**values["faulty"])
-        faulty.reasons = {reason: (count, where) for reason, (count, where) in faulty.reasons.items()}
+        faulty.reasons = {
+            reason: (count, where) for reason, (count, where) in faulty.reasons.items()
+        }
         return cls(**{**values, "faulty": faulty})
 
     def check(self, config: DataConfig) -> None:

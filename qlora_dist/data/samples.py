@@ -116,13 +116,17 @@ class SampleStore:
 
 def _mapped(file: Path, dtype: str) -> NDArray[np.generic]:
     # An empty file cannot be mapped.
-    return np.memmap(file, dtype=dtype, mode="r") if file.stat().st_size else np.empty(0, dtype=dtype)
+    return (
+        np.memmap(file, dtype=dtype, mode="r") if file.stat().st_size else np.empty(0, dtype=dtype)
+    )
 
 
 class Rows(Sequence[Sample]):
     """Rows of one or several samples each, out of one or several stores; each is made when it is looked at."""
 
-    def __init__(self, stores: Sequence[SampleStore], members: NDArray[np.int64], counts: NDArray[np.int64]) -> None:
+    def __init__(
+        self, stores: Sequence[SampleStore], members: NDArray[np.int64], counts: NDArray[np.int64]
+    ) -> None:
         """Use `Rows.of` and what follows it.
 
         Args:
@@ -152,15 +156,24 @@ class Rows(Sequence[Sample]):
     def grouped(self, groups: Sequence[Sequence[int]]) -> Rows:
         """A row for each group of this object's rows, made of their samples. A group of one only chooses."""
         members = [self._samples_of(index) for group in groups for index in group]
-        counts = [sum(self._bounds[index + 1] - self._bounds[index] for index in group) for group in groups]
+        counts = [
+            sum(self._bounds[index + 1] - self._bounds[index] for index in group)
+            for group in groups
+        ]
         return Rows(
-            self._stores, np.concatenate([np.empty(0, dtype=np.int64), *members]), np.array(counts, dtype=np.int64)
+            self._stores,
+            np.concatenate([np.empty(0, dtype=np.int64), *members]),
+            np.array(counts, dtype=np.int64),
         )
 
     @property
     def lengths(self) -> NDArray[np.int64]:
         """Tokens of each row. (num_rows,)"""
-        lengths = np.concatenate([store.lengths for store in self._stores]) if self._stores else np.empty(0, np.int64)
+        lengths = (
+            np.concatenate([store.lengths for store in self._stores])
+            if self._stores
+            else np.empty(0, np.int64)
+        )
         return np.diff(_bounds_of(lengths[self._members])[self._bounds])
 
     @property

@@ -54,8 +54,14 @@ def find_files(path: str, key: str) -> tuple[Path, ...]:
 def _find_files(path: str, key: str) -> tuple[Path, ...]:
     place = Path(path)
     if place.is_dir():
-        files = [file for file in sorted(place.iterdir()) if _kind(file) and file.name not in _BESIDE_DATA]
-        missing = f"{key} {path} is a folder without data files. Put {_kinds()} files directly into it."
+        files = [
+            file
+            for file in sorted(place.iterdir())
+            if _kind(file) and file.name not in _BESIDE_DATA
+        ]
+        missing = (
+            f"{key} {path} is a folder without data files. Put {_kinds()} files directly into it."
+        )
     elif place.exists():
         files = [place]
     else:
@@ -168,7 +174,9 @@ def stamp(path: str, key: str) -> object:
     if is_hub_name(path):
         return None
     found = [(file, file.stat()) for file in find_files(path, key)]
-    return [(str(file), status.st_ino, status.st_size, status.st_mtime_ns) for file, status in found]
+    return [
+        (str(file), status.st_ino, status.st_size, status.st_mtime_ns) for file, status in found
+    ]
 
 
 def _unreadable(path: str, key: str, error: OSError) -> str:
@@ -233,7 +241,9 @@ def _open_plain(file: Path) -> BinaryIO:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
-        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        twice = next(
+            name for name, count in Counter(name for name, _ in pairs).items() if count > 1
+        )
         raise ValueError(f"an object has more than one {twice!r:.40}, keep one")
     return values
 
@@ -246,7 +256,11 @@ def _json_fault(error: ValueError | RecursionError) -> tuple[int, str, str]:
     if isinstance(error, json.JSONDecodeError):
         return error.lineno, f", column {error.colno}", error.msg
     # Besides names that come twice: a number of more digits than Python reads.
-    return 1, "", "nested too deep" if isinstance(error, RecursionError) else str(error).partition(":")[0]
+    return (
+        1,
+        "",
+        "nested too deep" if isinstance(error, RecursionError) else str(error).partition(":")[0],
+    )
 
 
 def _json_rows(file: Path, key: str) -> Iterator[dict[str, Any]]:
@@ -257,7 +271,9 @@ def _json_rows(file: Path, key: str) -> Iterator[dict[str, Any]]:
         if not line.strip():
             continue
         if is_first and line.lstrip().startswith("["):
-            yield from _array_rows("\n" * (number - 1) + line + "".join(rest for _, rest in lines), file, key)
+            yield from _array_rows(
+                "\n" * (number - 1) + line + "".join(rest for _, rest in lines), file, key
+            )
             return
         try:
             row = _DECODER.decode(line)
@@ -285,13 +301,17 @@ def _array_rows(text: str, file: Path, key: str) -> Iterator[dict[str, Any]]:
         ) from None
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict):
-            raise DataError(f"{key} {file}, row {number}: {row!r:.40} is not a JSON object with named columns.")
+            raise DataError(
+                f"{key} {file}, row {number}: {row!r:.40} is not a JSON object with named columns."
+            )
         yield row
 
 
 def _csv_rows(file: Path, key: str) -> Iterator[dict[str, Any]]:
     """Each cell as text, also where it looks like a number or says NA."""
-    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # the default refuses a cell of more than 128 KiB
+    csv.field_size_limit(
+        min(sys.maxsize, 2**31 - 1)
+    )  # the default refuses a cell of more than 128 KiB
     # Strictly, because a quotation mark that is never closed would make the rest of the file one cell.
     reader = csv.reader((line for _, line in _lines(file, key)), strict=True)
     header: list[str] | None = None
@@ -320,7 +340,9 @@ def _check_columns(names: list[str], file: Path, key: str) -> None:
     twice = sorted(name for name, count in Counter(names).items() if count > 1)
     if twice:
         others = f" (and {len(twice) - 1:,} others)" if len(twice) > 1 else ""
-        raise DataError(f"{key} {file} has more than one column {twice[0]!r:.40}{others}. Rename or remove one.")
+        raise DataError(
+            f"{key} {file} has more than one column {twice[0]!r:.40}{others}. Rename or remove one."
+        )
 
 
 # --------------------------------------------------------------------------------------------------------------------

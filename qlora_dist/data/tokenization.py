@@ -40,7 +40,9 @@ def tokenize(
     openings = iter(_opening_ids([draft.opening for draft in good], tokenizer, num_tokens))
     texts = iter(_ids_and_offsets([draft.text for draft in good], tokenizer, num_tokens))
     return [
-        _sample(draft, next(openings), *next(texts), turns.template, train_on) if isinstance(draft, _Draft) else draft
+        _sample(draft, next(openings), *next(texts), turns.template, train_on)
+        if isinstance(draft, _Draft)
+        else draft
         for draft in drafts
     ]
 
@@ -86,7 +88,9 @@ def _sample(
     return Sample(text, _labels(text, offsets, draft, template.special_ids))
 
 
-def _labels(input_ids: list[int], offsets: list[Span], draft: _Draft, special_ids: frozenset[int]) -> list[int]:
+def _labels(
+    input_ids: list[int], offsets: list[Span], draft: _Draft, special_ids: frozenset[int]
+) -> list[int]:
     """Each token that lies within a target part of the text, or is an end token that some tokenizers (Phi-3's) let
     swallow the white space after it."""
     labels = [IGNORE_INDEX] * len(input_ids)
@@ -94,7 +98,9 @@ def _labels(input_ids: list[int], offsets: list[Span], draft: _Draft, special_id
     for first, last in draft.spans or ():
         for i in range(bisect_left(starts, first), bisect_left(starts, last)):
             end = offsets[i][1]
-            if first < end and (end <= last or (input_ids[i] in special_ids and not draft.text[last:end].strip())):
+            if first < end and (
+                end <= last or (input_ids[i] in special_ids and not draft.text[last:end].strip())
+            ):
                 labels[i] = input_ids[i]
     return labels
 
@@ -112,12 +118,19 @@ def _opening_ids(
     whole = [text for text in texts if not is_long(text, num_tokens)]
     ids = iter(tokenizer(whole, verbose=False).input_ids if whole else [])
     return [
-        _opened(_long_opening(text, tokenizer, num_tokens) if is_long(text, num_tokens) else list(next(ids)), tokenizer)
+        _opened(
+            _long_opening(text, tokenizer, num_tokens)
+            if is_long(text, num_tokens)
+            else list(next(ids)),
+            tokenizer,
+        )
         for text in texts
     ]
 
 
-def _long_opening(text: str, tokenizer: PreTrainedTokenizerBase, num_tokens: int | None) -> list[int]:
+def _long_opening(
+    text: str, tokenizer: PreTrainedTokenizerBase, num_tokens: int | None
+) -> list[int]:
     """With the special tokens that the tokenizer puts around any text."""
     around, alone = tokenizer("a").input_ids, tokenizer("a", add_special_tokens=False).input_ids
     first = next(i for i in range(len(around)) if around[i : i + len(alone)] == alone)
@@ -127,7 +140,9 @@ def _long_opening(text: str, tokenizer: PreTrainedTokenizerBase, num_tokens: int
 def _opened(input_ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     if input_ids and input_ids[-1] == tokenizer.eos_token_id:  # some tokenizers close every text
         input_ids.pop()
-    if len(input_ids) > 1 and input_ids[0] == input_ids[1] == tokenizer.bos_token_id:  # the text brings its own
+    if (
+        len(input_ids) > 1 and input_ids[0] == input_ids[1] == tokenizer.bos_token_id
+    ):  # the text brings its own
         input_ids.pop(0)
     return input_ids
 
@@ -139,18 +154,27 @@ def _ids_and_offsets(
         return [([], []) for _ in texts]
     whole = [text for text in texts if not is_long(text, num_tokens)]
     encoded = tokenizer(
-        whole or [""], add_special_tokens=False, return_offsets_mapping=True, verbose=False,
-        return_attention_mask=False, return_token_type_ids=False,
-    )  # fmt: skip
+        whole or [""],
+        add_special_tokens=False,
+        return_offsets_mapping=True,
+        verbose=False,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+    )
     pairs = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
     return [
-        long_ids_and_spans(text, tokenizer, num_tokens) if is_long(text, num_tokens) else next(pairs) for text in texts
+        long_ids_and_spans(text, tokenizer, num_tokens)
+        if is_long(text, num_tokens)
+        else next(pairs)
+        for text in texts
     ]
 
 
 def _check_characters(text: str) -> None:
     if "\0" in text:
-        raise RowFault("NUL character", "the text has a NUL character, which no text should. Remove it.")
+        raise RowFault(
+            "NUL character", "the text has a NUL character, which no text should. Remove it."
+        )
     try:
         text.encode()
     except UnicodeEncodeError as error:

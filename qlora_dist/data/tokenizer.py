@@ -4,11 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from transformers import (
-    AutoConfig,
-    AutoTokenizer,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from qlora_dist.config.schema import ModelConfig
 from qlora_dist.errors import ModelError
@@ -26,7 +22,9 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedT
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, ImportError, KeyError) as error:
-        raise ModelError(f"model folder {folder} has no tokenizer that can be loaded: {error}") from None
+        raise ModelError(
+            f"model folder {folder} has no tokenizer that can be loaded: {error}"
+        ) from None
     if not tokenizer.is_fast:
         raise ModelError(
             f"model folder {folder}: its tokenizer reports no character offsets, which the loss mask needs. "
@@ -58,14 +56,33 @@ def pad_token_id(tokenizer: PreTrainedTokenizerBase, num_embeddings: int | None 
 def _paddings(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Special tokens that padding may be made of, the best first: the one that is meant for it, one that is named so,
     the unknown token, one that is kept in reserve, the end of a text where a turn ends otherwise."""
-    special = {token_id: str(token).lower() for token_id, token in sorted(tokenizer.added_tokens_decoder.items())
-               if token.special}  # fmt: skip
-    named = [[i for i, text in special.items() if word in text] for word in ("pad", "reserved", "unused", "endoftext")]
-    ordered = [tokenizer.pad_token_id, *named[0], tokenizer.unk_token_id, *named[1], *named[2], *named[3]]
-    return [int(token_id) for token_id in ordered if token_id is not None and token_id != tokenizer.eos_token_id]
+    special = {
+        token_id: str(token).lower()
+        for token_id, token in sorted(tokenizer.added_tokens_decoder.items())
+        if token.special
+    }
+    named = [
+        [i for i, text in special.items() if word in text]
+        for word in ("pad", "reserved", "unused", "endoftext")
+    ]
+    ordered = [
+        tokenizer.pad_token_id,
+        *named[0],
+        tokenizer.unk_token_id,
+        *named[1],
+        *named[2],
+        *named[3],
+    ]
+    return [
+        int(token_id)
+        for token_id in ordered
+        if token_id is not None and token_id != tokenizer.eos_token_id
+    ]
 
 
-def check_tokenizer_fits(tokenizer: PreTrainedTokenizerBase, max_token_id: int, num_embeddings: int) -> None:
+def check_tokenizer_fits(
+    tokenizer: PreTrainedTokenizerBase, max_token_id: int, num_embeddings: int
+) -> None:
     """See that the model has an embedding for each token that it will be given.
 
     A larger embedding is common (it is padded to a round number), and so are tokens without one that no text uses.
@@ -99,7 +116,9 @@ def num_embeddings(folder: Path, config: ModelConfig) -> int:
         ModelError: transformers cannot read the configuration.
     """
     try:
-        model_config = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+        model_config = AutoConfig.from_pretrained(
+            folder, trust_remote_code=config.trust_remote_code
+        )
     except (ValueError, ImportError, KeyError) as error:
         raise ModelError(f"model.path {folder} cannot be built by transformers: {error}") from None
     return int(model_config.get_text_config().vocab_size)

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qlora_dist.config.schema import TrainConfig
-from qlora_dist.data.dataset import Dataset
+from qlora_dist.data.dataset import RunData
 from qlora_dist.data.order import BatchPlan, SampleOrder, run_end, sample_order
 from qlora_dist.data.packing import pack
 from qlora_dist.data.report import Report
@@ -46,7 +46,12 @@ class Spread:
     @classmethod
     def of(cls, values: NDArray[np.int64]) -> Spread:
         """Those of at least one value."""
-        return cls(*(int(value) for value in np.percentile(values, [50, 90, 99, 100], method="inverted_cdf")))
+        return cls(
+            *(
+                int(value)
+                for value in np.percentile(values, [50, 90, 99, 100], method="inverted_cdf")
+            )
+        )
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,7 @@ class Bin:
 
 
 @dataclass(frozen=True)
-class Opening:
+class AnswerOpening:
     """A token with which samples begin to answer."""
 
     text: str
@@ -90,7 +95,7 @@ class PartFacts:
     num_answers_of_one_token: int
     num_open: int
     """Samples whose last target is no special token, so that they do not teach to stop."""
-    openings: tuple[Opening, ...]
+    openings: tuple[AnswerOpening, ...]
     """The most frequent ones."""
 
 
@@ -157,7 +162,7 @@ class Facts:
 
 
 def gather_facts(
-    data: Dataset,
+    data: RunData,
     config: TrainConfig,
     tokenizer: PreTrainedTokenizerBase,
     show: Callable[[str], None] = lambda text: None,
@@ -186,21 +191,28 @@ def gather_facts(
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> NDArray[np.bool_]:
     """Which token ids stand for no text. (vocab_size,)"""
-    ids = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special} | {*tokenizer.all_special_ids}
+    ids = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special} | {
+        *tokenizer.all_special_ids
+    }
     mask = np.zeros(max(len(tokenizer), *ids, 0) + 1, dtype=np.bool_)
     mask[list(ids)] = True
     return mask
 
 
-def _sources(data: Dataset, stream: NDArray[np.int64]) -> tuple[SourceFacts, ...]:
+def _sources(data: RunData, stream: NDArray[np.int64]) -> tuple[SourceFacts, ...]:
     source_of_row = np.repeat(np.arange(len(data.sizes)), data.sizes)
-    tokens = np.bincount(source_of_row[stream], weights=data.train.lengths[stream], minlength=len(data.sizes))
+    tokens = np.bincount(
+        source_of_row[stream], weights=data.train.lengths[stream], minlength=len(data.sizes)
+    )
     shares = (tokens / tokens.sum()).tolist()
     trained = [
         SourceFacts("data.train", weight, share, report)
         for weight, share, report in zip(data.weights, shares, data.reports, strict=False)
     ]
-    return (*trained, *(SourceFacts("data.eval", None, None, report) for report in data.reports[len(trained) :]))
+    return (
+        *trained,
+        *(SourceFacts("data.eval", None, None, report) for report in data.reports[len(trained) :]),
+    )
 
 
 def _part(samples: Rows, found: Scan, tokenizer: PreTrainedTokenizerBase, limit: int) -> PartFacts:
@@ -216,14 +228,17 @@ def _part(samples: Rows, found: Scan, tokenizer: PreTrainedTokenizerBase, limit:
         num_at_limit=int((lengths == limit).sum()),
         histogram=histogram(lengths, limit),
         num_repeats=len(samples) - len(unique),
-        most_repeated=_answer_text(samples, int(firsts[times == most].min()), tokenizer) if most > 1 else None,
+        most_repeated=_answer_text(samples, int(firsts[times == most].min()), tokenizer)
+        if most > 1
+        else None,
         most_repeated_times=most,
         num_answers=answers.num_answers,
         num_empty_answers=answers.num_empty,
         num_answers_of_one_token=answers.num_of_one_token,
         num_open=answers.num_open,
         openings=tuple(
-            Opening(tokenizer.decode([token]), count) for token, count in answers.openings.most_common(_NUM_OPENINGS)
+            AnswerOpening(tokenizer.decode([token]), count)
+            for token, count in answers.openings.most_common(_NUM_OPENINGS)
         ),
     )
 
@@ -235,7 +250,9 @@ _ANSWER_TOKENS = 16
 
 def _answer_text(samples: Rows, index: int, tokenizer: PreTrainedTokenizerBase) -> str:
     targets = [label for label in samples[index].labels if label >= 0]
-    return str(tokenizer.decode(targets[:_ANSWER_TOKENS])) + ("…" if len(targets) > _ANSWER_TOKENS else "")
+    return str(tokenizer.decode(targets[:_ANSWER_TOKENS])) + (
+        "…" if len(targets) > _ANSWER_TOKENS else ""
+    )
 
 
 _MAX_BINS = 12
@@ -248,7 +265,10 @@ def histogram(lengths: NDArray[np.int64], limit: int) -> tuple[Bin, ...]:
     for parts in (4, 2, 1):
         lasts = [*_bin_lasts(limit, parts), limit]
         counts = np.bincount(np.searchsorted(lasts, lengths), minlength=len(lasts)).tolist()
-        bins = [Bin(before + 1, last, n) for (before, last), n in zip(pairwise([0, *lasts]), counts, strict=True)]
+        bins = [
+            Bin(before + 1, last, n)
+            for (before, last), n in zip(pairwise([0, *lasts]), counts, strict=True)
+        ]
         used = [number for number, bin in enumerate(bins) if bin.num_samples]
         bins = bins[used[0] : used[-1] + 1]
         if len(bins) <= _MAX_BINS:
@@ -259,17 +279,21 @@ def histogram(lengths: NDArray[np.int64], limit: int) -> tuple[Bin, ...]:
 def _bin_lasts(limit: int, parts: int) -> list[int]:
     powers = (2**k for k in range(limit.bit_length()))
     lasts = {power + power * part // parts for power in powers for part in range(parts)}
-    return sorted(last for last in lasts if last <= 0.9 * limit)  # so that the bin up to the limit is not a sliver
+    return sorted(
+        last for last in lasts if last <= 0.9 * limit
+    )  # so that the bin up to the limit is not a sliver
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # Rows and micro-batches: as configured, and as they could be.
 
 
-def batchings(data: Dataset, config: TrainConfig) -> tuple[Batching, ...]:
+def batchings(data: RunData, config: TrainConfig) -> tuple[Batching, ...]:
     """The first epoch's padding and steps with rows in random order, grouped by length, and packed."""
     bounds = [0, *accumulate(data.sizes)]
-    lengths = _cut(data.train.apart().lengths, [int(data.train.counts[a:b].sum()) for a, b in pairwise(bounds)])
+    lengths = _cut(
+        data.train.apart().lengths, [int(data.train.counts[a:b].sum()) for a, b in pairwise(bounds)]
+    )
     if config.data.packing:
         packed = _cut(data.train.lengths, data.sizes)
     else:
@@ -286,7 +310,10 @@ def _cut(values: NDArray[np.int64], sizes: Sequence[int]) -> list[NDArray[np.int
 
 
 def _packed(lengths: NDArray[np.int64], max_seq_len: int, seed: int) -> NDArray[np.int64]:
-    return np.array([lengths[members].sum() for members in pack(lengths.tolist(), max_seq_len, seed)], dtype=np.int64)
+    return np.array(
+        [lengths[members].sum() for members in pack(lengths.tolist(), max_seq_len, seed)],
+        dtype=np.int64,
+    )
 
 
 def _batching(
@@ -300,12 +327,20 @@ def _batching(
     order = SampleOrder(tuple(map(len, sources)), config.seed, weights, keys)
     stream = lengths[order.between(0, order.epoch_size)]
     num_tokens, num_computed = int(stream.sum()), num_padded(stream, config.optim.micro_batch_size)
-    chosen = "packing" if config.data.packing else "group_by_length" if config.data.group_by_length else "shuffled"
+    chosen = (
+        "packing"
+        if config.data.packing
+        else "group_by_length"
+        if config.data.group_by_length
+        else "shuffled"
+    )
     return Batching(
         arrangement=arrangement,
         is_configured=arrangement == chosen,
         num_rows=len(stream),
-        num_steps=-(-len(stream) // (config.optim.micro_batch_size * config.optim.grad_accum_steps)),
+        num_steps=-(
+            -len(stream) // (config.optim.micro_batch_size * config.optim.grad_accum_steps)
+        ),
         num_tokens=num_tokens,
         num_computed_tokens=num_computed,
         padding=1 - num_tokens / num_computed,
@@ -320,7 +355,9 @@ def num_padded(lengths: NDArray[np.int64], micro_batch_size: int) -> int:
 
 def _run(order: SampleOrder, config: TrainConfig, num_targets_per_epoch: int) -> RunFacts:
     optim = config.optim
-    plan = BatchPlan(order, optim.micro_batch_size, optim.grad_accum_steps, 1, run_end(order, optim))
+    plan = BatchPlan(
+        order, optim.micro_batch_size, optim.grad_accum_steps, 1, run_end(order, optim)
+    )
     num_steps = plan.num_steps(0, 0, optim)
     num_rows = num_steps * plan.global_batch_size if plan.end is None else plan.end
     return RunFacts(

@@ -28,8 +28,14 @@ _JOINERS = "\u200c\u200d"
 def legend(in_color: bool) -> Text:
     """What the marks mean."""
     if in_color:
-        return Text.assemble(("counts in the loss", TARGET), "  ", ("context", CONTEXT), "  ", ("⟨remark⟩", REMARK),
-                             "  ↵ end of a line")  # fmt: skip
+        return Text.assemble(
+            ("counts in the loss", TARGET),
+            "  ",
+            ("context", CONTEXT),
+            "  ",
+            ("⟨remark⟩", REMARK),
+            "  ↵ end of a line",
+        )
     return Text("⟦counts in the loss⟧  context  ⟨remark⟩  ↵ end of a line")
 
 
@@ -62,7 +68,10 @@ def visible(text: str) -> str:
 def _visible(character: str) -> str:
     if character == "\n":
         return "↵\n"
-    is_hidden = unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp") and character not in "\t" + _JOINERS
+    is_hidden = (
+        unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp")
+        and character not in "\t" + _JOINERS
+    )
     return f"⟨U+{ord(character):04X}⟩" if is_hidden or character in _FOREIGN else character
 
 
@@ -81,7 +90,9 @@ def _runs(sample: Sample) -> Iterator[_Run]:
     keys = []
     for index, label in enumerate(sample.labels):
         number += index in starts
-        keys.append((number, index > 0 and label != IGNORE_INDEX))  # nothing comes before the first one
+        keys.append(
+            (number, index > 0 and label != IGNORE_INDEX)
+        )  # nothing comes before the first one
     first = 0
     for (_, is_target), members in groupby(keys):
         end = first + len(list(members))
@@ -96,7 +107,9 @@ def _border(sample: Sample, first: int) -> str:
     return f"{line_break}⟨sample {number + 1} of {len(sample.starts)} in this row: {end - first:,} tokens⟩\n"
 
 
-def _append(text: Text, run: _Run, ids: list[int], tokenizer: PreTrainedTokenizerBase, in_color: bool) -> None:
+def _append(
+    text: Text, run: _Run, ids: list[int], tokenizer: PreTrainedTokenizerBase, in_color: bool
+) -> None:
     style = "" if not in_color else TARGET if run.is_target else CONTEXT
     is_marked = run.is_target and not in_color
     text.append("⟦" if is_marked else "")
@@ -119,8 +132,14 @@ def decoded(ids: list[int], first: int, end: int, tokenizer: PreTrainedTokenizer
     start = max(0, first - _CONTEXT_TOKENS)
     before, through = _decode(ids[start:first], tokenizer), _decode(ids[start:end], tokenizer)
     # A character may be cut in two by the border; then its first part alone is no text.
-    return through[len(before) :] if through.startswith(before) else _decode(ids[first:end], tokenizer)
+    return (
+        through[len(before) :] if through.startswith(before) else _decode(ids[first:end], tokenizer)
+    )
 
 
 def _decode(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
-    return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)) if ids else ""
+    return (
+        str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        if ids
+        else ""
+    )

@@ -27,7 +27,9 @@ def print_facts(console: Console, facts: Facts) -> None:
     _print_batches(console, facts)
 
 
-def print_samples(console: Console, rows: Sequence[tuple[str, Sample]], tokenizer: PreTrainedTokenizerBase) -> None:
+def print_samples(
+    console: Console, rows: Sequence[tuple[str, Sample]], tokenizer: PreTrainedTokenizerBase
+) -> None:
     """Rows, each with the source that it is from, and their mask; what is data stands right of a line."""
     if not rows:
         return
@@ -53,7 +55,10 @@ def print_warnings(console: Console, facts: Facts) -> None:
     for sentence in found:
         _print(console, sentence, mark="! ")
     if not found:
-        _print(console, "Nothing: no sample twice, none both trained and evaluated on, no empty answer.")
+        _print(
+            console,
+            "Nothing: no sample twice, none both trained and evaluated on, no empty answer.",
+        )
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -80,7 +85,11 @@ def source_lines(source: SourceFacts, max_seq_len: int, is_one_of_several: bool)
         f"{report.num_rows:,} rows of format {report.format} → {report.num_samples:,} samples",
         f"{report.num_tokens:,} tokens, {report.num_targets / report.num_tokens:.1%} of them targets",
     ]
-    if source.weight is not None and source.epoch_share is not None and (is_one_of_several or source.weight != 1):
+    if (
+        source.weight is not None
+        and source.epoch_share is not None
+        and (is_one_of_several or source.weight != 1)
+    ):
         lines.append(f"weight {source.weight:g}: {source.epoch_share:.1%} of an epoch's tokens")
     lines += [
         f"{count:,} {what} ({count / report.num_rows:.1%})" + (":" if what == _FAULTY else "")
@@ -94,14 +103,22 @@ def source_lines(source: SourceFacts, max_seq_len: int, is_one_of_several: bool)
         if count
     ]
     ordered = sorted(report.faulty.reasons.items(), key=lambda item: -item[1][0])
-    return lines + [f"  {n:,} x {visible(reason)}, first: {visible(where)}" for reason, (n, where) in ordered]
+    return lines + [
+        f"  {n:,} x {visible(reason)}, first: {visible(where)}" for reason, (n, where) in ordered
+    ]
 
 
 def _print_totals(console: Console, part: PartFacts) -> None:
-    _print(console, f"{part.num_samples:,} samples, {part.num_tokens:,} tokens, {part.num_targets:,} of them targets")
+    _print(
+        console,
+        f"{part.num_samples:,} samples, {part.num_tokens:,} tokens, {part.num_targets:,} of them targets",
+    )
     rows = [
         [name, *(f"{value:,}" for value in (spread.p50, spread.p90, spread.p99, spread.max))]
-        for name, spread in (("tokens of a sample", part.lengths), ("targets of a sample", part.targets))
+        for name, spread in (
+            ("tokens of a sample", part.lengths),
+            ("targets of a sample", part.targets),
+        )
     ]
     _print_table(console, [["", "median", "90%", "99%", "longest"], *rows])
 
@@ -112,7 +129,8 @@ def _print_lengths(console: Console, part: PartFacts) -> None:
         _print(console, line)
     console.print()
     openings = ", ".join(
-        f"{visible(repr(opening.text))} ({opening.num_samples / part.num_samples:.0%})" for opening in part.openings
+        f"{visible(repr(opening.text))} ({opening.num_samples / part.num_samples:.0%})"
+        for opening in part.openings
     )
     _print(
         console,
@@ -154,7 +172,9 @@ def _print_batches(console: Console, facts: Facts) -> None:
         f"{run.num_rows_per_step:,} rows a step",
     )
     cells = [_batching_cells(batching) for batching in facts.batchings]
-    _print_table(console, [["", "padding", "rows an epoch", "steps an epoch", "tokens a step"], *cells])
+    _print_table(
+        console, [["", "padding", "rows an epoch", "steps an epoch", "tokens a step"], *cells]
+    )
     console.print()
     if configured.arrangement == "packing":
         fill = configured.num_tokens / (configured.num_rows * run.max_seq_len)
@@ -167,7 +187,11 @@ def _print_batches(console: Console, facts: Facts) -> None:
 
 
 _CHOSEN = "▸ "
-_ARRANGEMENTS = {"shuffled": "one sample a row", "group_by_length": "group_by_length", "packing": "packing"}
+_ARRANGEMENTS = {
+    "shuffled": "one sample a row",
+    "group_by_length": "group_by_length",
+    "packing": "packing",
+}
 
 
 def _batching_cells(batching: Batching) -> list[str]:
@@ -189,7 +213,11 @@ _MUCH_PADDING = 0.2
 
 def warnings(facts: Facts) -> list[str]:
     """Sentences about what is often a mistake in the data, with what to do."""
-    found = [_about_repeats(facts.train), _about_leak(facts), _about_answers("training", facts.train)]
+    found = [
+        _about_repeats(facts.train),
+        _about_leak(facts),
+        _about_answers("training", facts.train),
+    ]
     if facts.eval is not None:
         found.append(_about_answers("evaluation", facts.eval))
     found += [_about_cuts(source, facts.run.max_seq_len) for source in facts.sources]
@@ -253,7 +281,9 @@ def _about_padding(facts: Facts) -> str:
     if configured.padding - best.padding < _MUCH_PADDING:
         return ""
     hint = "; lower optim.micro_batch_size with it" if best.arrangement == "packing" else ""
-    instead = "" if configured.arrangement == "shuffled" else f" instead of data.{configured.arrangement}"
+    instead = (
+        "" if configured.arrangement == "shuffled" else f" instead of data.{configured.arrangement}"
+    )
     return (
         f"{configured.padding:.0%} of what is computed is padding. data.{best.arrangement}: true{instead} makes that "
         f"{best.padding:.0%}{hint}."
@@ -279,7 +309,9 @@ def _print_heading(console: Console, title: str) -> None:
     console.print(Text(title.upper(), "bold cyan"))
 
 
-def _print(console: Console, text: str | Text, style: str = "", indent: int = _INDENT, mark: str = "") -> None:
+def _print(
+    console: Console, text: str | Text, style: str = "", indent: int = _INDENT, mark: str = ""
+) -> None:
     """Print below a heading, in lines that all begin where the first one does."""
     whole = Text(text, style) if isinstance(text, str) else text
     for line in whole.wrap(console, console.width - indent - len(mark) - _INDENT):
@@ -292,6 +324,8 @@ def _print_table(console: Console, rows: list[list[str]]) -> None:
     """Print rows of cells; the first row is a heading, and the row that is marked stands out."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for number, cells in enumerate(rows):
-        padded = [cells[0].ljust(widths[0])] + [cell.rjust(n) for cell, n in zip(cells[1:], widths[1:], strict=True)]
+        padded = [cells[0].ljust(widths[0])] + [
+            cell.rjust(n) for cell, n in zip(cells[1:], widths[1:], strict=True)
+        ]
         style = "dim" if number == 0 else "bold" if cells[0].startswith(_CHOSEN) else ""
         _print(console, "  ".join(padded), style)

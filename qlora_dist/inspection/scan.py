@@ -31,7 +31,12 @@ class Answers:
     openings: Counter[int] = field(default_factory=Counter)
     """How many samples begin to answer with this token."""
 
-    def count(self, tokens: NDArray[np.generic], is_target: NDArray[np.bool_], is_special: NDArray[np.bool_]) -> None:
+    def count(
+        self,
+        tokens: NDArray[np.generic],
+        is_target: NDArray[np.bool_],
+        is_special: NDArray[np.bool_],
+    ) -> None:
         """One more sample. Each array: (num_tokens,), but `is_special` is by token id."""
         borders = np.flatnonzero(np.diff(is_target, prepend=False, append=False))
         firsts, ends = borders[::2], borders[1::2]
@@ -57,7 +62,9 @@ class Scan:
     answers: Answers
 
 
-def scan(rows: Rows, is_special: NDArray[np.bool_], show: Callable[[str], None] = lambda text: None) -> Scan:
+def scan(
+    rows: Rows, is_special: NDArray[np.bool_], show: Callable[[str], None] = lambda text: None
+) -> Scan:
     """Look at every sample once; only one is in memory at a time.
 
     Args:
@@ -65,7 +72,9 @@ def scan(rows: Rows, is_special: NDArray[np.bool_], show: Callable[[str], None] 
         show: is called with a line about how far things are, every now and then.
     """
     num = rows.num_samples
-    found = Scan(np.zeros(num, np.uint64), np.zeros(num, np.uint64), np.zeros(num, np.int64), Answers())
+    found = Scan(
+        np.zeros(num, np.uint64), np.zeros(num, np.uint64), np.zeros(num, np.int64), Answers()
+    )
     for number, (tokens, targets) in enumerate(rows.arrays()):
         is_target = np.array(targets, dtype=np.bool_)
         is_target[0] = False  # nothing comes before it that it could be predicted from
@@ -80,4 +89,6 @@ def scan(rows: Rows, is_special: NDArray[np.bool_], show: Callable[[str], None] 
 
 
 def _hash(tokens: NDArray[np.generic]) -> int:
-    return int.from_bytes(hashlib.blake2b(tokens.tobytes(), digest_size=_HASH_BYTES).digest(), "little")
+    return int.from_bytes(
+        hashlib.blake2b(tokens.tobytes(), digest_size=_HASH_BYTES).digest(), "little"
+    )

@@ -22,10 +22,14 @@ class LayerBytes:
         """By all layers."""
         num_others = recompute.num_layers - recompute.num_selective - recompute.num_full
         return (
-            num_others * self.none + recompute.num_selective * self.selective + recompute.num_full * self.full
-        )  # fmt: skip
+            num_others * self.none
+            + recompute.num_selective * self.selective
+            + recompute.num_full * self.full
+        )
 
-    def least_recompute(self, room: int, num_layers: int, again: int, with_selective: bool) -> Recompute:
+    def least_recompute(
+        self, room: int, num_layers: int, again: int, with_selective: bool
+    ) -> Recompute:
         """The least recomputation with which what all layers keep fits into `room` bytes.
 
         All layers recompute selectively, where that frees anything, before any does fully: products are the last thing
@@ -36,7 +40,10 @@ class LayerBytes:
             with_selective: whether that frees anything here.
         """
         with_selective = with_selective and self.selective < self.none
-        choices = [Recompute(num_layers, number) for number in range(num_layers + 1 if with_selective else 1)]
+        choices = [
+            Recompute(num_layers, number)
+            for number in range(num_layers + 1 if with_selective else 1)
+        ]
         choices += [
             Recompute(num_layers, num_layers - number if with_selective else 0, number)
             for number in range(1, num_layers)

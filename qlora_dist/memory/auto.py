@@ -19,7 +19,7 @@ from qlora_dist.config.schema import TrainConfig
 from qlora_dist.data.batch import MicroBatch
 from qlora_dist.memory.activations import LayerBytes, activations_of, layer_bytes
 from qlora_dist.memory.policy import Recompute, fixed_recompute
-from qlora_dist.memory.recompute import Survey, is_compiled, recompute_of, set_recompute
+from qlora_dist.memory.recompute import KeptBytesProbe, is_compiled, recompute_of, set_recompute
 from qlora_dist.model.attention import mask_elements
 from qlora_dist.model.cpu.heap import trim_heap
 from qlora_dist.model.loss import is_chunked
@@ -44,21 +44,25 @@ class RecomputeBudget:
     All ranks call every method alike. With another setting than `auto` nothing is chosen.
     """
 
-    def __init__(self, config: TrainConfig, parts: ModelParts, runtime: Runtime, say: Callable[[str], None]) -> None:
-        self._config, self._parts, self._runtime, self._say = config, parts, runtime, say
+    def __init__(
+        self, config: TrainConfig, parts: ModelParts, runtime: Runtime, log: Callable[[str], None]
+    ) -> None:
+        self._config, self._parts, self._runtime, self._say = config, parts, runtime, log
         # Offloaded activations do not fill the device: recomputing all layers leaves the least to copy.
         self._is_auto = config.memory.recompute == "auto" and not config.memory.offload_activations
         self._meter = MemoryMeter(runtime.device)
         self._allowed = self._room = self._state_bytes = 0
         self._num_steps = 0
         self._layer = LayerBytes(0, 0, 0)
-        self._survey: Survey | None = None
+        self._probe: KeptBytesProbe | None = None
 
     def choose(self) -> None:
         """By the formula; called when everything but optimizer state and activations is in memory."""
         if not self._is_auto:
             if self._config.memory.recompute == "auto":
-                self._say("recompute: all layers fully, which leaves memory.offload_activations the least to copy")
+                self._say(
+                    "recompute: all layers fully, which leaves memory.offload_activations the least to copy"
+                )
             return
         runtime, optim = self._runtime, self._config.optim
         dimensions = self._parts.dimensions
@@ -69,22 +73,40 @@ class RecomputeBudget:
         num_adapted = sum(local_part(param).numel() for param in adapters)
         self._state_bytes = later = num_adapted * OPTIMIZERS[optim.optimizer].state_bytes
         is_cut = local_bytes(self._parts.model) < whole_bytes(self._parts.model)
-        if is_cut or self._config.parallel.cpu_offload:  # gradients of shards; the layer at work and the next
+        if (
+            is_cut or self._config.parallel.cpu_offload
+        ):  # gradients of shards; the layer at work and the next
             later += num_adapted * 4 + 2 * max(map(whole_bytes, self._parts.layers))
             if optim.grad_accum_steps > 1:  # whole gradients, until the last micro-batch
                 later += sum(4 * whole_shape(param).numel() for param in adapters)
         nothing = Recompute(len(self._parts.layers))
         with runtime.autocast():
             is_loss_chunked = is_chunked(self._parts.model)
-        rows, length, is_packed = optim.micro_batch_size, self._config.data.max_seq_len, self._config.data.packing
+        rows, length, is_packed = (
+            optim.micro_batch_size,
+            self._config.data.max_seq_len,
+            self._config.data.packing,
+        )
         mask = element_size * mask_elements(
-            self._parts.model, rows, length, is_packed=is_packed, is_on_gpu=runtime.device.type == "cuda"
+            self._parts.model,
+            rows,
+            length,
+            is_packed=is_packed,
+            is_on_gpu=runtime.device.type == "cuda",
         )
         activations = activations_of(
-            dimensions, num_tokens, num_tokens, nothing, element_size, self._config.adapter,
-            is_loss_chunked=is_loss_chunked, mask_bytes=mask,
-        )  # fmt: skip
-        self._room = self._limit - self._meter.held() - later - (activations.total - activations.kept)
+            dimensions,
+            num_tokens,
+            num_tokens,
+            nothing,
+            element_size,
+            self._config.adapter,
+            is_loss_chunked=is_loss_chunked,
+            mask_bytes=mask,
+        )
+        self._room = (
+            self._limit - self._meter.held() - later - (activations.total - activations.kept)
+        )
         self._layer = layer_bytes(dimensions, num_tokens, element_size, self._config.adapter, mask)
         self._agree()
         choice = self._least_recompute(again=self._layer.none)
@@ -99,24 +121,28 @@ class RecomputeBudget:
             if self._is_looking:
                 self._meter.restart()
             if self._num_steps == 1:
-                self._survey = stack.enter_context(Survey(self._parts.layers))
+                self._probe = stack.enter_context(KeptBytesProbe(self._parts.layers))
         return stack
 
     def after_step(self, batches: Sequence[MicroBatch]) -> None:
         """Choose again by what the step took: after the first ones, and later when it was more than allowed."""
         if not self._is_auto or not self._is_looking:
             return
-        if self._runtime.device.type == "cuda":  # others, and what allocators do not see, may take more by now
+        if (
+            self._runtime.device.type == "cuda"
+        ):  # others, and what allocators do not see, may take more by now
             self._allowed = memory_limit(self._config.memory.budget_gib, self._meter, self._runtime)
         now = recompute_of(self._parts.layers)
         seen = max(batch.input_ids.numel() for batch in batches)
-        if self._survey is not None and self._survey.result is not None:
-            found, scale = self._survey.result, self._largest_micro_batch / seen
-            self._layer = LayerBytes(*(int(size * scale) for size in (found.none, found.selective, found.full)))
+        if self._probe is not None and self._probe.result is not None:
+            found, scale = self._probe.result, self._largest_micro_batch / seen
+            self._layer = LayerBytes(
+                *(int(size * scale) for size in (found.none, found.selective, found.full))
+            )
         peak = self._meter.peak()
-        if self._survey is not None and now.policy(now.num_layers - 1) == "selective":
+        if self._probe is not None and now.policy(now.num_layers - 1) == "selective":
             peak -= self._layer.none - self._layer.selective  # the surveyed layer kept everything
-        self._survey = None
+        self._probe = None
         beside = peak - int(self._layer.kept(now) * seen / self._largest_micro_batch)
         if self._num_steps == 1:
             # Made by its update, as a rule. What was there before (DeepSpeed's, or that of a run that goes on) counts
@@ -142,7 +168,11 @@ class RecomputeBudget:
         in a collective by then.
         """
         is_early = self._is_auto and self._num_steps <= 2
-        return is_early and self._runtime.world_size == 1 and recompute_of(self._parts.layers) != self._everything
+        return (
+            is_early
+            and self._runtime.world_size == 1
+            and recompute_of(self._parts.layers) != self._everything
+        )
 
     def make_room(self) -> None:
         """Have all layers recompute fully, because this step did not fit."""
@@ -174,7 +204,11 @@ class RecomputeBudget:
     def _reserve(self) -> float:
         if self._meter.num_retries() > 0:
             return _FRAGMENTED_RESERVE
-        return _EARLY_RESERVE if self._runtime.device.type == "cpu" and self._num_steps < 2 else _RESERVE
+        return (
+            _EARLY_RESERVE
+            if self._runtime.device.type == "cpu" and self._num_steps < 2
+            else _RESERVE
+        )
 
     @property
     def _largest_micro_batch(self) -> int:
@@ -198,7 +232,9 @@ class RecomputeBudget:
     def _agree(self) -> None:
         """Take the least room and the largest layer of all ranks, so that they decide alike."""
         mine = [-self._room, self._layer.none, self._layer.selective, self._layer.full]
-        agreed = self._runtime.max_of_each(torch.tensor(mine, dtype=torch.int64, device=self._runtime.device))
+        agreed = self._runtime.max_of_each(
+            torch.tensor(mine, dtype=torch.int64, device=self._runtime.device)
+        )
         room, *layer = agreed.tolist()
         self._room, self._layer = -room, LayerBytes(*layer)
 

@@ -25,7 +25,9 @@ class Footprint:
     """The largest unit that is gathered at once, whole; zero when nothing is sharded."""
 
 
-def plan_footprint(model: nn.Module, units: list[nn.Module], num_shards: int, rank: int) -> Footprint:
+def plan_footprint(
+    model: nn.Module, units: list[nn.Module], num_shards: int, rank: int
+) -> Footprint:
     """The footprint of rank `rank` when each parameter of a meta-device model is cut into `num_shards` by rows.
 
     Args:
@@ -72,4 +74,9 @@ def check_memory(footprint: Footprint, device: torch.device, num_ranks_here: int
 
 
 def _largest_unit(model: nn.Module, units: list[nn.Module]) -> int:
-    return max([*map(whole_bytes, units), sum(p.numel() * p.element_size() for p in parameters_outside(units, model))])
+    return max(
+        [
+            *map(whole_bytes, units),
+            sum(p.numel() * p.element_size() for p in parameters_outside(units, model)),
+        ]
+    )

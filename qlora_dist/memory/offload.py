@@ -40,7 +40,7 @@ def check_offload(memory: MemoryConfig, device: torch.device) -> None:
         )
 
 
-class CudaLane:
+class CopyStream:
     """A stream on which copies run beside the computation. An event says when a copy is done.
 
     What is being copied is held here until the computation has been told to wait for the copy: then its memory can be
@@ -96,7 +96,7 @@ class Offload:
     """What all layers of a model have put into host memory."""
 
     def __init__(self, lane: Any = None, min_bytes: int = _MIN_BYTES) -> None:
-        self.lane = CudaLane() if lane is None else lane
+        self.lane = CopyStream() if lane is None else lane
         self.min_bytes = min_bytes
         self._parameters: dict[nn.Module, list[nn.Parameter]] = {}
         self._last: weakref.ref[LayerStore] | None = None
@@ -110,7 +110,9 @@ class Offload:
         """
         if layer not in self._parameters:
             self._parameters[layer] = list(layer.parameters())
-        store = LayerStore(self, self._parameters[layer], outside, None if self._last is None else self._last())
+        store = LayerStore(
+            self, self._parameters[layer], outside, None if self._last is None else self._last()
+        )
         self._last = weakref.ref(store)
         with torch.autograd.graph.saved_tensors_hooks(store.pack, _unpack):
             yield store
@@ -121,11 +123,17 @@ class LayerStore:
     """What one forward of one layer has put into host memory."""
 
     def __init__(
-        self, offload: Offload, parameters: list[nn.Parameter], outside: Iterable[torch.Tensor], before: Any
+        self,
+        offload: Offload,
+        parameters: list[nn.Parameter],
+        outside: Iterable[torch.Tensor],
+        before: Any,
     ) -> None:
         self._offload, self._parameters = offload, parameters
         self._outside = {storage_address(tensor) for tensor in outside}
-        self._before: weakref.ref[LayerStore] | None = None if before is None else weakref.ref(before)
+        self._before: weakref.ref[LayerStore] | None = (
+            None if before is None else weakref.ref(before)
+        )
         self._copies: dict[tuple[int, torch.dtype], _Copy] = {}
         self._all: list[weakref.ref[_Copy]] = []
 
@@ -136,14 +144,21 @@ class LayerStore:
     def keep(self, tensor: torch.Tensor) -> Recall:
         """Keep a tensor, in host memory if it is large and is the layer's own."""
         address = storage_address(tensor)
-        is_own = address not in self._outside and all(address != storage_address(p) for p in self._parameters)
+        is_own = address not in self._outside and all(
+            address != storage_address(p) for p in self._parameters
+        )
         if not is_own or tensor.untyped_storage().nbytes() < self._offload.min_bytes:
             return keep_here(tensor)
         key = address, tensor.dtype
         if key not in self._copies:
             self._copies[key] = _Copy(self, tensor, self._offload.lane)
             self._all.append(weakref.ref(self._copies[key]))
-        copy, shape, stride, offset = self._copies[key], tensor.shape, tensor.stride(), tensor.storage_offset()
+        copy, shape, stride, offset = (
+            self._copies[key],
+            tensor.shape,
+            tensor.stride(),
+            tensor.storage_offset(),
+        )
         return lambda: copy.recall().as_strided(shape, stride, offset)
 
     def close(self) -> None:

@@ -58,7 +58,9 @@ def out_of_memory_message(
 
     def total(rows: int, length: int, recompute: Recompute) -> int:
         share = num_targets * rows * length // max(1, num_tokens)
-        return activations_of(model, rows * length, share, recompute, element_size, config.adapter).total
+        return activations_of(
+            model, rows * length, share, recompute, element_size, config.adapter
+        ).total
 
     num_tokens = rows * length
     now = total(rows, length, recompute)
@@ -67,11 +69,15 @@ def out_of_memory_message(
         changes.append((now - total(rows, length, everything), "memory.recompute: full"))
     if rows > 1:
         accum = config.optim.grad_accum_steps * -(-rows // (rows // 2))
-        same = "" if config.adapter.dropout else " (the same result)"  # what is dropped depends on the micro-batch
+        same = (
+            "" if config.adapter.dropout else " (the same result)"
+        )  # what is dropped depends on the micro-batch
         text = f"optim.micro_batch_size: {rows // 2} with grad_accum_steps: {accum}{same}"
         changes.append((now - total(rows // 2, length, recompute), text))
     changes.append((now - total(rows, length // 2, recompute), f"data.max_seq_len: {length // 2}"))
-    advice = "; ".join(f"{text} saves about {saved / GIB:.1f} GiB" for saved, text in sorted(changes, reverse=True))
+    advice = "; ".join(
+        f"{text} saves about {saved / GIB:.1f} GiB" for saved, text in sorted(changes, reverse=True)
+    )
     if not is_sharded:
         advice += "; parallel.backend: fsdp on more GPUs shards the weights"
     elif not config.parallel.cpu_offload:

@@ -27,7 +27,9 @@ class Recompute:
         return "selective" if number < self.num_full + self.num_selective else "none"
 
     def __str__(self) -> str:
-        return f"{self.num_selective} of {self.num_layers} layers selectively, {self.num_full} fully"
+        return (
+            f"{self.num_selective} of {self.num_layers} layers selectively, {self.num_full} fully"
+        )
 
 
 def fixed_recompute(setting: str | int, num_layers: int) -> Recompute:
@@ -36,4 +38,8 @@ def fixed_recompute(setting: str | int, num_layers: int) -> Recompute:
         return Recompute(num_layers, num_full=min(setting, num_layers))
     if setting == "none":
         return Recompute(num_layers)
-    return Recompute(num_layers, num_layers) if setting == "selective" else Recompute(num_layers, 0, num_layers)
+    return (
+        Recompute(num_layers, num_layers)
+        if setting == "selective"
+        else Recompute(num_layers, 0, num_layers)
+    )

@@ -47,7 +47,7 @@ def recompute_of(layers: Iterable[nn.Module]) -> Recompute:
     return Recompute(len(policies), policies.count("selective"), policies.count("full"))
 
 
-class Survey:
+class KeptBytesProbe:
     """A context in which the last layer keeps everything, and what each policy would keep of it is counted.
 
     It costs no memory where all layers recompute: backward begins with the last one, and would make all of it again.
@@ -56,15 +56,15 @@ class Survey:
     def __init__(self, layers: Iterable[nn.Module]) -> None:
         self._forward = list(_forwards(layers))[-1]
 
-    def __enter__(self) -> Survey:
-        self._forward.surveyed = LayerBytes(0, 0, 0)
+    def __enter__(self) -> KeptBytesProbe:
+        self._forward.probed = LayerBytes(0, 0, 0)
         return self
 
     def __exit__(self, *exception: object) -> None:
-        found = self._forward.surveyed
+        found = self._forward.probed
         self.result = found if found is not None and found.none > 0 else None
         """Of the largest micro-batch; None when nothing could be counted."""
-        self._forward.surveyed = None
+        self._forward.probed = None
 
 
 def is_compiled(layers: Iterable[nn.Module]) -> bool:
@@ -81,7 +81,7 @@ class LayerForward:
         self.policy = policy
         # torch.compile stands aside, without a word, while an operation is watched: no selective policy then.
         self.is_compiled = isinstance(layer.forward, CompiledForward)
-        self.surveyed: LayerBytes | None = None
+        self.probed: LayerBytes | None = None
         """The largest found so far, while a survey goes on."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -93,8 +93,10 @@ class LayerForward:
             return self._run(store.keep, args, kwargs)
 
     def _run(self, keep: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        is_survey = self.surveyed is not None and not self.is_compiled
-        if not is_survey and (self.policy == "none" or (self.policy == "selective" and self.is_compiled)):
+        is_survey = self.probed is not None and not self.is_compiled
+        if not is_survey and (
+            self.policy == "none" or (self.policy == "selective" and self.is_compiled)
+        ):
             return self._plain(*args, **kwargs)
         if not is_survey and self.policy == "full":
             # Non-reentrant: needs no input gradient, and hides nothing from autograd or the compiler.
@@ -103,7 +105,9 @@ class LayerForward:
             result = self._plain(*args, **kwargs)
         if is_survey:
             inputs = sum(tensor.untyped_storage().nbytes() for tensor in _tensors(args[:1]))
-            self.surveyed = max(self.surveyed, LayerBytes(*forward.kept, inputs), key=lambda found: found.none)
+            self.probed = max(
+                self.probed, LayerBytes(*forward.kept, inputs), key=lambda found: found.none
+            )
         return result
 
 

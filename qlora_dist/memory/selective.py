@@ -56,11 +56,15 @@ class SelectiveForward(TorchDispatchMode):
         is_survey: keep all that autograd saves, and only count.
     """
 
-    def __init__(self, outside: Iterable[torch.Tensor], keep: Keep = keep_here, is_survey: bool = False) -> None:
+    def __init__(
+        self, outside: Iterable[torch.Tensor], keep: Keep = keep_here, is_survey: bool = False
+    ) -> None:
         super().__init__()
         self._outside = {storage_address(tensor) for tensor in outside}
         self._keep, self._is_survey = keep, is_survey
-        self._made: dict[int, _Result] = {}  # by address of the storage; each holds it, so that it is not used again
+        self._made: dict[
+            int, _Result
+        ] = {}  # by address of the storage; each holds it, so that it is not used again
         self._leaves: dict[int, list[_Leaf]] = {}
         self._saved: list[_Saved] = []
         self.kept: tuple[int, int] = (0, 0)
@@ -73,7 +77,10 @@ class SelectiveForward(TorchDispatchMode):
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         super().__exit__(kind, error, trace)
         self._hooks.__exit__(kind, error, trace)
@@ -106,7 +113,9 @@ class SelectiveForward(TorchDispatchMode):
         """An argument in a form that can be read again in backward."""
         if isinstance(value, torch.Tensor):
             return self._source(value)
-        if isinstance(value, (list, tuple)) and any(isinstance(item, torch.Tensor) for item in value):
+        if isinstance(value, (list, tuple)) and any(
+            isinstance(item, torch.Tensor) for item in value
+        ):
             items = [self._source(item) for item in value]
             return _UNKNOWN if _UNKNOWN in items else items
         return value
@@ -140,23 +149,36 @@ class SelectiveForward(TorchDispatchMode):
             return tensor  # parameters among them: their engine brings them back
         made = self._made.get(storage_address(tensor))
         is_made = made is not None and made.dtype == tensor.dtype
-        self._saved.append(_Saved(tensor.detach(), _View(made, tensor) if made is not None and is_made else None))
+        self._saved.append(
+            _Saved(tensor.detach(), _View(made, tensor) if made is not None and is_made else None)
+        )
         return self._saved[-1]
 
     def _settle(self) -> None:
         """Forward is over: decide of each saved tensor whether it is kept."""
         direct = {storage_address(saved.tensor) for saved in self._saved if saved.view is None}
-        leaves = {saved: {storage_address(leaf.tensor): leaf for leaf in saved.leaves()} for saved in self._saved}
-        results = {saved.view.result: keys for saved, keys in leaves.items() if saved.view is not None}
+        leaves = {
+            saved: {storage_address(leaf.tensor): leaf for leaf in saved.leaves()}
+            for saved in self._saved
+        }
+        results = {
+            saved.view.result: keys for saved, keys in leaves.items() if saved.view is not None
+        }
         needed = Counter(key for keys in results.values() for key in keys)
         free = direct | self._outside
 
         def is_worth_it(saved: _Saved) -> bool:
-            own = [leaf for key, leaf in leaves[saved].items() if key not in free and needed[key] == 1]
+            own = [
+                leaf for key, leaf in leaves[saved].items() if key not in free and needed[key] == 1
+            ]
             return saved.view is not None and saved.view.result.nbytes > sum(map(_leaf_bytes, own))
 
         again = {saved for saved in self._saved if is_worth_it(saved)}
-        kept = {storage_address(saved.tensor): saved.tensor for saved in self._saved if saved not in again}
+        kept = {
+            storage_address(saved.tensor): saved.tensor
+            for saved in self._saved
+            if saved not in again
+        }
         sources = {key: leaf.tensor for saved in again for key, leaf in leaves[saved].items()}
         everything = {storage_address(saved.tensor): saved.tensor for saved in self._saved}
         self.kept = self._own_bytes(everything), self._own_bytes({**kept, **sources})
@@ -167,7 +189,9 @@ class SelectiveForward(TorchDispatchMode):
                 saved.keep(self._keep)
 
     def _own_bytes(self, tensors: dict[int, torch.Tensor]) -> int:
-        return sum(t.untyped_storage().nbytes() for key, t in tensors.items() if key not in self._outside)
+        return sum(
+            t.untyped_storage().nbytes() for key, t in tensors.items() if key not in self._outside
+        )
 
 
 class _Operation:
@@ -209,10 +233,14 @@ class _Operation:
 class _Result:
     """A storage that an operation filled."""
 
-    def __init__(self, operation: _Operation, place: int, storage: torch.UntypedStorage, dtype: torch.dtype) -> None:
+    def __init__(
+        self, operation: _Operation, place: int, storage: torch.UntypedStorage, dtype: torch.dtype
+    ) -> None:
         self.operation, self._place, self.dtype = operation, place, dtype
         self.nbytes = storage.nbytes()
-        self._address = StorageWeakRef(storage)  # as long as this lives, no other storage gets the same one
+        self._address = StorageWeakRef(
+            storage
+        )  # as long as this lives, no other storage gets the same one
 
     def recall(self) -> torch.Tensor:
         return self.operation.run()[self._place]
@@ -312,10 +340,16 @@ def _read_again(argument: Any) -> Any:
 
 _aten = torch.ops.aten
 _QUICK = {
-    _aten._to_copy.default, _aten.cat.default, _aten.stack.default, _aten.mean.dim, _aten.sum.dim_IntList,
-    _aten.linalg_vector_norm.default, _aten._softmax.default, _aten.native_layer_norm.default,
+    _aten._to_copy.default,
+    _aten.cat.default,
+    _aten.stack.default,
+    _aten.mean.dim,
+    _aten.sum.dim_IntList,
+    _aten.linalg_vector_norm.default,
+    _aten._softmax.default,
+    _aten.native_layer_norm.default,
     _aten._fused_rms_norm.default,
-}  # fmt: skip
+}
 """Quick operations that are not elementwise."""
 
 
@@ -330,4 +364,6 @@ def _is_quick(func: Any) -> bool:
 def _written(func: Any) -> tuple[tuple[int, str], ...]:
     """Position and name of the arguments that an operation writes to."""
     arguments = enumerate(func._schema.arguments)
-    return tuple((i, a.name) for i, a in arguments if a.alias_info is not None and a.alias_info.is_write)
+    return tuple(
+        (i, a.name) for i, a in arguments if a.alias_info is not None and a.alias_info.is_write
+    )

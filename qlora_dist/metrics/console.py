@@ -9,7 +9,15 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol, TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
 from rich.table import Column
 from rich.text import Text
 
@@ -46,17 +54,23 @@ class Reporter:
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.console = Console(
-            file=streams.lasting(file or sys.stdout), quiet=not is_main, highlight=False, emoji=False, soft_wrap=True
+            file=streams.lasting(file or sys.stdout),
+            quiet=not is_main,
+            highlight=False,
+            emoji=False,
+            soft_wrap=True,
         )
         self._clock = clock
-        self._heartbeat = Heartbeat(self.say, _SAY_EVERY_SECONDS if interval is None else interval, clock)
+        self._heartbeat = Heartbeat(
+            self.log, _SAY_EVERY_SECONDS if interval is None else interval, clock
+        )
         self._bars = _Bars(self.console) if self.console.is_terminal and is_main else None
         self._is_main = is_main
         self._num_steps = 0
         self._training: Work | None = None
         self._step_started = 0.0
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """One plain line."""
         self._heartbeat.spoke()
         self.console.print(text, markup=False)
@@ -93,7 +107,9 @@ class Reporter:
                 yield self._heartbeat.look
             finally:
                 self._heartbeat.end(work)
-                self._step_started = self._clock()  # what was done between two steps belongs to none
+                self._step_started = (
+                    self._clock()
+                )  # what was done between two steps belongs to none
 
     @contextmanager
     def training(self, num_steps: int) -> Iterator[None]:
@@ -117,12 +133,16 @@ class Reporter:
     def _training_line(self, now: float) -> str:
         assert self._training is not None
         seconds, done = now - self._step_started, self._training.done
-        within = f", for {seconds:.0f} s in step {done + 1}" if seconds >= 1 and done < self._num_steps else ""
+        within = (
+            f", for {seconds:.0f} s in step {done + 1}"
+            if seconds >= 1 and done < self._num_steps
+            else ""
+        )
         return f"after step {done}/{self._num_steps}{within}"
 
     @contextmanager
     def loading(
-        self, total_bytes: int, total_layers: int, alive: Callable[[], None] = lambda: None
+        self, total_bytes: int, total_layers: int, check_in: Callable[[], None] = lambda: None
     ) -> Iterator[Callable[[int, int], None]]:
         """Progress of reading weights; the body calls what it gets with the bytes read and layers filled so far.
 
@@ -136,13 +156,15 @@ class Reporter:
             def on_progress(num_bytes: int, num_layers: int) -> None:
                 nonlocal last, last_layer
                 if num_layers != last_layer:
-                    alive()
+                    check_in()
                 last, last_layer = num_bytes, num_layers
                 update(num_layers, f"{num_bytes // 2**20:,} MiB read by this rank")
 
             yield on_progress
         seconds = time.perf_counter() - started
-        self.say(f"base model: this rank read {last / 2**20:,.0f} of {total_bytes / 2**20:,.0f} MiB in {seconds:.1f} s")
+        self.log(
+            f"base model: this rank read {last / 2**20:,.0f} of {total_bytes / 2**20:,.0f} MiB in {seconds:.1f} s"
+        )
 
     @contextmanager
     def preparing(self) -> Iterator[Callable[[str], None]]:
@@ -173,7 +195,7 @@ class Reporter:
 
             yield on_bytes
         seconds = time.perf_counter() - started
-        self.say(f"quantized {total_bytes / 2**20:,.0f} MiB in {seconds:.1f} s")
+        self.log(f"quantized {total_bytes / 2**20:,.0f} MiB in {seconds:.1f} s")
 
     def step(self, row: StepMetrics, seconds_left: float | None) -> None:
         """One logged optimizer step."""
@@ -181,14 +203,16 @@ class Reporter:
             # What is left comes first: a narrow terminal has no room for all.
             left = [] if seconds_left is None else [f"{duration(seconds_left)} left"]
             self._training.done = row.step
-            self._training.note = " | ".join([*left, step_line(row, self._num_steps, None).partition(" | ")[2]])
+            self._training.note = " | ".join(
+                [*left, step_line(row, self._num_steps, None).partition(" | ")[2]]
+            )
             self._bars.refresh()
         else:
-            self.say(step_line(row, self._num_steps, seconds_left))
+            self.log(step_line(row, self._num_steps, seconds_left))
 
     def evaluation(self, row: EvalMetrics) -> None:
         """One evaluation."""
-        self.say(
+        self.log(
             f"eval at step {row.step} | loss {row.eval_loss:.4f} | perplexity {row.eval_perplexity:.2f} | "
             f"{row.num_target_tokens:,} target tokens | {row.seconds:.1f} s"
         )
@@ -261,4 +285,6 @@ def duration(seconds: float) -> str:
     """`75` as `1m15s`."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
+    return (
+        f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
+    )

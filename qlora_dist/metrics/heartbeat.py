@@ -30,7 +30,10 @@ class Work:
         """What is said of it after a silence."""
         if self.line is not None:
             return self.line(now)
-        parts = [self.text if self.total is not None or self.note else f"still {self.doing}", self.note]
+        parts = [
+            self.text if self.total is not None or self.note else f"still {self.doing}",
+            self.note,
+        ]
         return ", ".join([*filter(None, parts), f"{now - self.started:.0f} s"])
 
 
@@ -40,8 +43,10 @@ class Heartbeat:
     A thread looks at the time while there is work, since one long call gives nobody else the chance.
     """
 
-    def __init__(self, say: Callable[[str], None], interval: float, clock: Callable[[], float]) -> None:
-        self._say, self._interval, self._clock = say, interval, clock
+    def __init__(
+        self, log: Callable[[str], None], interval: float, clock: Callable[[], float]
+    ) -> None:
+        self._say, self._interval, self._clock = log, interval, clock
         self._works: list[Work] = []
         self._last = clock()
         self._is_looking = threading.Lock()
@@ -54,7 +59,9 @@ class Heartbeat:
         if not self._works:
             self._last = work.started
             self._over = threading.Event()
-            self._thread = threading.Thread(target=self._beat, args=(self._over,), name="heartbeat", daemon=True)
+            self._thread = threading.Thread(
+                target=self._beat, args=(self._over,), name="heartbeat", daemon=True
+            )
             self._thread.start()
         self._works.append(work)
 

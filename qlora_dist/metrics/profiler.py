@@ -32,7 +32,9 @@ class StepProfiler:
             if torch.cuda.is_available():
                 activities.append(ProfilerActivity.CUDA)
             phases = schedule(wait=_UNTRACED - 1, warmup=1, active=num_steps, repeat=1)
-            self._profile = profile(activities=activities, schedule=phases, on_trace_ready=self._write)
+            self._profile = profile(
+                activities=activities, schedule=phases, on_trace_ready=self._write
+            )
 
     def __enter__(self) -> StepProfiler:
         if self._profile is not None:
@@ -40,13 +42,18 @@ class StepProfiler:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         if self._profile is None:
             return
         self._profile.stop()
         if not self._is_written:
-            self._reporter.say(f"nothing was profiled: the run was over before its step {_UNTRACED + 1}")
+            self._reporter.log(
+                f"nothing was profiled: the run was over before its step {_UNTRACED + 1}"
+            )
 
     def step(self) -> None:
         """A step is done."""
@@ -60,4 +67,6 @@ class StepProfiler:
             return
         tensorboard_trace_handler(str(self._folder), worker_name="rank0", use_gzip=True)(trace)
         self._is_written = True
-        self._reporter.say(f"profile written to {self._folder}: open it at https://ui.perfetto.dev or in TensorBoard")
+        self._reporter.log(
+            f"profile written to {self._folder}: open it at https://ui.perfetto.dev or in TensorBoard"
+        )

@@ -40,14 +40,19 @@ class MetricsWriter:
     def write(self, row: StepMetrics | EvalMetrics) -> None:
         """Add one row."""
         values = vars(row)
-        finite = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in values.items()}
+        finite = {
+            key: None if isinstance(v, float) and not math.isfinite(v) else v
+            for key, v in values.items()
+        }
         self._file.write(json.dumps(finite) + "\n")  # JSON knows no NaN
         self._file.flush()
         if self._board is not None:
             prefix = "eval" if isinstance(row, EvalMetrics) else "train"
             for name, value in values.items():
                 if name != "step" and value is not None:
-                    self._board.add_scalar(f"{prefix}/{name.removeprefix('eval_')}", value, row.step)
+                    self._board.add_scalar(
+                        f"{prefix}/{name.removeprefix('eval_')}", value, row.step
+                    )
 
     def close(self) -> None:
         """Flush everything."""
@@ -123,14 +128,24 @@ class Recorder:
         self._reporter.at_step(step)
         if step % self._config.every and step != self._num_steps:
             return
-        summed = self._runtime.sum_over_ranks(torch.stack([sums.loss, sums.loss.new_tensor(self._window_flops)]))
+        summed = self._runtime.sum_over_ranks(
+            torch.stack([sums.loss, sums.loss.new_tensor(self._window_flops)])
+        )
         # The larger of both, because `budget.py` lets the device forget its peak now and then.
         self._peak_gib = max(
-            self._peak_gib, self._runtime.max_over_ranks(MemoryMeter(self._runtime.device).peak() / GIB)
+            self._peak_gib,
+            self._runtime.max_over_ranks(MemoryMeter(self._runtime.device).peak() / GIB),
         )
         waited = self._runtime.max_over_ranks(waited_seconds - self._waited_before)
         values = torch.stack(
-            [sums.grad_norm, sums.num_tokens, sums.num_targets, self._window_tokens, self._window_targets, *summed]
+            [
+                sums.grad_norm,
+                sums.num_tokens,
+                sums.num_targets,
+                self._window_tokens,
+                self._window_targets,
+                *summed,
+            ]
         ).tolist()
         grad_norm, num_tokens, num_targets, window_tokens, window_targets, loss, flops = values
         seconds = time.perf_counter() - self._window_started
@@ -167,9 +182,13 @@ class Recorder:
 
     def _warn_of_spike(self, row: StepMetrics) -> None:
         """Say when the loss is far above what it was: a learning rate too high, or rows unlike the others."""
-        usual = statistics.median(self._losses) if len(self._losses) == self._losses.maxlen else math.inf
+        usual = (
+            statistics.median(self._losses)
+            if len(self._losses) == self._losses.maxlen
+            else math.inf
+        )
         if row.loss > _SPIKE * usual:
-            self._reporter.say(
+            self._reporter.log(
                 f"step {row.step}: the loss {row.loss:.4f} is more than {_SPIKE:g} times its median over the last "
                 f"{len(self._losses)} logged steps ({usual:.4f}). Should it stay there: lower optim.lr, or lengthen "
                 "the warm-up."

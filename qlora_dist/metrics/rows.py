@@ -50,8 +50,8 @@ class StepMetrics:
     """Largest over ranks: allocated on the GPU, or resident in host memory on CPU, since the start; with
     `memory.recompute: auto`, whose measuring begins there, since the first step."""
     mfu: float | None
-    """Model FLOPs utilization: the arithmetic that training needs (see `model/flops.py`) per second, over what all
-    ranks' devices were measured to multiply at best (`peak.py`)."""
+    """Model FLOPs utilization: the arithmetic that training needs (see `model/mfu.py`) per second, over what all
+    ranks' devices were measured to multiply at best."""
     epoch: float
     num_skipped_steps: int
     """Steps so far that updated nothing, because their gradient was not finite."""

@@ -28,7 +28,11 @@ def add_adapters(model: PreTrainedModel, config: AdapterConfig, base_path: str) 
     Raises:
         ConfigError: an entry of `adapter.target_modules` names no linear layer of the model, or one that cannot learn.
     """
-    targets = config.target_modules if isinstance(config.target_modules, str) else list(config.target_modules)
+    targets = (
+        config.target_modules
+        if isinstance(config.target_modules, str)
+        else list(config.target_modules)
+    )
     if isinstance(targets, list):
         if config.path is None:  # an adapter that is continued may name more than this model has
             _check_all_named(model, targets)
@@ -46,7 +50,9 @@ def add_adapters(model: PreTrainedModel, config: AdapterConfig, base_path: str) 
     try:
         peft_model = _wrap(model, lora)
     except ValueError as error:
-        raise ConfigError(f"adapter.target_modules is {targets}, which peft refuses: {error}") from None
+        raise ConfigError(
+            f"adapter.target_modules is {targets}, which peft refuses: {error}"
+        ) from None
     lora.base_model_name_or_path = base_path
     return peft_model
 
@@ -94,12 +100,17 @@ def wrap_with_saved_adapter(model: PreTrainedModel, adapter_folder: Path) -> Pef
         _check_head(model, [] if isinstance(targets, str) else sorted(targets))
         return _wrap(model, peft_config)
     except (ValueError, ConfigError) as error:
-        raise CheckpointError(f"adapter folder {adapter_folder} does not fit {type(model).__name__}: {error}") from None
+        raise CheckpointError(
+            f"adapter folder {adapter_folder} does not fit {type(model).__name__}: {error}"
+        ) from None
 
 
 def _wrap(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
     """Put empty adapters on a meta-device model. `config` becomes that of the model."""
-    use_dora, config.use_dora = config.use_dora, False  # peft would take the lengths of rows that have no values yet
+    use_dora, config.use_dora = (
+        config.use_dora,
+        False,
+    )  # peft would take the lengths of rows that have no values yet
     peft_model = get_peft_model(model, config)
     config.use_dora = use_dora
     for layer in lora_layers(peft_model):
@@ -133,17 +144,26 @@ def check_adapter_fits(model: PeftModel, adapter_folder: Path) -> None:
     """
     with _saved_tensors(adapter_folder) as file:
         saved = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no mapping
-    here = {saved_name(name): tuple(whole_shape(param)) for name, param in _all_adapter_parameters(model).items()}
+    here = {
+        saved_name(name): tuple(whole_shape(param))
+        for name, param in _all_adapter_parameters(model).items()
+    }
     message = f"adapter folder {adapter_folder} does not fit its base model: "
     there, now = _adapted(saved), _adapted(here)
     if there != now:
-        message += f"it adapts {', '.join(there)}; adapter.target_modules asks for {', '.join(now)}."
+        message += (
+            f"it adapts {', '.join(there)}; adapter.target_modules asks for {', '.join(now)}."
+        )
     elif saved.keys() != here.keys():
         missing, unknown = sorted(here.keys() - saved.keys()), sorted(saved.keys() - here.keys())
-        message += f"{len(missing)} tensors missing {missing[:2]}, {len(unknown)} unknown {unknown[:2]}."
+        message += (
+            f"{len(missing)} tensors missing {missing[:2]}, {len(unknown)} unknown {unknown[:2]}."
+        )
     elif differing := [name for name, shape in here.items() if shape != saved[name]]:
         name = differing[0]
-        message += f"{name} is {saved[name]}, but {here[name]} is needed (and {len(differing) - 1} more)."
+        message += (
+            f"{name} is {saved[name]}, but {here[name]} is needed (and {len(differing) - 1} more)."
+        )
     else:
         return
     raise CheckpointError(message)
@@ -152,14 +172,18 @@ def check_adapter_fits(model: PeftModel, adapter_folder: Path) -> None:
 def saved_name(name: str) -> str:
     """PEFT's name in files for a parameter: `...lora_A.default.weight` without the adapter's name, `...lora_A.weight`,
     and `...lora_magnitude_vector.default.weight` without either."""
-    return name.replace(".lora_magnitude_vector.default.weight", ".lora_magnitude_vector").replace(".default.", ".")
+    return name.replace(".lora_magnitude_vector.default.weight", ".lora_magnitude_vector").replace(
+        ".default.", "."
+    )
 
 
 def _saved_tensors(adapter_folder: Path) -> safe_open:
     try:
         return safe_open(adapter_folder / ADAPTER_WEIGHTS, framework="pt")
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"adapter folder {adapter_folder}: {ADAPTER_WEIGHTS} cannot be read: {error}") from None
+        raise CheckpointError(
+            f"adapter folder {adapter_folder}: {ADAPTER_WEIGHTS} cannot be read: {error}"
+        ) from None
 
 
 def _adapted(names: Iterable[str]) -> list[str]:
@@ -188,7 +212,9 @@ def whole_adapter(model: nn.Module, is_wanted: bool = True) -> dict[str, torch.T
 
 
 @torch.no_grad()
-def init_adapters(model: nn.Module, seed: int, init: Literal["default", "gaussian"] = "default") -> None:
+def init_adapters(
+    model: nn.Module, seed: int, init: Literal["default", "gaussian"] = "default"
+) -> None:
     """Set every A to random values and every B to zero, as peft does; magnitudes are left alone.
 
     A is Kaiming-uniform with a = sqrt(5), or with `gaussian` normal with standard deviation 1 / rank.

@@ -9,10 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    PreTrainedConfig,
-)
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_greater_or_equal
 
 from qlora_dist.config.schema import ModelConfig
@@ -29,8 +26,14 @@ def attention_note(model: nn.Module, config: ModelConfig, *, is_packed: bool) ->
     chosen = " (chosen by model.attention: auto)" if config.attention == "auto" else ""
     if chosen and torch.cuda.is_available() and (problem := flash_attention_problem()) is not None:
         chosen += f"; the package flash-attn is installed, but cannot be imported ({problem})"
-    how = "their lengths, with variable-length kernels" if name == _BY_LENGTHS else "a mask over the row"
-    return f"attention: {name}{chosen}" + (f"; samples in a packed row are kept apart by {how}" if is_packed else "")
+    how = (
+        "their lengths, with variable-length kernels"
+        if name == _BY_LENGTHS
+        else "a mask over the row"
+    )
+    return f"attention: {name}{chosen}" + (
+        f"; samples in a packed row are kept apart by {how}" if is_packed else ""
+    )
 
 
 def model_inputs(
@@ -53,7 +56,9 @@ def model_inputs(
     return {"input_ids": input_ids, "position_ids": position_ids}
 
 
-def mask_elements(model: nn.Module, rows: int, length: int, *, is_packed: bool, is_on_gpu: bool) -> int:
+def mask_elements(
+    model: nn.Module, rows: int, length: int, *, is_packed: bool, is_on_gpu: bool
+) -> int:
     """Elements of what SDPA makes of a micro-batch's mask, in each layer, and keeps for backward.
 
     On a GPU its masked kernel takes numbers to add to the scores, in the compute type. Packed rows
@@ -94,7 +99,12 @@ def attention_arguments(config: ModelConfig, model_config: PreTrainedConfig) -> 
         return {"attn_implementation": config.attention}
     is_usable = is_flash_attn_2_available() and flash_attention_problem() is None
     has_kernels = is_usable and (cap is None or is_flash_attn_greater_or_equal(_FIRST_WITH_CAP))
-    if torch.cuda.is_available() and has_kernels and config.dtype != "float32" and _takes_flash(model_config):
+    if (
+        torch.cuda.is_available()
+        and has_kernels
+        and config.dtype != "float32"
+        and _takes_flash(model_config)
+    ):
         return {"attn_implementation": "flash_attention_2"}
     return {} if cap is None else {"attn_implementation": "eager"}
 

@@ -23,7 +23,7 @@ _TRACING = {
     # Codes of one layer's function: for each kind of layer (sliding attention or not) one for the first length of rows
     # and one for all others, with a mask and without, for one row and for several. Beyond torch's limit of 8 layers
     # would silently run as they are.
-    "recompile_limit": 64,
+    "recompile_limit": 64
 }
 
 
@@ -49,8 +49,14 @@ def check_compiler(device: torch.device) -> None:
     try:
         torch.compile(_trifle, **_COMPILER)(torch.ones(8, device=device))
     except Exception as error:  # noqa: BLE001 - whatever is missing, each part of the compiler says in its own way
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        needs = "a C++ compiler such as g++" if device.type == "cpu" else "a C compiler such as gcc, and triton"
+        reason = next(
+            (line for line in str(error).splitlines() if line.strip()), type(error).__name__
+        )
+        needs = (
+            "a C++ compiler such as g++"
+            if device.type == "cpu"
+            else "a C compiler such as gcc, and triton"
+        )
         raise LaunchError(
             f"memory.compile is true, but torch.compile does not work on this machine's {device.type}: {reason} "
             f"It needs {needs}. Install that, or set memory.compile: false."

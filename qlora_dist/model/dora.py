@@ -34,7 +34,9 @@ class Magnitude(nn.Module):
 
     def __init__(self, out_features: int, trainable: bool) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(out_features, device="meta", dtype=torch.float32), trainable)
+        self.weight = nn.Parameter(
+            torch.empty(out_features, device="meta", dtype=torch.float32), trainable
+        )
         self._lengths: torch.Tensor | None = None
 
     def train(self, mode: bool = True) -> Magnitude:
@@ -68,10 +70,12 @@ class DoraVariant(LoraVariant):
     @staticmethod
     def forward(
         module: LoraLayer, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs: Any
-    ) -> torch.Tensor:  # x (..., in_features), result = W x + bias (..., out_features) -> (..., out_features)
+    ) -> (
+        torch.Tensor
+    ):  # x (..., in_features), result = W x + bias (..., out_features) -> (..., out_features)
         base, dropout = module.get_base_layer(), module.lora_dropout[active_adapter]
         factor = module.lora_magnitude_vector[active_adapter].factor(module)
-        if module.training and not isinstance(dropout, nn.Identity):
+        if module.training and not isinstance(dropout, nn.RunIdentity):
             # As peft has it: dropout acts on all that DoRA adds, (factor - 1) W x included, but not on W x itself.
             x = dropout(x)
             product = _without_bias(base(x), base)
@@ -80,7 +84,9 @@ class DoraVariant(LoraVariant):
             product = _without_bias(result, base)
             rest = base.bias
         product = (
-            product + module.lora_B[active_adapter](module.lora_A[active_adapter](x)) * module.scaling[active_adapter]
+            product
+            + module.lora_B[active_adapter](module.lora_A[active_adapter](x))
+            * module.scaling[active_adapter]
         )
         # The factor stays in float32: it can differ from 1 by less than bfloat16 can show.
         scaled = factor * product
@@ -100,7 +106,9 @@ def row_lengths(layer: LoraLayer) -> torch.Tensor:
     lora_a, lora_b = layer.lora_A[_ADAPTER].weight, layer.lora_B[_ADAPTER].weight
     with torch.autocast(weight.device.type, enabled=False):
         lengths = [
-            torch.linalg.vector_norm(torch.addmm(part.float(), b, lora_a, alpha=layer.scaling[_ADAPTER]), dim=1)
+            torch.linalg.vector_norm(
+                torch.addmm(part.float(), b, lora_a, alpha=layer.scaling[_ADAPTER]), dim=1
+            )
             for part, b in zip(weight.split(rows), lora_b.split(rows), strict=True)
         ]
     return torch.cat(lengths)

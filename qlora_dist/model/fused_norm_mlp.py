@@ -29,7 +29,7 @@ from torch.nn import functional as F
 _CPU = torch.device("cpu")
 
 
-def lighten(model: nn.Module, device: torch.device = _CPU) -> None:
+def fuse_norms_and_mlps(model: nn.Module, device: torch.device = _CPU) -> None:
     """Let norms and gated MLPs compute in one function each, where that has the bits of their own forward.
 
     Before weights are there or after, and before sharding; parameters stay where they are.
@@ -51,9 +51,16 @@ def lighten(model: nn.Module, device: torch.device = _CPU) -> None:
 
 def _is_like_rms_norm(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
-    if not hasattr(module, "variance_epsilon") or weight is None or weight.ndim != 1 or weight.requires_grad:
+    if (
+        not hasattr(module, "variance_epsilon")
+        or weight is None
+        or weight.ndim != 1
+        or weight.requires_grad
+    ):
         return False
-    return len(signature(module.forward).parameters) == 1  # some take a gate, and do without one as well
+    return (
+        len(signature(module.forward).parameters) == 1
+    )  # some take a gate, and do without one as well
 
 
 def _is_like_gated_mlp(module: nn.Module) -> bool:
@@ -82,15 +89,21 @@ class _RmsNorm(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, norm: Any, by_kernel: bool = False) -> torch.Tensor:  # x (..., d_model)
+    def forward(
+        ctx: Any, x: torch.Tensor, norm: Any, by_kernel: bool = False
+    ) -> torch.Tensor:  # x (..., d_model)
         ctx.norm = norm  # not its weight, which engines may have let go of by the time of backward
         ctx.by_kernel = by_kernel
         if by_kernel:
-            out, inverse = torch.ops.aten._fused_rms_norm(x, x.shape[-1:], norm.weight, norm.variance_epsilon)
+            out, inverse = torch.ops.aten._fused_rms_norm(
+                x, x.shape[-1:], norm.weight, norm.variance_epsilon
+            )
             ctx.save_for_backward(x, inverse)  # (..., 1) float32
             return out
         exact = x.float()
-        inverse = torch.rsqrt(exact.square().mean(-1, keepdim=True) + norm.variance_epsilon)  # (..., 1)
+        inverse = torch.rsqrt(
+            exact.square().mean(-1, keepdim=True) + norm.variance_epsilon
+        )  # (..., 1)
         ctx.save_for_backward(x, inverse)
         # Nothing in place: selective recomputation makes results again that no operation has written to.
         return norm.weight * (exact * inverse).to(x.dtype)
@@ -115,7 +128,9 @@ class _SwiGlu(torch.autograd.Function):
     """silu(gate) * up; backward computes silu(gate) again."""
 
     @staticmethod
-    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:  # both (..., d_mlp)
+    def forward(
+        ctx: Any, gate: torch.Tensor, up: torch.Tensor
+    ) -> torch.Tensor:  # both (..., d_mlp)
         ctx.save_for_backward(gate, up)
         return F.silu(gate) * up
 
@@ -137,7 +152,10 @@ def _same_norm(norm: nn.Module) -> bool:
     """Whether a norm's own forward has the bits of the one here, for weights and inputs of its type and in float32."""
     dtype = norm.weight.dtype
     probe = _with(norm, _parameters={"weight": _numbers(_WIDTH).to(dtype)})
-    return all(_agree(probe.forward, partial(_norm_forward, probe), x_dtype) for x_dtype in {dtype, torch.float32})
+    return all(
+        _agree(probe.forward, partial(_norm_forward, probe), x_dtype)
+        for x_dtype in {dtype, torch.float32}
+    )
 
 
 def kernel_is_as_exact(norm: nn.Module, device: torch.device) -> bool:
@@ -149,19 +167,29 @@ def kernel_is_as_exact(norm: nn.Module, device: torch.device) -> bool:
         x = (scale * _numbers(1, _NUM_TOKENS, _WIDTH)).to(device, dtype)
         try:
             own, exact = _out_and_grad(probe.forward, x), _out_and_grad(probe32.forward, x.float())
-        except (RuntimeError, TypeError, AttributeError):  # it wants something else than one tensor of any width
+        except (
+            RuntimeError,
+            TypeError,
+            AttributeError,
+        ):  # it wants something else than one tensor of any width
             return False
         found = _out_and_grad(partial(_kernel_forward, probe, probe.forward), x)
         found32 = _out_and_grad(partial(_kernel_forward, probe32, probe32.forward), x.float())
         for ours, theirs, ours32, expected in zip(found, own, found32, exact, strict=True):
             # The hundredth is for what the same rounding makes of sums in another order.
             allowed = max(1.01 * _distance(theirs, expected), 1e-6)
-            if theirs.dtype != dtype or _distance(ours, expected) > allowed or _distance(ours32, expected) > 1e-6:
+            if (
+                theirs.dtype != dtype
+                or _distance(ours, expected) > allowed
+                or _distance(ours32, expected) > 1e-6
+            ):
                 return False
     return True
 
 
-def _out_and_grad(forward: Callable[..., torch.Tensor], x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _out_and_grad(
+    forward: Callable[..., torch.Tensor], x: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The output, and the gradient of the input for some gradient of the output."""
     x = x.detach().requires_grad_()
     with torch.enable_grad():
@@ -176,7 +204,11 @@ def _distance(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 def _same_mlp(mlp: nn.Module) -> bool:
     """Whether an MLP's own forward has the bits of the one here, around stand-ins for its projections."""
-    stand_ins = {"gate_proj": _Affine(1.5, 0.25), "up_proj": _Affine(-0.75, 0.5), "down_proj": _Affine(2.0, 1.0)}
+    stand_ins = {
+        "gate_proj": _Affine(1.5, 0.25),
+        "up_proj": _Affine(-0.75, 0.5),
+        "down_proj": _Affine(2.0, 1.0),
+    }
     probe = _with(mlp, _modules={**mlp._modules, **stand_ins})
     dtypes = (torch.bfloat16, torch.float16, torch.float32)
     return all(_agree(probe.forward, partial(_mlp_forward, probe), dtype) for dtype in dtypes)
@@ -207,6 +239,14 @@ def _agree(theirs: Callable[..., Any], ours: Callable[..., Any], dtype: torch.dt
     x = (4 * _numbers(1, _NUM_TOKENS, _WIDTH)).to(dtype)
     try:
         expected, found = theirs(x), ours(x)
-    except (RuntimeError, TypeError, AttributeError):  # it wants something else than one tensor of any width
+    except (
+        RuntimeError,
+        TypeError,
+        AttributeError,
+    ):  # it wants something else than one tensor of any width
         return False
-    return isinstance(expected, torch.Tensor) and expected.dtype == found.dtype and torch.equal(expected, found)
+    return (
+        isinstance(expected, torch.Tensor)
+        and expected.dtype == found.dtype
+        and torch.equal(expected, found)
+    )

@@ -14,7 +14,7 @@ from qlora_dist.model.parts import base_model
 
 
 @dataclass(frozen=True)
-class LogitsForm:
+class LogitsTransform:
     """What a model makes of the output z of its head: scale * z, or cap * tanh(scale * z / cap)."""
 
     scale: float = 1.0
@@ -24,7 +24,7 @@ class LogitsForm:
 
     def __call__(self, raw: torch.Tensor) -> torch.Tensor:
         """Logits of what the head returned, elementwise; in float32 unless nothing is done to them."""
-        if self == LogitsForm():
+        if self == LogitsTransform():
             return raw
         logits = raw.float() * self.scale
         return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
@@ -39,11 +39,11 @@ class LogitsForm:
 # --------------------------------------------------------------------------------------------------------------------
 # What the model does with its head: asked of the model itself, since each family has code of its own for it.
 
-_forms: WeakKeyDictionary[nn.Module, LogitsForm | None] = WeakKeyDictionary()
+_forms: WeakKeyDictionary[nn.Module, LogitsTransform | None] = WeakKeyDictionary()
 _PROBE_LENGTH = 4
 
 
-def logits_form(model: nn.Module) -> LogitsForm | None:
+def logits_transform(model: nn.Module) -> LogitsTransform | None:
     """What this model makes of its head's output, or None when that is something else; all ranks ask together.
 
     The first time, a forward of a few tokens is run in which the head answers with given values. Scale and cap are read
@@ -51,19 +51,21 @@ def logits_form(model: nn.Module) -> LogitsForm | None:
     """
     base = base_model(model)
     if base not in _forms:
-        _forms[base] = _ask(model)
+        _forms[base] = _probe_head(model)
     return _forms[base]
 
 
 @torch.no_grad()
-def _ask(model: nn.Module) -> LogitsForm | None:
+def _probe_head(model: nn.Module) -> LogitsTransform | None:
     head = base_model(model).get_output_embeddings()
     if head is None:
         return None
-    seen: list[tuple[Any, torch.Tensor]] = []  # (shape of the hidden states, values given in place of logits)
+    seen: list[
+        tuple[Any, torch.Tensor]
+    ] = []  # (shape of the hidden states, values given in place of logits)
 
     def answer(_: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
-        seen.append((inputs[0].shape[:-1] if inputs else None, _given_values(output)))
+        seen.append((inputs[0].shape[:-1] if inputs else None, _probe_values(output)))
         return seen[-1][1]
 
     hook = head.register_forward_hook(answer)
@@ -77,26 +79,26 @@ def _ask(model: nn.Module) -> LogitsForm | None:
         model.train(was_training)
     if len(seen) != 1 or seen[0][0] != ids.shape or seen[0][1].shape != found.shape:
         return None
-    return _form_between(seen[0][1], found)
+    return _transform_between(seen[0][1], found)
 
 
-_LANDMARKS = (1.0, 1e6, 1e7)
+_PROBE_EXTREMES = (1.0, 1e6, 1e7)
 
 
-def _given_values(like: torch.Tensor) -> torch.Tensor:
+def _probe_values(like: torch.Tensor) -> torch.Tensor:
     """Float32 values from small to large, different in each row; the first ones of the first row are landmarks."""
     values = torch.linspace(-300, 300, like.numel(), device=like.device).roll(like.shape[-1] // 2)
-    values[: len(_LANDMARKS)] = values.new_tensor(_LANDMARKS)[: len(values)]
+    values[: len(_PROBE_EXTREMES)] = values.new_tensor(_PROBE_EXTREMES)[: len(values)]
     return values.reshape(like.shape)
 
 
-def _form_between(given: torch.Tensor, found: torch.Tensor) -> LogitsForm | None:
+def _transform_between(given: torch.Tensor, found: torch.Tensor) -> LogitsTransform | None:
     """The form that makes `found` of `given`."""
-    one, large, larger = found.flatten()[: len(_LANDMARKS)].tolist()
-    form = LogitsForm(scale=one)
+    one, large, larger = found.flatten()[: len(_PROBE_EXTREMES)].tolist()
+    form = LogitsTransform(scale=one)
     if large == larger > abs(one):  # so far out that tanh is 1
         scale = large * math.atanh(one / large)
-        form = LogitsForm(scale=1.0 if abs(scale - 1) < 1e-6 else scale, cap=large)
+        form = LogitsTransform(scale=1.0 if abs(scale - 1) < 1e-6 else scale, cap=large)
     is_form = torch.allclose(form(given), found.float(), rtol=1e-5, atol=1e-5)
     return form if is_form else None
 
@@ -111,7 +113,9 @@ HALF_GAIN = 2.0**8
 them is divided by it."""
 
 
-def to_gradient(p: torch.Tensor, targets: torch.Tensor, raw: torch.Tensor, form: LogitsForm) -> None:
+def to_gradient(
+    p: torch.Tensor, targets: torch.Tensor, raw: torch.Tensor, form: LogitsTransform
+) -> None:
     """Probabilities (rows, vocab) float32, used up, to the gradient of what the head returned, in the place of that."""
     gradient = p.scatter_add_(1, targets, torch.full_like(targets, -1, dtype=torch.float32))
     gradient = form.times_slope(gradient, raw)

@@ -43,20 +43,20 @@ def fuse_adapters(model: nn.Module) -> str | None:
     if not obstacles:
         return None
     reasons = ", ".join(f"{count} for {obstacle}" for obstacle, count in obstacles.items())
-    return (
-        f"adapters: {obstacles.total()} of {num_layers} layers compute base and adapter one after the other: {reasons}"
-    )
+    return f"adapters: {obstacles.total()} of {num_layers} layers compute base and adapter one after the other: {reasons}"
 
 
 def _obstacle(layer: LoraLayer) -> str | None:
     """What keeps a layer from being fused."""
-    if not isinstance(layer, (Linear4bit, FusedLinear)) or not isinstance(layer.get_base_layer(), QuantizedLinear):
+    if not isinstance(layer, (Linear4bit, FusedLinear)) or not isinstance(
+        layer.get_base_layer(), QuantizedLinear
+    ):
         return "a base that is not in 4 bits"
     if layer.lora_variant:
         return "another kind of adapter than plain LoRA"
     if any(layer.lora_bias.values()):
         return "a bias in the adapter"
-    if any(not isinstance(dropout, nn.Identity) for dropout in layer.lora_dropout.values()):
+    if any(not isinstance(dropout, nn.RunIdentity) for dropout in layer.lora_dropout.values()):
         return "dropout"
     return None
 
@@ -80,7 +80,9 @@ class FusedLinear(Linear4bit):
         ):
             return super().forward(x, *args, **kwargs)
         lora_a, lora_b = _adapter_weights(self, adapters[0])
-        product = _FusedProduct.apply(x.to(self.base_layer.compute_dtype), lora_a, lora_b, self, adapters[0])
+        product = _FusedProduct.apply(
+            x.to(self.base_layer.compute_dtype), lora_a, lora_b, self, adapters[0]
+        )
         return product.to(result_dtype(x))
 
 
@@ -93,12 +95,21 @@ class _FusedProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor, layer: FusedLinear, adapter: str
-    ) -> torch.Tensor:  # x (..., in_features) in the compute dtype, A (rank, in_features), B (out_features, rank)
+        ctx: Any,
+        x: torch.Tensor,
+        lora_a: torch.Tensor,
+        lora_b: torch.Tensor,
+        layer: FusedLinear,
+        adapter: str,
+    ) -> (
+        torch.Tensor
+    ):  # x (..., in_features) in the compute dtype, A (rank, in_features), B (out_features, rank)
         base = layer.base_layer
         out = bnb.matmul_4bit(x, base.weight, quant_state=base.quant_state_now(), bias=base.bias)
         inner = x.reshape(-1, x.shape[-1]) @ lora_a.to(x.dtype).t()  # (tokens, rank)
-        out.view(-1, out.shape[-1]).addmm_(inner, lora_b.to(x.dtype).t(), alpha=layer.scaling[adapter])
+        out.view(-1, out.shape[-1]).addmm_(
+            inner, lora_b.to(x.dtype).t(), alpha=layer.scaling[adapter]
+        )
         ctx.layer, ctx.adapter = layer, adapter
         ctx.save_for_backward(x, inner)
         return out

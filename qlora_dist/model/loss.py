@@ -22,7 +22,7 @@ from qlora_dist.config.schema import IGNORE_INDEX
 from qlora_dist.model.attention import model_inputs
 from qlora_dist.model.cpu.loss import MAX_ROWS, loss_and_gradient_on_cpu
 from qlora_dist.model.cpu.pieces import is_on_cpu
-from qlora_dist.model.logits import HALF_GAIN, LogitsForm, logits_form, to_gradient
+from qlora_dist.model.logits import HALF_GAIN, LogitsTransform, logits_transform, to_gradient
 from qlora_dist.model.parts import base_model
 from qlora_dist.runtime.shards import is_partitioned
 
@@ -52,12 +52,16 @@ def target_loss_sum(
     Returns:
         0-dim float32, zero when there is no target. The first call for a model takes a forward of a few tokens more.
     """
-    form = logits_form(model)
-    targets = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()  # (batch * seq_len,), as logits
+    form = logits_transform(model)
+    targets = nn.functional.pad(
+        labels[:, 1:], (0, 1), value=IGNORE_INDEX
+    ).flatten()  # (batch * seq_len,), as logits
     inputs = model_inputs(model, input_ids, attention_mask, position_ids)
     if form is None:
         logits = model(**inputs, use_cache=False).logits.flatten(0, 1).float()
-        return nn.functional.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
+        return nn.functional.cross_entropy(
+            logits, targets, ignore_index=IGNORE_INDEX, reduction="sum"
+        )
     rows = _where(targets != IGNORE_INDEX, num_targets)
     base = base_model(model)
     head, vocab_size = base.get_output_embeddings(), base.get_input_embeddings().num_embeddings
@@ -77,8 +81,11 @@ def loss_note(model: nn.Module) -> str | None:
     """What to tell the user of this model's loss, if anything; all ranks ask together."""
     if is_chunked(model):
         return None
-    if logits_form(model) is None:
-        why, whose = "makes something of its own of the logits (neither scaling nor soft-capping)", "all"
+    if logits_transform(model) is None:
+        why, whose = (
+            "makes something of its own of the logits (neither scaling nor soft-capping)",
+            "all",
+        )
     else:
         why, whose = "has an output head that learns and is gathered part by part", "all target"
     return (
@@ -89,7 +96,9 @@ def loss_note(model: nn.Module) -> str | None:
 
 def is_chunked(model: nn.Module) -> bool:
     """Whether the loss is made of a bounded number of logits at a time; all ranks ask together."""
-    return logits_form(model) is not None and not _is_gathered_inside(base_model(model).get_output_embeddings())
+    return logits_transform(model) is not None and not _is_gathered_inside(
+        base_model(model).get_output_embeddings()
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -97,7 +106,9 @@ def is_chunked(model: nn.Module) -> bool:
 
 
 @contextmanager
-def _head_returns(head: nn.Module, loss: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+def _head_returns(
+    head: nn.Module, loss: Callable[[torch.Tensor], torch.Tensor]
+) -> Iterator[list[torch.Tensor]]:
     """Let the head compute a loss from its input; yields the list in which it will be.
 
     The model goes on with a single number, which nobody looks at.
@@ -110,7 +121,9 @@ def _head_returns(head: nn.Module, loss: Callable[[torch.Tensor], torch.Tensor])
 
     own = head.__dict__.get("forward")
     head.forward = loss
-    hook = head.register_forward_hook(keep)  # the last of its hooks: what sharding engines tie to the output is kept
+    hook = head.register_forward_hook(
+        keep
+    )  # the last of its hooks: what sharding engines tie to the output is kept
     try:
         yield losses
     finally:
@@ -124,7 +137,12 @@ class _HeadLoss:
     """Hidden states (batch, seq_len, d_model) to the summed loss of some rows of them."""
 
     def __init__(
-        self, head: nn.Module, rows: torch.Tensor, targets: torch.Tensor, form: LogitsForm, vocab_size: int
+        self,
+        head: nn.Module,
+        rows: torch.Tensor,
+        targets: torch.Tensor,
+        form: LogitsTransform,
+        vocab_size: int,
     ) -> None:
         self._head, self._forward, self._vocab_size = head, head.forward, vocab_size
         self._rows, self._targets, self._form = rows, targets, form
@@ -135,7 +153,9 @@ class _HeadLoss:
         if _is_frozen_linear(self._head):
             keep_gradient = hidden.requires_grad and torch.is_grad_enabled()
             weight, bias = self._head.weight, self._head.bias
-            return _FrozenHead.apply(hidden, self._rows, self._targets, weight, bias, self._form, keep_gradient)
+            return _FrozenHead.apply(
+                hidden, self._rows, self._targets, weight, bias, self._form, keep_gradient
+            )
         return self._followed_by_autograd(hidden)
 
     def _followed_by_autograd(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -149,9 +169,14 @@ class _HeadLoss:
         if _is_gathered_inside(self._head):
             # Modules inside of it gather their parts whenever they run, which all ranks must do equally often.
             size = max(1, len(self._rows))
-        chunks = zip(self._rows.split(size), self._targets.split(size), strict=True)  # of no rows, one that is empty
+        chunks = zip(
+            self._rows.split(size), self._targets.split(size), strict=True
+        )  # of no rows, one that is empty
         if not torch.is_grad_enabled():
-            return sum((loss_of(*chunk) for chunk in chunks), start=hidden.new_zeros((), dtype=torch.float32))
+            return sum(
+                (loss_of(*chunk) for chunk in chunks),
+                start=hidden.new_zeros((), dtype=torch.float32),
+            )
         losses = [checkpoint(loss_of, *chunk, use_reentrant=False) for chunk in chunks]
         return torch.stack(losses).sum()
 
@@ -178,7 +203,9 @@ def loss_bytes(num_targets: int, vocab_size: int, hidden_size: int, element_size
     return rows * vocab_size * (element_size + 2 * 4) + num_targets * hidden_size * element_size
 
 
-def _loss_and_gradient(raw: torch.Tensor, targets: torch.Tensor, form: LogitsForm, with_gradient: bool) -> torch.Tensor:
+def _loss_and_gradient(
+    raw: torch.Tensor, targets: torch.Tensor, form: LogitsTransform, with_gradient: bool
+) -> torch.Tensor:
     """Summed loss of some rows, 0-dim float32; turns what the head returned into its gradient, if that is wanted.
 
     With p = softmax(logits) and y the target, d loss / d logits = p - onehot(y).
@@ -208,7 +235,7 @@ class _FrozenHead(torch.autograd.Function):
         targets: torch.Tensor,  # (num_targets,) int64
         weight: torch.Tensor,  # (vocab, d_model)
         bias: torch.Tensor | None,  # (vocab,)
-        form: LogitsForm,
+        form: LogitsTransform,
         keep_gradient: bool,
     ) -> torch.Tensor:  # 0-dim float32
         loss = hidden.new_zeros((), dtype=torch.float32)

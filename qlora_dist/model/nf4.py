@@ -51,7 +51,9 @@ class QuantizedTensors:
 
     weight: torch.Tensor  # (ceil(numel / 2), 1) uint8, two elements a byte
     absmax: torch.Tensor  # (num_blocks,) float32, or uint8 with double quantization
-    absmax_scale: torch.Tensor | None = None  # (ceil(num_blocks / 256),) float32, double quantization only
+    absmax_scale: torch.Tensor | None = (
+        None  # (ceil(num_blocks / 256),) float32, double quantization only
+    )
     absmax_offset: torch.Tensor | None = None  # (1,) float32, double quantization only
 
 
@@ -62,8 +64,12 @@ class QuantizedLinear(bnb.nn.Linear4bit):
         input (..., in_features) to output (..., out_features), in the dtype of the input.
     """
 
-    def __init__(self, in_features: int, out_features: int, bias: bool, fmt: QuantFormat, dtype: torch.dtype) -> None:
-        super().__init__(in_features, out_features, bias, dtype, fmt.double_quant, fmt.quant_type, device="meta")
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool, fmt: QuantFormat, dtype: torch.dtype
+    ) -> None:
+        super().__init__(
+            in_features, out_features, bias, dtype, fmt.double_quant, fmt.quant_type, device="meta"
+        )
         self.format = fmt
         numel = in_features * out_features
         num_blocks = fmt.num_blocks(numel)
@@ -133,7 +139,9 @@ class _FrozenMatmul(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, layer: QuantizedLinear) -> torch.Tensor:
         ctx.layer = layer
-        return bnb.matmul_4bit(x, layer.weight, quant_state=layer.quant_state_now(), bias=layer.bias)
+        return bnb.matmul_4bit(
+            x, layer.weight, quant_state=layer.quant_state_now(), bias=layer.bias
+        )
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
@@ -186,7 +194,9 @@ def quantize_absmax(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, t
         absmax (num_blocks,) uint8, scale (ceil(num_blocks / 256),) float32, offset (1,) float32.
     """
     offset = absmax.mean()
-    quantized, nested = bnb_functional.quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCK_SIZE)
+    quantized, nested = bnb_functional.quantize_blockwise(
+        absmax - offset, blocksize=NESTED_BLOCK_SIZE
+    )
     return quantized, nested.absmax, offset.reshape(1)
 
 

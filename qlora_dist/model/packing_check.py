@@ -12,7 +12,7 @@ _LENGTH = 8
 
 
 @torch.no_grad()
-def check_isolation(model: PeftModel, device: torch.device) -> None:
+def check_packing(model: PeftModel, device: torch.device) -> None:
     """Compare logits of a sample alone, behind another one in a packed row, and as the other's continuation.
 
     Packed, they must be those of the sample alone, up to rounding: at most a tenth of what seeing the other sample
@@ -25,7 +25,9 @@ def check_isolation(model: PeftModel, device: torch.device) -> None:
     model.eval()
     vocab = base_model(model).get_input_embeddings().num_embeddings
     generator = torch.Generator().manual_seed(0)
-    first, second = (torch.randint(vocab, (1, _LENGTH), generator=generator).to(device) for _ in range(2))
+    first, second = (
+        torch.randint(vocab, (1, _LENGTH), generator=generator).to(device) for _ in range(2)
+    )
     both = torch.cat([first, second], dim=1)
     positions = torch.arange(2 * _LENGTH, device=device).unsqueeze(0)  # (1, 2 * _LENGTH)
     alone = _logits(model, second, positions[:, :_LENGTH])

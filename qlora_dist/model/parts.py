@@ -76,12 +76,18 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     """
     base = base_model(model)
     block_names = set(getattr(base, "_no_split_modules", None) or ())
-    blocks = [module for module in base.modules() if type(module).__name__.removeprefix("FSDP") in block_names]
+    blocks = [
+        module
+        for module in base.modules()
+        if type(module).__name__.removeprefix("FSDP") in block_names
+    ]
     if not blocks:
         lists = [module for module in base.modules() if isinstance(module, nn.ModuleList)]
         blocks = max((list(modules) for modules in lists), key=len, default=[])
     if not blocks:
-        raise ModelError(f"{type(base).__name__} has no list of decoder layers, so it cannot be trained here.")
+        raise ModelError(
+            f"{type(base).__name__} has no list of decoder layers, so it cannot be trained here."
+        )
     return blocks
 
 

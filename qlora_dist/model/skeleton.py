@@ -8,11 +8,7 @@ from pathlib import Path
 import torch
 from accelerate import init_empty_weights
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from qlora_dist.config.schema import ModelConfig
 from qlora_dist.errors import ModelError
@@ -46,18 +42,25 @@ def build_skeleton(
         ConfigError: the attention that `config` asks for would not compute what the model's does.
     """
     try:
-        model_config = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+        model_config = AutoConfig.from_pretrained(
+            folder, trust_remote_code=config.trust_remote_code
+        )
         if stored_formats is not None:
             # The model is built like any other: the layers will know what they are, and nothing asks the config.
             del model_config.quantization_config
         attention = attention_arguments(config, model_config)
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(
-                model_config, dtype=DTYPES[config.dtype], trust_remote_code=config.trust_remote_code, **attention
+                model_config,
+                dtype=DTYPES[config.dtype],
+                trust_remote_code=config.trust_remote_code,
+                **attention,
             )
     except (ValueError, ImportError, KeyError) as error:
         asked = "" if config.attention == "auto" else f" with model.attention {config.attention}"
-        raise ModelError(f"model.path {folder} cannot be built by transformers{asked}: {error}") from None
+        raise ModelError(
+            f"model.path {folder} cannot be built by transformers{asked}: {error}"
+        ) from None
     if config.attention == "auto" and config.dtype == "bfloat16" and not torch.cuda.is_available():
         use_cpu_attention(model)
     model.tie_weights()  # each parameter was put on meta by itself
@@ -95,12 +98,18 @@ def check_supported(model: PreTrainedModel, folder: Path) -> None:
         )
 
 
-def quantize_skeleton(model: PreTrainedModel, formats: Mapping[str, QuantFormat], dtype: torch.dtype) -> None:
+def quantize_skeleton(
+    model: PreTrainedModel, formats: Mapping[str, QuantFormat], dtype: torch.dtype
+) -> None:
     """Replace linear layers by empty 4-bit ones; names in `formats` that are no linear layers are left alone."""
     for name, module in list(model.named_modules()):
         if name in formats and type(module) is nn.Linear:
             quantized = QuantizedLinear(
-                module.in_features, module.out_features, module.bias is not None, formats[name], dtype
+                module.in_features,
+                module.out_features,
+                module.bias is not None,
+                formats[name],
+                dtype,
             )
             model.set_submodule(name, quantized)
     # peft asks the model, not the layer, whether it may find 4-bit layers.

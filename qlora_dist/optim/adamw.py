@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from qlora_dist.config.schema import OptimConfig
-from qlora_dist.optim.moments import Moments, Piece
+from qlora_dist.optim.moments import BufferSlice, Moments
 from qlora_dist.runtime.shards import local_part, local_range, shard_group
 
 ADAM_BETAS = (0.9, 0.999)
@@ -40,9 +40,17 @@ class FlatAdamW:
         Args:
             device: where the parameters' process group gathers.
         """
-        pieces = [piece for number, group in enumerate(self._groups) for piece in group.pieces(number)]
+        pieces = [
+            piece for number, group in enumerate(self._groups) for piece in group.pieces(number)
+        ]
         params = [param for group in self._groups for param in group.params.values()]
-        return Moments(self._optimizer, [group.flat for group in self._groups], pieces, shard_group(params[0]), device)
+        return Moments(
+            self._optimizer,
+            [group.flat for group in self._groups],
+            pieces,
+            shard_group(params[0]),
+            device,
+        )
 
     @property
     def gradients(self) -> list[torch.Tensor]:
@@ -80,20 +88,26 @@ class _FlatGroup:
         self.flat_grad = torch.zeros_like(self.flat)
         self.flat.grad = self.flat_grad
         sizes = [local.numel() for local in locals_]
-        self._values = [v.view_as(p) for v, p in zip(self.flat.data.split(sizes), locals_, strict=True)]
-        self._grads = [v.view_as(p) for v, p in zip(self.flat_grad.split(sizes), locals_, strict=True)]
-        self._sharded = any(local is not param for local, param in zip(locals_, params.values(), strict=True))
+        self._values = [
+            v.view_as(p) for v, p in zip(self.flat.data.split(sizes), locals_, strict=True)
+        ]
+        self._grads = [
+            v.view_as(p) for v, p in zip(self.flat_grad.split(sizes), locals_, strict=True)
+        ]
+        self._sharded = any(
+            local is not param for local, param in zip(locals_, params.values(), strict=True)
+        )
         if not self._sharded:
             for param, value, grad in zip(params.values(), self._values, self._grads, strict=True):
                 param.data = value
                 param.grad = grad  # backward accumulates into it in place
 
-    def pieces(self, buffer: int) -> Iterator[Piece]:
+    def pieces(self, buffer: int) -> Iterator[BufferSlice]:
         """What of each parameter lies in this group's buffer, and where."""
         offset = 0
         for name, param in self.params.items():
             first, stop = local_range(param)
-            yield Piece(name, first, stop - first, buffer, offset)
+            yield BufferSlice(name, first, stop - first, buffer, offset)
             offset += stop - first
 
     @torch.no_grad()
@@ -108,10 +122,14 @@ class _FlatGroup:
     @torch.no_grad()
     def publish(self) -> None:
         if self._sharded:
-            torch._foreach_copy_([local_part(param) for param in self.params.values()], self._values)
+            torch._foreach_copy_(
+                [local_part(param) for param in self.params.values()], self._values
+            )
 
 
-def parameter_groups(params: Mapping[str, nn.Parameter], config: OptimConfig) -> dict[float, dict[str, nn.Parameter]]:
+def parameter_groups(
+    params: Mapping[str, nn.Parameter], config: OptimConfig
+) -> dict[float, dict[str, nn.Parameter]]:
     """Named parameters by learning-rate multiplier. LoRA+ (https://arxiv.org/abs/2402.12354) trains B faster than A."""
     groups: dict[float, dict[str, nn.Parameter]] = {}
     for name, param in params.items():
@@ -156,4 +174,6 @@ def build_optimizer(groups_of_params: list[list[nn.Parameter]], config: OptimCon
     """The optimizer that `optim.optimizer` names, with one parameter group per list."""
     groups = [{"params": params} for params in groups_of_params]
     make = OPTIMIZERS[config.optimizer].make
-    return make(groups, lr=config.lr, betas=ADAM_BETAS, eps=ADAM_EPS, weight_decay=config.weight_decay)
+    return make(
+        groups, lr=config.lr, betas=ADAM_BETAS, eps=ADAM_EPS, weight_decay=config.weight_decay
+    )

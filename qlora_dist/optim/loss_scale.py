@@ -29,8 +29,8 @@ class LossScale:
     same.
     """
 
-    def __init__(self, state: TrainState, runtime: Runtime, say: Callable[[str], None]) -> None:
-        self._state, self._runtime, self._say = state, runtime, say
+    def __init__(self, state: TrainState, runtime: Runtime, log: Callable[[str], None]) -> None:
+        self._state, self._runtime, self._say = state, runtime, log
         self._is_on = runtime.compute_dtype == torch.float16
         self._before: float | None = None  # of the first attempt at the step at work
         if self._is_on and state.loss_scale is None:

@@ -37,7 +37,7 @@ _CHUNK = 2**16 * _BLOCK_SIZE
 
 
 @dataclass(frozen=True)
-class Piece:
+class BufferSlice:
     """A run of elements of a parameter that this rank updates, and where it lies among the optimizer's buffers."""
 
     name: str
@@ -64,7 +64,7 @@ class Moments:
         self,
         optimizer: torch.optim.Optimizer,
         buffers: Sequence[torch.Tensor],
-        pieces: Sequence[Piece],
+        pieces: Sequence[BufferSlice],
         group: dist.ProcessGroup | None,
         device: torch.device,
     ) -> None:
@@ -84,11 +84,15 @@ class Moments:
             sizes: elements of every adapter parameter, in the same order on all ranks.
         """
         # Only the ranks that hold the state together with rank 0: the others have copies of theirs.
-        if 0 not in ([_rank()] if self._group is None else dist.get_process_group_ranks(self._group)):
+        if 0 not in (
+            [_rank()] if self._group is None else dist.get_process_group_ranks(self._group)
+        ):
             return {}
         states = [_tensors(self._optimizer.state[buffer]) for buffer in self._buffers]
         if any(getattr(tensor, "is_paged", False) for state in states for tensor in state.values()):
-            torch.cuda.synchronize(self._device)  # under WSL nobody else may read it while a GPU works
+            torch.cuda.synchronize(
+                self._device
+            )  # under WSL nobody else may read it while a GPU works
         mine: dict[str, list[_Part]] = {name: [] for name in sizes}
         for piece in self._pieces:
             if piece.numel:
@@ -98,13 +102,19 @@ class Moments:
             found = self._gather_one(numel, mine[name], counts)
             whole |= {f"{name}.{kind}": tensor for kind, tensor in found.items()}
         if any(name.endswith(_STARTS) for name in whole):
-            whole |= {moment + _BOOK: book for moment, book in zip(MOMENTS, _code_books(), strict=True)}
+            whole |= {
+                moment + _BOOK: book for moment, book in zip(MOMENTS, _code_books(), strict=True)
+            }
         return whole
 
     def _counts(self, parts: Iterable[list[_Part]]) -> list[list[_Count]]:
         """Of each parameter, what each rank of the group has."""
         mine = [
-            (sum(part.num_blocks for part in of_one), sum(part.is_8bit for part in of_one), len(of_one))
+            (
+                sum(part.num_blocks for part in of_one),
+                sum(part.is_8bit for part in of_one),
+                len(of_one),
+            )
             for of_one in parts
         ]
         if self._group is None:
@@ -115,19 +125,27 @@ class Moments:
         dist.all_reduce(counts, group=self._group)
         return [[_Count(*one) for one in of_ranks] for of_ranks in counts.tolist()]
 
-    def _gather_one(self, numel: int, parts: list[_Part], counts: list[_Count]) -> dict[str, torch.Tensor]:
+    def _gather_one(
+        self, numel: int, parts: list[_Part], counts: list[_Count]
+    ) -> dict[str, torch.Tensor]:
         """One parameter's moments by kind, on rank 0."""
         found: dict[str, torch.Tensor] = {}
         if any(one.num_8bit for one in counts):
             mine = 0 if self._group is None else dist.get_rank(self._group)
-            place, num_blocks = (sum(one.num_blocks for one in some) for some in (counts[:mine], counts))
+            place, num_blocks = (
+                sum(one.num_blocks for one in some) for some in (counts[:mine], counts)
+            )
             # A rank's blocks lie together, in the order of the ranks.
             starts = torch.cat([part.starts for part in parts]) if parts else torch.empty(0)
             self._together(found, _STARTS, (num_blocks, torch.int64), [(place, starts)])
             for moment in MOMENTS:
-                absmax = torch.cat([part.absmax(moment) for part in parts]) if parts else torch.empty(0)
+                absmax = (
+                    torch.cat([part.absmax(moment) for part in parts]) if parts else torch.empty(0)
+                )
                 codes = [(part.first, part.codes(moment)) for part in parts if part.is_8bit]
-                self._together(found, moment + _ABSMAX, (num_blocks, torch.float32), [(place, absmax)])
+                self._together(
+                    found, moment + _ABSMAX, (num_blocks, torch.float32), [(place, absmax)]
+                )
                 self._together(found, moment + _CODE, (numel, torch.uint8), codes)
         if any(one.num_parts > one.num_8bit for one in counts):
             for moment in MOMENTS:
@@ -169,9 +187,13 @@ class Moments:
             for moment in MOMENTS:
                 if moment in state:
                     reader.copy_values(moment, pieces, state[moment])
-                elif (absmax := reader.constants(moment, pieces, state[moment + _ABSMAX].numel())) is not None:
+                elif (
+                    absmax := reader.constants(moment, pieces, state[moment + _ABSMAX].numel())
+                ) is not None:
                     state[moment + _ABSMAX].copy_(absmax)
-                    state[moment + _CODE].fill_(int((state[moment + _BOOK] == 0).nonzero()[0]))  # padding
+                    state[moment + _CODE].fill_(
+                        int((state[moment + _BOOK] == 0).nonzero()[0])
+                    )  # padding
                     reader.copy_codes(moment, pieces, state[moment + _CODE])
                 else:
                     values = torch.zeros(buffer.numel())
@@ -191,7 +213,7 @@ class _Count(NamedTuple):
 class _Part:
     """A piece of a parameter, and the state of its buffer."""
 
-    def __init__(self, piece: Piece, state: Mapping[str, torch.Tensor]) -> None:
+    def __init__(self, piece: BufferSlice, state: Mapping[str, torch.Tensor]) -> None:
         self.first = piece.first
         self.is_8bit = MOMENTS[0] not in state
         self._state = state
@@ -234,18 +256,20 @@ class _Saved:
         self._tensors = tensors
         self.names = set(tensors)
 
-    def copy_values(self, moment: str, pieces: Sequence[Piece], buffer: torch.Tensor) -> None:
+    def copy_values(self, moment: str, pieces: Sequence[BufferSlice], buffer: torch.Tensor) -> None:
         """Write float32 values to where they lie in a buffer."""
         for piece in pieces:
             buffer[piece.offset : piece.offset + piece.numel] = self._values(moment, piece)
 
-    def copy_codes(self, moment: str, pieces: Sequence[Piece], buffer: torch.Tensor) -> None:
+    def copy_codes(self, moment: str, pieces: Sequence[BufferSlice], buffer: torch.Tensor) -> None:
         """Write codes to where they lie in a buffer."""
         for piece in pieces:
             codes = self._of(piece, f"{moment}{_CODE}")
             buffer[piece.offset : piece.offset + piece.numel] = codes
 
-    def constants(self, moment: str, pieces: Sequence[Piece], num_blocks: int) -> torch.Tensor | None:
+    def constants(
+        self, moment: str, pieces: Sequence[BufferSlice], num_blocks: int
+    ) -> torch.Tensor | None:
         """The constant of each block of a buffer, (num_blocks,); None when blocks do not fall as they did."""
         least, most = (torch.full((num_blocks,), sign * torch.inf) for sign in (1, -1))
         for piece in pieces:
@@ -260,7 +284,7 @@ class _Saved:
         is_empty = least > most
         return least.masked_fill_(is_empty, 0) if ((least == most) | is_empty).all() else None
 
-    def _blocks(self, moment: str, piece: Piece) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _blocks(self, moment: str, piece: BufferSlice) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Where blocks begin in a piece, (n,) int64, and their constants; without these its state is in float32."""
         constants, starts = f"{piece.name}.{moment}{_ABSMAX}", f"{piece.name}.{_STARTS}"
         if constants not in self.names:
@@ -270,9 +294,11 @@ class _Saved:
         borders = self._tensors[starts]
         first = int(torch.searchsorted(borders, piece.first, right=True)) - 1
         stop = int(torch.searchsorted(borders, piece.first + piece.numel))
-        return (borders[first:stop] - piece.first).clamp_(min=0), self._tensors[constants][first:stop]
+        return (borders[first:stop] - piece.first).clamp_(min=0), self._tensors[constants][
+            first:stop
+        ]
 
-    def _values(self, moment: str, piece: Piece) -> torch.Tensor:
+    def _values(self, moment: str, piece: BufferSlice) -> torch.Tensor:
         starts, absmax = self._blocks(moment, piece)
         if absmax is None or f"{piece.name}.{_STARTS}" not in self.names:
             return self._of(piece, moment)
@@ -283,7 +309,7 @@ class _Saved:
             values = torch.where(scale.isnan(), self._of(piece, moment), values)
         return values
 
-    def _of(self, piece: Piece, kind: str) -> torch.Tensor:
+    def _of(self, piece: BufferSlice, kind: str) -> torch.Tensor:
         """The elements of a piece."""
         return self._tensors[f"{piece.name}.{kind}"][piece.first : piece.first + piece.numel]
 
@@ -295,7 +321,9 @@ def _rank() -> int:
 @cache
 def _code_books() -> tuple[torch.Tensor, torch.Tensor]:
     """The values that bitsandbytes' codes of each moment stand for, (256,) float32 each."""
-    return bnb_functional.create_dynamic_map(signed=True), bnb_functional.create_dynamic_map(signed=False)
+    return bnb_functional.create_dynamic_map(signed=True), bnb_functional.create_dynamic_map(
+        signed=False
+    )
 
 
 def _tensors(state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
@@ -307,28 +335,41 @@ def _tensors(state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
             continue
         if values.dtype == torch.uint8:
             found[moment + _CODE] = values
-            found[moment + _ABSMAX], found[moment + _BOOK] = state[f"absmax{number}"], state[f"qmap{number}"]
+            found[moment + _ABSMAX], found[moment + _BOOK] = (
+                state[f"absmax{number}"],
+                state[f"qmap{number}"],
+            )
         else:
             found[moment] = values
     return found
 
 
-def _new_state(optimizer: torch.optim.Optimizer, buffer: torch.Tensor, num_updates: int) -> dict[str, Any]:
+def _new_state(
+    optimizer: torch.optim.Optimizer, buffer: torch.Tensor, num_updates: int
+) -> dict[str, Any]:
     """Make the state of a buffer that was updated so often, with moments of zero."""
     if isinstance(optimizer, torch.optim.AdamW):
         # The count is a tensor on the buffer's device because the fused kernel reads it there.
         count = torch.tensor(float(num_updates), dtype=torch.float32, device=buffer.device)
-        optimizer.state[buffer] = {"step": count, **{name: torch.zeros_like(buffer) for name in MOMENTS}}
+        optimizer.state[buffer] = {
+            "step": count,
+            **{name: torch.zeros_like(buffer) for name in MOMENTS},
+        }
         return optimizer.state[buffer]
     settings = optimizer.param_groups[0]
-    before, settings["params"] = settings["params"], [buffer]  # DeepSpeed puts buffers there during a step only
+    before, settings["params"] = (
+        settings["params"],
+        [buffer],
+    )  # DeepSpeed puts buffers there during a step only
     optimizer.init_state(settings, buffer, 0, 0)  # allocates, in managed memory when it is paged
     settings["params"] = before
     optimizer.state[buffer]["step"] = num_updates
     return optimizer.state[buffer]
 
 
-def _quantize(values: torch.Tensor, state: Mapping[str, torch.Tensor], moment: str, device: torch.device) -> None:
+def _quantize(
+    values: torch.Tensor, state: Mapping[str, torch.Tensor], moment: str, device: torch.device
+) -> None:
     """Fill 8-bit state from float32 values on the host, some blocks at a time."""
     codes, absmax = state[moment + _CODE], state[moment + _ABSMAX]
     pairs = zip(codes.split(_CHUNK), absmax.split(_CHUNK // _BLOCK_SIZE), strict=True)

@@ -25,7 +25,9 @@ def lr_at(step: int, num_steps: int, config: OptimConfig) -> float:
     warmup = warmup_steps(num_steps, config)
     if step <= warmup:
         return config.lr * step / (warmup + 1)
-    progress = (step - 1 - warmup) / max(1, num_steps - warmup)  # 0 at the first full-rate step, below 1 at the last
+    progress = (step - 1 - warmup) / max(
+        1, num_steps - warmup
+    )  # 0 at the first full-rate step, below 1 at the last
     return config.lr * SCHEDULES[config.schedule](progress)
 
 

@@ -26,7 +26,9 @@ def check_fits(parts: ModelParts, backend: Backend) -> None:
     runtime.barrier()  # no rank may allocate while another still looks at what is free
 
 
-def check_in_sync(adapters: dict[str, nn.Parameter], step: int, num_samples_seen: int, runtime: Runtime) -> None:
+def check_in_sync(
+    adapters: dict[str, nn.Parameter], step: int, num_samples_seen: int, runtime: Runtime
+) -> None:
     """Compare what all ranks must have in common: the adapter's bytes, and the position; a collective.
 
     Under a backend that shards the adapter there is one copy of it in each shard group.

@@ -39,7 +39,9 @@ def run_settings(config: TrainConfig, stage: int, world_size: int) -> Settings:
     return zero_settings(config, stage, world_size, mine or launchers)
 
 
-def zero_settings(config: TrainConfig, stage: int, world_size: int, json_file: str | None) -> Settings:
+def zero_settings(
+    config: TrainConfig, stage: int, world_size: int, json_file: str | None
+) -> Settings:
     """The DeepSpeed configuration of a run: this program's settings, and the tuning options of the user's file.
 
     Args:
@@ -64,7 +66,9 @@ def zero_settings(config: TrainConfig, stage: int, world_size: int, json_file: s
                     )
                 section, _, leaf = key.rpartition(".")
                 (tuning.setdefault(section, {}) if section else tuning)[leaf] = value
-            elif not key.startswith(_IDLE) or (key.startswith("fp16.") and config.model.dtype == "float16"):
+            elif not key.startswith(_IDLE) or (
+                key.startswith("fp16.") and config.model.dtype == "float16"
+            ):
                 raise ConfigError(
                     f"deepspeed config {json_file} sets {key} to {json.dumps(value)}, which is not an option for "
                     f'tuning. Remove it, or set it to "auto". The options are {", ".join(sorted(_TUNING))}.'
@@ -105,33 +109,58 @@ def read_deepspeed_file(path: str) -> dict[str, Any]:
         ConfigError: it is not a readable JSON object.
     """
     if not Path(path).exists():
-        raise ConfigError(f"deepspeed config {path} does not exist. Give the path of a DeepSpeed JSON file.")
+        raise ConfigError(
+            f"deepspeed config {path} does not exist. Give the path of a DeepSpeed JSON file."
+        )
     return read_json(Path(path), ConfigError, "deepspeed config ")
 
 
 _TUNING = {
-    "comms_logger", "memory_breakdown", "steps_per_print", "wall_clock_breakdown",
-    *(f"zero_optimization.{name}" for name in (
-        "allgather_bucket_size", "allgather_partitions", "allgather_sequential", "contiguous_gradients",
-        "overlap_comm", "reduce_bucket_size", "reduce_scatter", "round_robin_gradients",
-        "stage3_max_live_parameters", "stage3_max_reuse_distance", "stage3_model_persistence_threshold",
-        "stage3_param_persistence_threshold", "stage3_prefetch_bucket_size", "sub_group_size",
-        "use_all_reduce_for_fetch_params",
-    )),
-}  # fmt: skip
+    "comms_logger",
+    "memory_breakdown",
+    "steps_per_print",
+    "wall_clock_breakdown",
+    *(
+        f"zero_optimization.{name}"
+        for name in (
+            "allgather_bucket_size",
+            "allgather_partitions",
+            "allgather_sequential",
+            "contiguous_gradients",
+            "overlap_comm",
+            "reduce_bucket_size",
+            "reduce_scatter",
+            "round_robin_gradients",
+            "stage3_max_live_parameters",
+            "stage3_max_reuse_distance",
+            "stage3_model_persistence_threshold",
+            "stage3_param_persistence_threshold",
+            "stage3_prefetch_bucket_size",
+            "sub_group_size",
+            "use_all_reduce_for_fetch_params",
+        )
+    ),
+}
 """What a user's file may choose: options that move memory and time about, and leave the numbers alone."""
 
 _IDLE = (
-    "fp16.", "zero_optimization.offload_optimizer.", "zero_optimization.offload_param.",
-    "zero_optimization.stage3_gather_16bit_weights_on_model_save", "zero_allow_untested_optimizer",
+    "fp16.",
+    "zero_optimization.offload_optimizer.",
+    "zero_optimization.offload_param.",
+    "zero_optimization.stage3_gather_16bit_weights_on_model_save",
+    "zero_allow_untested_optimizer",
     "zero_force_ds_cpu_optimizer",
-)  # fmt: skip
+)
 """What many files have, and has no effect while the switch above it (see `_decided_here`) is off."""
 
 
 def _decided_here(config: TrainConfig, stage: int, world_size: int) -> dict[str, tuple[Any, str]]:
     """DeepSpeed's keys for what the run's own file decides: the value that agrees with it, and what it says."""
-    optim, dtype, offload = config.optim, f"model.dtype is {config.model.dtype}", config.parallel.cpu_offload
+    optim, dtype, offload = (
+        config.optim,
+        f"model.dtype is {config.model.dtype}",
+        config.parallel.cpu_offload,
+    )
     batch = optim.micro_batch_size * optim.grad_accum_steps * world_size
     clip = "null" if optim.max_grad_norm is None else f"{optim.max_grad_norm:g}"
     schedules = {"constant": "WarmupLR", "linear": "WarmupDecayLR", "cosine": "WarmupCosineLR"}
@@ -155,21 +184,38 @@ def _decided_here(config: TrainConfig, stage: int, world_size: int) -> dict[str,
             f"optim.optimizer is {optim.optimizer}",
         ),
         "optimizer.params.lr": (optim.lr, f"optim.lr is {optim.lr:g}"),
-        "optimizer.params.weight_decay": (optim.weight_decay, f"optim.weight_decay is {optim.weight_decay:g}"),
-        "optimizer.params.betas": (list(ADAM_BETAS), f"this program's betas are {list(ADAM_BETAS)}"),
+        "optimizer.params.weight_decay": (
+            optim.weight_decay,
+            f"optim.weight_decay is {optim.weight_decay:g}",
+        ),
+        "optimizer.params.betas": (
+            list(ADAM_BETAS),
+            f"this program's betas are {list(ADAM_BETAS)}",
+        ),
         "optimizer.params.eps": (ADAM_EPS, f"this program's eps is {ADAM_EPS:g}"),
         "scheduler.type": (schedules.get(optim.schedule), f"optim.schedule is {optim.schedule}"),
         "fp16.enabled": (config.model.dtype == "float16", dtype),
         "bf16.enabled": (config.model.dtype == "bfloat16", dtype),
         "zero_optimization.stage": (stage, f"the backend is zero{stage}"),
-        "zero_optimization.offload_optimizer.device": ("none", "the optimizer's state stays on the device"),
+        "zero_optimization.offload_optimizer.device": (
+            "none",
+            "the optimizer's state stays on the device",
+        ),
         "zero_optimization.offload_param.device": (
             "cpu" if offload else "none",
             f"parallel.cpu_offload is {str(offload).lower()}",
         ),
-        **({"zero_optimization.offload_param.pin_memory": (torch.cuda.is_available(), "memory is pinned for a GPU")}
-           if offload else {}),
-    }  # fmt: skip
+        **(
+            {
+                "zero_optimization.offload_param.pin_memory": (
+                    torch.cuda.is_available(),
+                    "memory is pinned for a GPU",
+                )
+            }
+            if offload
+            else {}
+        ),
+    }
 
 
 def _check_agreement(file: str, key: str, found: Any, expected: Any, ours: str) -> None:

@@ -50,7 +50,10 @@ class Fsdp(Backend):
         """
         model: Any = parts.model
         self.runtime.ensure_group()
-        is_offloaded, is_on_gpu = self.config.parallel.cpu_offload, self.runtime.device.type == "cuda"
+        is_offloaded, is_on_gpu = (
+            self.config.parallel.cpu_offload,
+            self.runtime.device.type == "cuda",
+        )
         offload = CPUOffloadPolicy(pin_memory=is_on_gpu) if is_offloaded else OffloadPolicy()
         # No mixed-precision policy: it would cast the float32 quantization constants to bfloat16 on the way.
         # The base is frozen in its storage type already, and autocast casts the adapters.
@@ -68,16 +71,24 @@ class Fsdp(Backend):
                 # Losses are divided by the global token count before backward: gradients are summed, not averaged.
                 module.set_gradient_divide_factor(1.0)
                 module.set_force_sum_reduction_for_comms(True)
-        if not any(param.requires_grad for param in parameters_outside(parts.gathered_units, model)):
+        if not any(
+            param.requires_grad for param in parameters_outside(parts.gathered_units, model)
+        ):
             model.set_reshard_after_backward(False, recurse=False)
 
     def engine(self, parts: ModelParts) -> Engine:
         return ShardedEngine(parts, self.config.optim, self.runtime)
 
     def gathered(self, parts: ModelParts) -> Iterator[tuple[str, torch.Tensor]]:
-        units = [(name, module) for name, module in parts.model.named_modules() if isinstance(module, FSDPModule)]
+        units = [
+            (name, module)
+            for name, module in parts.model.named_modules()
+            if isinstance(module, FSDPModule)
+        ]
         for prefix, unit in units:
-            others = tuple(f"{other}." for other, _ in units if other != prefix and other.startswith(prefix))
+            others = tuple(
+                f"{other}." for other, _ in units if other != prefix and other.startswith(prefix)
+            )
             unit.unshard()
             for name, param in unit.named_parameters(prefix=prefix):
                 if not param.requires_grad and not name.startswith(others):
@@ -86,7 +97,9 @@ class Fsdp(Backend):
 
     def whole_layers(self, parts: ModelParts) -> Iterator[LoraLayer]:
         units = [module for module in parts.model.modules() if isinstance(module, FSDPModule)]
-        unit_of = {layer: unit for unit in units for layer in lora_layers(unit)}  # inner units come after outer ones
+        unit_of = {
+            layer: unit for unit in units for layer in lora_layers(unit)
+        }  # inner units come after outer ones
         for unit in dict.fromkeys(unit_of.values()):
             unit.unshard()
             yield from (layer for layer, its_unit in unit_of.items() if its_unit is unit)
@@ -97,7 +110,9 @@ class Fsdp(Backend):
         device, replicas = self.runtime.device.type, self.config.parallel.replicas
         if replicas == 1:
             return init_device_mesh(device, (self.num_shards,))
-        return init_device_mesh(device, (replicas, self.num_shards), mesh_dim_names=("replicate", "shard"))
+        return init_device_mesh(
+            device, (replicas, self.num_shards), mesh_dim_names=("replicate", "shard")
+        )
 
 
 class ShardedEngine(FlatEngine):
@@ -133,7 +148,9 @@ def _integer_parameters_allowed() -> Iterator[None]:
         return
     original = nn.Parameter.__new__
 
-    def new(cls: type, data: torch.Tensor | None = None, requires_grad: bool = True) -> torch.Tensor:
+    def new(
+        cls: type, data: torch.Tensor | None = None, requires_grad: bool = True
+    ) -> torch.Tensor:
         return original(cls, data, requires_grad and (data is None or data.is_floating_point()))
 
     nn.Parameter.__new__ = new

@@ -26,7 +26,7 @@ from qlora_dist.model.adapters import whole_adapter
 from qlora_dist.model.lora_linear import FusedLinear
 from qlora_dist.model.parts import ModelParts, lora_layers
 from qlora_dist.optim.adamw import build_optimizer, parameter_groups
-from qlora_dist.optim.moments import Moments, Piece
+from qlora_dist.optim.moments import BufferSlice, Moments
 from qlora_dist.parallel.backend import Backend
 from qlora_dist.parallel.deepspeed_config import Settings, run_settings, sized_settings
 from qlora_dist.parallel.engine import Engine
@@ -76,7 +76,9 @@ def partition_skeleton(parts: ModelParts, settings: Settings, runtime: Runtime) 
     """
     deepspeed, model = _import_deepspeed(runtime), parts.model
     parts.base.tie_weights()  # on meta, each use of a shared parameter may be one of its own
-    allocated: dict[nn.Parameter, nn.Parameter] = {}  # by what it replaces: tied parameters stay tied
+    allocated: dict[
+        nn.Parameter, nn.Parameter
+    ] = {}  # by what it replaces: tied parameters stay tied
     units = [list(layer.modules()) for layer in parts.layers]
     inside = {module for unit in units for module in unit}
     for unit in [*units, *([module] for module in model.modules() if module not in inside)]:
@@ -116,7 +118,9 @@ class ZeroEngine:
     can_drop_gradients = False
     loss_scale = 1.0
 
-    def __init__(self, parts: ModelParts, config: OptimConfig, settings: Settings, runtime: Runtime) -> None:
+    def __init__(
+        self, parts: ModelParts, config: OptimConfig, settings: Settings, runtime: Runtime
+    ) -> None:
         deepspeed = _import_deepspeed(runtime)
         groups = parameter_groups(parts.adapters, config)
         self._parts = parts
@@ -126,7 +130,9 @@ class ZeroEngine:
         self._lr_multipliers = list(groups)
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=parts.model,
-            optimizer=build_optimizer([list(members.values()) for members in groups.values()], config),
+            optimizer=build_optimizer(
+                [list(members.values()) for members in groups.values()], config
+            ),
             config=sized_settings(settings, parts),
             dist_init_required=False,
         )
@@ -149,16 +155,24 @@ class ZeroEngine:
             self._is_accumulating = False
 
     def update(self, lr: float, max_grad_norm: float | None) -> torch.Tensor:
-        for group, multiplier in zip(self._optimizer.param_groups, self._lr_multipliers, strict=True):
+        for group, multiplier in zip(
+            self._optimizer.param_groups, self._lr_multipliers, strict=True
+        ):
             group["lr"] = lr * multiplier
         self._optimizer.clip_grad = max_grad_norm or 0.0
         self._engine.set_gradient_accumulation_boundary(True)
-        self._optimizer.loss_scale = self.loss_scale  # for this step only: backward would multiply by it
+        self._optimizer.loss_scale = (
+            self.loss_scale
+        )  # for this step only: backward would multiply by it
         self._engine.step()
         self._optimizer.loss_scale = 1.0
-        if self._optimizer.overflow:  # gradients that are not finite: DeepSpeed has left everything as it was
+        if (
+            self._optimizer.overflow
+        ):  # gradients that are not finite: DeepSpeed has left everything as it was
             return torch.tensor(torch.nan, device=self._engine.device)
-        return torch.as_tensor(self._engine.get_global_grad_norm(), dtype=torch.float32, device=self._engine.device)
+        return torch.as_tensor(
+            self._engine.get_global_grad_norm(), dtype=torch.float32, device=self._engine.device
+        )
 
     def drop_gradients(self) -> None:
         raise NotImplementedError("DeepSpeed's buckets and hooks cannot be put back")
@@ -168,7 +182,9 @@ class ZeroEngine:
 
     def optimizer_state(self) -> dict[str, torch.Tensor]:
         adapters = self._parts.adapters
-        return self._moments().gather({name: whole_shape(param).numel() for name, param in adapters.items()})
+        return self._moments().gather(
+            {name: whole_shape(param).numel() for name, param in adapters.items()}
+        )
 
     def load_optimizer_state(self, saved: Mapping[str, torch.Tensor], num_updates: int) -> None:
         self._moments().scatter(saved, num_updates)
@@ -183,15 +199,20 @@ class ZeroEngine:
             for name, param in adapters.items():
                 first, stop = local_range(param)
                 buffer, offset, _ = optimizer.grad_position[optimizer.get_param_id(param)]
-                pieces.append(Piece(name, first, stop - first, buffer, offset))
+                pieces.append(BufferSlice(name, first, stop - first, buffer, offset))
         else:
             buffers = optimizer.single_partition_of_fp32_groups
             pieces = [
-                Piece(name, at.lp_fragment_address.start, at.lp_fragment_address.numel, at.param_group_index,
-                      at.hp_fragment_address.start)
+                BufferSlice(
+                    name,
+                    at.lp_fragment_address.start,
+                    at.lp_fragment_address.numel,
+                    at.param_group_index,
+                    at.hp_fragment_address.start,
+                )
                 for name, at in ((name, param._hp_mapping) for name, param in adapters.items())
                 if at is not None
-            ]  # fmt: skip
+            ]
         return Moments(optimizer.optimizer, buffers, pieces, dist.group.WORLD, self._engine.device)
 
 

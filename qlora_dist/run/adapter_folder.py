@@ -14,24 +14,28 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
 from qlora_dist.atomic import read_json, whole_folder, write_text
-from qlora_dist.config.saved_adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RECIPE
+from qlora_dist.config.saved_adapter import ADAPTER_CONFIG, ADAPTER_RECORD, ADAPTER_WEIGHTS
 from qlora_dist.config.schema import ModelConfig
-from qlora_dist.data.formats import Layout
+from qlora_dist.data.formats import PromptLayout
 from qlora_dist.errors import CheckpointError, ModelError
 from qlora_dist.model.adapters import saved_name
 
 
 @dataclass(frozen=True)
-class Recipe:
+class AdapterRecord:
     """How an adapter was trained, as far as using it depends on it."""
 
     base: ModelConfig
-    layout: Layout
+    layout: PromptLayout
     """Form in which the model saw its training data: `generate` puts prompts into the same one."""
 
 
 def save_adapter(
-    folder: Path, model: PeftModel, tensors: dict[str, torch.Tensor], tokenizer: PreTrainedTokenizerBase, recipe: Recipe
+    folder: Path,
+    model: PeftModel,
+    tensors: dict[str, torch.Tensor],
+    tokenizer: PreTrainedTokenizerBase,
+    recipe: AdapterRecord,
 ) -> None:
     """Write the adapter in PEFT format, reopen it, compare every value, and only then put it in place.
 
@@ -58,7 +62,7 @@ def save_adapter(
             # safetensors writes files that only their owner may read; an adapter is as public as the files beside it.
             (partial / ADAPTER_WEIGHTS).chmod((partial / ADAPTER_CONFIG).stat().st_mode)
             tokenizer.save_pretrained(str(partial))
-            write_text(partial / RECIPE, json.dumps(asdict(recipe), indent=2) + "\n")
+            write_text(partial / ADAPTER_RECORD, json.dumps(asdict(recipe), indent=2) + "\n")
             _verify(partial, weights)
     except (OSError, SafetensorError) as error:  # safetensors wraps those of its own writing
         raise CheckpointError(
@@ -66,33 +70,47 @@ def save_adapter(
         ) from None
 
 
-def read_recipe(folder: Path) -> Recipe:
+def read_adapter_record(folder: Path) -> AdapterRecord:
     """How the adapter in `folder` was trained; for an adapter from elsewhere, this program's defaults.
 
     Raises:
         CheckpointError: it is not an adapter folder, or names no base model.
     """
     if not folder.is_dir():
-        raise CheckpointError(f"adapter folder {folder} does not exist. Give the adapter/ folder of a finished run.")
+        raise CheckpointError(
+            f"adapter folder {folder} does not exist. Give the adapter/ folder of a finished run."
+        )
     for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         if not (folder / file).is_file():
             nested = folder / "adapter"
             hint = f" Did you mean {nested}?" if (nested / ADAPTER_CONFIG).is_file() else ""
-            raise CheckpointError(f"adapter folder {folder} has no {file}, so it is not a PEFT adapter.{hint}")
+            raise CheckpointError(
+                f"adapter folder {folder} has no {file}, so it is not a PEFT adapter.{hint}"
+            )
     base_path = read_json(folder / ADAPTER_CONFIG, ModelError).get("base_model_name_or_path")
     if not base_path:
-        raise CheckpointError(f"{folder / ADAPTER_CONFIG} names no base model (base_model_name_or_path). Add it there.")
-    saved = read_json(folder / RECIPE, ModelError) if (folder / RECIPE).is_file() else {}
+        raise CheckpointError(
+            f"{folder / ADAPTER_CONFIG} names no base model (base_model_name_or_path). Add it there."
+        )
+    saved = (
+        read_json(folder / ADAPTER_RECORD, ModelError)
+        if (folder / ADAPTER_RECORD).is_file()
+        else {}
+    )
     base = ModelConfig(**{**saved.get("base", {}), "path": str(base_path)})
-    return Recipe(base, saved.get("layout", "messages"))
+    return AdapterRecord(base, saved.get("layout", "messages"))
 
 
 def _verify(folder: Path, weights: dict[str, torch.Tensor]) -> None:
     try:
         reread = load_file(folder / ADAPTER_WEIGHTS)
     except SafetensorError as error:
-        raise CheckpointError(f"the adapter just written to {folder} cannot be read back ({error}).") from None
-    read_recipe(folder)
+        raise CheckpointError(
+            f"the adapter just written to {folder} cannot be read back ({error})."
+        ) from None
+    read_adapter_record(folder)
     for name, tensor in weights.items():
         if name not in reread or not torch.equal(reread[name], tensor):
-            raise CheckpointError(f"{folder}: {name} was read back differently from what was written. Check the disk.")
+            raise CheckpointError(
+                f"{folder}: {name} was read back differently from what was written. Check the disk."
+            )

@@ -29,7 +29,7 @@ from qlora_dist.atomic import remove, sync_folder, whole_folder, write_text
 from qlora_dist.config.saved_adapter import ADAPTER_WEIGHTS
 from qlora_dist.errors import CheckpointError
 from qlora_dist.model.adapters import adapter_parameters, saved_name
-from qlora_dist.run.state import Identity, TrainState
+from qlora_dist.run.state import RunIdentity, TrainState
 from qlora_dist.runtime.processes import Runtime
 from qlora_dist.runtime.shards import local_part, local_range, whole_shape
 
@@ -47,11 +47,11 @@ class Checkpoint:
 
     path: Path
     state: TrainState
-    identity: Identity
+    identity: RunIdentity
     world_size: int
     backend: str
 
-    def check(self, now: Identity, is_same_run: bool) -> None:
+    def check(self, now: RunIdentity, is_same_run: bool) -> None:
         """Refuse to go on with another base model, other data or another adapter.
 
         Args:
@@ -73,7 +73,9 @@ class Checkpoint:
         with safe_open(self.path / "adapter" / ADAPTER_WEIGHTS, framework="pt") as file:
             for name, param in adapter_parameters(model).items():
                 first, stop = local_range(param)
-                local_part(param).view(-1).copy_(file.get_tensor(saved_name(name)).view(-1)[first:stop])
+                local_part(param).view(-1).copy_(
+                    file.get_tensor(saved_name(name)).view(-1)[first:stop]
+                )
 
     def optimizer_tensors(self) -> Mapping[str, torch.Tensor]:
         """The saved moments by name; each is read when it is asked for."""
@@ -109,7 +111,7 @@ class Checkpoints:
     """`checkpoints/` of the run."""
     keep: int
     """Newest checkpoints to keep besides the best."""
-    identity: Identity
+    identity: RunIdentity
     runtime: Runtime
     backend: str
     write_adapter: Callable[[Path, dict[str, torch.Tensor]], None]
@@ -122,7 +124,7 @@ class Checkpoints:
         """Where the checkpoint of a step is."""
         return step_folder(self.folder, step)
 
-    def note(self, step: int) -> None:
+    def mark_written(self, step: int) -> None:
         """There is a checkpoint of this step already: the one that the run goes on from."""
         self._written.add(step)
 
@@ -131,7 +133,11 @@ class Checkpoints:
         return step in self._written
 
     def write(
-        self, state: TrainState, adapter: dict[str, torch.Tensor], optimizer: dict[str, torch.Tensor], is_trial: bool
+        self,
+        state: TrainState,
+        adapter: dict[str, torch.Tensor],
+        optimizer: dict[str, torch.Tensor],
+        is_trial: bool,
     ) -> None:
         """Begin to write a checkpoint of `state`; waits for the one before.
 
@@ -143,7 +149,9 @@ class Checkpoints:
         if not self.runtime.is_main:
             return
         arguments = (replace(state), adapter, optimizer, is_trial)
-        self._thread = threading.Thread(target=self._write_caught, args=arguments, name="checkpoint")
+        self._thread = threading.Thread(
+            target=self._write_caught, args=arguments, name="checkpoint"
+        )
         self._thread.start()
 
     def wait(self) -> None:
@@ -175,7 +183,11 @@ class Checkpoints:
             self._error = error
 
     def _write(
-        self, state: TrainState, adapter: dict[str, torch.Tensor], optimizer: dict[str, torch.Tensor], is_trial: bool
+        self,
+        state: TrainState,
+        adapter: dict[str, torch.Tensor],
+        optimizer: dict[str, torch.Tensor],
+        is_trial: bool,
     ) -> None:
         path = self.path(state.step)
         with whole_folder(path, clear=_delete) as partial:
@@ -218,18 +230,26 @@ def complete_steps(folder: Path) -> list[int]:
     """Steps that have a complete checkpoint, ascending. Names decide, not the clock."""
     if not folder.is_dir():
         return []
-    names = [re.fullmatch(r"step-(\d{8,})", path.name) for path in folder.iterdir() if (path / _COMPLETE).is_file()]
+    names = [
+        re.fullmatch(r"step-(\d{8,})", path.name)
+        for path in folder.iterdir()
+        if (path / _COMPLETE).is_file()
+    ]
     return sorted(int(match[1]) for match in names if match)
 
 
 def clean_up(folder: Path) -> None:
     """Remove what a run that died left half-written."""
     for path in folder.iterdir() if folder.is_dir() else ():
-        if path.name.endswith(".partial") or (path.name.startswith("step-") and not (path / _COMPLETE).is_file()):
+        if path.name.endswith(".partial") or (
+            path.name.startswith("step-") and not (path / _COMPLETE).is_file()
+        ):
             remove(path)
 
 
-def choose_checkpoint(run_folder: Path, resume: str, runtime: Runtime, say: Callable[[str], None]) -> Checkpoint | None:
+def choose_checkpoint(
+    run_folder: Path, resume: str, runtime: Runtime, log: Callable[[str], None]
+) -> Checkpoint | None:
     """The checkpoint that a run goes on from, the same on every rank; a collective.
 
     Args:
@@ -242,7 +262,7 @@ def choose_checkpoint(run_folder: Path, resume: str, runtime: Runtime, say: Call
     chosen: str | None = None
     if runtime.is_main and resume != "never":
         clean_up(run_folder / "checkpoints")
-        found = newest_checkpoint(run_folder / "checkpoints", say)
+        found = newest_checkpoint(run_folder / "checkpoints", log)
         if found is None and resume != "auto":
             found = read_checkpoint(Path(resume))
         chosen = None if found is None else str(found.path)
@@ -250,7 +270,7 @@ def choose_checkpoint(run_folder: Path, resume: str, runtime: Runtime, say: Call
     return None if chosen is None else read_checkpoint(Path(chosen), verify=False)
 
 
-def newest_checkpoint(folder: Path, say: Callable[[str], None]) -> Checkpoint | None:
+def newest_checkpoint(folder: Path, log: Callable[[str], None]) -> Checkpoint | None:
     """The newest checkpoint whose every byte is as it was written; None when there is none at all.
 
     Args:
@@ -266,7 +286,7 @@ def newest_checkpoint(folder: Path, say: Callable[[str], None]) -> Checkpoint | 
             return read_checkpoint(step_folder(folder, step))
         except CheckpointError as error:
             problem = str(error)
-            say(f"{error} Passing it over.")
+            log(f"{error} Passing it over.")
     if steps:
         raise CheckpointError(
             f"none of the {len(steps)} checkpoints in {folder} can be used; the oldest: {problem} "
@@ -287,9 +307,13 @@ def read_checkpoint(path: Path, verify: bool = True) -> Checkpoint:
         for name, expected in manifest.items() if verify else ():
             size = (path / name).stat().st_size
             if size != expected["bytes"]:
-                raise CheckpointError(f"checkpoint {path}: {name} has {size} bytes instead of {expected['bytes']}.")
+                raise CheckpointError(
+                    f"checkpoint {path}: {name} has {size} bytes instead of {expected['bytes']}."
+                )
             if _sha256(path / name) != expected["sha256"]:
-                raise CheckpointError(f"checkpoint {path}: {name} is not what was written (its SHA-256 differs).")
+                raise CheckpointError(
+                    f"checkpoint {path}: {name} is not what was written (its SHA-256 differs)."
+                )
         if content["format_version"] not in _READABLE_VERSIONS:
             raise CheckpointError(
                 f"checkpoint {path} has format version {content['format_version']}, this program reads "
@@ -298,12 +322,14 @@ def read_checkpoint(path: Path, verify: bool = True) -> Checkpoint:
         return Checkpoint(
             path,
             TrainState(**content["state"]),
-            Identity(**content["identity"]),
+            RunIdentity(**content["identity"]),
             content["world_size"],
             content["backend"],
         )
     except FileNotFoundError as error:
-        raise CheckpointError(f"checkpoint {path} is not complete: {Path(error.filename).name} is missing.") from None
+        raise CheckpointError(
+            f"checkpoint {path} is not complete: {Path(error.filename).name} is missing."
+        ) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"checkpoint {path} cannot be read: {error!r}.") from None
 
@@ -311,12 +337,15 @@ def read_checkpoint(path: Path, verify: bool = True) -> Checkpoint:
 def adapter_shapes(model: nn.Module) -> dict[str, str]:
     """Shapes of the adapter's tensors, such as `16x4096`, by their saved names."""
     return {
-        saved_name(name): "x".join(map(str, whole_shape(param))) for name, param in adapter_parameters(model).items()
+        saved_name(name): "x".join(map(str, whole_shape(param)))
+        for name, param in adapter_parameters(model).items()
     }
 
 
 def _is_trial(folder: Path, step: int) -> bool:
-    return bool(json.loads((step_folder(folder, step) / _STATE).read_text(encoding="utf-8"))["is_trial"])
+    return bool(
+        json.loads((step_folder(folder, step) / _STATE).read_text(encoding="utf-8"))["is_trial"]
+    )
 
 
 def _delete(path: Path) -> None:
@@ -328,13 +357,20 @@ def _delete(path: Path) -> None:
 def _verify_tensors(path: Path, expected: dict[str, torch.Tensor]) -> None:
     reread = _LazyTensors(path)
     for name, tensor in expected.items():
-        if not torch.equal(reread[name].view(torch.uint8), tensor.view(torch.uint8)):  # bytes: a NaN equals itself
-            raise CheckpointError(f"{path}: {name} was read back differently from what was written. Check the disk.")
+        if not torch.equal(
+            reread[name].view(torch.uint8), tensor.view(torch.uint8)
+        ):  # bytes: a NaN equals itself
+            raise CheckpointError(
+                f"{path}: {name} was read back differently from what was written. Check the disk."
+            )
 
 
 def _manifest(folder: Path) -> dict[str, dict[str, Any]]:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files}
+    return {
+        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        for path in files
+    }
 
 
 def _sha256(path: Path) -> str:

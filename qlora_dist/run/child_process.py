@@ -18,8 +18,10 @@ _PATIENCE_SECONDS = 40.0
 _PR_SET_PDEATHSIG = 1
 
 
-def run_tied(
-    command: Sequence[str], patience_seconds: float = _PATIENCE_SECONDS, output: TextIO | None = None
+def run_child(
+    command: Sequence[str],
+    patience_seconds: float = _PATIENCE_SECONDS,
+    output: TextIO | None = None,
 ) -> tuple[int, int | None]:
     """Run a command to its end; returns its exit code, and the signal that this process was told to end by, if any.
 
@@ -33,7 +35,11 @@ def run_tied(
     # A session of its own: Ctrl-C at a terminal reaches the command through this process alone. A launcher that is told
     # twice leaves its ranks behind.
     process = subprocess.Popen(
-        command, start_new_session=True, preexec_fn=_dying_with(os.getpid()), stdout=output, stderr=output
+        command,
+        start_new_session=True,
+        preexec_fn=_dying_with(os.getpid()),
+        stdout=output,
+        stderr=output,
     )
     received: list[int] = []
     killer = threading.Timer(patience_seconds, process.kill)
@@ -45,7 +51,9 @@ def run_tied(
             process.send_signal(number)
         received.append(number)
 
-    previous = {number: signal.signal(number, pass_on) for number in _SIGNALS if not _is_ignored(number)}
+    previous = {
+        number: signal.signal(number, pass_on) for number in _SIGNALS if not _is_ignored(number)
+    }
     try:
         code = process.wait()
     finally:
@@ -63,7 +71,9 @@ def _dying_with(parent: int) -> Callable[[], None] | None:
     """What the new process does before it becomes the command."""
     if not sys.platform.startswith("linux"):
         return None
-    prctl = ctypes.CDLL(None).prctl  # found here: between fork and exec as little as possible may happen
+    prctl = ctypes.CDLL(
+        None
+    ).prctl  # found here: between fork and exec as little as possible may happen
 
     def die_with_parent() -> None:
         prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -11,7 +11,7 @@ import traceback
 from contextlib import suppress
 from pathlib import Path
 
-from qlora_dist.errors import EXIT_RESUME, EXIT_USER_ERROR, Echo, QloraDistError
+from qlora_dist.errors import EXIT_RESUME, EXIT_USER_ERROR, PeerError, QloraDistError
 from qlora_dist.metrics import streams
 from qlora_dist.run.launcher import GONE, is_lost_to
 
@@ -27,7 +27,7 @@ def exit_code_after(error: Exception) -> int:
     When one process fails, the others soon fail too, in the collective where they waited for it. Only the first has
     something to say.
     """
-    if isinstance(error, Echo):
+    if isinstance(error, PeerError):
         _let_others_speak()
         return _exit_code(error.error)
     if is_lost_to(error):  # after a run's last checkpoint, or before there was anything to save
@@ -36,7 +36,10 @@ def exit_code_after(error: Exception) -> int:
     is_user_error = isinstance(error, QloraDistError)
     if _is_first_to_fail():
         streams.flush(sys.stdout)
-        streams.write(sys.stderr, f"error: {_rank_prefix()}{error}\n" if is_user_error else _crash_report(error))
+        streams.write(
+            sys.stderr,
+            f"error: {_rank_prefix()}{error}\n" if is_user_error else _crash_report(error),
+        )
         tell_launcher(str(error) if is_user_error else f"{type(error).__name__}: {error}")
     return _exit_code(error)
 
@@ -63,7 +66,9 @@ def _is_first_to_fail() -> bool:
 
 
 def _let_others_speak() -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a launcher's, that all has been said; no request to stop any more
+    signal.signal(
+        signal.SIGTERM, signal.SIG_DFL
+    )  # a launcher's, that all has been said; no request to stop any more
     time.sleep(_PATIENCE_SECONDS)
 
 
@@ -88,4 +93,7 @@ def tell_launcher(message: str) -> None:
     if file:
         details = {"py_callstack": message, "timestamp": str(int(time.time()))}
         with suppress(OSError):  # it is the launcher's, and gone when that is
-            Path(file).write_text(json.dumps({"message": {"message": message, "extraInfo": details}}), encoding="utf-8")
+            Path(file).write_text(
+                json.dumps({"message": {"message": message, "extraInfo": details}}),
+                encoding="utf-8",
+            )

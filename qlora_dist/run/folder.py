@@ -25,8 +25,16 @@ _LOCK = ".lock"
 _WITHOUT_A_RUN = {STOP, STOPPED, _LOCK}
 """What may lie in a folder before a run has written anything of its own."""
 
-_MAY_CHANGE = ("output_dir", "parallel.", "memory.", "checkpoint.", "eval.", "logging.",
-               "optim.micro_batch_size", "optim.grad_accum_steps")  # fmt: skip
+_CHANGEABLE = (
+    "output_dir",
+    "parallel.",
+    "memory.",
+    "checkpoint.",
+    "eval.",
+    "logging.",
+    "optim.micro_batch_size",
+    "optim.grad_accum_steps",
+)
 """Settings, or sections of them, that do not make another run: how it is computed, and what is recorded of it."""
 
 
@@ -89,7 +97,9 @@ def dtype_of_run(config: TrainConfig, folder: Path) -> tuple[str, bool]:
 
 def identity(config: TrainConfig) -> dict[str, Any]:
     """The settings that tell one run from another, as plain data."""
-    settings = {key: value for key, value in flatten(config).items() if not key.startswith(_MAY_CHANGE)}
+    settings = {
+        key: value for key, value in flatten(config).items() if not key.startswith(_CHANGEABLE)
+    }
     # As a checkpoint's JSON will give them back: a tuple never equals the list that it becomes there.
     plain: dict[str, Any] = json.loads(json.dumps(settings, default=asdict))
     return plain
@@ -137,7 +147,9 @@ class RunLock:
             self._descriptor = None
 
 
-def create_run_folder(folder: Path, config: TrainConfig, resumed_step: int | None, lock: RunLock) -> None:
+def create_run_folder(
+    folder: Path, config: TrainConfig, resumed_step: int | None, lock: RunLock
+) -> None:
     """Make the run folder and write the resolved configuration; called by rank 0 once all input is known to be good.
 
     Args:
@@ -188,4 +200,6 @@ def _check_writable(folder: Path) -> None:
     while not ancestor.exists():
         ancestor = ancestor.parent
     if not ancestor.is_dir() or not os.access(ancestor, os.W_OK):
-        raise CheckpointError(f"output_dir {folder} cannot be used: {ancestor} is not a writable folder.")
+        raise CheckpointError(
+            f"output_dir {folder} cannot be used: {ancestor} is not a writable folder."
+        )

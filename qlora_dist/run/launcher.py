@@ -29,9 +29,22 @@ _MARGIN_SECONDS = 5
 _SIGNS = ("TORCHELASTIC_RUN_ID", "LOCAL_RANK", "ACCELERATE_MIXED_PRECISION")
 """Variables that a launcher sets: torchrun and `accelerate launch`, others, `accelerate launch` for one process."""
 _NO_LAUNCHERS = {
-    "sh", "bash", "dash", "zsh", "fish", "ksh", "csh", "tcsh", "ash", "busybox", "sshd", "screen", "tmux: server",
-    "init", "systemd",
-}  # fmt: skip
+    "sh",
+    "bash",
+    "dash",
+    "zsh",
+    "fish",
+    "ksh",
+    "csh",
+    "tcsh",
+    "ash",
+    "busybox",
+    "sshd",
+    "screen",
+    "tmux: server",
+    "init",
+    "systemd",
+}
 """Parents of processes that were started by hand, with nohup or over ssh: they may go while the run stays."""
 
 
@@ -46,7 +59,9 @@ class LauncherWatch:
         patience_seconds: from the loss to the end of this process, unless :meth:`stand_down` comes before.
     """
 
-    def __init__(self, poll_seconds: float = _POLL_SECONDS, patience_seconds: float = _PATIENCE_SECONDS) -> None:
+    def __init__(
+        self, poll_seconds: float = _POLL_SECONDS, patience_seconds: float = _PATIENCE_SECONDS
+    ) -> None:
         self._parent = os.getppid()
         self._is_gone = _was_lost_before()
         self._poll_seconds, self._patience_seconds = poll_seconds, patience_seconds
@@ -104,7 +119,9 @@ def is_lost_to(error: BaseException) -> bool:
     """Whether an error came of the launcher's end: the store in its process, or another rank, was gone with it."""
     if _watch is None or not isinstance(error, RuntimeError):  # what torch.distributed raises
         return False
-    deadline = time.monotonic() + 2 * _POLL_SECONDS  # its connections end before the parent's id changes
+    deadline = (
+        time.monotonic() + 2 * _POLL_SECONDS
+    )  # its connections end before the parent's id changes
     while not _watch.is_gone and time.monotonic() < deadline:
         time.sleep(0.05)
     return _watch.is_gone
@@ -113,7 +130,9 @@ def is_lost_to(error: BaseException) -> bool:
 def _has_launcher() -> bool:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return True
-    is_marked = int(os.environ.get("WORLD_SIZE", "1")) > 1 or any(sign in os.environ for sign in _SIGNS)
+    is_marked = int(os.environ.get("WORLD_SIZE", "1")) > 1 or any(
+        sign in os.environ for sign in _SIGNS
+    )
     return is_marked and os.getppid() != 1 and _name(os.getppid()) not in _NO_LAUNCHERS
 
 
@@ -128,7 +147,9 @@ def _was_lost_before() -> bool:
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return False
     try:
-        socket.create_connection((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), timeout=5).close()
+        socket.create_connection(
+            (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), timeout=5
+        ).close()
     except ConnectionRefusedError:
         return True
     except (OSError, KeyError, ValueError):

@@ -36,17 +36,17 @@ class Session:
         return self
 
     def watch(self) -> None:
-        """From now on, end this process when :meth:`alive` is not called for too long."""
+        """From now on, end this process when :meth:`check_in` is not called for too long."""
         self._watchdog = Watchdog(self._config.parallel.hang_timeout_seconds, self.runtime.rank)
 
-    def alive(self) -> None:
+    def check_in(self) -> None:
         """What all ranks call together whenever there was progress.
 
         Raises:
             Stopped: on all of them alike, when any was asked to stop.
         """
         if self._watchdog is not None:
-            self._watchdog.beat()
+            self._watchdog.feed()
         self._stop.check()
 
     def claim_folder(self, resumed_step: int | None) -> None:
@@ -55,11 +55,14 @@ class Session:
             create_run_folder(self.folder, self._config, resumed_step, self._lock)
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         if isinstance(error, Stopped) and self.runtime.is_main:
             mark_stopped(self.folder, str(error))
-            self.reporter.say(f"stopped ({error}); the same command goes on from here")
+            self.reporter.log(f"stopped ({error}); the same command goes on from here")
         if error is None or isinstance(error, Stopped):
             self.runtime.close()  # all ranks come here; after a failure they do not
         elif is_lost_to(error):

@@ -46,12 +46,14 @@ class TrainState:
     def count_evaluation(self, eval_loss: float) -> None:
         """An evaluation is done; it may be the best so far."""
         self.evaluated_step = self.step
-        if math.isfinite(eval_loss) and (self.best_eval_loss is None or eval_loss < self.best_eval_loss):
+        if math.isfinite(eval_loss) and (
+            self.best_eval_loss is None or eval_loss < self.best_eval_loss
+        ):
             self.best_eval_loss, self.best_step = eval_loss, self.step
 
 
 @dataclass(frozen=True)
-class Identity:
+class RunIdentity:
     """What a checkpoint belongs to; going on from it with anything else would not continue the same training."""
 
     base: str
@@ -63,7 +65,7 @@ class Identity:
     settings: dict[str, Any]
     """The settings that tell one run from another."""
 
-    def differences(self, other: Identity, with_settings: bool) -> list[str]:
+    def differences(self, other: RunIdentity, with_settings: bool) -> list[str]:
         """What differs in `other`, in words; empty when training can go on from it."""
         found = []
         if self.base != other.base:

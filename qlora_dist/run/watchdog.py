@@ -13,7 +13,7 @@ from qlora_dist.run.failure import EXIT_CRASH, tell_launcher
 
 
 class Watchdog:
-    """A thread that ends this process when :meth:`beat` was not called for `timeout_seconds`.
+    """A thread that ends this process when :meth:`feed` was not called for `timeout_seconds`.
 
     When one process of a run hangs, the others wait for it in a collective and do not beat either: each prints the
     stacks of its threads, and the one whose stack is no collective is the culprit.
@@ -26,7 +26,7 @@ class Watchdog:
         self._closed = threading.Event()
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
-    def beat(self) -> None:
+    def feed(self) -> None:
         """Say that there is progress."""
         self._last = time.monotonic()
 

@@ -65,10 +65,20 @@ def ability(device: torch.device, asked: str) -> Ability:
     """
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        has_bfloat16 = torch.version.hip is not None or (properties.major, properties.minor) >= (8, 0)
+        has_bfloat16 = torch.version.hip is not None or (properties.major, properties.minor) >= (
+            8,
+            0,
+        )
         timed = ["bfloat16", "float16"] if asked == "bfloat16" and not has_bfloat16 else []
-        return Ability(properties.name, True, has_bfloat16, {name: product_flops(device, name) for name in timed})
-    timed = [] if asked == "float32" else ["bfloat16", "float32"] + ["float16"] * (asked == "float16")
+        return Ability(
+            properties.name,
+            True,
+            has_bfloat16,
+            {name: product_flops(device, name) for name in timed},
+        )
+    timed = (
+        [] if asked == "float32" else ["bfloat16", "float32"] + ["float16"] * (asked == "float16")
+    )
     return Ability("CPU", False, flops={name: product_flops(device, name) for name in timed})
 
 
@@ -86,7 +96,9 @@ def choose(asked: str, abilities: Sequence[Ability], is_kept: bool = False) -> C
     assert asked in ("bfloat16", "float16", "float32")
     note = f"compute type: {asked}" + (" (this run began with it)" if is_kept else "")
     if slowness := _slowness(asked, abilities):
-        remedy = "It stays, because a run keeps its type" if is_kept else "model.dtype: auto avoids that"
+        remedy = (
+            "It stays, because a run keeps its type" if is_kept else "model.dtype: auto avoids that"
+        )
         note += f". {slowness}. {remedy}."
     return ComputeType(asked, note)  # type: ignore[arg-type]
 
@@ -144,7 +156,10 @@ def _best(abilities: Sequence[Ability]) -> tuple[DType, str]:
     half, single = (min(one.flops[name] for one in abilities) for name in ("bfloat16", "float32"))
     name: DType = "float32" if half < _TIE * single else "bfloat16"
     where = "a core" + (" on the slowest rank" if len(abilities) > 1 else "")
-    return name, f"this CPU multiplies bfloat16 at {_rate(half)} and float32 at {_rate(single)} {where}"
+    return (
+        name,
+        f"this CPU multiplies bfloat16 at {_rate(half)} and float32 at {_rate(single)} {where}",
+    )
 
 
 def _slowness(asked: str, abilities: Sequence[Ability]) -> str | None:
@@ -159,7 +174,9 @@ def _slowness(asked: str, abilities: Sequence[Ability]) -> str | None:
         if factor >= _WORTH_SAYING or one.is_gpu:
             whose = f"{one.device} only emulates it" if one.is_gpu else "This CPU is slow at it"
             text = f"{whose}: products take {factor:.1f} times as long as in {best}"
-            found.append((factor, f"{text} ({_rate(one.flops[asked])} against {_rate(others[best])})"))
+            found.append(
+                (factor, f"{text} ({_rate(one.flops[asked])} against {_rate(others[best])})")
+            )
     return max(found)[1] if found else None
 
 

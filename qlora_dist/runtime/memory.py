@@ -37,7 +37,9 @@ class MemoryMeter:
     def unused(self) -> int:
         """Bytes that the allocator has taken from the device and not given to anybody."""
         if self._device.type == "cuda":
-            return torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
+            return torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(
+                self._device
+            )
         return 0
 
     def restart(self) -> None:
@@ -45,7 +47,9 @@ class MemoryMeter:
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
             return
-        with suppress(OSError):  # not allowed in every container: the peak is then that of the whole life
+        with suppress(
+            OSError
+        ):  # not allowed in every container: the peak is then that of the whole life
             Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
     def num_retries(self) -> int:
@@ -93,7 +97,9 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    for line in _lines(Path("/proc/meminfo")):  # counts reclaimable cache as free, which sysconf does not
+    for line in _lines(
+        Path("/proc/meminfo")
+    ):  # counts reclaimable cache as free, which sysconf does not
         if line.startswith("MemAvailable:"):
             free = int(line.split()[1]) * 1024
     return min([free, *free_in_control_groups(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))])

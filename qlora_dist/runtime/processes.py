@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, set_seed
 from torch import distributed as dist
 
-from qlora_dist.errors import Echo, QloraDistError
+from qlora_dist.errors import PeerError, QloraDistError
 from qlora_dist.runtime.compute_type import DType, ability, choose
 
 Made = TypeVar("Made")
@@ -67,7 +67,7 @@ class Runtime:
             raise error
         for one in errors:
             if one is not None:
-                raise Echo(one)
+                raise PeerError(one)
         return make() if made is None else made
 
     def sum_over_ranks(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -153,7 +153,9 @@ def _tried(make: Callable[[], Made]) -> tuple[Made | None, Exception | None]:
     except QloraDistError as error:
         return None, error
     except Exception as error:  # noqa: BLE001 - told to the other ranks, of which not all could read it
-        return None, RuntimeError(f"{type(error).__name__}: {error}").with_traceback(error.__traceback__)
+        return None, RuntimeError(f"{type(error).__name__}: {error}").with_traceback(
+            error.__traceback__
+        )
 
 
 def launched_world_size() -> int:
@@ -194,9 +196,13 @@ def start_runtime(
         world_size=accelerator.num_processes,
         local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
         compute_dtype=torch.float32,
-        host_group=dist.new_group(backend="gloo", timeout=patience.timeout) if has_gpu_group else None,
+        host_group=dist.new_group(backend="gloo", timeout=patience.timeout)
+        if has_gpu_group
+        else None,
     )
-    set_seed(seed)  # what matters has generators of its own: data order, adapters, and dropout by micro-batch
+    set_seed(
+        seed
+    )  # what matters has generators of its own: data order, adapters, and dropout by micro-batch
     # Rank 0 alone may see the folder of a run that goes on.
     dtype, is_dtype_kept = runtime.from_main((dtype, is_dtype_kept))
     chosen = choose(dtype, runtime.from_all(ability(runtime.device, dtype)), is_dtype_kept)

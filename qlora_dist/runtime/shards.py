@@ -21,7 +21,9 @@ def local_range(param: torch.Tensor) -> tuple[int, int]:
         return first, min(param.ds_numel, first + param.ds_tensor.numel())
     if not isinstance(param, DTensor):
         return 0, param.numel()
-    shape, offset = compute_local_shape_and_global_offset(param.shape, param.device_mesh, param.placements)
+    shape, offset = compute_local_shape_and_global_offset(
+        param.shape, param.device_mesh, param.placements
+    )
     if shape[0] == 0:
         return 0, 0
     row = param.shape[1:].numel()
@@ -77,7 +79,9 @@ def planned_rows(num_rows: int, num_shards: int, rank: int) -> tuple[int, int]:
 def whole_tensor(param: nn.Parameter) -> torch.Tensor:
     """The whole parameter on every rank (a collective when it is sharded)."""
     if is_partitioned(param):
-        part = param.ds_tensor.to(param.device)  # an offloaded part is on the host, where not every group can gather
+        part = param.ds_tensor.to(
+            param.device
+        )  # an offloaded part is on the host, where not every group can gather
         flat = part.new_empty(part.numel() * dist.get_world_size())
         dist.all_gather_into_tensor(flat, part)
         return flat[: param.ds_numel].view(param.ds_shape)

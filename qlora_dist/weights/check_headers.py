@@ -18,8 +18,10 @@ FLOATS = ("BF16", "F16", "F32", "F64")
 """Types of ordinary weights. 8-bit floats are left out: their scales are kept elsewhere."""
 
 
-def check_inventory(
-    plain: Mapping[str, tuple[int, ...]], layers: Mapping[str, QuantizedLinear], reader: SafetensorsReader
+def check_headers(
+    plain: Mapping[str, tuple[int, ...]],
+    layers: Mapping[str, QuantizedLinear],
+    reader: SafetensorsReader,
 ) -> None:
     """Refuse files that do not hold what the model needs.
 
@@ -93,5 +95,7 @@ def _explain_packed(name: str, reader: SafetensorsReader) -> str:
 
 
 def _architecture(reader: SafetensorsReader) -> str:
-    named = reader.config.get("architectures") or [reader.config.get("model_type", "an unknown architecture")]
+    named = reader.config.get("architectures") or [
+        reader.config.get("model_type", "an unknown architecture")
+    ]
     return ", ".join(map(str, named))

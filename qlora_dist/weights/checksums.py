@@ -15,10 +15,19 @@ from torch import distributed as dist
 from torch import nn
 
 from qlora_dist.errors import ModelError
-from qlora_dist.runtime.shards import local_part, local_range, planned_range, shard_group, shard_world, whole_shape
+from qlora_dist.runtime.shards import (
+    local_part,
+    local_range,
+    planned_range,
+    shard_group,
+    shard_world,
+    whole_shape,
+)
 
 _CHUNK_WORDS = 2**20
-_MULTIPLIER = -7046029254386353131  # 2^64 / golden ratio as a signed odd number: Knuth's multiplicative hash
+_MULTIPLIER = (
+    -7046029254386353131
+)  # 2^64 / golden ratio as a signed odd number: Knuth's multiplicative hash
 
 
 def check_shards(model: nn.Module, num_shards: int) -> None:
@@ -103,9 +112,13 @@ def checksum(tensor: torch.Tensor, first_byte: int, word_bytes: int) -> torch.Te
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
     for begin in range(0, words.numel(), _CHUNK_WORDS):
         part = words[begin : begin + _CHUNK_WORDS].to(torch.int64)
-        position = torch.arange(part.numel(), device=part.device) + (begin + first_byte // word_bytes + 1)
+        position = torch.arange(part.numel(), device=part.device) + (
+            begin + first_byte // word_bytes + 1
+        )
         weight = position * _MULTIPLIER
-        weight = (weight ^ (weight >> 29)) | 1  # odd, so that no change of a single word goes unseen
+        weight = (
+            weight ^ (weight >> 29)
+        ) | 1  # odd, so that no change of a single word goes unseen
         total += (part * weight).sum()
     return total
 

@@ -39,7 +39,9 @@ def resolve_model_folder(path: str, *, needs_weights: bool = True) -> Path:
                 "or a hub name such as owner/model."
             )
         if not folder.is_dir():
-            raise ModelError(f"model.path {path} is a file. Give the folder that holds config.json and *.safetensors.")
+            raise ModelError(
+                f"model.path {path} is a file. Give the folder that holds config.json and *.safetensors."
+            )
     if needs_weights:
         check_model_folder(folder)
     return folder
@@ -52,11 +54,17 @@ def check_model_folder(folder: Path) -> None:
         ModelError: naming the file that is missing.
     """
     if not (folder / "config.json").is_file():
-        raise ModelError(f"model folder {folder} has no config.json, so it is not a transformers model.")
+        raise ModelError(
+            f"model folder {folder} has no config.json, so it is not a transformers model."
+        )
     read_json(folder / "config.json", ModelError)
     if not any(folder.glob("*.safetensors")):
-        others = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".gguf"))
-        found = f" It has {others[0]}, which is not read: pickle files can run code." if others else ""
+        others = sorted(
+            p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".gguf")
+        )
+        found = (
+            f" It has {others[0]}, which is not read: pickle files can run code." if others else ""
+        )
         raise ModelError(
             f"model folder {folder} has no *.safetensors files.{found} Convert the model once with transformers: "
             f"AutoModelForCausalLM.from_pretrained(SOURCE).save_pretrained(FOLDER)."
@@ -82,10 +90,14 @@ def weight_files(folder: Path) -> dict[str, Path]:
     if index.is_file():
         names = read_json(index, ModelError).get("weight_map")
         if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
-            raise ModelError(f"{index} has no weight_map from tensor to file names. Copy the model again.")
+            raise ModelError(
+                f"{index} has no weight_map from tensor to file names. Copy the model again."
+            )
         for name in sorted(set(names.values())):
             if not (folder / name).is_file():
-                raise ModelError(f"{folder / name} is missing, though {index.name} names it. Copy the model again.")
+                raise ModelError(
+                    f"{folder / name} is missing, though {index.name} names it. Copy the model again."
+                )
         return {tensor: folder / name for tensor, name in names.items()}
     files: dict[str, Path] = {}
     for file in sorted(folder.glob("*.safetensors")):
@@ -93,7 +105,9 @@ def weight_files(folder: Path) -> dict[str, Path]:
             with safe_open(str(file), framework="pt") as reader:
                 files.update(dict.fromkeys(reader.keys(), file))
         except (SafetensorError, OSError) as error:
-            raise ModelError(f"{file} is not a readable safetensors file ({error}). Copy the model again.") from None
+            raise ModelError(
+                f"{file} is not a readable safetensors file ({error}). Copy the model again."
+            ) from None
     return files
 
 

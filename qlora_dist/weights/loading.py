@@ -24,7 +24,7 @@ from qlora_dist.errors import ModelError
 from qlora_dist.model.nf4 import QuantizedLinear, quantize_absmax, quantize_blocks
 from qlora_dist.model.parts import base_model, decoder_layers
 from qlora_dist.runtime.shards import keep_local, local_part, local_range, shard_group, whole_shape
-from qlora_dist.weights.check_headers import check_inventory
+from qlora_dist.weights.check_headers import check_headers
 from qlora_dist.weights.files import weight_files
 from qlora_dist.weights.prequantized import has_state, load_prequantized
 from qlora_dist.weights.reader import SafetensorsReader
@@ -36,7 +36,9 @@ OnProgress = Callable[[int, int], None]
 """Called with the checkpoint bytes read and the decoder layers filled so far."""
 
 
-def materialize(model: PeftModel | PreTrainedModel, device: torch.device, compute_device: torch.device) -> None:
+def materialize(
+    model: PeftModel | PreTrainedModel, device: torch.device, compute_device: torch.device
+) -> None:
     """Allocate this rank's part of every meta parameter on `device`, with undefined contents.
 
     A model whose parameters were allocated while they were cut up only has its buffers moved.
@@ -44,7 +46,9 @@ def materialize(model: PeftModel | PreTrainedModel, device: torch.device, comput
     Buffers keep their values and go to `compute_device`, which differs when the shards are offloaded to the host.
     """
     buffers = {
-        (module, name): buffer for module in model.modules() for name, buffer in module.named_buffers(recurse=False)
+        (module, name): buffer
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
     }  # to_empty would also throw away what no checkpoint holds
     is_described_only = any(param.is_meta for param in model.parameters())
     if is_described_only:
@@ -52,7 +56,9 @@ def materialize(model: PeftModel | PreTrainedModel, device: torch.device, comput
     for (module, name), buffer in buffers.items():
         module._buffers[name] = buffer.to(compute_device)
     if is_described_only:
-        base_model(model).tie_weights()  # to_empty gave each use of a shared parameter memory of its own
+        base_model(
+            model
+        ).tie_weights()  # to_empty gave each use of a shared parameter memory of its own
 
 
 @dataclass(frozen=True)
@@ -78,7 +84,7 @@ def load_base_weights(
     """
     with SafetensorsReader(folder) as reader:
         reader.rename(_renaming(base_model(model)))
-        _check_inventory(model, reader)
+        _check_headers(model, reader)
         done: set[int] = set()
         layers = {id(layer): number for number, layer in enumerate(decoder_layers(model))}
         num_layers = released = 0
@@ -113,12 +119,19 @@ def load_base_weights(
 
 def _renaming(model: PreTrainedModel) -> Callable[[str], str]:
     """The name in the model of a tensor in its files; transformers has renamed parts of some families over time."""
-    renamings = [step for step in get_model_conversion_mapping(model) if isinstance(step, WeightRenaming)]
-    own_names = {_checkpoint_name(name): param for name, param in model.named_parameters(remove_duplicate=False)}
-    return lambda stored: rename_source_key(stored, renamings, [], model.base_model_prefix, own_names)[0]
+    renamings = [
+        step for step in get_model_conversion_mapping(model) if isinstance(step, WeightRenaming)
+    ]
+    own_names = {
+        _checkpoint_name(name): param
+        for name, param in model.named_parameters(remove_duplicate=False)
+    }
+    return lambda stored: rename_source_key(
+        stored, renamings, [], model.base_model_prefix, own_names
+    )[0]
 
 
-def _check_inventory(model: nn.Module, reader: SafetensorsReader) -> None:
+def _check_headers(model: nn.Module, reader: SafetensorsReader) -> None:
     plain: dict[str, tuple[int, ...]] = {}
     layers: dict[str, QuantizedLinear] = {}
     done: set[int] = set()
@@ -131,10 +144,12 @@ def _check_inventory(model: nn.Module, reader: SafetensorsReader) -> None:
             if id(param) not in done:
                 plain[_checkpoint_name(f"{name}.{leaf}")] = tuple(whole_shape(param))
                 done.add(id(param))
-    check_inventory(plain, layers, reader)
+    check_headers(plain, layers, reader)
 
 
-def _refuse_not_finite(finite: dict[str, torch.Tensor], folder: Path, group: dist.ProcessGroup | None) -> None:
+def _refuse_not_finite(
+    finite: dict[str, torch.Tensor], folder: Path, group: dist.ProcessGroup | None
+) -> None:
     """Only the rank whose rows hold a NaN can see it, but all must stop: one sum over ranks for the whole model."""
     bad = torch.stack(list(finite.values())).logical_not().float()
     if group is not None:
@@ -165,19 +180,25 @@ def _load_plain(name: str, param: nn.Parameter, reader: SafetensorsReader) -> No
     local_part(param).view(-1).copy_(_read_elements(name, columns, start, stop, reader))
 
 
-def _load_quantized(name: str, layer: QuantizedLinear, reader: SafetensorsReader, device: torch.device) -> torch.Tensor:
+def _load_quantized(
+    name: str, layer: QuantizedLinear, reader: SafetensorsReader, device: torch.device
+) -> torch.Tensor:
     """Fill a layer from a 16-bit matrix; returns whether all values that this rank read are finite (0-dim bool)."""
     numel, block = layer.out_features * layer.in_features, layer.format.block_size
     first_byte, end_byte = local_range(layer.weight)
     # Elements of the blocks that this rank's bytes touch; the blocks at the borders are quantized by both neighbors.
     first = 2 * first_byte // block * block
     end = min(numel, -(-2 * end_byte // block) * block)
-    elements = _read_elements(f"{name}.weight", layer.in_features, first, end, reader).to(device, torch.bfloat16)
+    elements = _read_elements(f"{name}.weight", layer.in_features, first, end, reader).to(
+        device, torch.bfloat16
+    )
     absmax = torch.zeros(layer.format.num_blocks(numel), dtype=torch.float32, device=device)
     if end > first:
         reader.elements_quantized += end - first
         packed, local_absmax = quantize_blocks(elements, layer.format)
-        local_part(layer.weight).view(-1).copy_(packed.view(-1)[first_byte - first // 2 : end_byte - first // 2])
+        local_part(layer.weight).view(-1).copy_(
+            packed.view(-1)[first_byte - first // 2 : end_byte - first // 2]
+        )
         # Each block is contributed by the one rank that holds its first byte, so that the sum below is exact.
         owned = slice(-(-2 * first_byte // block), -(-2 * end_byte // block))
         absmax[owned] = local_absmax[owned.start - first // block : owned.stop - first // block]
@@ -194,7 +215,9 @@ def _load_quantized(name: str, layer: QuantizedLinear, reader: SafetensorsReader
     return torch.isfinite(elements).all()
 
 
-def _read_elements(name: str, columns: int, first: int, end: int, reader: SafetensorsReader) -> torch.Tensor:
+def _read_elements(
+    name: str, columns: int, first: int, end: int, reader: SafetensorsReader
+) -> torch.Tensor:
     """Elements [first, end) of the row-major flattened tensor, through whole rows of `columns` elements."""
     first_row, end_row = first // columns, -(-end // columns)
     rows = reader.rows(name, first_row, end_row).reshape(-1)

@@ -20,14 +20,24 @@ import torch
 from qlora_dist.atomic import read_json
 from qlora_dist.config.schema import ModelConfig
 from qlora_dist.errors import ConfigError, ModelError
-from qlora_dist.model.nf4 import NESTED_BLOCK_SIZE, QuantFormat, QuantizedLinear, dynamic_code, four_bit_code
+from qlora_dist.model.nf4 import (
+    NESTED_BLOCK_SIZE,
+    QuantFormat,
+    QuantizedLinear,
+    dynamic_code,
+    four_bit_code,
+)
 from qlora_dist.runtime.shards import local_part, local_range
 from qlora_dist.weights.reader import SafetensorsReader
 
 STORAGE = {  # quant_storage: its name in safetensors, bytes of one element
-    "uint8": ("U8", 1), "int8": ("I8", 1), "bfloat16": ("BF16", 2), "float16": ("F16", 2),
-    "float32": ("F32", 4), "float64": ("F64", 8),
-}  # fmt: skip
+    "uint8": ("U8", 1),
+    "int8": ("I8", 1),
+    "bfloat16": ("BF16", 2),
+    "float16": ("F16", 2),
+    "float32": ("F32", 4),
+    "float64": ("F64", 8),
+}
 _STATE = ".weight.quant_state.bitsandbytes__"
 _REMEDY = (
     "Give the original 16-bit model, which is quantized while it is read, or make a 4-bit model of that once: "
@@ -56,11 +66,17 @@ def is_prequantized(folder: Path, quantization_config: Mapping[str, Any] | None)
     if quantization_config is None:
         return False
     method = quantization_config.get("quant_method")
-    if method is None and ("load_in_4bit" in quantization_config or "load_in_8bit" in quantization_config):
+    if method is None and (
+        "load_in_4bit" in quantization_config or "load_in_8bit" in quantization_config
+    ):
         method = "bitsandbytes"  # as transformers wrote it before there were other methods
     if method == "bitsandbytes" and quantization_config.get("load_in_4bit"):
         return True
-    what = "bitsandbytes' 8 bits (LLM.int8)" if method == "bitsandbytes" else str(method or "an unknown method").upper()
+    what = (
+        "bitsandbytes' 8 bits (LLM.int8)"
+        if method == "bitsandbytes"
+        else str(method or "an unknown method").upper()
+    )
     raise ModelError(
         f"model.path {folder} is quantized with {what}, as its config.json says (quantization_config). Trainable are "
         f"16-bit models and bitsandbytes' 4 bits (nf4, fp4). {_REMEDY}"
@@ -74,7 +90,9 @@ def formats_in(folder: Path, config: ModelConfig) -> dict[str, QuantFormat] | No
         ModelError: the folder has no config.json, or is quantized in a way that cannot be trained here.
         ConfigError: `config` asks for another 4-bit format.
     """
-    if not is_prequantized(folder, read_json(folder / "config.json", ModelError).get("quantization_config")):
+    if not is_prequantized(
+        folder, read_json(folder / "config.json", ModelError).get("quantization_config")
+    ):
         return None
     with SafetensorsReader(folder) as reader:
         return stored_formats(reader, config)
@@ -97,10 +115,16 @@ def stored_formats(reader: SafetensorsReader, config: ModelConfig) -> dict[str, 
     kinds = {(fmt.quant_type, fmt.double_quant): name for name, fmt in formats.items()}
     if len(kinds) > 1:
         some = "; ".join(f"{name} {_kind(*kind)}" for kind, name in sorted(kinds.items()))
-        raise ModelError(f"model folder {reader.folder} holds matrices in different 4-bit formats ({some}). {_REMEDY}")
+        raise ModelError(
+            f"model folder {reader.folder} holds matrices in different 4-bit formats ({some}). {_REMEDY}"
+        )
     ((quant_type, double_quant),) = kinds
     if (config.quantization, config.double_quant) != (quant_type, double_quant):
-        asked = "none" if config.quantization == "none" else _kind(config.quantization, config.double_quant)
+        asked = (
+            "none"
+            if config.quantization == "none"
+            else _kind(config.quantization, config.double_quant)
+        )
         wanted = [f"model.quantization: {quant_type}"] if config.quantization != quant_type else []
         if config.double_quant != double_quant:
             wanted.append(f"model.double_quant: {str(double_quant).lower()}")
@@ -137,12 +161,21 @@ def read_state(name: str, reader: SafetensorsReader) -> StoredState:
             reader, key, f"is not a quantization state that bitsandbytes writes ({error!r})", _COPY
         ) from None
     if key != f"{name}{_STATE}{fmt.quant_type}" or fmt.quant_type not in ("nf4", "fp4"):
-        raise _refusal(reader, key, f"says that the matrix is {fmt.quant_type}, unlike its own name", _COPY)
-    if nested_block != NESTED_BLOCK_SIZE or fmt.block_size < 32 or fmt.block_size & (fmt.block_size - 1):
         raise _refusal(
-            reader, key, f"has blocks of {fmt.block_size} weights and {nested_block} constants; there are kernels for "
-            f"powers of two from 32 up, and {NESTED_BLOCK_SIZE}", _REMEDY,
-        )  # fmt: skip
+            reader, key, f"says that the matrix is {fmt.quant_type}, unlike its own name", _COPY
+        )
+    if (
+        nested_block != NESTED_BLOCK_SIZE
+        or fmt.block_size < 32
+        or fmt.block_size & (fmt.block_size - 1)
+    ):
+        raise _refusal(
+            reader,
+            key,
+            f"has blocks of {fmt.block_size} weights and {nested_block} constants; there are kernels for "
+            f"powers of two from 32 up, and {NESTED_BLOCK_SIZE}",
+            _REMEDY,
+        )
     if offset is not None and not math.isfinite(offset):
         raise _refusal(reader, key, f"has the offset {offset}, which is not finite", _COPY)
     return StoredState(fmt, shape, offset)
@@ -158,9 +191,12 @@ def check_stored_matrix(name: str, layer: QuantizedLinear, reader: SafetensorsRe
     state = read_state(name, reader)
     if state.shape != shape:
         raise _refusal(
-            reader, f"{name}.weight", f"is stored in 4 bits with the shape {list(state.shape)}, but config.json asks "
-            f"for {list(shape)}", "The files and the config do not belong together: copy both from the same place.",
-        )  # fmt: skip
+            reader,
+            f"{name}.weight",
+            f"is stored in 4 bits with the shape {list(state.shape)}, but config.json asks "
+            f"for {list(shape)}",
+            "The files and the config do not belong together: copy both from the same place.",
+        )
     assert state.format == layer.format, "the layer was built from another state"
     storage, size = _storage(reader)
     num_blocks = state.format.num_blocks(math.prod(shape))
@@ -174,18 +210,27 @@ def check_stored_matrix(name: str, layer: QuantizedLinear, reader: SafetensorsRe
     for suffix, (dtype, numel) in expected.items():
         key = f"{name}.weight{suffix}"
         if key not in reader:
-            raise ModelError(f"model folder {reader.folder} has no tensor {key}, which a 4-bit matrix needs. {_COPY}")
+            raise ModelError(
+                f"model folder {reader.folder} has no tensor {key}, which a 4-bit matrix needs. {_COPY}"
+            )
         found = reader.dtype(key)
         if found != dtype:
-            rule = f"but config.json says bnb_4bit_quant_storage {_storage_name(reader)} ({dtype})" if not suffix else (
-                f"but must have {dtype}"
-            )  # fmt: skip
+            rule = (
+                f"but config.json says bnb_4bit_quant_storage {_storage_name(reader)} ({dtype})"
+                if not suffix
+                else (f"but must have {dtype}")
+            )
             why = "Packed bytes do not survive a conversion to another type. "
-            raise _refusal(reader, key, f"has the type {found}, {rule}", (why if not suffix else "") + _COPY)
+            raise _refusal(
+                reader, key, f"has the type {found}, {rule}", (why if not suffix else "") + _COPY
+            )
         # (n, 1) is what bitsandbytes writes; its kernels also take the transposed (1, n), and flat is the same bytes.
         if math.prod(reader.shape(key)) != numel or max(reader.shape(key), default=0) != numel:
             raise _refusal(
-                reader, key, f"has the shape {list(reader.shape(key))}, but must hold {numel} elements", _COPY
+                reader,
+                key,
+                f"has the shape {list(reader.shape(key))}, but must hold {numel} elements",
+                _COPY,
             )
 
 
@@ -201,11 +246,17 @@ def load_prequantized(
         ModelError: the code books are not bitsandbytes'.
     """
     state = read_state(name, reader)
-    _check_code(f"{name}.weight.quant_map", four_bit_code(state.format.quant_type, torch.device("cpu")), reader)
+    _check_code(
+        f"{name}.weight.quant_map",
+        four_bit_code(state.format.quant_type, torch.device("cpu")),
+        reader,
+    )
     first, end = local_range(layer.weight)
     size = _storage(reader)[1]
     # view, never to(): under a float storage the bytes are no numbers, and a conversion would rewrite them.
-    packed = reader.flat(f"{name}.weight", first // size, -(-end // size)).contiguous().view(torch.uint8)
+    packed = (
+        reader.flat(f"{name}.weight", first // size, -(-end // size)).contiguous().view(torch.uint8)
+    )
     start = first - first // size * size
     local_part(layer.weight).view(-1).copy_(packed[start : start + end - first])
     constants = [_fill(layer.absmax, f"{name}.weight.absmax", reader)]
@@ -213,7 +264,9 @@ def load_prequantized(
         _check_code(f"{name}.weight.nested_quant_map", dynamic_code(torch.device("cpu")), reader)
         constants.append(_fill(layer.absmax_scale, f"{name}.weight.nested_absmax", reader))
         begin, stop = local_range(layer.absmax_offset)
-        local_part(layer.absmax_offset).copy_(torch.tensor([state.offset], dtype=torch.float32)[begin:stop])
+        local_part(layer.absmax_offset).copy_(
+            torch.tensor([state.offset], dtype=torch.float32)[begin:stop]
+        )
     return torch.stack([torch.isfinite(values).all() for values in constants]).all().to(device)
 
 

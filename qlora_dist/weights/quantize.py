@@ -21,14 +21,11 @@ from qlora_dist.atomic import read_json, whole_folder
 from qlora_dist.config.schema import ModelConfig
 from qlora_dist.errors import LaunchError, ModelError
 from qlora_dist.metrics.console import Reporter
-from qlora_dist.model.nf4 import (
-    QuantFormat,
-    QuantizedLinear,
-)  # fmt: skip
+from qlora_dist.model.nf4 import QuantFormat, QuantizedLinear
 from qlora_dist.model.parts import linear_layers
 from qlora_dist.model.skeleton import build_skeleton
 from qlora_dist.runtime.processes import launched_world_size, start_runtime
-from qlora_dist.weights.check_headers import check_inventory
+from qlora_dist.weights.check_headers import check_headers
 from qlora_dist.weights.files import check_new_folder, resolve_model_folder
 from qlora_dist.weights.prequantized import formats_in, is_prequantized
 from qlora_dist.weights.reader import SafetensorsReader
@@ -48,9 +45,15 @@ def quantize(model: str, out: str, fmt: QuantFormat) -> None:
     target = Path(out).resolve()  # a rename replaces a link, not what it points to
     check_new_folder(target)
     folder = resolve_model_folder(model)
-    if is_prequantized(folder, read_json(folder / "config.json", ModelError).get("quantization_config")):
-        raise ModelError(f"model folder {folder} is stored in 4 bits already. Use it as it is: it loads directly.")
-    skeleton = build_skeleton(folder, ModelConfig(path=model, quantization="none", dtype="bfloat16"))
+    if is_prequantized(
+        folder, read_json(folder / "config.json", ModelError).get("quantization_config")
+    ):
+        raise ModelError(
+            f"model folder {folder} is stored in 4 bits already. Use it as it is: it loads directly."
+        )
+    skeleton = build_skeleton(
+        folder, ModelConfig(path=model, quantization="none", dtype="bfloat16")
+    )
     device = start_runtime(seed=0, dtype="bfloat16").device
     reporter = Reporter(is_main=True)
     try:
@@ -75,7 +78,7 @@ def quantize(model: str, out: str, fmt: QuantFormat) -> None:
         raise ModelError(
             f"the 4-bit model cannot be written to {target}: {error}. Free some space or fix the folder's permissions."
         ) from None
-    reporter.say(
+    reporter.log(
         f"{target}: {written.num_bytes / 2**20:,.0f} MiB in {written.num_files} files, from {total / 2**20:,.0f}"
     )
 
@@ -91,7 +94,14 @@ def _quantized_tensors(
         tensor = reader.whole(name)
         if name not in quantized:
             # Copied also where nothing is cast: what was read is a window into the file, not memory.
-            yield {name: tensor.to(torch.bfloat16, copy=True) if tensor.is_floating_point() else tensor}, tensor.numel()
+            yield (
+                {
+                    name: tensor.to(torch.bfloat16, copy=True)
+                    if tensor.is_floating_point()
+                    else tensor
+                },
+                tensor.numel(),
+            )
             continue
         matrix = tensor.to(device, torch.bfloat16)
         if not bool(torch.isfinite(matrix).all()):
@@ -103,14 +113,17 @@ def _quantized_tensors(
 
 
 def _check_source(skeleton: PreTrainedModel, reader: SafetensorsReader) -> None:
-    check_inventory({name: tuple(param.shape) for name, param in skeleton.named_parameters()}, {}, reader)
+    check_headers(
+        {name: tuple(param.shape) for name, param in skeleton.named_parameters()}, {}, reader
+    )
 
 
 def _check_space(folder: Path, skeleton: PreTrainedModel, fmt: QuantFormat) -> None:
     quantized = {f"{name}.weight" for name in linear_layers(skeleton)}
     bits = 4 + (8 if fmt.double_quant else 32) / fmt.block_size
     needed = sum(
-        math.ceil(param.numel() * (bits / 8 if name in quantized else 2)) for name, param in skeleton.named_parameters()
+        math.ceil(param.numel() * (bits / 8 if name in quantized else 2))
+        for name, param in skeleton.named_parameters()
     )
     free = shutil.disk_usage(folder).free
     if free < needed:
@@ -133,19 +146,27 @@ def _write_config(folder: Path, partial: Path, skeleton: PreTrainedModel, fmt: Q
         bnb_4bit_quant_storage="uint8",
         # Named, although it is transformers' default: other readers have other defaults.
         llm_int8_skip_modules=[
-            name for name, module in skeleton.named_modules() if type(module) is nn.Linear and name not in quantized
+            name
+            for name, module in skeleton.named_modules()
+            if type(module) is nn.Linear and name not in quantized
         ],
     ).to_dict()
     (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     for file in partial.glob("*.safetensors"):
-        shutil.copymode(partial / "config.json", file)  # safetensors makes files that only their owner can read
+        shutil.copymode(
+            partial / "config.json", file
+        )  # safetensors makes files that only their owner can read
 
 
 def _copy_rest(folder: Path, partial: Path) -> None:
     """Tokenizer, generation config, license: everything small that is not about the weights."""
     for pattern in _COPIED:
         for file in folder.glob(pattern):
-            if file.is_file() and not file.name.endswith(".index.json") and not (partial / file.name).exists():
+            if (
+                file.is_file()
+                and not file.name.endswith(".index.json")
+                and not (partial / file.name).exists()
+            ):
                 shutil.copyfile(file, partial / file.name)
 
 
@@ -153,10 +174,20 @@ def _check_result(partial: Path, fmt: QuantFormat) -> None:
     """Open the finished folder as a training run would."""
     config = ModelConfig(str(partial), fmt.quant_type, fmt.double_quant)
     skeleton = build_skeleton(partial, config, formats_in(partial, config))
-    layers = {name: module for name, module in skeleton.named_modules() if isinstance(module, QuantizedLinear)}
-    plain = {
-        name: tuple(param.shape) for name, param in skeleton.named_parameters() if name.rpartition(".")[0] not in layers
+    layers = {
+        name: module
+        for name, module in skeleton.named_modules()
+        if isinstance(module, QuantizedLinear)
     }
-    plain |= {f"{name}.bias": (layer.out_features,) for name, layer in layers.items() if layer.bias is not None}
+    plain = {
+        name: tuple(param.shape)
+        for name, param in skeleton.named_parameters()
+        if name.rpartition(".")[0] not in layers
+    }
+    plain |= {
+        f"{name}.bias": (layer.out_features,)
+        for name, layer in layers.items()
+        if layer.bias is not None
+    }
     with SafetensorsReader(partial) as reader:
-        check_inventory(plain, layers, reader)
+        check_headers(plain, layers, reader)

@@ -88,7 +88,9 @@ class SafetensorsReader:
         try:
             values = self._slice(name)[index]
         except (SafetensorError, OSError) as error:
-            raise ModelError(f"{self.file(name)}: tensor {name} cannot be read ({error}).") from None
+            raise ModelError(
+                f"{self.file(name)}: tensor {name} cannot be read ({error})."
+            ) from None
         self.bytes_read += values.numel() * values.element_size()
         return values
 
@@ -98,7 +100,9 @@ class SafetensorsReader:
             try:
                 self._readers[file] = self._open.enter_context(safe_open(str(file), framework="pt"))
             except (SafetensorError, OSError) as error:
-                raise ModelError(f"{file} is not a readable safetensors file ({error}). Copy it again.") from None
+                raise ModelError(
+                    f"{file} is not a readable safetensors file ({error}). Copy it again."
+                ) from None
         try:
             return self._readers[file].get_slice(self._stored[name])
         except SafetensorError:

@@ -17,7 +17,7 @@ from qlora_dist.model.nf4 import (
     dynamic_code,
     four_bit_code,
     quantize_matrix,
-)  # fmt: skip
+)
 
 MAX_FILE_BYTES = 2 * 2**30
 """Size of an output file, which is also what is held in host memory; a tensor that is larger gets a file of its own."""
@@ -49,14 +49,19 @@ class FileWriter:
         if self.num_files == 1:
             (self._folder / self._partial_name(1)).rename(self._folder / "model.safetensors")
             return
-        names = {i: f"model-{i:05d}-of-{self.num_files:05d}.safetensors" for i in range(1, self.num_files + 1)}
+        names = {
+            i: f"model-{i:05d}-of-{self.num_files:05d}.safetensors"
+            for i in range(1, self.num_files + 1)
+        }
         for number, name in names.items():
             (self._folder / self._partial_name(number)).rename(self._folder / name)
         index = {
             "metadata": {"total_size": self.num_bytes},
             "weight_map": {tensor: names[number] for tensor, number in sorted(self._files.items())},
         }
-        (self._folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        (self._folder / "model.safetensors.index.json").write_text(
+            json.dumps(index, indent=2) + "\n"
+        )
 
     def _flush(self) -> None:
         self.num_files += 1
@@ -65,7 +70,9 @@ class FileWriter:
         with safe_open(str(path), framework="pt") as reader:
             for name, tensor in self._pending.items():
                 if not torch.equal(_bytes(reader.get_tensor(name)), _bytes(tensor)):
-                    raise ModelError(f"{path}: {name} was read back differently from what was written. Check the disk.")
+                    raise ModelError(
+                        f"{path}: {name} was read back differently from what was written. Check the disk."
+                    )
         self._files.update(dict.fromkeys(self._pending, self.num_files))
         self._pending, self._pending_bytes = {}, 0
 
@@ -93,14 +100,19 @@ def stored_tensors(name: str, matrix: torch.Tensor, fmt: QuantFormat) -> dict[st
     state = QuantState(
         absmax=made.absmax,
         shape=matrix.shape,
-        code=four_bit_code(fmt.quant_type, matrix.device).clone(),  # safetensors saves no two tensors of one memory
+        code=four_bit_code(
+            fmt.quant_type, matrix.device
+        ).clone(),  # safetensors saves no two tensors of one memory
         blocksize=fmt.block_size,
         quant_type=fmt.quant_type,
         dtype=matrix.dtype,
         offset=None if made.absmax_offset is None else made.absmax_offset[0],
         state2=nested,
     )
-    tensors = {name: made.weight, **{f"{name}.{key}": value for key, value in state.as_dict(packed=True).items()}}
+    tensors = {
+        name: made.weight,
+        **{f"{name}.{key}": value for key, value in state.as_dict(packed=True).items()},
+    }
     return {key: tensor.cpu() for key, tensor in tensors.items()}
 
 

@@ -26,7 +26,11 @@ class ReductionCounter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "c10d" and "reduce" in str(func):
-            sizes = [leaf.numel() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+            sizes = [
+                leaf.numel()
+                for leaf in tree_leaves((args, kwargs))
+                if isinstance(leaf, torch.Tensor)
+            ]
             if max(sizes) > 8:  # counts, norms and flags are smaller
                 self.counts[str(func)] += max(sizes)
         return func(*args, **(kwargs or {}))
@@ -67,7 +71,9 @@ def compare_accumulations(root: Path, model: Path, data: Path, backend: str) -> 
 
 
 @pytest.mark.parametrize("backend", ["ddp", "fsdp", "zero2", "zero3"])
-def test_gradients_are_reduced_once_per_step(tmp_path: Path, tiny_llama: Path, chat_file: Path, backend: str) -> None:
+def test_gradients_are_reduced_once_per_step(
+    tmp_path: Path, tiny_llama: Path, chat_file: Path, backend: str
+) -> None:
     """Four micro-batches reduce as many elements over two ranks as one does."""
     if backend.startswith("zero") and find_spec("deepspeed") is None:
         pytest.skip("deepspeed is an optional dependency")

@@ -6,12 +6,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from qlora_dist.config.schema import IGNORE_INDEX, AdapterConfig, MemoryConfig, ModelConfig, OptimConfig, TrainConfig
+from qlora_dist.config.schema import (
+    IGNORE_INDEX,
+    AdapterConfig,
+    MemoryConfig,
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+)
 from qlora_dist.data.batch import MicroBatch, collate
 from qlora_dist.data.samples import Sample
 from qlora_dist.model import loss as loss_module
 from qlora_dist.model.adapters import whole_adapter
-from qlora_dist.model.logits import logits_form
+from qlora_dist.model.logits import logits_transform
 from qlora_dist.runtime.processes import Runtime, start_runtime
 from qlora_dist.train import train_step
 from tests.support.built import build
@@ -28,12 +35,16 @@ def micro_batches(rank: int) -> list[MicroBatch]:
     return [collate([Sample(*both)], pad_token_id=0) for both in zip(rows, labels, strict=True)]
 
 
-def train(folder: Path, backend: str, targets: tuple[str, ...], runtime: Runtime) -> tuple[list[float], torch.Tensor]:
+def train(
+    folder: Path, backend: str, targets: tuple[str, ...], runtime: Runtime
+) -> tuple[list[float], torch.Tensor]:
     """Losses and gradient norms of two optimizer steps, and the adapter after them."""
     config = TrainConfig(
-        model=ModelConfig(path=str(folder), dtype="float32"), adapter=AdapterConfig(rank=4, target_modules=targets),
-        memory=MemoryConfig(recompute=1), optim=OptimConfig(lr=1e-2, grad_accum_steps=2),
-    )  # fmt: skip
+        model=ModelConfig(path=str(folder), dtype="float32"),
+        adapter=AdapterConfig(rank=4, target_modules=targets),
+        memory=MemoryConfig(recompute=1),
+        optim=OptimConfig(lr=1e-2, grad_accum_steps=2),
+    )
     parts, sharing = build(config, folder, backend, runtime)
     model = parts.model.train()
     engine = sharing.engine(parts)
@@ -41,7 +52,7 @@ def train(folder: Path, backend: str, targets: tuple[str, ...], runtime: Runtime
     for _ in range(2):
         sums = train_step(model, engine, micro_batches(runtime.rank), 1e-2, 1.0, runtime)
         losses += [runtime.sum_over_ranks(sums.loss).item(), sums.grad_norm.item()]
-    assert (logits_form(model) is None) == (backend == "ddp")
+    assert (logits_transform(model) is None) == (backend == "ddp")
     return losses, torch.cat([tensor.flatten() for tensor in whole_adapter(model).values()])
 
 
@@ -51,7 +62,9 @@ def compare(folders: dict[str, Path], backends: tuple[str, ...]) -> None:
     cases += [("llama", ("q_proj", "lm_head"))]  # a head that learns
     for name, targets in cases:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(loss_module, "_ask", lambda _: None)  # the model's own logits, all at once
+            patch.setattr(
+                loss_module, "_probe_head", lambda _: None
+            )  # the model's own logits, all at once
             expected_losses, expected = train(folders[name], "ddp", targets, runtime)
         assert expected_losses[2] < expected_losses[0]
         for backend in backends:
@@ -65,7 +78,9 @@ def compare(folders: dict[str, Path], backends: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize("backend", ["fsdp", "zero3"])
-def test_sharded_ranks_train_as_with_the_plain_loss(families: dict[str, Path], backend: str) -> None:
+def test_sharded_ranks_train_as_with_the_plain_loss(
+    families: dict[str, Path], backend: str
+) -> None:
     """Two ranks, tied and untied heads, soft-capping, an adapter on the head, a micro-batch without targets on one of
     them: losses, gradient norms and adapter of two steps are within 1e-5 of those of whole models with full logits."""
     if backend == "zero3" and find_spec("deepspeed") is None:

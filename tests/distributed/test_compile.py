@@ -6,7 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from qlora_dist.config.schema import AdapterConfig, MemoryConfig, ModelConfig, OptimConfig, TrainConfig
+from qlora_dist.config.schema import (
+    AdapterConfig,
+    MemoryConfig,
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+)
 from qlora_dist.data.batch import collate
 from qlora_dist.data.tokenization import Sample
 from qlora_dist.model.adapters import whole_adapter
@@ -25,14 +31,17 @@ WAYS = {  # backend, compiled, recomputed
 ZERO_WAYS = {"zero2": ("zero2", True, "none"), "zero2, recomputing": ("zero2", True, "full")}
 
 
-def train(folder: Path, way: tuple, runtime: Runtime) -> tuple[list[float], dict[str, torch.Tensor]]:
+def train(
+    folder: Path, way: tuple, runtime: Runtime
+) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Losses and final adapter of two steps of two accumulated micro-batches."""
     backend, is_compiled, recompute = way
     config = TrainConfig(
-        model=ModelConfig(path=str(folder), dtype="float32"), adapter=AdapterConfig(rank=4),
+        model=ModelConfig(path=str(folder), dtype="float32"),
+        adapter=AdapterConfig(rank=4),
         memory=MemoryConfig(recompute=recompute, compile=is_compiled),
         optim=OptimConfig(lr=1e-2, grad_accum_steps=2),
-    )  # fmt: skip
+    )
     parts, sharing = build(config, folder, backend, runtime)
     model = parts.model.train()
     engine = sharing.engine(parts)
@@ -76,10 +85,17 @@ def of_two_kinds(folder: Path) -> Path:
 
     torch.manual_seed(0)
     config = Cohere2Config(
-        vocab_size=320, hidden_size=64, intermediate_size=112, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=256, pad_token_id=0, sliding_window=8,
+        vocab_size=320,
+        hidden_size=64,
+        intermediate_size=112,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        pad_token_id=0,
+        sliding_window=8,
         layer_types=["sliding_attention", "full_attention"],
-    )  # fmt: skip
+    )
     model = Cohere2ForCausalLM(config)
     for param in model.parameters():
         torch.nn.init.normal_(param, std=0.1)

@@ -8,18 +8,28 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qlora_dist.config.schema import AdapterConfig, MemoryConfig, ModelConfig, OptimConfig, ParallelConfig, TrainConfig
+from qlora_dist.config.schema import (
+    AdapterConfig,
+    MemoryConfig,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    TrainConfig,
+)
 from qlora_dist.data.batch import collate
 from qlora_dist.data.samples import Sample
 from qlora_dist.model.adapters import adapter_parameters, saved_name, whole_adapter
-from qlora_dist.run.adapter_folder import Recipe, save_adapter
+from qlora_dist.run.adapter_folder import AdapterRecord, save_adapter
 from qlora_dist.runtime.processes import start_runtime
 from qlora_dist.runtime.shards import local_bytes, whole_bytes, whole_tensor
 from qlora_dist.train import train_step
 from tests.support.built import build
 from tests.support.processes import run_on_processes
 
-ROWS = [torch.randint(3, 300, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (12, 20, 9, 31)]
+ROWS = [
+    torch.randint(3, 300, (n,), generator=torch.Generator().manual_seed(n)).tolist()
+    for n in (12, 20, 9, 31)
+]
 NUM_STEPS = 4
 LR = 2e-3
 
@@ -41,21 +51,31 @@ ZERO_WAYS = {
 }
 
 
-def train(folder: Path, adapter: AdapterConfig, dtype: str, backend: str, offload: bool, recompute: str):
+def train(
+    folder: Path, adapter: AdapterConfig, dtype: str, backend: str, offload: bool, recompute: str
+):
     """Initial adapter, losses, and final adapter of a few optimizer steps over all of ROWS, split over the ranks."""
     runtime = start_runtime(seed=0, dtype=dtype)
     config = TrainConfig(
-        seed=7, model=ModelConfig(path=str(folder), dtype=dtype), adapter=adapter,
-        parallel=ParallelConfig(cpu_offload=offload), memory=MemoryConfig(recompute=recompute),
+        seed=7,
+        model=ModelConfig(path=str(folder), dtype=dtype),
+        adapter=adapter,
+        parallel=ParallelConfig(cpu_offload=offload),
+        memory=MemoryConfig(recompute=recompute),
         optim=OptimConfig(lr=LR, grad_accum_steps=len(ROWS) // runtime.world_size),
-    )  # fmt: skip
+    )
     parts, sharing = build(config, folder, backend, runtime)
     model = parts.model.train()
     if backend in ("fsdp", "zero3"):
         assert local_bytes(model) <= 0.55 * whole_bytes(model)
-    initial = {name: whole_tensor(param).clone() for name, param in adapter_parameters(model).items()}
+    initial = {
+        name: whole_tensor(param).clone() for name, param in adapter_parameters(model).items()
+    }
     engine = sharing.engine(parts)
-    batches = [collate([Sample(ids, ids)], pad_token_id=0) for ids in ROWS[runtime.rank :: runtime.world_size]]
+    batches = [
+        collate([Sample(ids, ids)], pad_token_id=0)
+        for ids in ROWS[runtime.rank :: runtime.world_size]
+    ]
     losses = []
     for _ in range(NUM_STEPS):
         sums = train_step(model, engine, batches, LR, 1.0, runtime)
@@ -76,10 +96,15 @@ def check_equivalence(folder: Path, expected_file: Path, ways: dict, only: str) 
             assert found_initial.keys() == initial.keys()
             for param, tensor in initial.items():
                 assert torch.equal(found_initial[param], tensor), (key, name, param)
-            assert found_losses == pytest.approx(losses, rel=1e-6 if dtype == "float32" else 2e-3), (key, name)
+            assert found_losses == pytest.approx(
+                losses, rel=1e-6 if dtype == "float32" else 2e-3
+            ), (key, name)
             if dtype == "float32":
                 difference = sum(((found[n] - final[n]) ** 2).sum() for n in final).sqrt()
-                assert difference <= 1e-5 * sum((t**2).sum() for t in final.values()).sqrt(), (key, name)
+                assert difference <= 1e-5 * sum((t**2).sum() for t in final.values()).sqrt(), (
+                    key,
+                    name,
+                )
             if name in ("ddp", "fsdp"):
                 bits[key, dtype, name] = found
         if "ddp" in ways:
@@ -106,11 +131,13 @@ def expected_file(tiny_llama: Path, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def saved(tiny_llama: Path, tokenizer, tmp_path_factory) -> Path:
     """A DoRA adapter of random values, in a folder."""
-    config = TrainConfig(model=ModelConfig(str(tiny_llama), dtype="float32"), adapter=SETTINGS["dora"])
+    config = TrainConfig(
+        model=ModelConfig(str(tiny_llama), dtype="float32"), adapter=SETTINGS["dora"]
+    )
     model = build(config, tiny_llama, "single", start_runtime(0, "float32"))[0].model
     tensors = {name: torch.randn(param.shape) for name, param in adapter_parameters(model).items()}
     folder = tmp_path_factory.mktemp("saved") / "adapter"
-    save_adapter(folder, model, tensors, tokenizer, Recipe(config.model, "messages"))
+    save_adapter(folder, model, tensors, tokenizer, AdapterRecord(config.model, "messages"))
     return folder
 
 
@@ -122,18 +149,24 @@ def check_continued(model_folder: Path, adapter_folder: Path, backend: str) -> N
     )
     runtime = start_runtime(seed=0, dtype="float32")
     model = build(config, model_folder, backend, runtime)[0].model
-    found = {saved_name(name): whole_tensor(param) for name, param in adapter_parameters(model).items()}
+    found = {
+        saved_name(name): whole_tensor(param) for name, param in adapter_parameters(model).items()
+    }
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         assert torch.equal(found[name], tensor), name
 
 
-def check_all(folder: Path, expected_file: Path, ways: dict, only: str, saved: Path, backend: str) -> None:
+def check_all(
+    folder: Path, expected_file: Path, ways: dict, only: str, saved: Path, backend: str
+) -> None:
     check_equivalence(folder, expected_file, ways, only)
     check_continued(folder, saved, backend)
 
 
-def test_ranks_and_sharding_do_not_matter(tiny_llama: Path, expected_file: Path, saved: Path) -> None:
+def test_ranks_and_sharding_do_not_matter(
+    tiny_llama: Path, expected_file: Path, saved: Path
+) -> None:
     """Two ranks start from the initial values of one, bit for bit (Gaussian A, magnitudes of the base's rows), have its
     losses to 1e-6 and its adapter to 1e-5 in float32; and the same bits sharded or not, in both compute types. A saved
     adapter is read into shards as it is."""
@@ -143,4 +176,6 @@ def test_ranks_and_sharding_do_not_matter(tiny_llama: Path, expected_file: Path,
 @pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is an optional dependency")
 def test_zero_does_not_matter(tiny_llama: Path, expected_file: Path, saved: Path) -> None:
     """The same with DeepSpeed, whose stage 3 gathers module by module: DoRA needs base, A and B of a layer at once."""
-    run_on_processes(check_all, 2, tiny_llama, expected_file, ZERO_WAYS, "dora, float32", saved, "zero3")
+    run_on_processes(
+        check_all, 2, tiny_llama, expected_file, ZERO_WAYS, "dora, float32", saved, "zero3"
+    )

@@ -25,7 +25,9 @@ RUNS_IN_FLOAT32 = {
 
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
-def runs(request, tmp_path_factory, tiny_llama: Path, chat_file: Path) -> tuple[str, dict[str, Path]]:
+def runs(
+    request, tmp_path_factory, tiny_llama: Path, chat_file: Path
+) -> tuple[str, dict[str, Path]]:
     """The same training, run in each of these ways through the command line; returns dtype and run folders."""
     dtype = request.param
     root = tmp_path_factory.mktemp(dtype)
@@ -40,12 +42,16 @@ def runs(request, tmp_path_factory, tiny_llama: Path, chat_file: Path) -> tuple[
             adapter={"rank": 4, "alpha": 8},
             data={"train": str(chat_file), "max_seq_len": 96},
             optim={
-                "max_steps": NUM_STEPS, "lr": 2e-3, "schedule": "cosine", "warmup_steps": 2,
-                "micro_batch_size": micro_batch_size, "grad_accum_steps": grad_accum_steps,
+                "max_steps": NUM_STEPS,
+                "lr": 2e-3,
+                "schedule": "cosine",
+                "warmup_steps": 2,
+                "micro_batch_size": micro_batch_size,
+                "grad_accum_steps": grad_accum_steps,
             },
             parallel=parallel,
             logging={"tensorboard": False},
-        )  # fmt: skip
+        )
         for done in run_ranks("train", config, processes=processes):
             assert done.returncode == 0, done.stderr
     return dtype, folders
@@ -75,7 +81,10 @@ def test_final_adapters_are_equal(runs) -> None:
 def test_two_ranks_give_the_same_bits_sharded_or_not(runs) -> None:
     """Sharding changes no rounding: two ranks train the same adapter under `ddp` and `fsdp`, also in bfloat16."""
     _, folders = runs
-    saved = {name: load_file(folders[name] / "adapter" / "adapter_model.safetensors") for name in ("ddp", "fsdp")}
+    saved = {
+        name: load_file(folders[name] / "adapter" / "adapter_model.safetensors")
+        for name in ("ddp", "fsdp")
+    }
     assert saved["ddp"].keys() == saved["fsdp"].keys()
     for name, tensor in saved["ddp"].items():
         assert torch.equal(tensor, saved["fsdp"][name]), name
@@ -91,7 +100,10 @@ def test_training_reached_every_layer(runs, tiny_llama: Path) -> None:
     model = add_adapters(build_skeleton(tiny_llama, ModelConfig()), AdapterConfig(rank=4), "base")
     materialize(model, torch.device("cpu"), torch.device("cpu"))
     init_adapters(model, seed=0)
-    initial = {name.replace(".default.", "."): param.detach() for name, param in adapter_parameters(model).items()}
+    initial = {
+        name.replace(".default.", "."): param.detach()
+        for name, param in adapter_parameters(model).items()
+    }
     for folder in runs[1].values():
         final = load_file(folder / "adapter" / "adapter_model.safetensors")
         assert final.keys() == initial.keys()

@@ -25,7 +25,9 @@ def settings(root: Path, model: Path, data: Path) -> dict:
     }
 
 
-def test_a_fault_that_one_rank_meets_is_said_once(tmp_path: Path, tiny_llama: Path, chat_file: Path) -> None:
+def test_a_fault_that_one_rank_meets_is_said_once(
+    tmp_path: Path, tiny_llama: Path, chat_file: Path
+) -> None:
     """Data that the first process cannot use ends both, with one message, which the launcher repeats as the cause."""
     config = settings(tmp_path, tiny_llama, chat_file)
     config["data"]["max_seq_len"] = 2
@@ -36,12 +38,16 @@ def test_a_fault_that_one_rank_meets_is_said_once(tmp_path: Path, tiny_llama: Pa
     assert done.stderr.count("error: [rank 0]") == 1
     assert "[rank 1]" not in done.stderr
     assert "Root Cause" in done.stderr
-    assert done.stderr.count("none of its 48 rows has a target token") == 2  # ours, and the launcher's
+    assert (
+        done.stderr.count("none of its 48 rows has a target token") == 2
+    )  # ours, and the launcher's
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_rank_takes_the_others_along(tmp_path: Path, tiny_llama: Path, chat_file: Path, victim: int) -> None:
+def test_a_killed_rank_takes_the_others_along(
+    tmp_path: Path, tiny_llama: Path, chat_file: Path, victim: int
+) -> None:
     """SIGKILL of one process during training ends the others within a minute; the launcher names rank and signal."""
     config = write_config(tmp_path / "config.yaml", **settings(tmp_path, tiny_llama, chat_file))
     process, log = start(config, tmp_path)
@@ -61,9 +67,18 @@ def start(config: Path, root: Path) -> tuple[subprocess.Popen[bytes], Path]:
     """`train` on two processes in the background, writing to a log file."""
     log = root / "log.txt"
     command = [
-        sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / "launch" / "cpu_2.yaml"),
-        "--main_process_port", "0", "-m", "qlora_dist", "train", str(config),
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        str(ROOT / "launch" / "cpu_2.yaml"),
+        "--main_process_port",
+        "0",
+        "-m",
+        "qlora_dist",
+        "train",
+        str(config),
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     with log.open("wb") as out:
         return subprocess.Popen(command, stdout=out, stderr=out, cwd=ROOT, env=environment), log
@@ -99,12 +114,18 @@ def rank_pid(launcher: int, rank: int) -> int:
     raise AssertionError(f"no process of rank {rank}")
 
 
-def test_weights_that_only_one_rank_finds_broken(tmp_path: Path, tiny_llama: Path, chat_file: Path) -> None:
+def test_weights_that_only_one_rank_finds_broken(
+    tmp_path: Path, tiny_llama: Path, chat_file: Path
+) -> None:
     """A weight file that was cut off after the index was written is refused before training, by name."""
     model = Path(shutil.copytree(tiny_llama, tmp_path / "model"))
     file = model / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-500])
-    done = run_command("train", write_config(tmp_path / "c.yaml", **settings(tmp_path, model, chat_file)), processes=2)
+    done = run_command(
+        "train",
+        write_config(tmp_path / "c.yaml", **settings(tmp_path, model, chat_file)),
+        processes=2,
+    )
     assert done.returncode != 0
     assert done.stderr.count("error: ") == 1
     assert "model.safetensors" in done.stderr
@@ -117,9 +138,13 @@ def slow_to_load(tmp_path_factory, tokenizer) -> Path:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=1024, intermediate_size=2816, num_hidden_layers=12,
-        num_attention_heads=16, max_position_embeddings=256,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=1024,
+        intermediate_size=2816,
+        num_hidden_layers=12,
+        num_attention_heads=16,
+        max_position_embeddings=256,
+    )
     folder = tmp_path_factory.mktemp("slow-to-load")
     with torch.device("meta"):
         skeleton = LlamaForCausalLM(config).to(torch.bfloat16)
@@ -132,13 +157,18 @@ def slow_to_load(tmp_path_factory, tokenizer) -> Path:
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_rank_that_dies_while_loading(tmp_path: Path, slow_to_load: Path, chat_file: Path, victim: int) -> None:
+def test_a_rank_that_dies_while_loading(
+    tmp_path: Path, slow_to_load: Path, chat_file: Path, victim: int
+) -> None:
     """SIGKILL of one process while the weights are read ends the others within a minute."""
     process, log = start(
-        write_config(tmp_path / "config.yaml", **settings(tmp_path, slow_to_load, chat_file)), tmp_path
+        write_config(tmp_path / "config.yaml", **settings(tmp_path, slow_to_load, chat_file)),
+        tmp_path,
     )
     try:
-        wait_for(lambda: "% of them targets" in log.read_text(), process, log)  # the line before the weights
+        wait_for(
+            lambda: "% of them targets" in log.read_text(), process, log
+        )  # the line before the weights
         os.kill(rank_pid(process.pid, victim), signal.SIGKILL)
         process.wait(timeout=60)
     finally:
@@ -151,7 +181,9 @@ def test_a_rank_that_dies_while_loading(tmp_path: Path, slow_to_load: Path, chat
     assert not (tmp_path / "out").exists()
 
 
-def test_weights_that_vanish_while_they_are_read(tmp_path: Path, slow_to_load: Path, chat_file: Path) -> None:
+def test_weights_that_vanish_while_they_are_read(
+    tmp_path: Path, slow_to_load: Path, chat_file: Path
+) -> None:
     """A file that loses its contents under the readers ends all processes within a minute, with where it struck."""
     model = Path(shutil.copytree(slow_to_load, tmp_path / "model"))
     config = settings(tmp_path, model, chat_file)

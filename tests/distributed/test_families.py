@@ -5,7 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from qlora_dist.config.schema import AdapterConfig, MemoryConfig, ModelConfig, OptimConfig, TrainConfig
+from qlora_dist.config.schema import (
+    AdapterConfig,
+    MemoryConfig,
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+)
 from qlora_dist.data.batch import collate
 from qlora_dist.data.samples import Sample
 from qlora_dist.model.adapters import whole_adapter
@@ -24,23 +30,33 @@ def test_logits_are_those_of_transformers(families: dict[str, Path], family: str
     from transformers import BitsAndBytesConfig
 
     quantization = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
-    )  # fmt: skip
+    )
     ours = load_here(families[family])
-    attention = ours.config._attn_implementation  # by itself, transformers 5.17 takes one without Gemma's cap
+    attention = (
+        ours.config._attn_implementation
+    )  # by itself, transformers 5.17 takes one without Gemma's cap
     assert any(isinstance(module, QuantizedLinear) for module in ours.modules())
     assert not isinstance(ours.get_output_embeddings(), QuantizedLinear)
-    theirs = load_there(families[family], quantization_config=quantization, attn_implementation=attention)
+    theirs = load_there(
+        families[family], quantization_config=quantization, attn_implementation=attention
+    )
     assert torch.equal(logits(ours), logits(theirs))
 
 
-def train_two_steps(folder: Path, backend: str, runtime: Runtime) -> tuple[list[float], dict[str, torch.Tensor]]:
+def train_two_steps(
+    folder: Path, backend: str, runtime: Runtime
+) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Losses and final adapter of two optimizer steps, recomputing activations."""
     config = TrainConfig(
-        model=ModelConfig(path=str(folder), dtype="float32"), adapter=AdapterConfig(rank=4),
-        memory=MemoryConfig(recompute="full"), optim=OptimConfig(lr=1e-2),
-    )  # fmt: skip
+        model=ModelConfig(path=str(folder), dtype="float32"),
+        adapter=AdapterConfig(rank=4),
+        memory=MemoryConfig(recompute="full"),
+        optim=OptimConfig(lr=1e-2),
+    )
     parts, sharing = build(config, folder, backend, runtime)
     model = parts.model.train()
     engine = sharing.engine(parts)

@@ -82,7 +82,9 @@ def _resolve(path: str) -> object:
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_kill_9(tmp_path: Path, tiny_llama: Path, chat_file: Path, undisturbed: Path, moment: str) -> None:
+def test_kill_9(
+    tmp_path: Path, tiny_llama: Path, chat_file: Path, undisturbed: Path, moment: str
+) -> None:
     """Killed at that moment and started again, the run ends with the adapter and the rows of one left in peace; it
     repeats no more than the steps since its last checkpoint, and half-written ones are gone."""
     run, folder = settings(tiny_llama, chat_file), tmp_path / "run"
@@ -90,7 +92,9 @@ def test_kill_9(tmp_path: Path, tiny_llama: Path, chat_file: Path, undisturbed: 
     steps = complete_steps(folder / "checkpoints")
     rows = lasting_rows(folder) if (folder / "metrics.jsonl").exists() else []
     reached = max((row["step"] for row in rows), default=0)
-    assert reached - max(steps, default=0) <= 3 + 1  # the step that the next checkpoint was being written behind
+    assert (
+        reached - max(steps, default=0) <= 3 + 1
+    )  # the step that the next checkpoint was being written behind
     assert exit_code_of(train_here, folder, run) == 0
     assert adapter_bytes(folder) == adapter_bytes(undisturbed)
     assert lasting_rows(folder) == lasting_rows(undisturbed)
@@ -101,7 +105,9 @@ def test_kill_9(tmp_path: Path, tiny_llama: Path, chat_file: Path, undisturbed: 
 def test_the_undisturbed_run_keeps_the_newest_and_the_best(undisturbed: Path) -> None:
     """Two newest checkpoints, and the one with the lowest evaluation loss; the trial of the first step is gone."""
     newest = newest_checkpoint(undisturbed / "checkpoints", print)
-    losses = {row["step"]: row["eval_loss"] for row in lasting_rows(undisturbed) if "eval_loss" in row}
+    losses = {
+        row["step"]: row["eval_loss"] for row in lasting_rows(undisturbed) if "eval_loss" in row
+    }
     best = min(losses, key=losses.__getitem__)
     assert (newest.state.step, newest.state.best_step) == (NUM_STEPS, best)
     assert complete_steps(undisturbed / "checkpoints") == sorted({6, NUM_STEPS, best} - {0})
@@ -116,7 +122,9 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
         folder = tmp_path / "disk"
         folder.mkdir()
         done = subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], capture_output=True, check=False
+            ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)],
+            capture_output=True,
+            check=False,
         )
         if done.returncode:
             pytest.skip(f"needs the right to mount: {done.stderr.decode().strip()}")
@@ -128,19 +136,27 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def test_a_disk_that_is_full_from_the_start(tmp_path: Path, tiny_llama: Path, chat_file: Path, small_disk) -> None:
+def test_a_disk_that_is_full_from_the_start(
+    tmp_path: Path, tiny_llama: Path, chat_file: Path, small_disk
+) -> None:
     """A checkpoint that cannot be written is noticed at the first step, not after hours, with what to do."""
     disk = small_disk("size=100k")
-    config = write_config(tmp_path / "c.yaml", **settings(tiny_llama, chat_file), output_dir=str(disk / "run"))
+    config = write_config(
+        tmp_path / "c.yaml", **settings(tiny_llama, chat_file), output_dir=str(disk / "run")
+    )
     done = run_forked("train", config)
     assert done.returncode == 2
     assert "the checkpoint cannot be written" in done.stderr
     assert "No space left" in done.stderr
     assert "step 4/" not in done.stdout
-    assert not any((disk / "run" / "checkpoints").iterdir()), "the half-written checkpoint gave its space back"
+    assert not any((disk / "run" / "checkpoints").iterdir()), (
+        "the half-written checkpoint gave its space back"
+    )
 
 
-def test_a_disk_that_fills_up(tmp_path: Path, tiny_llama: Path, chat_file: Path, small_disk, undisturbed: Path) -> None:
+def test_a_disk_that_fills_up(
+    tmp_path: Path, tiny_llama: Path, chat_file: Path, small_disk, undisturbed: Path
+) -> None:
     """The run ends with the reason, its last complete checkpoint stays whole, and with space it goes on to the same
     adapter."""
     disk = small_disk("size=3m")
@@ -171,12 +187,16 @@ def train_with_ballast(folder: Path, run: dict, ballast: Path) -> None:
         train_here(folder, run)
 
 
-def test_a_folder_that_cannot_be_written(tmp_path: Path, tiny_llama: Path, chat_file: Path, small_disk) -> None:
+def test_a_folder_that_cannot_be_written(
+    tmp_path: Path, tiny_llama: Path, chat_file: Path, small_disk
+) -> None:
     """A read-only output folder is refused before anything is read, also for a user who may do everything."""
     disk = small_disk("size=3m")
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
     for folder in (disk, disk / "run"):
-        config = write_config(tmp_path / "c.yaml", **settings(tiny_llama, chat_file), output_dir=str(folder))
+        config = write_config(
+            tmp_path / "c.yaml", **settings(tiny_llama, chat_file), output_dir=str(folder)
+        )
         done = run_forked("train", config)
         assert done.returncode == 2
         assert f"output_dir {folder}" in done.stderr
@@ -200,7 +220,9 @@ def test_checkpoints_that_were_damaged(
         file.write_bytes(content[:-1] if damage == "truncated" else content)
         if damage == "gone":
             file.unlink()
-    config = write_config(tmp_path / "c.yaml", **settings(tiny_llama, chat_file), output_dir=str(folder))
+    config = write_config(
+        tmp_path / "c.yaml", **settings(tiny_llama, chat_file), output_dir=str(folder)
+    )
     done = run_forked("train", config)
     words = {"truncated": "bytes instead of", "gone": "is missing"}.get(damage, "SHA-256 differs")
     assert f"step-{steps[-1]:08d}" in done.stdout
@@ -232,7 +254,9 @@ def test_two_runs_on_one_folder(tmp_path: Path, tiny_llama: Path, chat_file: Pat
         for pid in pids:
             os.kill(pid, signal.SIGKILL)
         process.wait(timeout=60)
-        wait_until_gone(pids)  # orphans by now; a lock lasts until the memory of its process has been given back
+        wait_until_gone(
+            pids
+        )  # orphans by now; a lock lasts until the memory of its process has been given back
     finally:
         process.kill()
     (tmp_path / "run" / "STOP").touch()
@@ -259,7 +283,9 @@ def _is_gone(pid: int) -> bool:
     return state == "Z" and len(threads) == 1
 
 
-def test_a_clock_that_goes_backwards(tmp_path: Path, tiny_llama: Path, chat_file: Path, undisturbed: Path) -> None:
+def test_a_clock_that_goes_backwards(
+    tmp_path: Path, tiny_llama: Path, chat_file: Path, undisturbed: Path
+) -> None:
     """With a wall clock that runs backwards by an hour at every look, and checkpoints whose times are upside down, a
     run stops, goes on from its newest checkpoint, and ends with the same adapter."""
     folder = tmp_path / "run"
@@ -324,7 +350,9 @@ def test_a_rank_that_hangs(tmp_path: Path, tiny_llama: Path, chat_file: Path) ->
     assert complete_steps(tmp_path / "run" / "checkpoints") == [3]
 
 
-def test_a_rank_that_computes_something_else(tmp_path: Path, tiny_llama: Path, chat_file: Path) -> None:
+def test_a_rank_that_computes_something_else(
+    tmp_path: Path, tiny_llama: Path, chat_file: Path
+) -> None:
     """One flipped bit in one rank's copy of the adapter is noticed at the next check, and nothing of it is saved."""
     run = settings(tiny_llama, chat_file)
     run["parallel"] = {"backend": "ddp", "check_every": 1}
@@ -354,7 +382,10 @@ def flip_one_bit(folder: Path, run: dict) -> None:
                     param.data.view(-1)[3:4].view(torch.int32).bitwise_xor_(1)
         return sums
 
-    with mock.patch.object(train_module, "train_step", faulty), pytest.raises(TrainingError) as error:
+    with (
+        mock.patch.object(train_module, "train_step", faulty),
+        pytest.raises(TrainingError) as error,
+    ):
         train_here(folder, run)
     if os.environ["RANK"] == "0":
         folder.with_name("message").write_text(str(error.value))
@@ -387,7 +418,9 @@ def poison(folder: Path, run: dict, which: list[int]) -> None:
 
 
 @pytest.mark.parametrize("backend", ["ddp", "fsdp", "zero2", "zero3"])
-def test_steps_that_are_not_finite(tmp_path: Path, tiny_llama: Path, chat_file: Path, backend: str) -> None:
+def test_steps_that_are_not_finite(
+    tmp_path: Path, tiny_llama: Path, chat_file: Path, backend: str
+) -> None:
     """A NaN on one rank: all ranks skip that update alike, count it, and train on; the adapter stays finite."""
     if backend.startswith("zero"):
         pytest.importorskip("deepspeed")
@@ -396,11 +429,22 @@ def test_steps_that_are_not_finite(tmp_path: Path, tiny_llama: Path, chat_file: 
     run_on_processes(poison, 2, tmp_path / "run", run, [3, 4])
     rows = [row for row in lasting_rows(tmp_path / "run") if "loss" in row]
     assert [row["num_skipped_steps"] for row in rows] == [0, 0, 1, 2, 2, 2, 2, 2]
-    assert [row["loss"] is None for row in rows] == [False, False, True, True, False, False, False, False]
+    assert [row["loss"] is None for row in rows] == [
+        False,
+        False,
+        True,
+        True,
+        False,
+        False,
+        False,
+        False,
+    ]
     assert rows[-1]["loss"] < rows[0]["loss"]
 
 
-def test_too_many_steps_that_are_not_finite(tmp_path: Path, tiny_llama: Path, chat_file: Path) -> None:
+def test_too_many_steps_that_are_not_finite(
+    tmp_path: Path, tiny_llama: Path, chat_file: Path
+) -> None:
     """After the configured number in a row the run ends with advice; its last checkpoint is from before."""
     run = settings(tiny_llama, chat_file)
     run["optim"]["max_skipped_steps"] = 2
@@ -410,7 +454,9 @@ def test_too_many_steps_that_are_not_finite(tmp_path: Path, tiny_llama: Path, ch
     message = (tmp_path / "message").read_text()
     assert "the gradient was not finite in 2 steps in a row" in message
     assert "Lower optim.lr (now 0.002)" in message
-    assert json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 7
+    assert (
+        json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 7
+    )
     assert newest_checkpoint(tmp_path / "run" / "checkpoints", print).state.num_skipped_steps <= 2
 
 
@@ -433,12 +479,16 @@ def press_ctrl_c(folder: Path, run: dict, pause: float) -> None:
 
 
 @pytest.mark.parametrize(("pause", "exit_code"), [(0.0, 0), (1.2, 130)])
-def test_ctrl_c(tmp_path: Path, tiny_llama: Path, chat_file: Path, pause: float, exit_code: int) -> None:
+def test_ctrl_c(
+    tmp_path: Path, tiny_llama: Path, chat_file: Path, pause: float, exit_code: int
+) -> None:
     """SIGINT that comes twice at once, as through a launcher, stops in good order; a second Ctrl-C a while later ends
     the process on the spot, and what was saved is whole."""
     folder = tmp_path / "run"
     assert exit_code_of(press_ctrl_c, folder, settings(tiny_llama, chat_file), pause) == exit_code
-    assert newest_checkpoint(folder / "checkpoints", print).state.step == 4  # the interrupted one was the fifth
+    assert (
+        newest_checkpoint(folder / "checkpoints", print).state.step == 4
+    )  # the interrupted one was the fifth
 
 
 def run_out_of_memory(folder: Path, run: dict) -> None:
@@ -455,7 +505,10 @@ def run_out_of_memory(folder: Path, run: dict) -> None:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return micro_step(*arguments)
 
-    with mock.patch.object(train_module, "micro_step", too_large), pytest.raises(train_module.TrainingError) as error:
+    with (
+        mock.patch.object(train_module, "micro_step", too_large),
+        pytest.raises(train_module.TrainingError) as error,
+    ):
         train_here(folder, run)
     folder.with_name("message").write_text(str(error.value))
 
@@ -463,12 +516,22 @@ def run_out_of_memory(folder: Path, run: dict) -> None:
 def run_out_of_memory_in_evaluation(folder: Path, run: dict) -> None:
     import torch
 
-    full = mock.patch.object(train_module, "evaluate", side_effect=torch.OutOfMemoryError("CUDA out of memory."))
-    with full, pytest.raises(train_module.TrainingError, match=r"full in an evaluation.*optim\.micro_batch_size \(now"):
+    full = mock.patch.object(
+        train_module, "evaluate", side_effect=torch.OutOfMemoryError("CUDA out of memory.")
+    )
+    with (
+        full,
+        pytest.raises(
+            train_module.TrainingError,
+            match=r"full in an evaluation.*optim\.micro_batch_size \(now",
+        ),
+    ):
         train_here(folder, run)
 
 
-def test_memory_that_is_full_in_an_evaluation(tmp_path: Path, tiny_llama: Path, chat_file: Path) -> None:
+def test_memory_that_is_full_in_an_evaluation(
+    tmp_path: Path, tiny_llama: Path, chat_file: Path
+) -> None:
     """Nothing is kept for backward there, so other settings help than in a step."""
     run = settings(tiny_llama, chat_file)
     assert exit_code_of(run_out_of_memory_in_evaluation, tmp_path / "run", run) == 0
@@ -482,5 +545,8 @@ def test_memory_that_is_full(tmp_path: Path, tiny_llama: Path, chat_file: Path) 
     assert exit_code_of(run_out_of_memory, tmp_path / "run", run) == 0
     message = (tmp_path / "message").read_text()
     assert "a micro-batch of 4 rows of 96 tokens takes about" in message
-    for words in ("memory.recompute: full saves about", "optim.micro_batch_size: 2 with grad_accum_steps: 4"):
+    for words in (
+        "memory.recompute: full saves about",
+        "optim.micro_batch_size: 2 with grad_accum_steps: 4",
+    ):
         assert words in message

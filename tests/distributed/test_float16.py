@@ -51,7 +51,9 @@ def scale_at_the_end(folder: Path) -> float:
     return float(checkpoint.state.loss_scale)
 
 
-def train_every_way(root: Path, model: Path, data: Path, backends: list[str], processes: int) -> None:
+def train_every_way(
+    root: Path, model: Path, data: Path, backends: list[str], processes: int
+) -> None:
     for backend in backends:
         run = settings(model, data, backend, processes)
         with beginning_with(TOO_LARGE):
@@ -71,7 +73,9 @@ def train_every_way(root: Path, model: Path, data: Path, backends: list[str], pr
             assert train_here(folder, run)
 
 
-def test_every_engine_finds_a_scale_and_loses_nothing(tmp_path: Path, tiny_llama: Path, chat_file: Path) -> None:
+def test_every_engine_finds_a_scale_and_loses_nothing(
+    tmp_path: Path, tiny_llama: Path, chat_file: Path
+) -> None:
     """Begun with a scale that overflows, a run ends with the bits of one whose scale fitted from the start, also when
     it was stopped in between. One rank and two, sharded or not, agree within the rounding of the type; two ranks with
     copies and with shards to the bit. No step was skipped."""
@@ -87,12 +91,18 @@ def test_every_engine_finds_a_scale_and_loses_nothing(tmp_path: Path, tiny_llama
             assert (adapter_bytes(found), lasting_rows(found)) == whole, found.name
         difference = ((torch.tensor(losses(tmp_path / way)) - one) / one).abs().max().item()
         assert difference <= 1e-3, way  # bfloat16, with three bits less, is allowed 2e-3
-        factor = 2 if "zero" in way else 1  # DeepSpeed averages over ranks, so its loss is multiplied by their number
-        assert factor * scale_at_the_end(tmp_path / way) == scale_at_the_end(tmp_path / "single-1"), way
+        factor = (
+            2 if "zero" in way else 1
+        )  # DeepSpeed averages over ranks, so its loss is multiplied by their number
+        assert factor * scale_at_the_end(tmp_path / way) == scale_at_the_end(
+            tmp_path / "single-1"
+        ), way
     assert adapter_bytes(tmp_path / "ddp-2") == adapter_bytes(tmp_path / "fsdp-2")
 
 
-def scale_in_float32(root: Path, model: Path, data: Path, backends: list[str], processes: int) -> None:
+def scale_in_float32(
+    root: Path, model: Path, data: Path, backends: list[str], processes: int
+) -> None:
     """With scaled losses and without."""
     train_step = train_module.train_step
 
@@ -107,7 +117,9 @@ def scale_in_float32(root: Path, model: Path, data: Path, backends: list[str], p
             assert train_here(root / f"{backend}-{processes}-scaled", run)
 
 
-def test_scaling_changes_no_bit_in_float32(tmp_path: Path, tiny_llama: Path, chat_file: Path) -> None:
+def test_scaling_changes_no_bit_in_float32(
+    tmp_path: Path, tiny_llama: Path, chat_file: Path
+) -> None:
     """Losses times 65,536 before backward, under every engine: gradient norms, clipping and updates stay what they
     were, to the bit; under DeepSpeed, which divides by its scale and its clipping in one product, to 1e-6."""
     run_on_processes(scale_in_float32, 1, tmp_path, tiny_llama, chat_file, ["single"], 1)
@@ -115,7 +127,9 @@ def test_scaling_changes_no_bit_in_float32(tmp_path: Path, tiny_llama: Path, cha
     for way in ["single-1", *(f"{backend}-2" for backend in BACKENDS)]:
         plain, scaled = tmp_path / way, tmp_path / f"{way}-scaled"
         if "zero" in way:
-            distance = (adapter_vector(scaled) - adapter_vector(plain)).norm() / adapter_vector(plain).norm()
+            distance = (adapter_vector(scaled) - adapter_vector(plain)).norm() / adapter_vector(
+                plain
+            ).norm()
             assert distance <= 1e-6, way
         else:
             assert adapter_bytes(scaled) == adapter_bytes(plain), way
@@ -130,7 +144,10 @@ def diverge(root: Path, model: Path, data: Path) -> None:
     def broken(*arguments: object) -> torch.Tensor:
         return micro_step(*arguments) * torch.nan
 
-    with mock.patch.object(train_module, "micro_step", broken), pytest.raises(TrainingError) as error:
+    with (
+        mock.patch.object(train_module, "micro_step", broken),
+        pytest.raises(TrainingError) as error,
+    ):
         train_here(root / "loss", run)
     assert "not finite in 3 steps in a row (optim.max_skipped_steps)" in str(error.value)
 

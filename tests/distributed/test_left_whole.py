@@ -10,7 +10,14 @@ from torch import nn
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 from torch.distributed.tensor import DTensor
 
-from qlora_dist.config.schema import AdapterConfig, BackendName, MemoryConfig, ModelConfig, OptimConfig, TrainConfig
+from qlora_dist.config.schema import (
+    AdapterConfig,
+    BackendName,
+    MemoryConfig,
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+)
 from qlora_dist.data.batch import MicroBatch, collate
 from qlora_dist.data.samples import Sample
 from qlora_dist.memory.footprint import parameters_outside
@@ -32,12 +39,16 @@ def micro_batches(rank: int) -> list[MicroBatch]:
     return [collate([Sample(row, row)], pad_token_id=0) for row in rows]
 
 
-def train(folder: Path, backend: BackendName, runtime: Runtime) -> tuple[nn.Module, torch.Tensor, list[int]]:
+def train(
+    folder: Path, backend: BackendName, runtime: Runtime
+) -> tuple[nn.Module, torch.Tensor, list[int]]:
     """The model and its adapter after some steps, and after each where the embedding's weight is in memory."""
     config = TrainConfig(
-        model=ModelConfig(path=str(folder), dtype="float32"), adapter=AdapterConfig(rank=4),
-        memory=MemoryConfig(recompute="none"), optim=OptimConfig(lr=1e-2, grad_accum_steps=2),
-    )  # fmt: skip
+        model=ModelConfig(path=str(folder), dtype="float32"),
+        adapter=AdapterConfig(rank=4),
+        memory=MemoryConfig(recompute="none"),
+        optim=OptimConfig(lr=1e-2, grad_accum_steps=2),
+    )
     parts, sharing = build(config, folder, backend, runtime)
     model = parts.model.train()
     engine = sharing.engine(parts)
@@ -72,7 +83,10 @@ def check_trained(folder: Path) -> None:
     assert (adapter - expected).norm() <= 1e-5 * expected.norm()
     trained = [name for name in adapter_parameters(model) if "project_in" in name]
     assert len(trained) == 2
-    assert all(isinstance(param, DTensor) for param in parameters_outside(ModelParts(model).gathered_units, model))
+    assert all(
+        isinstance(param, DTensor)
+        for param in parameters_outside(ModelParts(model).gathered_units, model)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -81,9 +95,16 @@ def projected(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("opt")
     torch.manual_seed(0)
     config = transformers.OPTConfig(
-        vocab_size=320, hidden_size=64, word_embed_proj_dim=32, ffn_dim=112, num_hidden_layers=2,
-        num_attention_heads=4, max_position_embeddings=256, do_layer_norm_before=False, dropout=0.0,
-    )  # fmt: skip
+        vocab_size=320,
+        hidden_size=64,
+        word_embed_proj_dim=32,
+        ffn_dim=112,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=256,
+        do_layer_norm_before=False,
+        dropout=0.0,
+    )
     transformers.OPTForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
     return folder
 
@@ -104,9 +125,11 @@ def check_untied(folder: Path) -> None:
         return original(params, *arguments)
 
     config = TrainConfig(
-        model=ModelConfig(path=str(folder), dtype="float32"), adapter=AdapterConfig(rank=4),
-        memory=MemoryConfig(recompute="full"), optim=OptimConfig(lr=1e-2, grad_accum_steps=2),
-    )  # fmt: skip
+        model=ModelConfig(path=str(folder), dtype="float32"),
+        adapter=AdapterConfig(rank=4),
+        memory=MemoryConfig(recompute="full"),
+        optim=OptimConfig(lr=1e-2, grad_accum_steps=2),
+    )
     parts, sharing = build(config, folder, "fsdp", runtime)
     model = parts.model.train()
     base = base_model(model)

@@ -10,7 +10,14 @@ import torch
 from peft import PeftModel
 
 from qlora_dist import build as assemble
-from qlora_dist.config.schema import AdapterConfig, MemoryConfig, ModelConfig, OptimConfig, ParallelConfig, TrainConfig
+from qlora_dist.config.schema import (
+    AdapterConfig,
+    MemoryConfig,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    TrainConfig,
+)
 from qlora_dist.data.batch import collate
 from qlora_dist.data.tokenization import Sample
 from qlora_dist.model.adapters import adapter_parameters, lora_layers, whole_adapter
@@ -48,28 +55,44 @@ def is_fused(model: PeftModel) -> bool:
     return kind is FusedLinear
 
 
-def train(folder: Path, way: tuple, runtime: Runtime) -> tuple[bool, list[float], dict[str, torch.Tensor]]:
+def train(
+    folder: Path, way: tuple, runtime: Runtime
+) -> tuple[bool, list[float], dict[str, torch.Tensor]]:
     """Whether layers were fused, losses, and final adapter, of a few steps of accumulated micro-batches."""
     backend, offload, recompute = way
     config = TrainConfig(
-        model=ModelConfig(path=str(folder), dtype="float32"), adapter=AdapterConfig(rank=4, use_rslora=True),
-        parallel=ParallelConfig(cpu_offload=offload), memory=MemoryConfig(recompute=recompute),
+        model=ModelConfig(path=str(folder), dtype="float32"),
+        adapter=AdapterConfig(rank=4, use_rslora=True),
+        parallel=ParallelConfig(cpu_offload=offload),
+        memory=MemoryConfig(recompute=recompute),
         optim=OptimConfig(lr=2e-3, grad_accum_steps=len(LENGTHS) // runtime.world_size),
-    )  # fmt: skip
+    )
     parts, sharing = build(config, folder, backend, runtime)
     model = parts.model.train()
     engine = sharing.engine(parts)
-    rows = [torch.randint(3, 300, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in LENGTHS]
-    batches = [collate([Sample(ids, ids)], pad_token_id=0) for ids in rows[runtime.rank :: runtime.world_size]]
+    rows = [
+        torch.randint(3, 300, (n,), generator=torch.Generator().manual_seed(n)).tolist()
+        for n in LENGTHS
+    ]
+    batches = [
+        collate([Sample(ids, ids)], pad_token_id=0)
+        for ids in rows[runtime.rank :: runtime.world_size]
+    ]
     losses = []
     for _ in range(NUM_STEPS):
         sums = train_step(model, engine, batches, 2e-3, 1.0, runtime)
         losses.append(runtime.sum_over_ranks(sums.loss).item())
     if backend in ("fsdp", "zero3"):
         assert local_bytes(model) <= 0.55 * whole_bytes(model), "what was gathered is let go of"
-        held = sum(layer.base_layer.weight.numel() for layer in lora_layers(model) if backend == "zero3")
+        held = sum(
+            layer.base_layer.weight.numel() for layer in lora_layers(model) if backend == "zero3"
+        )
         assert held == 0
-    return is_fused(model), losses, {name: tensor.clone() for name, tensor in whole_adapter(model).items()}
+    return (
+        is_fused(model),
+        losses,
+        {name: tensor.clone() for name, tensor in whole_adapter(model).items()},
+    )
 
 
 def compare_backends(folder: Path, ways: dict) -> None:
@@ -124,7 +147,7 @@ def compare_families(folders: dict[str, Path]) -> None:
         _, fused = gradients(folder, "full", in_bfloat16)
         ratios[name] = ((fused - exact).norm() / (plain - exact).norm()).item()
     # The distance of a whole model is mostly other operations' rounding: another rounding here moves that of one family
-    # by up to 15 % either way. tests/unit/test_lora_linear.py bounds the layer by itself.
+    # by up to 15 % either way. tests/unit/model/test_lora_linear.py bounds the layer by itself.
     assert sum(ratios.values()) / len(ratios) <= 1.1, ratios
     assert max(ratios.values()) <= 1.3, ratios
 

@@ -34,12 +34,14 @@ def train_all(root: Path, world_size: int, model: Path, data: Path) -> None:
                 "adapter": {"rank": 4, "alpha": 8},
                 "data": {"train": str(data), "max_seq_len": 96, "packing": False},
                 "optim": {
-                    "max_steps": NUM_STEPS, "lr": 2e-3, "micro_batch_size": micro_batch_size,
+                    "max_steps": NUM_STEPS,
+                    "lr": 2e-3,
+                    "micro_batch_size": micro_batch_size,
                     "grad_accum_steps": GLOBAL_BATCH // (world_size * micro_batch_size),
                 },
                 "parallel": {"backend": backend},
                 "logging": {"tensorboard": False},
-            }  # fmt: skip
+            }
             assert train_here(root / f"{world_size}-{backend}-{micro_batch_size}", settings)
 
 
@@ -50,7 +52,9 @@ def test_all_ways_give_one_loss_curve(tmp_path: Path, tiny_llama: Path, chat_fil
     for world_size in WORLD_SIZES:
         run_on_processes(train_all, world_size, tmp_path, world_size, tiny_llama, chat_file)
     reference = lasting_rows(tmp_path / "1-single-2")
-    lines = [f"\n{'ranks':>5} {'accum':>5} {'rows':>4}  backend   {'losses':<31}  largest relative difference"]
+    lines = [
+        f"\n{'ranks':>5} {'accum':>5} {'rows':>4}  backend   {'losses':<31}  largest relative difference"
+    ]
     worst = 0.0
     for world_size in WORLD_SIZES:
         for backend in backends_of(world_size):
@@ -64,7 +68,9 @@ def test_all_ways_give_one_loss_curve(tmp_path: Path, tiny_llama: Path, chat_fil
                 )
                 curve = " ".join(f"{row['loss']:.5f}" for row in found)
                 accum = GLOBAL_BATCH // (world_size * rows)
-                lines.append(f"{world_size:>5} {accum:>5} {rows:>4}  {backend:<8}  {curve}  {difference:.1e}")
+                lines.append(
+                    f"{world_size:>5} {accum:>5} {rows:>4}  {backend:<8}  {curve}  {difference:.1e}"
+                )
                 worst = max(worst, difference)
     table = "\n".join(lines)
     sys.stdout.write(table + "\n")

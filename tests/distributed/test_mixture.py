@@ -32,7 +32,9 @@ def settings(tmp_path: Path, tiny_llama: Path, chat_file: Path) -> dict:
 
 
 @pytest.mark.parametrize("backend", ["ddp", "fsdp"])
-def test_a_mixture_trains_alike_on_one_process_and_on_three(tmp_path: Path, settings: dict, backend: str) -> None:
+def test_a_mixture_trains_alike_on_one_process_and_on_three(
+    tmp_path: Path, settings: dict, backend: str
+) -> None:
     """The same rows in the same steps, dropout included, with a last step in which one of three ranks has none.
 
     Relative difference as in test_equivalence.py: sums in another order, in float32.

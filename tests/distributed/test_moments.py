@@ -9,12 +9,19 @@ import torch
 from torch import distributed as dist
 from torch import nn
 
-from qlora_dist.config.schema import AdapterConfig, MemoryConfig, ModelConfig, OptimConfig, ParallelConfig, TrainConfig
+from qlora_dist.config.schema import (
+    AdapterConfig,
+    MemoryConfig,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    TrainConfig,
+)
 from qlora_dist.data.batch import collate
 from qlora_dist.data.samples import Sample
 from qlora_dist.model.adapters import adapter_parameters
 from qlora_dist.optim.adamw import build_optimizer
-from qlora_dist.optim.moments import Moments, Piece
+from qlora_dist.optim.moments import BufferSlice, Moments
 from qlora_dist.runtime.processes import start_runtime
 from qlora_dist.train import train_step
 from tests.support.built import build
@@ -25,12 +32,20 @@ CUT = 6000
 """Elements of the one parameter that rank 0 has: enough for 8-bit state, unlike the rest."""
 
 
-def of_rank(rank: int, group: dist.ProcessGroup | None, optimizer: str) -> tuple[Moments, dict[Any, Any]]:
+def of_rank(
+    rank: int, group: dist.ProcessGroup | None, optimizer: str
+) -> tuple[Moments, dict[Any, Any]]:
     """A rank's part of the parameter, and its state by buffer."""
     first, stop = ((0, CUT), (CUT, NUMEL))[rank]
     buffer = nn.Parameter(torch.zeros(stop - first + 100))
     engine = build_optimizer([[buffer]], OptimConfig(optimizer=optimizer))
-    moments = Moments(engine, [buffer], [Piece("a", first, stop - first, 0, 100)], group, torch.device("cpu"))
+    moments = Moments(
+        engine,
+        [buffer],
+        [BufferSlice("a", first, stop - first, 0, 100)],
+        group,
+        torch.device("cpu"),
+    )
     generator = torch.Generator().manual_seed(rank)
     buffer.grad = torch.randn(buffer.shape, generator=generator)
     engine.step()
@@ -40,7 +55,10 @@ def of_rank(rank: int, group: dist.ProcessGroup | None, optimizer: str) -> tuple
 def check_parts() -> None:
     start_runtime(seed=0, dtype="float32")
     rank = dist.get_rank()
-    for optimizer, kinds in {"adamw": (torch.float32,) * 2, "adamw_8bit": (torch.uint8, torch.float32)}.items():
+    for optimizer, kinds in {
+        "adamw": (torch.float32,) * 2,
+        "adamw_8bit": (torch.uint8, torch.float32),
+    }.items():
         moments, state = of_rank(rank, dist.group.WORLD, optimizer)
         key = "exp_avg" if optimizer == "adamw" else "state1"
         assert state[key].dtype == kinds[rank]
@@ -48,7 +66,9 @@ def check_parts() -> None:
         assert bool(box[0]) == (rank == 0)
         dist.broadcast_object_list(box, src=0)
         (saved,) = box
-        before = {name: value.clone() for name, value in state.items() if isinstance(value, torch.Tensor)}
+        before = {
+            name: value.clone() for name, value in state.items() if isinstance(value, torch.Tensor)
+        }
         moments.scatter(saved, num_updates=1)
         again = moments._optimizer.state[moments._buffers[0]]
         covered = slice(100, None)
@@ -84,10 +104,12 @@ def check_engines(folder: Path, backends: tuple[tuple[str, int], ...]) -> None:
     runtime = start_runtime(seed=0, dtype="float32")
     for backend, replicas in backends:
         config = TrainConfig(
-            model=ModelConfig(path=str(folder), dtype="float32"), adapter=AdapterConfig(rank=16),
-            memory=MemoryConfig(recompute="none"), optim=OptimConfig(optimizer="adamw_8bit"),
+            model=ModelConfig(path=str(folder), dtype="float32"),
+            adapter=AdapterConfig(rank=16),
+            memory=MemoryConfig(recompute="none"),
+            optim=OptimConfig(optimizer="adamw_8bit"),
             parallel=ParallelConfig(backend=backend, replicas=replicas),
-        )  # fmt: skip
+        )
         parts, sharing = build(config, folder, backend, runtime)
         model = parts.model.train()
         engine = sharing.engine(parts)
@@ -104,7 +126,9 @@ def check_engines(folder: Path, backends: tuple[tuple[str, int], ...]) -> None:
 @pytest.mark.parametrize(
     "backends", [(("ddp", 1), ("fsdp", 1), ("fsdp", 2)), (("zero2", 1),), (("zero3", 1),)], ids=str
 )
-def test_only_rank_0_has_what_is_saved(backends: tuple[tuple[str, int], ...], tiny_llama: Path) -> None:
+def test_only_rank_0_has_what_is_saved(
+    backends: tuple[tuple[str, int], ...], tiny_llama: Path
+) -> None:
     """Whole adapters and moments are in the memory of the rank that writes them."""
     if "zero" in backends[0][0] and find_spec("deepspeed") is None:
         pytest.skip("deepspeed is an optional dependency")

@@ -26,15 +26,23 @@ from tests.support.slow import run_slowly
 from tests.support.training import adapter_bytes
 
 ENVIRONMENT = {
-    **os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "TERM": "xterm",
+    **os.environ,
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+    "TERM": "xterm",
     "COLUMNS": "200",
-}  # fmt: skip
+}
 LAUNCHERS = {
     "accelerate": [
-        "accelerate.commands.launch", "--config_file", str(ROOT / "launch" / "cpu_2.yaml"), "--main_process_port", "0",
+        "accelerate.commands.launch",
+        "--config_file",
+        str(ROOT / "launch" / "cpu_2.yaml"),
+        "--main_process_port",
+        "0",
     ],
     "torchrun": ["torch.distributed.run", "--nproc-per-node", "2"],
-}  # fmt: skip
+}
 
 
 @pytest.fixture(autouse=True)
@@ -53,15 +61,28 @@ def _adopt() -> Iterator[None]:
 def undisturbed(tmp_path_factory, tiny_llama: Path, chat_file: Path) -> Path:
     """The run on two processes, left in peace."""
     root = tmp_path_factory.mktemp("undisturbed")
-    config = write_config(root / "c.yaml", **settings(tiny_llama, chat_file), output_dir=str(root / "run"))
+    config = write_config(
+        root / "c.yaml", **settings(tiny_llama, chat_file), output_dir=str(root / "run")
+    )
     assert [done.returncode for done in run_ranks("train", config, processes=2)] == [0, 0]
     return root / "run"
 
 
-def launch(launcher: str, moment: str, config: Path, root: Path) -> tuple[subprocess.Popen[bytes], Path]:
+def launch(
+    launcher: str, moment: str, config: Path, root: Path
+) -> tuple[subprocess.Popen[bytes], Path]:
     """The run with a slow part, under a launcher, writing to a log file."""
     log = root / "log.txt"
-    command = [sys.executable, "-m", *LAUNCHERS[launcher], "-m", "tests.support.slow", moment, "train", str(config)]
+    command = [
+        sys.executable,
+        "-m",
+        *LAUNCHERS[launcher],
+        "-m",
+        "tests.support.slow",
+        moment,
+        "train",
+        str(config),
+    ]
     with log.open("wb") as out:
         return subprocess.Popen(command, stdout=out, stderr=out, cwd=ROOT, env=ENVIRONMENT), log
 
@@ -117,15 +138,27 @@ def reached(log: Path, moment: str, sign: str) -> bool:
 
 @pytest.mark.parametrize(
     ("moment", "sign", "newest"),
-    [("loading", "% of them targets", set()), ("stepping", "step 2/", {2, 3}), ("evaluating", "step 4/", {4})],
+    [
+        ("loading", "% of them targets", set()),
+        ("stepping", "step 2/", {2, 3}),
+        ("evaluating", "step 4/", {4}),
+    ],
 )
 def test_the_launcher_is_killed(
-    tmp_path: Path, tiny_llama: Path, chat_file: Path, undisturbed: Path, moment: str, sign: str, newest: set[int]
+    tmp_path: Path,
+    tiny_llama: Path,
+    chat_file: Path,
+    undisturbed: Path,
+    moment: str,
+    sign: str,
+    newest: set[int],
 ) -> None:
     """SIGKILL of the launcher alone: its ranks end within seconds with code 75 and a checkpoint of the last finished
     step, and the same command goes on to the same adapter."""
     folder, log = tmp_path / "run", tmp_path / "log.txt"
-    config = write_config(tmp_path / "c.yaml", **settings(tiny_llama, chat_file), output_dir=str(folder))
+    config = write_config(
+        tmp_path / "c.yaml", **settings(tiny_llama, chat_file), output_dir=str(folder)
+    )
     launcher, pids = start_launcher(partial(run_slowly, moment, ["train", str(config)]), log)
     try:
         wait_for(lambda: reached(log, moment, sign), Living(pids), log)
@@ -145,10 +178,14 @@ def check_stopped(folder: Path, log: Path, newest: set[int]) -> None:
     assert bool(newest) == (folder / "checkpoints").exists()
 
 
-def test_accelerate_is_killed(tmp_path: Path, tiny_llama: Path, chat_file: Path, undisturbed: Path) -> None:
+def test_accelerate_is_killed(
+    tmp_path: Path, tiny_llama: Path, chat_file: Path, undisturbed: Path
+) -> None:
     """The same with the real `accelerate launch`, in an evaluation."""
     folder = tmp_path / "run"
-    config = write_config(tmp_path / "c.yaml", **settings(tiny_llama, chat_file), output_dir=str(folder))
+    config = write_config(
+        tmp_path / "c.yaml", **settings(tiny_llama, chat_file), output_dir=str(folder)
+    )
     process, log = launch("accelerate", "evaluating", config, tmp_path)
     try:
         wait_for(lambda: reached(log, "evaluating", "step 4/"), process, log)
@@ -174,7 +211,9 @@ def test_a_rank_that_comes_to_no_stop(
     """A rank that hangs, in a step or while the others wait for the data it makes, and those that wait for it in a
     collective, end a while after their launcher; the run can go on."""
     folder, log = tmp_path / "run", tmp_path / "log.txt"
-    config = write_config(tmp_path / "c.yaml", **settings(tiny_llama, chat_file), output_dir=str(folder))
+    config = write_config(
+        tmp_path / "c.yaml", **settings(tiny_llama, chat_file), output_dir=str(folder)
+    )
     launcher, pids = start_launcher(partial(hang, moment, config, 3.0), log)
     try:
         wait_for(lambda: reached(log, moment, sign), Living(pids), log)
@@ -192,7 +231,9 @@ def test_a_rank_that_is_killed_with_the_launcher(
 ) -> None:
     """The other rank, which waits for it in a collective, ends without a traceback, and the run can go on."""
     folder, log = tmp_path / "run", tmp_path / "log.txt"
-    config = write_config(tmp_path / "c.yaml", **settings(tiny_llama, chat_file), output_dir=str(folder))
+    config = write_config(
+        tmp_path / "c.yaml", **settings(tiny_llama, chat_file), output_dir=str(folder)
+    )
     launcher, pids = start_launcher(partial(run_slowly, "stepping", ["train", str(config)]), log)
     try:
         wait_for(lambda: reached(log, "stepping", "step 3/"), Living(pids), log)
@@ -206,9 +247,13 @@ def test_a_rank_that_is_killed_with_the_launcher(
     assert went_on(config, folder, undisturbed)
 
 
-def test_a_launcher_that_is_gone_before_its_rank_looks(tmp_path: Path, tiny_llama: Path, chat_file: Path) -> None:
+def test_a_launcher_that_is_gone_before_its_rank_looks(
+    tmp_path: Path, tiny_llama: Path, chat_file: Path
+) -> None:
     """A rank that finds nobody at the address of its launcher ends at once, instead of asking for half an hour."""
-    config = write_config(tmp_path / "c.yaml", **settings(tiny_llama, chat_file), output_dir=str(tmp_path / "run"))
+    config = write_config(
+        tmp_path / "c.yaml", **settings(tiny_llama, chat_file), output_dir=str(tmp_path / "run")
+    )
     assert run_forked("train", config, before=be_forsaken).returncode == 75
     assert not (tmp_path / "run").exists()
 
@@ -219,10 +264,14 @@ def be_forsaken() -> None:
     os.environ.update(TORCHELASTIC_RUN_ID="a run", TORCHELASTIC_USE_AGENT_STORE="True")
 
 
-def test_ctrl_c_for_the_launcher_alone(tmp_path: Path, tiny_llama: Path, chat_file: Path, undisturbed: Path) -> None:
+def test_ctrl_c_for_the_launcher_alone(
+    tmp_path: Path, tiny_llama: Path, chat_file: Path, undisturbed: Path
+) -> None:
     """SIGINT to the launcher reaches its ranks through it: a checkpoint, and no process is left."""
     folder = tmp_path / "run"
-    config = write_config(tmp_path / "c.yaml", **settings(tiny_llama, chat_file), output_dir=str(folder))
+    config = write_config(
+        tmp_path / "c.yaml", **settings(tiny_llama, chat_file), output_dir=str(folder)
+    )
     process, log = launch("torchrun", "stepping", config, tmp_path)
     try:
         wait_for(lambda: "step 2/" in log.read_text(), process, log)
@@ -239,11 +288,15 @@ def test_ctrl_c_for_the_launcher_alone(tmp_path: Path, tiny_llama: Path, chat_fi
 def test_a_shell_is_no_launcher(tmp_path: Path, tiny_llama: Path, chat_file: Path) -> None:
     """A run of one process in the background of a shell goes on to its end when the shell is killed."""
     folder = tmp_path / "run"
-    config = write_config(tmp_path / "c.yaml", **settings(tiny_llama, chat_file), output_dir=str(folder))
+    config = write_config(
+        tmp_path / "c.yaml", **settings(tiny_llama, chat_file), output_dir=str(folder)
+    )
     command = f"{sys.executable} -m tests.support.slow stepping train {config} & wait"
     log = tmp_path / "log.txt"
     with log.open("wb") as out:
-        shell = subprocess.Popen(["bash", "-c", command], stdout=out, stderr=out, cwd=ROOT, env=ENVIRONMENT)
+        shell = subprocess.Popen(
+            ["bash", "-c", command], stdout=out, stderr=out, cwd=ROOT, env=ENVIRONMENT
+        )
     try:
         wait_for(lambda: "step 1/" in log.read_text(), shell, log)
         [run] = children(shell.pid)
@@ -257,13 +310,20 @@ def test_a_shell_is_no_launcher(tmp_path: Path, tiny_llama: Path, chat_file: Pat
 def test_a_terminal_that_is_closed(tmp_path: Path, tiny_llama: Path, chat_file: Path) -> None:
     """A run in a terminal that is closed saves itself, though nothing can be written there any more."""
     folder = tmp_path / "run"
-    config = write_config(tmp_path / "c.yaml", **settings(tiny_llama, chat_file), output_dir=str(folder))
+    config = write_config(
+        tmp_path / "c.yaml", **settings(tiny_llama, chat_file), output_dir=str(folder)
+    )
     terminal, end = os.openpty()
     run = subprocess.Popen(
-        [sys.executable, "-m", "tests.support.slow", "stepping", "train", str(config)], cwd=ROOT, env=ENVIRONMENT,
-        stdin=end, stdout=end, stderr=end, start_new_session=True,
+        [sys.executable, "-m", "tests.support.slow", "stepping", "train", str(config)],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        stdin=end,
+        stdout=end,
+        stderr=end,
+        start_new_session=True,
         preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
-    )  # fmt: skip
+    )
     os.close(end)
     seen = b""
     try:

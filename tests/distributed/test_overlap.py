@@ -6,7 +6,14 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
-from qlora_dist.config.schema import AdapterConfig, MemoryConfig, ModelConfig, OptimConfig, ParallelConfig, TrainConfig
+from qlora_dist.config.schema import (
+    AdapterConfig,
+    MemoryConfig,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    TrainConfig,
+)
 from qlora_dist.data.batch import MicroBatch, collate
 from qlora_dist.data.samples import Sample
 from qlora_dist.model.adapters import whole_adapter
@@ -27,13 +34,17 @@ def micro_batches(rank: int, step: int) -> list[MicroBatch]:
     return [collate([Sample(row, row)], pad_token_id=0) for row in rows]
 
 
-def train(folder: Path, recompute: int, replicas: int, runtime: Runtime) -> tuple[list[torch.Tensor], torch.Tensor]:
+def train(
+    folder: Path, recompute: int, replicas: int, runtime: Runtime
+) -> tuple[list[torch.Tensor], torch.Tensor]:
     """Losses and gradient norms, and the adapter after the last step."""
     config = TrainConfig(
-        model=ModelConfig(path=str(folder), dtype="float32"), adapter=AdapterConfig(rank=4),
-        memory=MemoryConfig(recompute=recompute), parallel=ParallelConfig(replicas=replicas),
+        model=ModelConfig(path=str(folder), dtype="float32"),
+        adapter=AdapterConfig(rank=4),
+        memory=MemoryConfig(recompute=recompute),
+        parallel=ParallelConfig(replicas=replicas),
         optim=OptimConfig(lr=1e-2, grad_accum_steps=2),
-    )  # fmt: skip
+    )
     parts, sharing = build(config, folder, "fsdp", runtime)
     model = parts.model.train()
     engine = sharing.engine(parts)

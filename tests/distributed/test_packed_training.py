@@ -15,7 +15,7 @@ from qlora_dist.errors import ModelError
 from qlora_dist.model import attention
 from qlora_dist.model.adapters import adapter_parameters
 from qlora_dist.model.loss import target_loss_sum
-from qlora_dist.model.packing_check import check_isolation
+from qlora_dist.model.packing_check import check_packing
 from qlora_dist.runtime.processes import start_runtime
 from tests.support.built import build
 from tests.support.command import run_rows
@@ -29,18 +29,27 @@ LIMIT = 1e-5
 
 
 def loss_of(model: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:
-    return target_loss_sum(model, batch.input_ids, batch.attention_mask, batch.labels, batch.position_ids)
+    return target_loss_sum(
+        model, batch.input_ids, batch.attention_mask, batch.labels, batch.position_ids
+    )
 
 
 def gradients(model: torch.nn.Module, losses: list[torch.Tensor]) -> torch.Tensor:
     """Of the sum, in one vector."""
-    return torch.cat([g.flatten() for g in torch.autograd.grad(sum(losses), list(adapter_parameters(model).values()))])
+    return torch.cat(
+        [
+            g.flatten()
+            for g in torch.autograd.grad(sum(losses), list(adapter_parameters(model).values()))
+        ]
+    )
 
 
 def only_targets_of(samples: list[Sample], chosen: int) -> list[Sample]:
     """The same samples, where one of them alone has targets."""
     return [
-        sample if number == chosen else Sample(sample.input_ids, [IGNORE_INDEX] * len(sample.labels))
+        sample
+        if number == chosen
+        else Sample(sample.input_ids, [IGNORE_INDEX] * len(sample.labels))
         for number, sample in enumerate(samples)
     ]
 
@@ -48,11 +57,15 @@ def only_targets_of(samples: list[Sample], chosen: int) -> list[Sample]:
 def compare_all_families(folders: dict[str, Path]) -> None:
     runtime = start_runtime(seed=0, dtype="float32")
     for family, folder in folders.items():
-        config = TrainConfig(model=ModelConfig(str(folder), dtype="float32"), adapter=AdapterConfig(rank=4))
+        config = TrainConfig(
+            model=ModelConfig(str(folder), dtype="float32"), adapter=AdapterConfig(rank=4)
+        )
         parts, _ = build(config, folder, "single", runtime)
         model = parts.model.train()
         generator = torch.Generator().manual_seed(0)
-        for param in adapter_parameters(model).values():  # B is zero at first, and A without gradient then
+        for param in adapter_parameters(
+            model
+        ).values():  # B is zero at first, and A without gradient then
             param.data.normal_(std=0.1, generator=generator)
         rows = [torch.randint(3, 320, (n,), generator=generator).tolist() for n in LENGTHS]
         samples = [Sample(ids, ids) for ids in rows]
@@ -63,13 +76,19 @@ def compare_all_families(folders: dict[str, Path]) -> None:
         for number in range(len(samples)):
             chosen = only_targets_of(samples, number)
             packed.append(loss_of(model, collate([join(chosen[:3]), join(chosen[3:])], 0)))
-        difference = max(abs(one / other - 1).item() for one, other in zip(packed, alone, strict=True))
+        difference = max(
+            abs(one / other - 1).item() for one, other in zip(packed, alone, strict=True)
+        )
         assert difference <= LIMIT, (family, difference)
         expected = gradients(model, alone)
-        found = gradients(model, [loss_of(model, collate([join(samples[:3]), join(samples[3:])], 0))])
+        found = gradients(
+            model, [loss_of(model, collate([join(samples[:3]), join(samples[3:])], 0))]
+        )
         assert (found - expected).norm() <= LIMIT * expected.norm(), family
 
-        with mock.patch.object(attention, "_BY_LENGTHS", model.config._attn_implementation):  # both rows as one
+        with mock.patch.object(
+            attention, "_BY_LENGTHS", model.config._attn_implementation
+        ):  # both rows as one
             behind_each_other = loss_of(model, collate([join(samples[:3]), join(samples[3:])], 0))
         assert abs(behind_each_other / sum(alone) - 1) <= LIMIT, family
 
@@ -77,19 +96,24 @@ def compare_all_families(folders: dict[str, Path]) -> None:
         # which a leak may leave where it was (by 7e-5 in one of 16 draws of weights), a gradient not.
         leaking = collate([join(only_targets_of(samples, 2)[:3])], 0)
         positions = torch.arange(leaking.input_ids.shape[1]).unsqueeze(0)
-        leaked = gradients(model, [loss_of(model, dataclasses.replace(leaking, position_ids=positions))])
+        leaked = gradients(
+            model, [loss_of(model, dataclasses.replace(leaking, position_ids=positions))]
+        )
         unseen = gradients(model, [loss_of(model, collate([samples[2]], 0))])
         leak = ((leaked - unseen).norm() / expected.norm()).item()
         assert leak > 1e3 * LIMIT, f"{family}: of a leak this comparison would see only {leak:.1e}"
-        check_isolation(model, runtime.device)
+        check_packing(model, runtime.device)
 
     forward = type(model).forward
 
     def without_positions(self, *arguments, position_ids=None, **keywords):
         return forward(self, *arguments, **keywords)
 
-    with mock.patch.object(type(model), "forward", without_positions), pytest.raises(ModelError) as error:
-        check_isolation(model, runtime.device)
+    with (
+        mock.patch.object(type(model), "forward", without_positions),
+        pytest.raises(ModelError) as error,
+    ):
+        check_packing(model, runtime.device)
     assert "samples packed into one row would see each other" in str(error.value)
 
 
@@ -114,13 +138,19 @@ def train_packed(root: Path, model: Path, data: Path, backend: str, processes: i
     assert train_here(root / f"{backend}-{processes}", settings)
 
 
-def test_packed_runs_are_equal_on_any_number_of_ranks(tmp_path: Path, tiny_llama: Path, chat_file: Path) -> None:
+def test_packed_runs_are_equal_on_any_number_of_ranks(
+    tmp_path: Path, tiny_llama: Path, chat_file: Path
+) -> None:
     """One process, two under fsdp and zero3: the same losses, through a stop; every token of every epoch is seen once.
     What was measured on the way makes sense, and rank 0 alone left a trace."""
     runs = [("single", 1), ("fsdp", 2)] + [("zero3", 2)] * (find_spec("deepspeed") is not None)
     for backend, processes in runs:
-        run_on_processes(train_packed, processes, tmp_path, tiny_llama, chat_file, backend, processes)
-    one, *others = (lasting_rows(tmp_path / f"{backend}-{processes}") for backend, processes in runs)
+        run_on_processes(
+            train_packed, processes, tmp_path, tiny_llama, chat_file, backend, processes
+        )
+    one, *others = (
+        lasting_rows(tmp_path / f"{backend}-{processes}") for backend, processes in runs
+    )
     for other in others:
         assert len(one) == len(other)
         for row, reference in zip(other, one, strict=True):
@@ -131,4 +161,6 @@ def test_packed_runs_are_equal_on_any_number_of_ranks(tmp_path: Path, tiny_llama
         if "loss" in row:
             assert 0 < row["mfu"] < 1
             assert 0 < row["target_tokens_per_second"] < row["tokens_per_second"]
-    assert {file.name.partition(".")[0] for file in (tmp_path / "fsdp-2" / "profile").iterdir()} == {"rank0"}
+    assert {
+        file.name.partition(".")[0] for file in (tmp_path / "fsdp-2" / "profile").iterdir()
+    } == {"rank0"}

@@ -32,13 +32,20 @@ def stored(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Stored
     root = tmp_path_factory.mktemp("stored")
     quantize(str(tiny_llama), str(root / "ours"), QuantFormat())
     save_with_transformers(
-        tiny_llama, root / "bf16-storage", bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        tiny_llama,
+        root / "bf16-storage",
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
         bnb_4bit_quant_storage="bfloat16",
-    )  # fmt: skip
+    )
     save_with_transformers(
-        tiny_llama, root / "several-files", max_shard_size="40KB", bnb_4bit_quant_type="fp4",
-        bnb_4bit_use_double_quant=False, bnb_4bit_quant_storage="float32",
-    )  # fmt: skip
+        tiny_llama,
+        root / "several-files",
+        max_shard_size="40KB",
+        bnb_4bit_quant_type="fp4",
+        bnb_4bit_use_double_quant=False,
+        bnb_4bit_quant_storage="float32",
+    )
     assert len(list((root / "several-files").glob("*.safetensors"))) > 3
     return {
         "ours": (root / "ours", "nf4", True),
@@ -64,7 +71,10 @@ def check_gathered(model, source: Path, quantization: str, double_quant: bool) -
     for name, module in model.named_modules():
         if isinstance(module, QuantizedLinear):
             packed, state = bnb_functional.quantize_4bit(
-                originals[f"{name}.weight"], blocksize=64, compress_statistics=double_quant, quant_type=quantization
+                originals[f"{name}.weight"],
+                blocksize=64,
+                compress_statistics=double_quant,
+                quant_type=quantization,
             )
             expected |= {f"{name}.weight": packed, f"{name}.absmax": state.absmax}
             if double_quant:
@@ -78,8 +88,12 @@ def check_gathered(model, source: Path, quantization: str, double_quant: bool) -
 
 def check_bytes_read(folder: Path, bytes_read: int) -> None:
     """This rank read its share, and of what cannot be shared out only the code books and states."""
-    sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in tensors_of(folder).items()}
-    common = {name: size for name, size in sizes.items() if "quant_map" in name or "quant_state" in name}
+    sizes = {
+        name: tensor.numel() * tensor.element_size() for name, tensor in tensors_of(folder).items()
+    }
+    common = {
+        name: size for name, size in sizes.items() if "quant_map" in name or "quant_state" in name
+    }
     shared = sum(sizes.values()) - sum(common.values())
     world_size = dist.get_world_size()
     # A share is rounded up to a row, of at most 128 bytes here; states are looked at twice, once when they are checked.
@@ -98,7 +112,9 @@ def check_stored(stored: Stored, source: Path) -> None:
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_parts_are_those_of_quantizing_on_load(stored: Stored, tiny_llama: Path, world_size: int) -> None:
+def test_parts_are_those_of_quantizing_on_load(
+    stored: Stored, tiny_llama: Path, world_size: int
+) -> None:
     """Gathered bytes equal quantizing the 16-bit model, for our files, for a float storage whose elements straddle the
     borders of parts, and for several files; each rank reads and holds its share."""
     run_on_processes(check_stored, world_size, stored, tiny_llama)
@@ -115,7 +131,10 @@ def test_all_ranks_refuse_what_one_of_them_sees(tiny_llama: Path, tmp_path: Path
     quantize(str(tiny_llama), str(tmp_path / "stored"), QuantFormat(double_quant=False))
     shutil.copytree(tiny_llama, tmp_path / "plain")
     for name, key in (("stored", f"{BAD}.absmax"), ("plain", BAD)):
-        tensors = {key: tensor.clone() for key, tensor in load_file(tmp_path / name / "model.safetensors").items()}
+        tensors = {
+            key: tensor.clone()
+            for key, tensor in load_file(tmp_path / name / "model.safetensors").items()
+        }
         tensors[key].view(-1)[-1] = float("nan")
         save_file(tensors, tmp_path / name / "model.safetensors")
     run_on_processes(check_refused_everywhere, 2, [tmp_path / "stored", tmp_path / "plain"])

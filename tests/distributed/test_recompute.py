@@ -10,7 +10,14 @@ from unittest import mock
 import pytest
 import torch
 
-from qlora_dist.config.schema import AdapterConfig, DataConfig, MemoryConfig, ModelConfig, OptimConfig, TrainConfig
+from qlora_dist.config.schema import (
+    AdapterConfig,
+    DataConfig,
+    MemoryConfig,
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+)
 from qlora_dist.data.batch import collate
 from qlora_dist.data.samples import Sample
 from qlora_dist.memory.activations import LayerBytes, layer_bytes
@@ -30,13 +37,17 @@ LENGTH = 48
 NUM_LAYERS = 3
 
 
-def train(folder: Path, backend: str, recompute: str | int, runtime: Runtime) -> tuple[list[float], dict]:
+def train(
+    folder: Path, backend: str, recompute: str | int, runtime: Runtime
+) -> tuple[list[float], dict]:
     """Losses and final adapter of two steps of two accumulated micro-batches, with dropout."""
     config = TrainConfig(
-        model=ModelConfig(path=str(folder), dtype="bfloat16"), adapter=AdapterConfig(rank=4, dropout=0.2),
-        memory=MemoryConfig(recompute=recompute), optim=OptimConfig(lr=1e-2, grad_accum_steps=2),
+        model=ModelConfig(path=str(folder), dtype="bfloat16"),
+        adapter=AdapterConfig(rank=4, dropout=0.2),
+        memory=MemoryConfig(recompute=recompute),
+        optim=OptimConfig(lr=1e-2, grad_accum_steps=2),
         data=DataConfig(max_seq_len=LENGTH),
-    )  # fmt: skip
+    )
     parts, sharing = build(config, folder, backend, runtime)
     model = parts.model.train()
     engine = sharing.engine(parts)
@@ -114,21 +125,27 @@ def choices_of(folder: Path, runtime: Runtime, num_layers_less: int) -> list[Rec
         num_layers_less: layers that the second rank has less room for.
     """
     config = TrainConfig(
-        model=ModelConfig(path=str(folder), dtype="float32"), adapter=AdapterConfig(rank=4),
+        model=ModelConfig(path=str(folder), dtype="float32"),
+        adapter=AdapterConfig(rank=4),
         data=DataConfig(max_seq_len=LENGTH),
-    )  # fmt: skip
+    )
     parts, _ = build(config, folder, "ddp", runtime)
     model = parts.model.train()
     by_formula = layer_bytes(base_model(model).config, LENGTH, 4, AdapterConfig())
     layer = LayerBytes(*(2 * size for size in vars(by_formula).values()))
     said: list[str] = []
     num_adapted = sum(param.numel() for param in adapter_parameters(model).values())
-    each = math.ceil(layer.none / num_adapted)  # as much as a layer keeps, so that leaving it out is noticed
+    each = math.ceil(
+        layer.none / num_adapted
+    )  # as much as a layer keeps, so that leaving it out is noticed
     state = each * num_adapted
-    limit = mock.patch("qlora_dist.memory.auto.memory_limit", return_value=GIB + state + NUM_LAYERS * layer.none)
+    limit = mock.patch(
+        "qlora_dist.memory.auto.memory_limit", return_value=GIB + state + NUM_LAYERS * layer.none
+    )
     nothing_left_free = mock.patch.object(RecomputeBudget, "_reserve", 0)
     bytes_of_state = mock.patch.dict(
-        OPTIMIZERS, {config.optim.optimizer: replace(OPTIMIZERS[config.optim.optimizer], state_bytes=each)}
+        OPTIMIZERS,
+        {config.optim.optimizer: replace(OPTIMIZERS[config.optim.optimizer], state_bytes=each)},
     )
     pretended = mock.patch("qlora_dist.memory.auto.MemoryMeter", PretendedMeter)
     with pretended, bytes_of_state, limit, nothing_left_free, as_on_a_gpu():
@@ -142,8 +159,8 @@ def choices_of(folder: Path, runtime: Runtime, num_layers_less: int) -> list[Rec
     for number in range(1, 9):
         with budget.measuring():
             pass
-        if budget._survey is not None:
-            budget._survey.result = layer
+        if budget._probe is not None:
+            budget._probe.result = layer
         with nothing_left_free, as_on_a_gpu():
             budget.after_step([batch])
         meter.base += {1: state, 2: -layer.none, 4: -layer.none}.get(number, 0)
@@ -151,9 +168,13 @@ def choices_of(folder: Path, runtime: Runtime, num_layers_less: int) -> list[Rec
     assert said[0].startswith(f"recompute: {choices[0]}: about ")
     assert said[0].endswith("(chosen by memory.recompute: auto)")
     changes = [later for earlier, later in pairwise(choices) if later != earlier]
-    num_to_less = sum(layer.kept(later) < layer.kept(earlier) for earlier, later in pairwise(choices))
+    num_to_less = sum(
+        layer.kept(later) < layer.kept(earlier) for earlier, later in pairwise(choices)
+    )
     assert meter.num_returned == 1 + num_to_less  # after loading, and where steps before took more
-    assert [line.split(": about")[0] for line in said[1:]] == [f"recompute: {choice}" for choice in changes]
+    assert [line.split(": about")[0] for line in said[1:]] == [
+        f"recompute: {choice}" for choice in changes
+    ]
     return choices
 
 

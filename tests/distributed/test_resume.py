@@ -27,7 +27,13 @@ def settings(model: Path, data: Path, backend: str, **optim: object) -> dict:
         "model": {"path": str(model), "dtype": "float32"},
         "adapter": {"rank": 4, "alpha": 8, "dropout": 0.2},
         "data": {"train": str(data), "eval_fraction": 0.25, "max_seq_len": 96, "packing": False},
-        "optim": {"max_steps": NUM_STEPS, "lr": 2e-3, "warmup_steps": 2, "grad_accum_steps": ACCUM, **optim},
+        "optim": {
+            "max_steps": NUM_STEPS,
+            "lr": 2e-3,
+            "warmup_steps": 2,
+            "grad_accum_steps": ACCUM,
+            **optim,
+        },
         "parallel": {"backend": backend},
         "checkpoint": {"every": 5},
         "eval": {"every": 4},
@@ -55,7 +61,9 @@ def interrupt_everywhere(root: Path, model: Path, data: Path) -> None:
             assert train_here(folder, run)
         else:
             assert stop_after == ACCUM * NUM_STEPS  # too late: the run was through
-        assert (adapter_bytes(folder), lasting_rows(folder)) == expected, f"stopped after {stop_after} micro-batches"
+        assert (adapter_bytes(folder), lasting_rows(folder)) == expected, (
+            f"stopped after {stop_after} micro-batches"
+        )
 
 
 def test_stopping_anywhere_changes_no_bit(tmp_path: Path, tiny_llama: Path, few_rows: Path) -> None:
@@ -77,9 +85,15 @@ def interrupt_once(root: Path, model: Path, data: Path, backend: str, optimizer:
 
 @pytest.mark.parametrize(
     ("backend", "optimizer"),
-    [("ddp", "adamw"), ("fsdp", "adamw"), ("zero2", "adamw"), ("zero3", "adamw"), ("fsdp", "adamw_8bit"),
-     ("zero3", "adamw_8bit")],
-)  # fmt: skip
+    [
+        ("ddp", "adamw"),
+        ("fsdp", "adamw"),
+        ("zero2", "adamw"),
+        ("zero3", "adamw"),
+        ("fsdp", "adamw_8bit"),
+        ("zero3", "adamw_8bit"),
+    ],
+)
 def test_every_backend_goes_on_exactly(
     tmp_path: Path, tiny_llama: Path, few_rows: Path, backend: str, optimizer: str
 ) -> None:
@@ -112,12 +126,16 @@ PARTS = [(2, "fsdp", 3), (3, "ddp", 2), (2, "zero3", 3), (1, "single", 6)]
 """Processes, backend, accumulation; the global batch is six rows throughout."""
 
 
-def test_a_run_moves_between_world_sizes_and_backends(tmp_path: Path, tiny_llama: Path, chat_file: Path) -> None:
+def test_a_run_moves_between_world_sizes_and_backends(
+    tmp_path: Path, tiny_llama: Path, chat_file: Path
+) -> None:
     """Two ranks under fsdp, three under ddp, two under zero3 and one: together they see every sample exactly once, and
     give the losses, gradient norms and adapter of one process, dropout on."""
     parts = [part for part in PARTS if part[1] != "zero3" or find_spec("deepspeed") is not None]
     for number, (processes, backend, accum) in enumerate(parts):
-        run = settings(tiny_llama, chat_file, backend, max_steps=None, epochs=1, grad_accum_steps=accum)
+        run = settings(
+            tiny_llama, chat_file, backend, max_steps=None, epochs=1, grad_accum_steps=accum
+        )
         run["data"]["eval_fraction"] = 0
         run["eval"] = {}
         # 48 rows are eight steps; each part does about two and is stopped amid the next.
@@ -147,7 +165,9 @@ def changed_after_a_stop(folder: Path, run: dict, changes: dict) -> None:
     (folder / "message").rename(folder.with_suffix(".message"))
     after = sorted((path, path.read_bytes()) for path in folder.rglob("*") if path.is_file())
     assert [path for path, _ in after] == [path for path, _ in before]
-    assert all(one == other for one, other in zip(before, after, strict=True) if one[0].name != ".lock")
+    assert all(
+        one == other for one, other in zip(before, after, strict=True) if one[0].name != ".lock"
+    )
 
 
 @pytest.mark.parametrize(
@@ -176,7 +196,9 @@ def test_other_contents_under_the_same_name_are_refused(
     model = Path(shutil.copytree(tiny_llama, tmp_path / "model"))
     run = settings(model, data, "single")
     run_on_processes(exchanged_after_a_stop, 1, tmp_path / "run", run, what)
-    words = {"data": "the training data are other ones", "model": "the base model is another one"}[what]
+    words = {"data": "the training data are other ones", "model": "the base model is another one"}[
+        what
+    ]
     assert words in (tmp_path / "run.message").read_text()
 
 

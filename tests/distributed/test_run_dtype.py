@@ -12,7 +12,7 @@ import yaml
 from qlora_dist.build import load_trained
 from qlora_dist.config.schema import ModelConfig, TrainConfig
 from qlora_dist.metrics.console import Reporter
-from qlora_dist.run.adapter_folder import read_recipe
+from qlora_dist.run.adapter_folder import read_adapter_record
 from qlora_dist.runtime import compute_type
 from qlora_dist.runtime.processes import start_runtime
 from tests.support.built import build
@@ -22,7 +22,9 @@ from tests.support.training import adapter_bytes, lasting_rows, train_here
 
 def on_a_cpu_that_is_quick_at(dtype: str) -> AbstractContextManager[object]:
     """Where `auto` takes that type, whatever the CPU is."""
-    return mock.patch.object(compute_type, "product_flops", lambda _, name: 1e12 if name == dtype else 1e9)
+    return mock.patch.object(
+        compute_type, "product_flops", lambda _, name: 1e12 if name == dtype else 1e9
+    )
 
 
 def settings(model: Path, data: Path, **checkpoint: object) -> dict:
@@ -56,11 +58,17 @@ def go_on_elsewhere(root: Path, model: Path, data: Path) -> None:
     assert said_dtype(root / "moved") == said_dtype(root / "branch") == ("bfloat16", "bfloat16")
     assert said_dtype(root / "new") == said_dtype(root / "whole") == ("float32", "float32")
     assert adapter_bytes(root / "branch") == adapter_bytes(root / "moved")
-    assert adapter_bytes(root / "whole") == adapter_bytes(root / "new") != adapter_bytes(root / "moved")
+    assert (
+        adapter_bytes(root / "whole")
+        == adapter_bytes(root / "new")
+        != adapter_bytes(root / "moved")
+    )
     assert lasting_rows(root / "whole") == lasting_rows(root / "new")
 
 
-def test_a_run_that_goes_on_elsewhere_keeps_its_type(tmp_path: Path, tiny_llama: Path, few_texts: Path) -> None:
+def test_a_run_that_goes_on_elsewhere_keeps_its_type(
+    tmp_path: Path, tiny_llama: Path, few_texts: Path
+) -> None:
     """Stopped where bfloat16 is quick and continued where float32 is, it ends with the bits of a run left in peace; so
     does one that branches off its checkpoint. Begun anew, it takes what suits the machine."""
     run_on_processes(go_on_elsewhere, 1, tmp_path, tiny_llama, few_texts)
@@ -69,7 +77,9 @@ def test_a_run_that_goes_on_elsewhere_keeps_its_type(tmp_path: Path, tiny_llama:
 @pytest.fixture
 def few_texts(tmp_path: Path) -> Path:
     file = tmp_path / "few.jsonl"
-    file.write_text("".join(json.dumps({"text": f"the quick brown fox {n} jumps"}) + "\n" for n in range(12)))
+    file.write_text(
+        "".join(json.dumps({"text": f"the quick brown fox {n} jumps"}) + "\n" for n in range(12))
+    )
     return file
 
 
@@ -101,9 +111,12 @@ def use_elsewhere(root: Path, model: Path, data: Path) -> None:
         runtime = start_runtime(seed=0, dtype="auto")
         log = root / "log.txt"
         with log.open("w") as file:
-            recipe = read_recipe(root / "run" / "adapter")
+            recipe = read_adapter_record(root / "run" / "adapter")
             loaded, _ = load_trained(
-                root / "run" / "adapter", recipe, runtime=runtime, reporter=Reporter(is_main=True, file=file)
+                root / "run" / "adapter",
+                recipe,
+                runtime=runtime,
+                reporter=Reporter(is_main=True, file=file),
             )
         assert loaded.get_input_embeddings().weight.dtype == torch.float32
         first = log.read_text().splitlines()[0]
@@ -111,6 +124,8 @@ def use_elsewhere(root: Path, model: Path, data: Path) -> None:
         assert first.endswith("; the adapter was trained in bfloat16")
 
 
-def test_an_adapter_is_used_in_the_type_of_the_machine(tmp_path: Path, tiny_llama: Path, few_texts: Path) -> None:
+def test_an_adapter_is_used_in_the_type_of_the_machine(
+    tmp_path: Path, tiny_llama: Path, few_texts: Path
+) -> None:
     """And the log says which one it was trained in."""
     run_on_processes(use_elsewhere, 1, tmp_path, tiny_llama, few_texts)

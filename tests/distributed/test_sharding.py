@@ -11,7 +11,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from qlora_dist.config.schema import AdapterConfig, BackendName, MemoryConfig, ModelConfig, TrainConfig
+from qlora_dist.config.schema import (
+    AdapterConfig,
+    BackendName,
+    MemoryConfig,
+    ModelConfig,
+    TrainConfig,
+)
 from qlora_dist.model.nf4 import QuantFormat, QuantizedLinear
 from qlora_dist.model.parts import decoder_layers
 from qlora_dist.model.skeleton import build_skeleton, quantize_skeleton
@@ -26,7 +32,9 @@ def build_sharded(folder: Path, config: ModelConfig, backend: BackendName):
     """The model of `folder`, sharded over the processes of this run; in the type of its files, bfloat16."""
     config = replace(config, dtype="bfloat16")
     runtime = start_runtime(seed=0, dtype=config.dtype)
-    train_config = TrainConfig(model=config, adapter=AdapterConfig(rank=4), memory=MemoryConfig(recompute="none"))
+    train_config = TrainConfig(
+        model=config, adapter=AdapterConfig(rank=4), memory=MemoryConfig(recompute="none")
+    )
     return build(train_config, folder, backend, runtime)[0].model
 
 
@@ -55,25 +63,35 @@ def assert_bytes_of_whole_matrices(model: nn.Module, config: ModelConfig) -> Non
             num_layers += 1
             source = name.removeprefix("base_model.model.").replace(".base_layer", "") + ".weight"
             packed, state = bnb_functional.quantize_4bit(
-                file.get_tensor(source).to(torch.bfloat16), blocksize=64,
-                compress_statistics=config.double_quant, quant_type=config.quantization,
-            )  # fmt: skip
+                file.get_tensor(source).to(torch.bfloat16),
+                blocksize=64,
+                compress_statistics=config.double_quant,
+                quant_type=config.quantization,
+            )
             assert torch.equal(whole_tensor(module.weight), packed), name
             assert torch.equal(whole_tensor(module.absmax), state.absmax), name
             if config.double_quant:
                 assert torch.equal(whole_tensor(module.absmax_scale), state.state2.absmax), name
-                assert torch.equal(whole_tensor(module.absmax_offset), state.offset.reshape(1)), name
+                assert torch.equal(whole_tensor(module.absmax_offset), state.offset.reshape(1)), (
+                    name
+                )
         assert num_layers == 3 * 7
 
 
 def check_byte_exactness(folder: Path) -> None:
     runtime = start_runtime(seed=0, dtype="bfloat16")
     originals = load_file(folder / "model.safetensors")
-    for quant_type, double_quant, block_size in itertools.product(("nf4", "fp4"), (True, False), (64, 128)):
+    for quant_type, double_quant, block_size in itertools.product(
+        ("nf4", "fp4"), (True, False), (64, 128)
+    ):
         fmt = QuantFormat(quant_type, double_quant, block_size)
         model = build_skeleton(folder, ModelConfig(path=str(folder), quantization="none"))
         layers = decoder_layers(model)
-        linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and "layers" in name]
+        linears = [
+            name
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear) and "layers" in name
+        ]
         quantize_skeleton(model, dict.fromkeys(linears, fmt), torch.bfloat16)
         assert len(linears) == 7 * len(layers)
         cut(model, "fsdp", runtime)
@@ -82,14 +100,22 @@ def check_byte_exactness(folder: Path) -> None:
         for name in linears:
             module = model.get_submodule(name)
             packed, state = bnb_functional.quantize_4bit(
-                originals[f"{name}.weight"], blocksize=block_size, compress_statistics=double_quant,
+                originals[f"{name}.weight"],
+                blocksize=block_size,
+                compress_statistics=double_quant,
                 quant_type=quant_type,
-            )  # fmt: skip
+            )
             assert torch.equal(whole_tensor(module.weight), packed), (name, fmt)
             assert torch.equal(whole_tensor(module.absmax), state.absmax), (name, fmt)
             if double_quant:
-                assert torch.equal(whole_tensor(module.absmax_scale), state.state2.absmax), (name, fmt)
-                assert torch.equal(whole_tensor(module.absmax_offset), state.offset.reshape(1)), (name, fmt)
+                assert torch.equal(whole_tensor(module.absmax_scale), state.state2.absmax), (
+                    name,
+                    fmt,
+                )
+                assert torch.equal(whole_tensor(module.absmax_offset), state.offset.reshape(1)), (
+                    name,
+                    fmt,
+                )
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 5])

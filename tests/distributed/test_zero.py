@@ -23,7 +23,9 @@ from tests.distributed.test_sharding import assert_bytes_of_whole_matrices, buil
 from tests.support.command import losses, run_command, run_ranks, run_rows, write_config
 from tests.support.processes import run_on_processes
 
-pytestmark = pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is an optional dependency")
+pytestmark = pytest.mark.skipif(
+    find_spec("deepspeed") is None, reason="deepspeed is an optional dependency"
+)
 
 NUM_STEPS = 10
 
@@ -50,12 +52,16 @@ AS_A_COMMAND = ("float32", "zero3")
 
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
-def runs(request, tmp_path_factory, tiny_llama: Path, chat_file: Path) -> tuple[str, dict[str, Path]]:
+def runs(
+    request, tmp_path_factory, tiny_llama: Path, chat_file: Path
+) -> tuple[str, dict[str, Path]]:
     """The same training, run in each way of RUNS through the command line; returns dtype and run folders."""
     dtype = request.param
     root = tmp_path_factory.mktemp(f"zero-{dtype}")
     folders = {}
-    for name, (processes, backend, micro_batch_size, grad_accum_steps, recompute) in RUNS[dtype].items():
+    for name, (processes, backend, micro_batch_size, grad_accum_steps, recompute) in RUNS[
+        dtype
+    ].items():
         folders[name] = root / name.replace(" ", "-").replace(",", "")
         config = write_config(
             root / "config.yaml",
@@ -64,14 +70,19 @@ def runs(request, tmp_path_factory, tiny_llama: Path, chat_file: Path) -> tuple[
             adapter={"rank": 4, "alpha": 8},
             data={"train": str(chat_file), "eval": str(chat_file), "max_seq_len": 96},
             optim={
-                "max_steps": NUM_STEPS, "lr": 2e-3, "schedule": "cosine", "warmup_steps": 2, "lora_plus_ratio": 2,
-                "micro_batch_size": micro_batch_size, "grad_accum_steps": grad_accum_steps,
+                "max_steps": NUM_STEPS,
+                "lr": 2e-3,
+                "schedule": "cosine",
+                "warmup_steps": 2,
+                "lora_plus_ratio": 2,
+                "micro_batch_size": micro_batch_size,
+                "grad_accum_steps": grad_accum_steps,
             },
             parallel={"backend": backend, "cpu_offload": name == OFFLOADED},
             memory={"recompute": recompute},
             eval={"every": 5},
             logging={"tensorboard": False},
-        )  # fmt: skip
+        )
         if (dtype, name) == AS_A_COMMAND:
             ranks = [run_command("train", config, processes=processes)]
         else:
@@ -84,10 +95,25 @@ def runs(request, tmp_path_factory, tiny_llama: Path, chat_file: Path) -> tuple[
 
 
 OUR_LINES = (
-    "step ", "eval at step ", "compute type: ", "base model: ", "attention: ", "decoder layers: ", "single, ",
-    "zero2, ", "zero3, ", "adapter written ", "packed ", "recompute: ", "/",
-    "still ", "loading ", "reading the data", "evaluating ", "after step ",
-)  # fmt: skip
+    "step ",
+    "eval at step ",
+    "compute type: ",
+    "base model: ",
+    "attention: ",
+    "decoder layers: ",
+    "single, ",
+    "zero2, ",
+    "zero3, ",
+    "adapter written ",
+    "packed ",
+    "recompute: ",
+    "/",
+    "still ",
+    "loading ",
+    "reading the data",
+    "evaluating ",
+    "after step ",
+)
 """How the lines of a run begin; `/` is the path of the data file, the last ones a busy machine's signs of life."""
 
 
@@ -105,7 +131,9 @@ def test_losses_and_gradient_norms_are_those_of_one_process(runs) -> None:
             key = "loss" if "loss" in row else "eval_loss"
             assert row[key] == pytest.approx(reference[key], rel=tolerance), name
             if "loss" in row:
-                assert row["grad_norm"] == pytest.approx(reference["grad_norm"], rel=10 * tolerance), name
+                assert row["grad_norm"] == pytest.approx(
+                    reference["grad_norm"], rel=10 * tolerance
+                ), name
                 assert row["lr"] == reference["lr"]
 
 
@@ -128,9 +156,13 @@ def check_stage_3(folder: Path) -> None:
     backend = make_backend("zero3", TrainConfig(model=config), start_runtime(0, "float32"))
     engine = backend.engine(ModelParts(model))
     ids = torch.arange(24).reshape(1, 24)
-    packed = sum(whole_shape(m.weight).numel() for m in model.modules() if isinstance(m, QuantizedLinear))
+    packed = sum(
+        whole_shape(m.weight).numel() for m in model.modules() if isinstance(m, QuantizedLinear)
+    )
     before = live_integer_bytes()
-    for _ in range(2):  # DeepSpeed learns the order of modules in the first step and fetches ahead from the second
+    for _ in range(
+        2
+    ):  # DeepSpeed learns the order of modules in the first step and fetches ahead from the second
         loss = target_loss_sum(model.train(), ids, torch.ones_like(ids), ids)
         # A third of the base is one layer. It was 0.92 with bitsandbytes' autograd function, which keeps views of what
         # was gathered, and 0.95 with DeepSpeed's default buffers.
@@ -140,7 +172,9 @@ def check_stage_3(folder: Path) -> None:
     assert_bytes_of_whole_matrices(model, config)
     assert local_bytes(model) <= 0.55 * whole_bytes(model)
     gathered = whole_adapter(model)
-    assert gathered.keys() == {name for name, param in model.named_parameters() if param.requires_grad}
+    assert gathered.keys() == {
+        name for name, param in model.named_parameters() if param.requires_grad
+    }
     assert all(".lora_" in name and tensor.any() for name, tensor in gathered.items())
 
 
@@ -165,7 +199,9 @@ def check_uneven_parts(folder: Path, tied_folder: Path) -> None:
     model = build_sharded(folder, config, "zero3")
     assert_bytes_of_whole_matrices(model, config)
     embedding = embedding_of(folder)
-    assert torch.equal(whole_tensor(model.get_base_model().get_input_embeddings().weight), embedding)
+    assert torch.equal(
+        whole_tensor(model.get_base_model().get_input_embeddings().weight), embedding
+    )
 
     tied = build_sharded(tied_folder, ModelConfig(str(tied_folder)), "zero3").get_base_model()
     assert tied.get_output_embeddings().weight is tied.get_input_embeddings().weight

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from qlora_dist.build import load_trained
 from qlora_dist.config.load import load_config
 from qlora_dist.metrics.console import Reporter
-from qlora_dist.run.adapter_folder import read_recipe
+from qlora_dist.run.adapter_folder import read_adapter_record
 from qlora_dist.runtime.processes import start_runtime
 from qlora_dist.train import train
 from tests.support.command import run_command, run_rows, write_config
@@ -34,7 +34,9 @@ def run(request, tmp_path_factory, tiny_llama: Path, chat_file: Path) -> Path:
     """A run over two processes."""
     root = tmp_path_factory.mktemp("run")
     adapter = {"rank": 4, "alpha": 8, "use_dora": request.param}
-    done = run_command("train", config_of_run(root, tiny_llama, chat_file, adapter, max_steps=6), processes=2)
+    done = run_command(
+        "train", config_of_run(root, tiny_llama, chat_file, adapter, max_steps=6), processes=2
+    )
     assert done.returncode == 0, done.stderr
     return root / "out"
 
@@ -45,17 +47,23 @@ def test_stock_peft_gives_the_same_logits(run: Path, tiny_llama: Path, tokenizer
     ids = tokenizer("the quick brown fox jumps over the lazy dog", return_tensors="pt").input_ids
     runtime = start_runtime(seed=0, dtype="float32")
     reporter = Reporter(is_main=False)
-    ours, _ = load_trained(run / "adapter", read_recipe(run / "adapter"), runtime=runtime, reporter=reporter)
+    ours, _ = load_trained(
+        run / "adapter", read_adapter_record(run / "adapter"), runtime=runtime, reporter=reporter
+    )
     stock_base = AutoModelForCausalLM.from_pretrained(
         tiny_llama,
         dtype=torch.float32,
         quantization_config=BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.float32,
         ),
-    )  # fmt: skip
+    )
     with torch.no_grad():
-        base_logits = stock_base.train()(ids).logits  # train: in eval mode bitsandbytes uses a lossier CPU kernel
+        base_logits = stock_base.train()(
+            ids
+        ).logits  # train: in eval mode bitsandbytes uses a lossier CPU kernel
         stock_logits = PeftModel.from_pretrained(stock_base, run / "adapter").train()(ids).logits
         our_logits = ours(input_ids=ids).logits
     assert (our_logits - stock_logits).abs().max() <= 1e-3
@@ -69,7 +77,9 @@ def test_evaluation_improved_and_is_reproduced(run: Path) -> None:
     assert rows[1]["eval_loss"] < rows[0]["eval_loss"] - 0.1
 
 
-def test_a_run_continues_from_an_adapter(run: Path, tmp_path: Path, tiny_llama: Path, chat_file: Path) -> None:
+def test_a_run_continues_from_an_adapter(
+    run: Path, tmp_path: Path, tiny_llama: Path, chat_file: Path
+) -> None:
     """Its first evaluation is the last one of the run that made the adapter, on another number of ranks; it has that
     adapter's settings, and goes on from there."""
     before = [row for row in run_rows(run) if "eval_loss" in row][-1]["eval_loss"]
@@ -81,12 +91,14 @@ def test_a_run_continues_from_an_adapter(run: Path, tmp_path: Path, tiny_llama: 
     assert last < first
     there, here = (load_config(each / "config.yaml").adapter for each in (run, folder))
     assert dataclasses.replace(here, path=None, target_modules="all-linear") == there
-    assert read_recipe(folder / "adapter") == read_recipe(run / "adapter")
+    assert read_adapter_record(folder / "adapter") == read_adapter_record(run / "adapter")
 
 
 def test_generate_answers(run: Path) -> None:
     """`generate` loads base and adapter and prints an answer to standard output alone."""
-    done = run_command("generate", "--adapter", run / "adapter", "--prompt", "the quick", "--max_new_tokens", "4")
+    done = run_command(
+        "generate", "--adapter", run / "adapter", "--prompt", "the quick", "--max_new_tokens", "4"
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
     assert "base model" in done.stderr

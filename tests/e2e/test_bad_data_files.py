@@ -41,59 +41,151 @@ BAD_FILES: dict[str, tuple[str, bytes, tuple[str, ...]]] = {
     "an empty CSV": ("d.csv", b"\n\n", ("d.csv holds no rows",)),
     "only a header": ("d.csv", b"prompt,completion\n", ("d.csv holds no rows",)),
     "an empty gzip": ("d.jsonl.gz", gzip.compress(b""), ("d.jsonl.gz holds no rows",)),
-
-    "invalid UTF-8": ("d.jsonl", lines(*PLAIN) + b'{"prompt": "\xff\xfe"}\n', ("line 41: not UTF-8", "as UTF-8")),
-    "half a character": ("d.jsonl", ROW + b"\n" + "é".encode()[:1], ("line 2: not UTF-8", "as UTF-8")),
-    "Latin-1": ("d.csv", CSV + "größer,kleiner\n".encode("latin-1"), ("line 42: not UTF-8", "as UTF-8")),
-    "UTF-16": ("d.jsonl", lines(*PLAIN).decode().encode("utf-16"), ("line 1: not UTF-8", "as UTF-8")),
-    "UTF-16 without a mark": ("d.jsonl", lines(*PLAIN).decode().encode("utf-16-le"), ("line 1: a NUL byte", "UTF-8")),
-    "NUL bytes": ("d.jsonl", lines(*PLAIN) + bytes(5000), ("line 41: a NUL byte", "write it again")),
+    "invalid UTF-8": (
+        "d.jsonl",
+        lines(*PLAIN) + b'{"prompt": "\xff\xfe"}\n',
+        ("line 41: not UTF-8", "as UTF-8"),
+    ),
+    "half a character": (
+        "d.jsonl",
+        ROW + b"\n" + "é".encode()[:1],
+        ("line 2: not UTF-8", "as UTF-8"),
+    ),
+    "Latin-1": (
+        "d.csv",
+        CSV + "größer,kleiner\n".encode("latin-1"),
+        ("line 42: not UTF-8", "as UTF-8"),
+    ),
+    "UTF-16": (
+        "d.jsonl",
+        lines(*PLAIN).decode().encode("utf-16"),
+        ("line 1: not UTF-8", "as UTF-8"),
+    ),
+    "UTF-16 without a mark": (
+        "d.jsonl",
+        lines(*PLAIN).decode().encode("utf-16-le"),
+        ("line 1: a NUL byte", "UTF-8"),
+    ),
+    "NUL bytes": (
+        "d.jsonl",
+        lines(*PLAIN) + bytes(5000),
+        ("line 41: a NUL byte", "write it again"),
+    ),
     "NUL bytes in a CSV": ("d.csv", CSV + b"a,\0\n", ("line 42: a NUL byte", "write it again")),
-    "JSONL cut off": ("d.jsonl", half(lines(*PLAIN)), ("line 21: not valid JSON", "one JSON object")),
-    "JSONL with two objects in a line": ("d.jsonl", ROW + ROW + b"\n", ("line 1: not valid JSON", "one JSON object")),
-    "an array cut off": ("d.json", half(json.dumps(PLAIN, indent=1).encode()), ("line 83: ", "cut off")),
+    "JSONL cut off": (
+        "d.jsonl",
+        half(lines(*PLAIN)),
+        ("line 21: not valid JSON", "one JSON object"),
+    ),
+    "JSONL with two objects in a line": (
+        "d.jsonl",
+        ROW + ROW + b"\n",
+        ("line 1: not valid JSON", "one JSON object"),
+    ),
+    "an array cut off": (
+        "d.json",
+        half(json.dumps(PLAIN, indent=1).encode()),
+        ("line 83: ", "cut off"),
+    ),
     "an array of numbers": ("d.json", b"[1, 2]", ("row 1: 1 is not a JSON object",)),
     "a number in a line": ("d.jsonl", ROW + b"\n17\n", ("line 2: '17' is not a JSON object",)),
-    "Parquet cut off": ("d.parquet", half(table("parquet")), ("not a whole Parquet file", "cut off")),
+    "Parquet cut off": (
+        "d.parquet",
+        half(table("parquet")),
+        ("not a whole Parquet file", "cut off"),
+    ),
     "Arrow cut off": ("d.arrow", half(table("arrow")), ("not a whole Arrow file", "cut off")),
-    "gzip cut off": ("d.jsonl.gz", half(gzip.compress(lines(*PLAIN))), ("cannot be read on", "cut off")),
+    "gzip cut off": (
+        "d.jsonl.gz",
+        half(gzip.compress(lines(*PLAIN))),
+        ("cannot be read on", "cut off"),
+    ),
     "Zstandard cut off": ("d.csv.zst", half(zst(CSV)), ("cannot be read on", "cut off")),
-    "not gzip": ("d.jsonl.gz", lines(*PLAIN), ("d.jsonl.gz, after line 0: cannot be read on", "again")),
+    "not gzip": (
+        "d.jsonl.gz",
+        lines(*PLAIN),
+        ("d.jsonl.gz, after line 0: cannot be read on", "again"),
+    ),
     "not Parquet": ("d.parquet", lines(*PLAIN), ("not a whole Parquet file",)),
     "not Arrow": ("d.arrow", lines(*PLAIN), ("not a whole Arrow file",)),
-    "a cell too many": ("d.csv", CSV + b"a,b,c\n", ("line 42: 3 cells, but the header has 2", "quotation marks")),
-    "a cell too few": ("d.csv", CSV + b"a\n", ("line 42: 1 cells, but the header has 2", "quotation marks")),
-    "a quotation that never ends": ("d.csv", CSV + b'a,"b\n' + CSV, ("line 83: not valid CSV", "cut off")),
-    "a quotation mark within a cell": ("d.csv", CSV + b'a,"b"c\n', ("line 42: not valid CSV", "twice")),
-    "a column twice in CSV": ("d.csv", b"prompt,prompt\na,b\n", ("more than one column 'prompt'", "Rename")),
+    "a cell too many": (
+        "d.csv",
+        CSV + b"a,b,c\n",
+        ("line 42: 3 cells, but the header has 2", "quotation marks"),
+    ),
+    "a cell too few": (
+        "d.csv",
+        CSV + b"a\n",
+        ("line 42: 1 cells, but the header has 2", "quotation marks"),
+    ),
+    "a quotation that never ends": (
+        "d.csv",
+        CSV + b'a,"b\n' + CSV,
+        ("line 83: not valid CSV", "cut off"),
+    ),
+    "a quotation mark within a cell": (
+        "d.csv",
+        CSV + b'a,"b"c\n',
+        ("line 42: not valid CSV", "twice"),
+    ),
+    "a column twice in CSV": (
+        "d.csv",
+        b"prompt,prompt\na,b\n",
+        ("more than one column 'prompt'", "Rename"),
+    ),
     "a column twice in Parquet": (
-        "d.parquet", table("parquet", names=["text", "text"]), ("more than one column 'text'", "Rename"),
+        "d.parquet",
+        table("parquet", names=["text", "text"]),
+        ("more than one column 'text'", "Rename"),
     ),
     "a column twice in Arrow": (
-        "d.arrow", table("arrow", names=["text", "text"]), ("more than one column 'text'", "Rename"),
+        "d.arrow",
+        table("arrow", names=["text", "text"]),
+        ("more than one column 'text'", "Rename"),
     ),
     "a key twice in JSON": (
-        "d.jsonl", ROW + b'\n{"prompt": "a", "completion": "b", "prompt": "c"}\n',
+        "d.jsonl",
+        ROW + b'\n{"prompt": "a", "completion": "b", "prompt": "c"}\n',
         ("line 2: not valid JSON", "more than one 'prompt'", "keep one"),
     ),
-    "a key twice in an array": ("d.json", b'[{"prompt": "a", "prompt": "c"}]', ("more than one 'prompt'", "keep one")),
-    "a number of 5,000 digits": (
-        "d.jsonl", b'{"text": ' + b"7" * 5000 + b"}", ("line 1: not valid JSON", "4300 digits", "one JSON object"),
+    "a key twice in an array": (
+        "d.json",
+        b'[{"prompt": "a", "prompt": "c"}]',
+        ("more than one 'prompt'", "keep one"),
     ),
-    "JSON nested too deep": ("d.jsonl", b'{"text": ' + DEEP + b"}\n", ("line 1: not valid JSON", "nested too deep")),
-    "an array nested too deep": ("d.json", b"[" + DEEP + b"]", ("d.json, line 1: ", "nested too deep")),
+    "a number of 5,000 digits": (
+        "d.jsonl",
+        b'{"text": ' + b"7" * 5000 + b"}",
+        ("line 1: not valid JSON", "4300 digits", "one JSON object"),
+    ),
+    "JSON nested too deep": (
+        "d.jsonl",
+        b'{"text": ' + DEEP + b"}\n",
+        ("line 1: not valid JSON", "nested too deep"),
+    ),
+    "an array nested too deep": (
+        "d.json",
+        b"[" + DEEP + b"]",
+        ("d.json, line 1: ", "nested too deep"),
+    ),
     "columns without end, none known": (
-        "d.jsonl", lines({f"c{i}": i for i in range(MANY)}), ("row 1 has the columns `c0`", "100,000", "Rename"),
+        "d.jsonl",
+        lines({f"c{i}": i for i in range(MANY)}),
+        ("row 1 has the columns `c0`", "100,000", "Rename"),
     ),
     "columns without end, one of them twice": (
-        "d.csv", ",".join([f"c{i}" for i in range(MANY)] + ["c7"]).encode() + b"\n1\n", ("more than one column 'c7'",),
+        "d.csv",
+        ",".join([f"c{i}" for i in range(MANY)] + ["c7"]).encode() + b"\n1\n",
+        ("more than one column 'c7'",),
     ),
     "all columns twice": (
-        "d.csv", ",".join([f"c{i}" for i in range(MANY)] * 2).encode() + b"\n1\n", ("more than one column 'c0'",),
+        "d.csv",
+        ",".join([f"c{i}" for i in range(MANY)] * 2).encode() + b"\n1\n",
+        ("more than one column 'c0'",),
     ),
     "an unknown suffix": ("d.txt", b"text", ("the suffix '.txt'", "Give a .jsonl")),
     "a compressed table": ("d.parquet.gz", b"text", ("the suffix '.parquet.gz'", "Give a .jsonl")),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("what", BAD_FILES)
@@ -101,7 +193,9 @@ def test_a_broken_file_is_explained(tmp_path: Path, run: dict, what: str) -> Non
     """The message names the setting, the file, the line where there are lines, and the remedy."""
     name, content, words = BAD_FILES[what]
     (tmp_path / name).write_bytes(content)
-    check_refused(train(run, train=str(tmp_path / name)), run, f"data.train {tmp_path / name}"[11:], *words)
+    check_refused(
+        train(run, train=str(tmp_path / name)), run, f"data.train {tmp_path / name}"[11:], *words
+    )
 
 
 def test_a_broken_evaluation_file_is_explained(tmp_path: Path, run: dict) -> None:
@@ -177,7 +271,9 @@ NO_FILES: dict[Callable[[Path], str], tuple[str, ...]] = {
 
 
 @pytest.mark.parametrize("make", NO_FILES, ids=lambda make: make.__name__)
-def test_what_cannot_be_opened_is_explained(tmp_path: Path, run: dict, make: Callable[[Path], str]) -> None:
+def test_what_cannot_be_opened_is_explained(
+    tmp_path: Path, run: dict, make: Callable[[Path], str]
+) -> None:
     """Pipes and devices are not waited for, and links and permissions are told apart."""
     (tmp_path / "data").mkdir()
     done = train(run, obey_permissions, train=make(tmp_path / "data"))
@@ -192,7 +288,9 @@ def test_folders_that_contain_themselves(tmp_path: Path, run: dict) -> None:
     (folder / "inner" / "d.jsonl").write_bytes(lines(*PLAIN))
     for name in ("one", "two"):
         (folder / "inner" / name).symlink_to(folder)
-    check_trained(train(run, train=str(folder / "**" / "*.jsonl")), run, "prompt_completion, 40 rows")
+    check_trained(
+        train(run, train=str(folder / "**" / "*.jsonl")), run, "prompt_completion, 40 rows"
+    )
 
 
 def append(file: Path) -> None:
@@ -226,7 +324,11 @@ def test_a_file_that_changes_meanwhile(
     file = tmp_path / "d.jsonl"
     file.write_bytes(lines(*PLAIN))
     owner, _, name = f"qlora_dist.data.cache.{function}".rpartition(".")
-    check_refused(train(run, partial(when_called, owner, name, partial(action, file)), train=str(file)), run, *words)
+    check_refused(
+        train(run, partial(when_called, owner, name, partial(action, file)), train=str(file)),
+        run,
+        *words,
+    )
     file.write_bytes(lines(*PLAIN, *PLAIN))
     check_trained(train(run, train=str(file)), run, "80 rows")
 

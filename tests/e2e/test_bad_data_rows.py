@@ -33,10 +33,22 @@ BAD_ROWS: dict[str, tuple[dict, str, str]] = {
     "a number for messages": ({"messages": 7}, "empty row", "`messages` is 7"),
     "a number for text": (chat(ASKED, ("assistant", 7)), "message without `content`", "message 2"),
     "a text for messages": ({"messages": "hello"}, "empty row", "`messages` is 'hello'"),
-    "texts for messages": ({"messages": ["hello"]}, "message without `content`", "message 1 is 'hello'"),
+    "texts for messages": (
+        {"messages": ["hello"]},
+        "message without `content`",
+        "message 1 is 'hello'",
+    ),
     "no answer": (chat(ASKED), "no assistant turn", "Add the answer"),
-    "an answer first": (chat(ANSWERED, ASKED), "starts with an assistant turn", "Put a user turn before it"),
-    "a tool that nothing called": (chat(ASKED, ("tool", "4"), ANSWERED), "tool turn that nothing called", "message 2"),
+    "an answer first": (
+        chat(ANSWERED, ASKED),
+        "starts with an assistant turn",
+        "Put a user turn before it",
+    ),
+    "a tool that nothing called": (
+        chat(ASKED, ("tool", "4"), ANSWERED),
+        "tool turn that nothing called",
+        "message 2",
+    ),
     "an unknown role": (chat(("bot", "hi"), ANSWERED), "unknown role", "the role 'bot'"),
     "a number for a role": (chat((3, "hi"), ANSWERED), "unknown role", "the role 3"),
     "a list for a role": (chat((["user"], "hi"), ANSWERED), "unknown role", "the role ['user']"),
@@ -45,16 +57,31 @@ BAD_ROWS: dict[str, tuple[dict, str, str]] = {
     "half an emoji": (chat(ASKED, ("assistant", "\ud83e")), "half a character", "emoji cut in two"),
     "a NUL character": (chat(ASKED, ("assistant", "a\0")), "NUL character", "Remove it"),
     "a call without a name": (
-        {"messages": [*CHATS[0]["messages"], {"role": "assistant", "tool_calls": [{}]}]}, "tool call without a name",
+        {"messages": [*CHATS[0]["messages"], {"role": "assistant", "tool_calls": [{}]}]},
+        "tool call without a name",
         "message 3 calls {}",
     ),
-    "tools without a form": ({**CHATS[0], "tools": "[1]"}, "`tools` is no list", "function descriptions"),
-    "tools that the template leaves out": (
-        {**CHATS[0], "tools": [{"name": "weather"}]}, "tools left out by the template", "'weather'",
+    "tools without a form": (
+        {**CHATS[0], "tools": "[1]"},
+        "`tools` is no list",
+        "function descriptions",
     ),
-    "a value nested deep": ({"messages": json.loads("[" * 900 + "]" * 900)}, "message without `content`", "message 1"),
-    "columns without end": ({f"c{i}": i for i in range(100_000)}, "no `messages`", "others, 100,000 in all"),
-}  # fmt: skip
+    "tools that the template leaves out": (
+        {**CHATS[0], "tools": [{"name": "weather"}]},
+        "tools left out by the template",
+        "'weather'",
+    ),
+    "a value nested deep": (
+        {"messages": json.loads("[" * 900 + "]" * 900)},
+        "message without `content`",
+        "message 1",
+    ),
+    "columns without end": (
+        {f"c{i}": i for i in range(100_000)},
+        "no `messages`",
+        "others, 100,000 in all",
+    ),
+}
 
 
 @pytest.mark.parametrize("what", BAD_ROWS)
@@ -66,7 +93,9 @@ def test_a_faulty_row_is_counted_or_stops_the_run(tmp_path: Path, run: dict, wha
     text = "".join(json.dumps(row) + "\n" for row in [*CHATS[:4], row, *CHATS[4:], row])
     file.write_text(text, encoding="utf-8")
     done = train(run, train=str(file), max_bad_fraction=0.04)
-    check_refused(done, run, f"error: {file}, row 5: ", words, "2 of 42 rows", "data.max_bad_fraction (0.04)")
+    check_refused(
+        done, run, f"error: {file}, row 5: ", words, "2 of 42 rows", "data.max_bad_fraction (0.04)"
+    )
     shown = f", 2 faulty rows left out: {reason}: 2 (first: {file}, row 5)\n"
     check_trained(train(run, train=str(file)), run, "format messages, 40 rows, ", shown)
 
@@ -85,22 +114,33 @@ def test_only_faulty_rows(tmp_path: Path, run: dict) -> None:
     file = tmp_path / "d.jsonl"
     file.write_bytes(lines(*[chat(ASKED)] * 3))
     check_refused(
-        train(run, train=str(file), max_bad_fraction=0.999), run, f"{file}, row 1: no assistant turn", "3 of 3"
+        train(run, train=str(file), max_bad_fraction=0.999),
+        run,
+        f"{file}, row 1: no assistant turn",
+        "3 of 3",
     )
 
 
 @pytest.mark.parametrize(
     ("fraction", "num_bad", "num_rows"), [(0.05, 1, 20), (0.29, 29, 100), (0.07, 7, 100), (0, 0, 5)]
 )
-def test_exactly_as_many_as_may_be(tmp_path: Path, run: dict, fraction: float, num_bad: int, num_rows: int) -> None:
+def test_exactly_as_many_as_may_be(
+    tmp_path: Path, run: dict, fraction: float, num_bad: int, num_rows: int
+) -> None:
     """`max_bad_fraction` means the decimal number that was written: 0.29 of 100 rows are 29, and 30 are too many."""
     file = tmp_path / "d.jsonl"
     file.write_bytes(lines(*[CHATS[0]] * (num_rows - num_bad), *[chat(ASKED)] * num_bad))
-    check_trained(train(run, train=str(file), max_bad_fraction=fraction), run, f"{num_rows - num_bad} rows")
+    check_trained(
+        train(run, train=str(file), max_bad_fraction=fraction), run, f"{num_rows - num_bad} rows"
+    )
     shutil.rmtree(run["output_dir"])
     shutil.rmtree(run["data"]["cache_dir"])
     file.write_bytes(lines(*[CHATS[0]] * (num_rows - num_bad - 1), *[chat(ASKED)] * (num_bad + 1)))
-    check_refused(train(run, train=str(file), max_bad_fraction=fraction), run, f"{num_bad + 1} of {num_rows} rows")
+    check_refused(
+        train(run, train=str(file), max_bad_fraction=fraction),
+        run,
+        f"{num_bad + 1} of {num_rows} rows",
+    )
 
 
 def test_numbers_instead_of_text(tmp_path: Path, run: dict) -> None:
@@ -121,7 +161,13 @@ def test_numbers_instead_of_text(tmp_path: Path, run: dict) -> None:
         ("d.jsonl", lines(*PLAIN).rstrip()),  # no line feed at the end
         ("d.parquet", table("parquet", [{f"c{i}": i for i in range(2000)} | PLAIN[0]] * 40)),
     ],
-    ids=["JSONL of Windows", "CSV of Windows", "JSON of Windows", "no last line feed", "two thousand columns"],
+    ids=[
+        "JSONL of Windows",
+        "CSV of Windows",
+        "JSON of Windows",
+        "no last line feed",
+        "two thousand columns",
+    ],
 )
 def test_what_is_unusual_but_right(tmp_path: Path, run: dict, name: str, content: bytes) -> None:
     """Byte order marks and CRLF are how editors on Windows write; columns that nothing needs do not matter."""
@@ -138,26 +184,39 @@ def test_rows_without_a_target_left(tmp_path: Path, run: dict) -> None:
     shutil.rmtree(run["output_dir"])
     shutil.rmtree(run["data"]["cache_dir"])
     file.write_bytes(lines(long, long))
-    words = ("none of its 2 rows has a target token within data.max_seq_len (64)", "Raise data.max_seq_len")
+    words = (
+        "none of its 2 rows has a target token within data.max_seq_len (64)",
+        "Raise data.max_seq_len",
+    )
     check_refused(train(run, train=str(file)), run, *words)
 
 
 # -- templates that do not do what they should
 
-MESSAGES = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+MESSAGES = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+)
 TEMPLATES: dict[str, tuple[str, str]] = {
     # what the template does: (the template, words of the message)
     "drops system turns": (
-        MESSAGES.replace("messages %}", "messages if m['role'] != 'system' %}"), "leaves out message 1 (system)",
+        MESSAGES.replace("messages %}", "messages if m['role'] != 'system' %}"),
+        "leaves out message 1 (system)",
     ),
-    "keeps the last turn only": (MESSAGES.replace("messages %}", "messages[-1:] %}"), "leaves out message 1 (system)"),
+    "keeps the last turn only": (
+        MESSAGES.replace("messages %}", "messages[-1:] %}"),
+        "leaves out message 1 (system)",
+    ),
     "refuses": ("{{ raise_exception('Only users may speak') }}", "Only users may speak"),
     "divides by zero": (MESSAGES + "{{ 1 // 0 }}", "refuses this conversation"),
-    "calls what is not there": (MESSAGES + "{{ messages[99].strip() }}", "refuses this conversation"),
-    "recurses without end": (
-        "{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}", "refuses this conversation",
+    "calls what is not there": (
+        MESSAGES + "{{ messages[99].strip() }}",
+        "refuses this conversation",
     ),
-}  # fmt: skip
+    "recurses without end": (
+        "{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}",
+        "refuses this conversation",
+    ),
+}
 
 
 @pytest.mark.parametrize("what", TEMPLATES)
@@ -169,7 +228,9 @@ def test_a_template_that_does_not_fit(tmp_path: Path, run: dict, what: str) -> N
     run["model"]["path"] = str(model)
     file = tmp_path / "d.jsonl"
     file.write_bytes(lines(*[chat(("system", "Be brief."), ASKED, ANSWERED)] * 3))
-    check_refused(train(run, train=str(file)), run, f"{file}, row 1: the ", "chat template", words, "3 of 3")
+    check_refused(
+        train(run, train=str(file)), run, f"{file}, row 1: the ", "chat template", words, "3 of 3"
+    )
 
 
 def test_a_template_that_is_no_jinja(tmp_path: Path, run: dict) -> None:
@@ -179,7 +240,12 @@ def test_a_template_that_is_no_jinja(tmp_path: Path, run: dict) -> None:
     run["model"]["path"] = str(model)
     file = tmp_path / "d.jsonl"
     file.write_bytes(lines(*[chat(ASKED, ANSWERED)] * 3))
-    check_refused(train(run, train=str(file)), run, "chat template (default), line 1: not valid Jinja", "endfor")
+    check_refused(
+        train(run, train=str(file)),
+        run,
+        "chat template (default), line 1: not valid Jinja",
+        "endfor",
+    )
 
 
 # -- rows of megabytes
@@ -189,7 +255,9 @@ def limit(num_bytes: int, seconds: int) -> None:
     """Let this process have so much address space more than it has now, and take so much processor time in all."""
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, resource.RLIM_INFINITY))
     pages = int(Path("/proc/self/statm").read_text().split()[0])
-    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + num_bytes, resource.RLIM_INFINITY))
+    resource.setrlimit(
+        resource.RLIMIT_AS, (pages * resource.getpagesize() + num_bytes, resource.RLIM_INFINITY)
+    )
 
 
 @pytest.mark.parametrize("layout", ["chat", "text"])
@@ -203,7 +271,12 @@ def test_a_row_of_fifty_megabytes(tmp_path: Path, run: dict, layout: str, too_lo
     file.write_bytes(lines(row, chat(ASKED, ANSWERED) if layout == "chat" else {"text": "fox"}))
     done = train(run, partial(limit, 2**30, 10), train=str(file), too_long=too_long)
     shown = "2 rows, " if too_long == "truncate_end" else "1 rows, "
-    check_trained(done, run, shown, "1 rows cut to 64" if shown == "2 rows, " else "1 rows dropped (longer than 64)")
+    check_trained(
+        done,
+        run,
+        shown,
+        "1 rows cut to 64" if shown == "2 rows, " else "1 rows dropped (longer than 64)",
+    )
 
 
 def test_a_tokenizer_of_another_model(tmp_path: Path, run: dict) -> None:

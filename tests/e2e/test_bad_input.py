@@ -92,7 +92,10 @@ def data_missing(root: Path, settings: dict) -> None:
 
 
 def one_of_several_missing(root: Path, settings: dict) -> None:
-    settings["data"]["train"] = [settings["data"]["train"], {"path": str(root / "no-such.jsonl"), "weight": 2}]
+    settings["data"]["train"] = [
+        settings["data"]["train"],
+        {"path": str(root / "no-such.jsonl"), "weight": 2},
+    ]
 
 
 def data_empty(root: Path, settings: dict) -> None:
@@ -115,7 +118,11 @@ def wrong_columns(root: Path, settings: dict) -> None:
 
 def no_assistant_turn(root: Path, settings: dict) -> None:
     answered = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
-    use_data(root, settings, "".join(json.dumps({"messages": m}) + "\n" for m in (answered, answered[:1])))
+    use_data(
+        root,
+        settings,
+        "".join(json.dumps({"messages": m}) + "\n" for m in (answered, answered[:1])),
+    )
 
 
 def micro_batch_zero(root: Path, settings: dict) -> None:
@@ -147,7 +154,10 @@ def embedding_as_target(root: Path, settings: dict) -> None:
 
 
 def tied_head_as_target(root: Path, settings: dict) -> None:
-    edit_json(copy_model(root, settings) / "config.json", lambda config: config.update(tie_word_embeddings=True))
+    edit_json(
+        copy_model(root, settings) / "config.json",
+        lambda config: config.update(tie_word_embeddings=True),
+    )
     settings["adapter"] = {"target_modules": ["q_proj", "lm_head"]}
 
 
@@ -187,15 +197,25 @@ CASES: list[tuple[Case, tuple[str, ...]]] = [
     (adapter_missing, ("adapter.path", "no-such-adapter", "is not a folder")),
     (unknown_target, ("adapter.target_modules", "no_such_proj", "q_proj")),
     (one_target_misspelled, ("adapter.target_modules names v_prj", "LlamaForCausalLM", "v_proj")),
-    (embedding_as_target, ("adapter.target_modules names embed_tokens", "no linear layer", "q_proj")),
-    (tied_head_as_target, ("adapter.target_modules names lm_head", "tie_word_embeddings", "Remove it")),
+    (
+        embedding_as_target,
+        ("adapter.target_modules names embed_tokens", "no linear layer", "q_proj"),
+    ),
+    (
+        tied_head_as_target,
+        ("adapter.target_modules names lm_head", "tie_word_embeddings", "Remove it"),
+    ),
     (more_recomputation_than_layers, ("memory.recompute is 4", "3 decoder layers", "full")),
     (more_replicas_than_processes, ("parallel.replicas is 2", "1 process", "divisor")),
 ]
 
 
-@pytest.mark.parametrize(("spoil", "words"), CASES, ids=lambda value: getattr(value, "__name__", ""))
-def test_mistake_is_explained(tmp_path: Path, good: dict, spoil: Case, words: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    ("spoil", "words"), CASES, ids=lambda value: getattr(value, "__name__", "")
+)
+def test_mistake_is_explained(
+    tmp_path: Path, good: dict, spoil: Case, words: tuple[str, ...]
+) -> None:
     """The command ends with code 2 and one message that names the place and the remedy; no run folder appears."""
     spoil(tmp_path, good)
     done = run_forked("train", write_config(tmp_path / "config.yaml", **good))
@@ -220,7 +240,9 @@ def test_output_folder_of_a_different_run_is_refused(tmp_path: Path, good: dict)
     good["optim"]["lr"] = 3e-4
     done = run_forked("train", write_config(tmp_path / "config.yaml", **good))
     assert done.returncode == 2
-    check_message(done.stderr, ("output_dir", "different run", "optim.lr: 0.0002 there, 0.0003 now"))
+    check_message(
+        done.stderr, ("output_dir", "different run", "optim.lr: 0.0002 there, 0.0003 now")
+    )
     assert {file: file.read_bytes() for file in out.rglob("*") if file.is_file()} == before
 
     (tmp_path / "mine").mkdir()

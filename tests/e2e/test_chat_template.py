@@ -9,24 +9,38 @@ from qlora_dist.generation import chat_ids
 from tests.support.command import run_forked, write_config
 
 
-def test_the_chosen_template_goes_with_the_adapter(tmp_path: Path, tiny_llama: Path, chat_file: Path) -> None:
+def test_the_chosen_template_goes_with_the_adapter(
+    tmp_path: Path, tiny_llama: Path, chat_file: Path
+) -> None:
     """What the run was trained with is what the adapter's tokenizer writes, and what prompts are written with."""
     template = "{% for m in messages %}{{ m.role + '>' + m.content + '<|endoftext|>' }}{% endfor %}"
     template += "{% if add_generation_prompt %}{{ 'assistant>' }}{% endif %}"
     (tmp_path / "own.jinja").write_text(template)
     settings = {
-        "output_dir": str(tmp_path / "out"), "model": {"path": str(tiny_llama)},
+        "output_dir": str(tmp_path / "out"),
+        "model": {"path": str(tiny_llama)},
         "data": {"train": str(chat_file), "chat_template": str(tmp_path / "own.jinja")},
-        "optim": {"max_steps": 1}, "logging": {"tensorboard": False},
-    }  # fmt: skip
+        "optim": {"max_steps": 1},
+        "logging": {"tensorboard": False},
+    }
     done = run_forked("train", write_config(tmp_path / "config.yaml", **settings))
     assert done.returncode == 0, done.stderr
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out" / "adapter")
     assert tokenizer.chat_template == template
     prompt = chat_ids([{"role": "user", "content": "fox"}], tokenizer)[0]
     assert tokenizer.decode(prompt) == "user>fox<|endoftext|>assistant>"
-    assert end_of_turn_id(tokenizer) == tokenizer.convert_tokens_to_ids("<|endoftext|>") != tokenizer.eos_token_id
+    assert (
+        end_of_turn_id(tokenizer)
+        == tokenizer.convert_tokens_to_ids("<|endoftext|>")
+        != tokenizer.eos_token_id
+    )
     answer = run_forked(
-        "generate", "--adapter", str(tmp_path / "out" / "adapter"), "--prompt", "fox", "--max-new-tokens", "2"
+        "generate",
+        "--adapter",
+        str(tmp_path / "out" / "adapter"),
+        "--prompt",
+        "fox",
+        "--max-new-tokens",
+        "2",
     )
     assert answer.returncode == 0, answer.stderr

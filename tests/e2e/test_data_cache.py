@@ -57,7 +57,10 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path, run: dict, place: str) -
     asked = folder / "inner" if place == "below a file" else folder
     done = train(run, obey_permissions, cache_dir=str(asked))
     check_refused(
-        done, run, f"tokenized data cannot be written to {asked} (", "Set data.cache_dir to a folder with room"
+        done,
+        run,
+        f"tokenized data cannot be written to {asked} (",
+        "Set data.cache_dir to a folder with room",
     )
 
 
@@ -67,7 +70,9 @@ def test_a_full_disk(tmp_path: Path, run: dict, small_disk: Path) -> None:
     file = tmp_path / "d.jsonl"
     file.write_bytes(lines(*[chat(ASKED, ("assistant", f"Four, {i}.")) for i in range(2000)]))
     done = train(run, train=str(file))
-    check_refused(done, run, "cannot be written", "No space left on device", "about five bytes per token")
+    check_refused(
+        done, run, "cannot be written", "No space left on device", "about five bytes per token"
+    )
     check_trained(train(run), run, "48 rows")
     check_cache(run, num_entries=1)
 
@@ -101,13 +106,19 @@ def write(text: str, file: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "damage"),
     [
-        ("tokens.int32", cut), ("tokens.int32", Path.unlink), ("targets.uint8", cut), ("ends.int64", cut),
-        ("ends.int64", partial(write, "")), ("report.json", cut), ("report.json", Path.unlink),
-        ("report.json", partial(write, "null")), ("report.json", partial(write, '{"digest": 1, "report": {}}')),
+        ("tokens.int32", cut),
+        ("tokens.int32", Path.unlink),
+        ("targets.uint8", cut),
+        ("ends.int64", cut),
+        ("ends.int64", partial(write, "")),
+        ("report.json", cut),
+        ("report.json", Path.unlink),
+        ("report.json", partial(write, "null")),
+        ("report.json", partial(write, '{"digest": 1, "report": {}}')),
         ("report.json", partial(write, '{"digest": 1, "report": {"faulty": {"reasons": null}}}')),
     ],
     ids=range(10),
-)  # fmt: skip
+)
 def test_a_damaged_entry_is_made_anew(run: dict, name: str, damage: Callable[[Path], None]) -> None:
     """What is in the cache can always be had again, so a fault in it is never the user's problem."""
     first = train(run)
@@ -176,7 +187,12 @@ def test_two_runs_that_want_the_same(tmp_path: Path, run: dict) -> None:
     assert log.read_text() == "tokenized\n"
     waited = ["another process is tokenizing" in done.stdout for done in both]
     assert sorted(waited) == [False, True]
-    losses = {line.split(" | ")[1] for done in both for line in done.stdout.splitlines() if line.startswith("step 1/")}
+    losses = {
+        line.split(" | ")[1]
+        for done in both
+        for line in done.stdout.splitlines()
+        if line.startswith("step 1/")
+    }
     assert len(losses) == 1
 
 
@@ -230,7 +246,9 @@ def test_under_a_launcher(tmp_path: Path, run: dict) -> None:
     """The launcher ends too, and repeats the message in its report; nothing else is said."""
     (tmp_path / "d.jsonl").write_bytes(lines(*PLAIN) + b"{\n")
     run["data"]["train"] = str(tmp_path / "d.jsonl")
-    done = run_command("train", write_config(tmp_path / "config.yaml", **run), processes=2, timeout=60)
+    done = run_command(
+        "train", write_config(tmp_path / "config.yaml", **run), processes=2, timeout=60
+    )
     assert done.returncode != 0
     assert done.stderr.count("error: [rank ") == done.stderr.count("error: ") == 1
     assert "d.jsonl, line 41: not valid JSON" in done.stderr

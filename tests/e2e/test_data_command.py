@@ -16,7 +16,12 @@ def settings(tmp_path: Path, tiny_llama: Path, chat_file: Path) -> dict:
     return {
         "output_dir": str(tmp_path / "out"),
         "model": {"path": str(tiny_llama)},
-        "data": {"train": str(chat_file), "eval_fraction": 0.25, "max_seq_len": 200, "packing": True},
+        "data": {
+            "train": str(chat_file),
+            "eval_fraction": 0.25,
+            "max_seq_len": 200,
+            "packing": True,
+        },
         "optim": {"micro_batch_size": 2, "epochs": 1},
         "logging": {"tensorboard": False},
         "checkpoint": {"every": None},
@@ -32,7 +37,9 @@ def test_the_page(tmp_path: Path, settings: dict, tiny_llama: Path) -> None:
             (folder / file.name).write_bytes(file.read_bytes())
     settings["model"]["path"] = str(folder)
     file = write_config(tmp_path / "config.yaml", **settings)
-    done = run_command("data", file, "--show", 2, "--data.packing", "false", "--optim.micro-batch-size=4")
+    done = run_command(
+        "data", file, "--show", 2, "--data.packing", "false", "--optim.micro-batch-size=4"
+    )
     assert (done.returncode, done.stderr) == (0, "")
     assert "48 rows of format messages → 48 samples" in done.stdout
     assert "36 samples, " in done.stdout
@@ -46,7 +53,9 @@ def test_the_page(tmp_path: Path, settings: dict, tiny_llama: Path) -> None:
     assert not Path(settings["output_dir"]).exists()
 
 
-def test_json_agrees_with_the_run(tmp_path: Path, settings: dict, capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_agrees_with_the_run(
+    tmp_path: Path, settings: dict, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The object alone on standard output; a run over the same configuration says the same of its data, takes as many
     steps, and counts as many tokens and targets."""
     done = run_command("data", write_config(tmp_path / "config.yaml", **settings), "--json")
@@ -63,7 +72,11 @@ def test_json_agrees_with_the_run(tmp_path: Path, settings: dict, capsys: pytest
     assert f"{facts['run']['num_steps']} steps of {facts['run']['num_rows_per_step']} rows" in log
     steps = [row for row in run_rows(Path(settings["output_dir"])) if "loss" in row]
     assert len(steps) == facts["run"]["num_steps"] == packed["num_steps"]
-    assert sum(row["num_tokens"] for row in steps) == facts["train"]["num_tokens"] == packed["num_tokens"]
+    assert (
+        sum(row["num_tokens"] for row in steps)
+        == facts["train"]["num_tokens"]
+        == packed["num_tokens"]
+    )
     assert sum(row["num_target_tokens"] for row in steps) == facts["train"]["num_targets"]
 
 
@@ -75,7 +88,9 @@ def test_json_agrees_with_the_run(tmp_path: Path, settings: dict, capsys: pytest
         (["--data.train", "no-such.jsonl"], "data.train no-such.jsonl does not exist."),
     ],
 )
-def test_mistakes_are_explained(tmp_path: Path, settings: dict, arguments: list[str], message: str) -> None:
+def test_mistakes_are_explained(
+    tmp_path: Path, settings: dict, arguments: list[str], message: str
+) -> None:
     """One message and exit code 2, as of every command."""
     done = run_command("data", write_config(tmp_path / "config.yaml", **settings), *arguments)
     assert done.returncode == 2

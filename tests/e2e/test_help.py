@@ -8,7 +8,15 @@ import pytest
 
 from tests.support.command import ROOT, run_command
 
-LIGHT = {"qlora_dist", "tyro", "docstring_parser", "typeguard", "typing_extensions", "yaml", "cython_runtime"}
+LIGHT = {
+    "qlora_dist",
+    "tyro",
+    "docstring_parser",
+    "typeguard",
+    "typing_extensions",
+    "yaml",
+    "cython_runtime",
+}
 """Top-level modules outside the standard library that help may import: tyro, PyYAML and what they import."""
 
 IMPORT_TYRO = ["-c", "import tyro"]
@@ -17,20 +25,27 @@ IMPORT_TYRO = ["-c", "import tyro"]
 def processor_seconds(arguments: list[str]) -> float:
     """Of one Python process, from its start to its end."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run([sys.executable, *arguments], stdout=subprocess.DEVNULL, cwd=ROOT, check=False)
+    done = subprocess.run(
+        [sys.executable, *arguments], stdout=subprocess.DEVNULL, cwd=ROOT, check=False
+    )
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == 0
     return after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
 
 
-@pytest.mark.parametrize(("arguments", "limit"), [(["--help"], 1), (["data", "--help"], 3), (["train", "--help"], 6)])
+@pytest.mark.parametrize(
+    ("arguments", "limit"), [(["--help"], 1), (["data", "--help"], 3), (["train", "--help"], 6)]
+)
 def test_help_is_there_at_once(arguments: list[str], limit: float) -> None:
     """Help takes at most `limit` times as long as an interpreter that starts and imports tyro.
 
     That is 0.1 s on a quick machine, where the commands take 0.5, 1.6 and 3.4 times as long. Processor time, and the
     least of seven runs of each, by turns: what other work on the machine adds is no part of it.
     """
-    seconds = [(processor_seconds(["-m", "qlora_dist", *arguments]), processor_seconds(IMPORT_TYRO)) for _ in range(7)]
+    seconds = [
+        (processor_seconds(["-m", "qlora_dist", *arguments]), processor_seconds(IMPORT_TYRO))
+        for _ in range(7)
+    ]
     of_help, of_tyro = (min(column) for column in zip(*seconds, strict=True))
     assert of_help <= limit * of_tyro, f"{of_help:.2f} s beside {of_tyro:.2f} s"
 
@@ -59,7 +74,11 @@ def test_help_and_config_errors_import_nothing_heavy(arguments: list[str]) -> No
         "print('imported', *(name for name in names if not name.startswith('_')))"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=ROOT, check=False
+        [sys.executable, "-c", code, *arguments],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     imported = done.stdout.splitlines()[-1].split()

@@ -19,7 +19,7 @@ LONG = 3.0
 """Seconds that each of the following takes."""
 SLOW = {
     "sample_order": "qlora_dist.prepare",
-    "load_dataset": "qlora_dist.data.dataset",
+    "load_data": "qlora_dist.data.dataset",
     "choose_checkpoint": "qlora_dist.prepare",
     "build_skeleton": "qlora_dist.build",
     "load_base_weights": "qlora_dist.build",
@@ -67,9 +67,16 @@ def test_the_longest_silence(tmp_path: Path, tiny_llama: Path, chat_file: Path) 
     assert max(silences)[0] < 0.8 * LONG, max(silences)
     text = "\n".join(line for _, line in lines)
     for words in (
-        "reading the data, ", "still looking for a checkpoint, ", "still building the model, ", "loading layer 0/3, ",
-        "still checking the weights, ", "still preparing the run, ", "evaluating batch 0/", "after step 0/2, for ",
-        "still waiting for the checkpoint to be written, ", "still writing the adapter, ",
-    ):  # fmt: skip
+        "reading the data, ",
+        "still looking for a checkpoint, ",
+        "still building the model, ",
+        "loading layer 0/3, ",
+        "still checking the weights, ",
+        "still preparing the run, ",
+        "evaluating batch 0/",
+        "after step 0/2, for ",
+        "still waiting for the checkpoint to be written, ",
+        "still writing the adapter, ",
+    ):
         assert words in text
     assert len(lines) < 20 + len(SLOW) * LONG / INTERVAL

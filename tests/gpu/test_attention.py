@@ -18,14 +18,17 @@ def test_gradients_of_masked_rows_are_finite(length: int, device: torch.device) 
     direction = torch.randn(WIDTH, generator=generator)
     direction *= (120 * WIDTH**0.5) ** 0.5 / direction.norm()  # scores of about -120
     noise = torch.randn(3, 2, HEADS, length, WIDTH, generator=generator)
-    query, key, value = noise + torch.stack([direction, -direction, 0 * direction])[:, None, None, None]
+    query, key, value = (
+        noise + torch.stack([direction, -direction, 0 * direction])[:, None, None, None]
+    )
     samples = torch.arange(length) // (length // 3)  # three in a row
     mask = (samples[:, None] == samples) & torch.ones(length, length).tril().bool()
 
     def gradients(dtype: torch.dtype) -> torch.Tensor:
         inputs = [
-            tensor.to(torch.bfloat16).to(device, dtype).requires_grad_() for tensor in (query, key, value)
-        ]  # fmt: skip
+            tensor.to(torch.bfloat16).to(device, dtype).requires_grad_()
+            for tensor in (query, key, value)
+        ]
         out = F.scaled_dot_product_attention(*inputs, attn_mask=mask.to(device)[None, None])
         out.backward(torch.ones_like(out) * value.to(device, dtype))
         return torch.stack([tensor.grad.float() for tensor in inputs])

@@ -10,7 +10,7 @@ from qlora_dist.data.batch import MicroBatch, collate
 from qlora_dist.data.samples import Sample, join
 from qlora_dist.model.adapters import adapter_parameters
 from qlora_dist.model.loss import target_loss_sum
-from qlora_dist.model.packing_check import check_isolation
+from qlora_dist.model.packing_check import check_packing
 from qlora_dist.runtime.processes import start_runtime
 from tests.support.adapted import build_adapted
 
@@ -19,7 +19,12 @@ LENGTHS = (5, 130, 3, 61)
 
 @pytest.mark.parametrize(
     ("attention", "dtype"),
-    [("sdpa", "float32"), ("sdpa", "bfloat16"), ("eager", "float32"), ("flash_attention_2", "bfloat16")],
+    [
+        ("sdpa", "float32"),
+        ("sdpa", "bfloat16"),
+        ("eager", "float32"),
+        ("flash_attention_2", "bfloat16"),
+    ],
 )
 def test_a_packed_sample_is_computed_as_if_alone(
     attention: str, dtype: str, device: torch.device, tiny_llama: Path
@@ -29,19 +34,26 @@ def test_a_packed_sample_is_computed_as_if_alone(
         pytest.skip("the package flash-attn is not installed")
     runtime = start_runtime(seed=0, dtype=dtype)
     model = build_adapted(tiny_llama, runtime, attention=attention)
-    check_isolation(model, device)
+    check_packing(model, device)
     generator = torch.Generator().manual_seed(0)
-    samples = [Sample(ids, ids) for ids in (torch.randint(3, 300, (n,), generator=generator).tolist() for n in LENGTHS)]
+    samples = [
+        Sample(ids, ids)
+        for ids in (torch.randint(3, 300, (n,), generator=generator).tolist() for n in LENGTHS)
+    ]
 
     def results(batches: list[MicroBatch]) -> torch.Tensor:
         """Summed loss and gradient, in one vector."""
         with runtime.autocast():
             loss = sum(
-                target_loss_sum(model, batch.input_ids, batch.attention_mask, batch.labels, batch.position_ids)
+                target_loss_sum(
+                    model, batch.input_ids, batch.attention_mask, batch.labels, batch.position_ids
+                )
                 for batch in (batch.to(device) for batch in batches)
             )
         gradients = torch.autograd.grad(loss, list(adapter_parameters(model).values()))
-        return torch.cat([loss.detach().reshape(1), *(gradient.flatten() for gradient in gradients)])
+        return torch.cat(
+            [loss.detach().reshape(1), *(gradient.flatten() for gradient in gradients)]
+        )
 
     alone = results([collate([sample], 0) for sample in samples])
     packed = results([collate([join(samples[:3]), join(samples[3:])], 0)])

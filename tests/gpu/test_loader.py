@@ -22,5 +22,7 @@ def test_batches_are_pinned_and_arrive_unchanged(device: torch.device) -> None:
                     assert getattr(there, name).device.type == device.type
                     assert torch.equal(getattr(there, name).cpu(), getattr(other, name))
                 assert (batch.num_tokens, batch.num_targets, batch.seed) == (
-                    other.num_tokens, other.num_targets, other.seed,
-                )  # fmt: skip
+                    other.num_tokens,
+                    other.num_targets,
+                    other.seed,
+                )

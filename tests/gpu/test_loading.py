@@ -13,7 +13,11 @@ from tests.support.models import load_here
 
 
 def four_bit_layers(model: torch.nn.Module) -> dict[str, QuantizedLinear]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, QuantizedLinear)
+    }
 
 
 @pytest.mark.parametrize("double_quant", [True, False])
@@ -40,7 +44,9 @@ def test_quantizing_on_load_makes_the_bytes_of_bitsandbytes(
 def test_the_cpu_quantizes_to_nearly_the_same(device: torch.device, tiny_llama: Path) -> None:
     """A value on the border of two codes may fall to either side, and a mean is summed in another order: no more than
     one value in a thousand differs, and none by more than one step between codes."""
-    there, here = (four_bit_layers(load_here(tiny_llama, where)) for where in (device, torch.device("cpu")))
+    there, here = (
+        four_bit_layers(load_here(tiny_llama, where)) for where in (device, torch.device("cpu"))
+    )
     for name, layer in there.items():
         codes = [
             torch.stack([packed.flatten() >> 4, packed.flatten() & 15]).int()
@@ -60,14 +66,20 @@ def test_zeros_are_zeros_on_both(fmt: QuantFormat, device: torch.device) -> None
     """A block of zeros has the codes that it has on the CPU, and none of its weights comes back as anything else."""
     matrix = torch.randn(64, 96, generator=torch.Generator().manual_seed(0)).bfloat16()
     matrix.view(-1)[64 * 5 : 64 * 7] = 0
-    there, here = (quantize_matrix(matrix.to(where), fmt) for where in (device, torch.device("cpu")))
+    there, here = (
+        quantize_matrix(matrix.to(where), fmt) for where in (device, torch.device("cpu"))
+    )
     for found in (there, here):
-        assert found.weight.view(-1, 32)[5:7].cpu().unique().tolist() == [0x77 if fmt.quant_type == "nf4" else 0]
+        assert found.weight.view(-1, 32)[5:7].cpu().unique().tolist() == [
+            0x77 if fmt.quant_type == "nf4" else 0
+        ]
     step = (there.weight.cpu().int() - here.weight.int()).abs()
     assert (step > 0).float().mean() <= 1e-3
 
 
-def test_a_4_bit_checkpoint_has_the_same_bytes_on_both(device: torch.device, tiny_llama: Path, tmp_path: Path) -> None:
+def test_a_4_bit_checkpoint_has_the_same_bytes_on_both(
+    device: torch.device, tiny_llama: Path, tmp_path: Path
+) -> None:
     """What was quantized once is loaded as it is, wherever to."""
     quantize(str(tiny_llama), str(tmp_path / "nf4"), QuantFormat())
     there, here = (load_here(tmp_path / "nf4", where) for where in (device, torch.device("cpu")))

@@ -5,15 +5,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from qlora_dist.memory.offload import CudaLane, Offload
+from qlora_dist.memory.offload import CopyStream, Offload
 from qlora_dist.memory.policy import Recompute
 from qlora_dist.memory.recompute import set_recompute
 from qlora_dist.model.parts import ModelParts, decoder_layers
 from qlora_dist.runtime.processes import start_runtime
 from tests.support.adapted import build_adapted
-from tests.unit.test_selective import loss_and_gradient
+from tests.unit.memory.test_selective import loss_and_gradient
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="copies between GPU and host need a GPU")
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="copies between GPU and host need a GPU"
+)
 
 LENGTH = 8192  # an input of a layer takes 2 MiB in float32, more than what stays where it is
 CHOICES = [Recompute(3), Recompute(3, 3), Recompute(3, 0, 3), Recompute(3, 1, 1)]
@@ -32,11 +34,13 @@ def measured(model, runtime) -> tuple[torch.Tensor, torch.Tensor, int]:
 def test_offloading_keeps_the_bits_and_takes_less(tiny_llama: Path, choice: Recompute) -> None:
     """Under every policy, over several steps, whose host memory is used again; with everything kept, the peak falls."""
     runtime = start_runtime(seed=0, dtype="float32")
-    model = build_adapted(tiny_llama, runtime, dropout=0.1, attention="eager")  # SDPA's backward adds in any order
+    model = build_adapted(
+        tiny_llama, runtime, dropout=0.1, attention="eager"
+    )  # SDPA's backward adds in any order
     set_recompute(ModelParts(model).layers, choice)
     loss_and_gradient(model, runtime, LENGTH // 2)
     loss, gradient, peak = measured(model, runtime)
-    offload = Offload(CudaLane())
+    offload = Offload(CopyStream())
     for layer in decoder_layers(model):
         layer.forward._offload = offload
     for _ in range(3):

@@ -10,7 +10,9 @@ from qlora_dist.optim.adamw import FlatAdamW
 
 
 @pytest.mark.parametrize("name", ["paged_adamw_8bit", "paged_adamw_32bit"])
-def test_a_paged_optimizer_computes_what_the_unpaged_one_does(name: str, device: torch.device) -> None:
+def test_a_paged_optimizer_computes_what_the_unpaged_one_does(
+    name: str, device: torch.device
+) -> None:
     """Parameters and state have the same bits after three steps, and the state really is paged."""
     row = paged()[name]
     assert row["is_paged"]
@@ -19,8 +21,12 @@ def test_a_paged_optimizer_computes_what_the_unpaged_one_does(name: str, device:
     assert row["moved"] > 1e-3
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"])
-def test_state_that_is_saved_and_taken_up_goes_on_bit_for_bit(optimizer: str, device: torch.device) -> None:
+@pytest.mark.parametrize(
+    "optimizer", ["adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"]
+)
+def test_state_that_is_saved_and_taken_up_goes_on_bit_for_bit(
+    optimizer: str, device: torch.device
+) -> None:
     """Two steps, a gather and scatter into a new optimizer, and a third step: the same as three steps."""
     sizes = {"a.lora_A.w": (300, 400), "a.lora_B.w": (70, 90)}
     config = OptimConfig(optimizer=optimizer, lr=1e-2)  # type: ignore[arg-type]
@@ -30,18 +36,26 @@ def test_state_that_is_saved_and_taken_up_goes_on_bit_for_bit(optimizer: str, de
         params = {name: nn.Parameter(value.clone()) for name, value in values.items()}
         return params, FlatAdamW(params, config)
 
-    def step(params: dict[str, nn.Parameter], flat: FlatAdamW, gradients: dict[str, torch.Tensor]) -> None:
+    def step(
+        params: dict[str, nn.Parameter], flat: FlatAdamW, gradients: dict[str, torch.Tensor]
+    ) -> None:
         for name, param in params.items():
             param.grad.copy_(gradients[name])
         flat.step(config.lr)
 
     first, *gradients = (
-        {name: torch.randn(size, generator=generator, device=device) for name, size in sizes.items()} for _ in range(4)
+        {
+            name: torch.randn(size, generator=generator, device=device)
+            for name, size in sizes.items()
+        }
+        for _ in range(4)
     )
     whole, whole_flat = start(first)
     for one in gradients[:2]:
         step(whole, whole_flat, one)
-    saved = whole_flat.moments(device).gather({name: param.numel() for name, param in whole.items()})
+    saved = whole_flat.moments(device).gather(
+        {name: param.numel() for name, param in whole.items()}
+    )
     again, again_flat = start({name: param.detach() for name, param in whole.items()})
     again_flat.moments(device).scatter(saved, 2)
     step(whole, whole_flat, gradients[2])
@@ -54,7 +68,9 @@ def test_state_that_is_saved_and_taken_up_goes_on_bit_for_bit(optimizer: str, de
 def test_gathering_state_takes_no_memory_on_the_gpu(device: torch.device) -> None:
     """8-bit state of 50 million elements in parameters of a million: less than a MiB beside what is held."""
     config = OptimConfig(optimizer="adamw_8bit")
-    params = {str(number): nn.Parameter(torch.zeros(1000, 1000, device=device)) for number in range(50)}
+    params = {
+        str(number): nn.Parameter(torch.zeros(1000, 1000, device=device)) for number in range(50)
+    }
     flat = FlatAdamW(params, config)
     for gradient in flat.gradients:
         gradient.normal_()

@@ -42,9 +42,14 @@ def run(tmp_path: Path, tiny_llama: Path, chat_file: Path) -> dict:
     ],
     ids=str,
 )
-def test_a_stopped_run_goes_on_where_it_was(changes: dict, run: dict, device: torch.device, tmp_path: Path) -> None:
+def test_a_stopped_run_goes_on_where_it_was(
+    changes: dict, run: dict, device: torch.device, tmp_path: Path
+) -> None:
     """Its losses are those of the run that was left in peace, and they fall."""
-    settings = {**run, **{section: {**run.get(section, {}), **keys} for section, keys in changes.items()}}
+    settings = {
+        **run,
+        **{section: {**run.get(section, {}), **keys} for section, keys in changes.items()},
+    }
     assert train_here(tmp_path / "whole", settings)
     assert not train_here(tmp_path / "stopped", settings, stop_after=5)
     assert train_here(tmp_path / "stopped", settings)
@@ -80,7 +85,9 @@ def train_sharded(folder: Path, run: dict) -> None:
 def test_a_sharded_run_on_one_gpu_is_the_same_run(run: dict, tmp_path: Path) -> None:
     """Under FSDP2, in a group of one, with shards on the GPU or on the host: the losses of the run that is not sharded,
     saved and gone on with."""
-    process = multiprocessing.get_context("spawn").Process(target=train_sharded, args=(tmp_path, run))
+    process = multiprocessing.get_context("spawn").Process(
+        target=train_sharded, args=(tmp_path, run)
+    )
     process.start()
     process.join(300)
     assert process.exitcode == 0
@@ -94,7 +101,9 @@ def little_memory(device: torch.device) -> Iterator[None]:
     def limited(*arguments):
         torch.cuda.empty_cache()
         total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved(device) + 2**22) / total, device)
+        torch.cuda.set_per_process_memory_fraction(
+            (torch.cuda.memory_reserved(device) + 2**22) / total, device
+        )
         return micro_step(*arguments)
 
     with mock.patch.object(train_module, "micro_step", limited):
@@ -106,11 +115,19 @@ def little_memory(device: torch.device) -> Iterator[None]:
 def test_a_full_memory_is_an_error_with_advice(run: dict, tmp_path: Path) -> None:
     """It names the micro-batch, what it takes, the keys that would help, and nothing is left half-written."""
     settings = {
-        **run, "data": {**run["data"], "max_seq_len": 512}, "optim": {**run["optim"], "micro_batch_size": 32},
+        **run,
+        "data": {**run["data"], "max_seq_len": 512},
+        "optim": {**run["optim"], "micro_batch_size": 32},
         "memory": {"recompute": "none"},
-    }  # fmt: skip
-    with pytest.raises(TrainingError, match=r"the GPU's memory .* is full: a micro-batch of 32 rows of") as raised:
+    }
+    with pytest.raises(
+        TrainingError, match=r"the GPU's memory .* is full: a micro-batch of 32 rows of"
+    ) as raised:
         train_here(tmp_path / "run", settings)
-    for key in ("memory.recompute: full saves about", "optim.micro_batch_size: 16", "data.max_seq_len:"):
+    for key in (
+        "memory.recompute: full saves about",
+        "optim.micro_batch_size: 16",
+        "data.max_seq_len:",
+    ):
         assert key in str(raised.value)
     assert not list((tmp_path / "run" / "checkpoints").glob("step-*"))

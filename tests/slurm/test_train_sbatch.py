@@ -24,7 +24,16 @@ ENVIRONMENT = {
 }
 MAX_STEPS = 20
 # A living job has many more names than RUNNING: SIGNALING, CONFIGURING, REQUEUE_HOLD ...
-ENDED = {"COMPLETED", "FAILED", "CANCELED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"}
+ENDED = {
+    "COMPLETED",
+    "FAILED",
+    "CANCELED",
+    "TIMEOUT",
+    "NODE_FAIL",
+    "OUT_OF_MEMORY",
+    "BOOT_FAIL",
+    "DEADLINE",
+}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -34,7 +43,9 @@ def _cluster() -> None:
         pytest.skip(f"Slurm is not installed: {remedy}")
     if not (CLUSTER / "slurm.conf").exists():
         pytest.skip(f"no test cluster is running: {remedy}")
-    sinfo = subprocess.run(["timeout", "10", "sinfo", "-h"], env=ENVIRONMENT, capture_output=True, check=False)
+    sinfo = subprocess.run(
+        ["timeout", "10", "sinfo", "-h"], env=ENVIRONMENT, capture_output=True, check=False
+    )
     if sinfo.returncode:
         pytest.skip(f"the test cluster in {CLUSTER} does not answer: {remedy}")
 
@@ -42,7 +53,13 @@ def _cluster() -> None:
 def slurm(*command: str | Path) -> str:
     """Output of a Slurm command, run from the repository's folder."""
     done = subprocess.run(
-        list(map(str, command)), cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=60, check=False
+        list(map(str, command)),
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
     assert done.returncode == 0, f"{command}: {done.stderr}"
     return done.stdout.strip()
@@ -54,11 +71,20 @@ class Job:
     def __init__(self, folder: Path, *arguments: str | Path, options: tuple[str, ...] = ()) -> None:
         folder.mkdir(exist_ok=True)
         self.log = folder / "log.txt"
-        self.id = slurm("sbatch", "--parsable", f"--output={self.log}", *options, "slurm/train.sbatch", *arguments)
+        self.id = slurm(
+            "sbatch",
+            "--parsable",
+            f"--output={self.log}",
+            *options,
+            "slurm/train.sbatch",
+            *arguments,
+        )
 
     def field(self, name: str) -> str:
         """A field of `scontrol show job`, such as JobState."""
-        found = re.search(rf"\b{name}=(\S+)", slurm("scontrol", "--oneliner", "show", "job", self.id))
+        found = re.search(
+            rf"\b{name}=(\S+)", slurm("scontrol", "--oneliner", "show", "job", self.id)
+        )
         assert found, name
         return found[1]
 
@@ -127,7 +153,9 @@ def test_the_cluster_has_two_nodes() -> None:
     assert sorted(out.splitlines()) == ["n1 0", "n2 1"]
 
 
-def test_a_mistake_in_the_configuration_ends_the_job_before_any_launcher(tmp_path: Path, config: Path) -> None:
+def test_a_mistake_in_the_configuration_ends_the_job_before_any_launcher(
+    tmp_path: Path, config: Path
+) -> None:
     """The log holds the message and nothing else."""
     job = Job(tmp_path, config, "--optim.learning_rate", "1")
     assert job.end() == ("FAILED", "2:0")
@@ -169,14 +197,19 @@ def test_the_real_time_limit(tmp_path: Path, config: Path) -> None:
 
 STOPS = {
     "STOP": (lambda job, out: (out / "STOP").touch(), ("FAILED", "75:0")),
-    "SIGTERM": (lambda job, out: slurm("scancel", "--signal=TERM", "--batch", job.id), ("FAILED", "75:0")),
+    "SIGTERM": (
+        lambda job, out: slurm("scancel", "--signal=TERM", "--batch", job.id),
+        ("FAILED", "75:0"),
+    ),
     "scancel": (lambda job, out: slurm("scancel", job.id), ("CANCELED", "75:0")),
 }
 
 
 @pytest.mark.slow  # two jobs each; what they share is tested above
 @pytest.mark.parametrize("how", STOPS)
-def test_a_job_stopped_by_hand_stays_stopped(tmp_path: Path, config: Path, uninterrupted: Path, how: str) -> None:
+def test_a_job_stopped_by_hand_stays_stopped(
+    tmp_path: Path, config: Path, uninterrupted: Path, how: str
+) -> None:
     """It writes a checkpoint and ends; submitted again it goes on."""
     out = tmp_path / "out"
     stop, expected = STOPS[how]
@@ -191,7 +224,9 @@ def test_a_job_stopped_by_hand_stays_stopped(tmp_path: Path, config: Path, unint
     check_continued(again, out, uninterrupted)
 
 
-def check_continued(job: Job, out: Path, uninterrupted: Path, num_expected: int = MAX_STEPS) -> None:
+def check_continued(
+    job: Job, out: Path, uninterrupted: Path, num_expected: int = MAX_STEPS
+) -> None:
     """The run was taken up where it was, not from its start, and left what the undisturbed one left."""
     assert job.text().count(f"step 1/{num_expected} ") == 1
     assert num_steps(out) == num_expected

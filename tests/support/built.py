@@ -13,7 +13,9 @@ from qlora_dist.parallel.choice import make_backend
 from qlora_dist.runtime.processes import Runtime
 
 
-def build(config: TrainConfig, folder: Path, name: BackendName, runtime: Runtime) -> tuple[ModelParts, Backend]:
+def build(
+    config: TrainConfig, folder: Path, name: BackendName, runtime: Runtime
+) -> tuple[ModelParts, Backend]:
     """The model of `folder`, adapted, cut and filled; and the backend that makes its engine."""
     backend = make_backend(name, config, runtime)
     return build_model(config, folder, backend, Reporter(is_main=False)), backend

@@ -20,14 +20,33 @@ def run_command(
     command = [sys.executable, "-m", "qlora_dist"]
     if processes > 1:
         command = [
-            sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / "launch" / "cpu_2.yaml"),
-            "--num_processes", str(processes), "--main_process_port", "0", "-m", "qlora_dist",
-        ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+            sys.executable,
+            "-m",
+            "accelerate.commands.launch",
+            "--config_file",
+            str(ROOT / "launch" / "cpu_2.yaml"),
+            "--num_processes",
+            str(processes),
+            "--main_process_port",
+            "0",
+            "-m",
+            "qlora_dist",
+        ]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
     return subprocess.run(
         [*command, *map(str, arguments)],
-        capture_output=True, text=True, timeout=timeout, cwd=cwd or ROOT, env=environment, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        cwd=cwd or ROOT,
+        env=environment,
+        check=False,
+    )
 
 
 def run_forked(
@@ -42,12 +61,17 @@ def run_forked(
 
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder) / "out", Path(folder) / "err"
-        code = exit_code_of(_main, [str(argument) for argument in arguments], out, err, before, timeout=timeout)
+        code = exit_code_of(
+            _main, [str(argument) for argument in arguments], out, err, before, timeout=timeout
+        )
         return subprocess.CompletedProcess(arguments, code, out.read_text(), err.read_text())
 
 
 def run_ranks(
-    *arguments: str | Path, processes: int, timeout: float = 300, before: Callable[[], None] | None = None
+    *arguments: str | Path,
+    processes: int,
+    timeout: float = 300,
+    before: Callable[[], None] | None = None,
 ) -> list[subprocess.CompletedProcess[str]]:
     """`run_forked` in each of several processes, as a launcher would have started them; what became of each."""
     from tests.support.processes import free_port
@@ -57,7 +81,9 @@ def run_ranks(
     port = free_port()
 
     def run(rank: int) -> subprocess.CompletedProcess[str]:
-        return run_forked(*arguments, timeout=timeout, before=partial(_become, rank, processes, port, before))
+        return run_forked(
+            *arguments, timeout=timeout, before=partial(_become, rank, processes, port, before)
+        )
 
     with ThreadPoolExecutor(processes) as pool:
         return list(pool.map(run, range(processes)))

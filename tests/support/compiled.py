@@ -34,7 +34,9 @@ def gradient(
     generator = torch.Generator().manual_seed(1)
     loss, num_targets = 0.0, torch.tensor(float(sum(map(sum, batches))))
     for lengths in batches:
-        rows = [torch.randint(3, 300, (length,), generator=generator).tolist() for length in lengths]
+        rows = [
+            torch.randint(3, 300, (length,), generator=generator).tolist() for length in lengths
+        ]
         micro_loss = micro_step(
             model, collate([Sample(ids, ids) for ids in rows], pad_token_id=0), num_targets, runtime
         )

@@ -80,7 +80,9 @@ def check_refused(done: Done, run: dict, *words: str) -> None:
 def check_cache(run: dict, num_entries: int) -> None:
     """The cache holds whole entries and locks; nothing half-written."""
     cache = Path(run["data"]["cache_dir"])
-    names = [path.name for path in cache.iterdir() if path.suffix != ".lock"] if cache.is_dir() else []
+    names = (
+        [path.name for path in cache.iterdir() if path.suffix != ".lock"] if cache.is_dir() else []
+    )
     assert len(names) == num_entries, names
     assert not any(name.startswith(".") for name in names)
 

@@ -4,8 +4,15 @@ from pathlib import Path
 
 import torch
 
-COMMON = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": 2,
-          "num_attention_heads": 4, "max_position_embeddings": 256, "pad_token_id": 0}  # fmt: skip
+COMMON = {
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "intermediate_size": 112,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+}
 GROUPED = {**COMMON, "num_key_value_heads": 2}
 
 # name: (config class, its arguments); tied and untied embeddings, with and without biases
@@ -15,7 +22,10 @@ FAMILIES = {
     "mistral": ("MistralConfig", {**GROUPED, "sliding_window": 8}),
     "qwen2": ("Qwen2Config", GROUPED),
     "qwen3": ("Qwen3Config", {**GROUPED, "head_dim": 16, "tie_word_embeddings": True}),
-    "gemma2": ("Gemma2Config", {**GROUPED, "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8}),
+    "gemma2": (
+        "Gemma2Config",
+        {**GROUPED, "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8},
+    ),
     "phi3": ("Phi3Config", {**GROUPED, "eos_token_id": 1, "bos_token_id": 2}),
     "gpt_neox": ("GPTNeoXConfig", {**COMMON, "rotary_pct": 0.5}),
 }
@@ -27,8 +37,12 @@ def write_families(root: Path) -> dict[str, Path]:
 
     for name, (config_class, arguments) in FAMILIES.items():
         torch.manual_seed(0)
-        model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, config_class)(**arguments))
+        model = transformers.AutoModelForCausalLM.from_config(
+            getattr(transformers, config_class)(**arguments)
+        )
         for param in model.parameters():
-            torch.nn.init.normal_(param, std=0.1)  # norms and biases too, so that none can be left out unnoticed
+            torch.nn.init.normal_(
+                param, std=0.1
+            )  # norms and biases too, so that none can be left out unnoticed
         model.to(torch.bfloat16).save_pretrained(root / name)
     return {name: root / name for name in FAMILIES}

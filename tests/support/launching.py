@@ -37,9 +37,11 @@ def _lead(function: Callable[[], None], log: Path, num_ranks: int, to_test) -> N
                 os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
             be_rank(rank, num_ranks, port)
             os.environ.update(
-                OMP_NUM_THREADS="1", TORCHELASTIC_RUN_ID="a run", TORCHELASTIC_USE_AGENT_STORE="True",
+                OMP_NUM_THREADS="1",
+                TORCHELASTIC_RUN_ID="a run",
+                TORCHELASTIC_USE_AGENT_STORE="True",
                 TORCHELASTIC_RESTART_COUNT="0",
-            )  # fmt: skip
+            )
             try:
                 function()
             finally:

@@ -38,12 +38,18 @@ def load_there(folder: Path, **arguments: object):
     return model.eval()
 
 
-def save_with_transformers(source: Path, folder: Path, *, max_shard_size: str = "1GB", **bnb: object) -> Path:
+def save_with_transformers(
+    source: Path, folder: Path, *, max_shard_size: str = "1GB", **bnb: object
+) -> Path:
     """Let transformers quantize `source` while it loads it, and save the result."""
     from transformers import BitsAndBytesConfig
 
-    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16, **bnb)
-    load_there(source, quantization_config=quantization).save_pretrained(folder, max_shard_size=max_shard_size)
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16, **bnb
+    )
+    load_there(source, quantization_config=quantization).save_pretrained(
+        folder, max_shard_size=max_shard_size
+    )
     return folder
 
 
@@ -56,7 +62,11 @@ def logits(model) -> torch.Tensor:
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
     """All tensors of a folder's safetensors files."""
-    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+    return {
+        name: tensor
+        for file in sorted(folder.glob("*.safetensors"))
+        for name, tensor in load_file(file).items()
+    }
 
 
 def spoiled(folder: Path, to: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> Path:

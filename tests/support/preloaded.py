@@ -4,7 +4,9 @@ import importlib
 import os
 from importlib.util import find_spec
 
-os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")
+os.environ.update(
+    OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu"
+)
 
 from qlora_dist.commands.startup import quiet_third_parties
 

@@ -20,13 +20,18 @@ def run_on_processes(function: Callable[..., None], world_size: int, *arguments:
     An assertion that fails on any of them fails the test, with that process's traceback.
     """
     start_processes(
-        _enter, (world_size, free_port(), function, arguments), nprocs=world_size, start_method="forkserver"
+        _enter,
+        (world_size, free_port(), function, arguments),
+        nprocs=world_size,
+        start_method="forkserver",
     )
 
 
 def exit_code_of(function: Callable[..., None], *arguments: Any, timeout: float = 120) -> int:
     """Call `function(*arguments)` in one new process and return how it ended: 0, or minus the signal that killed it."""
-    process = multiprocessing.get_context("forkserver").Process(target=_enter_alone, args=(function, arguments))
+    process = multiprocessing.get_context("forkserver").Process(
+        target=_enter_alone, args=(function, arguments)
+    )
     process.start()
     process.join(timeout)
     if process.is_alive():
@@ -46,12 +51,18 @@ def free_port() -> int:
 def be_rank(rank: int, world_size: int, port: int) -> None:
     """Let this process be one of several, as a launcher would have started it."""
     os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size),
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
-    )  # fmt: skip
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
 
 
-def _enter(rank: int, world_size: int, port: int, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+def _enter(
+    rank: int, world_size: int, port: int, function: Callable[..., None], arguments: tuple[Any, ...]
+) -> None:
     be_rank(rank, world_size, port)
     _enter_alone(function, arguments)
     if torch.distributed.is_initialized():

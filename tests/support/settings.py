@@ -9,7 +9,9 @@ from qlora_dist.config.schema import DataConfig, ModelConfig, TrainConfig
 from qlora_dist.errors import ConfigError
 
 REQUIRED = {"output_dir": "out", "model": {"path": "m"}, "data": {"train": "t.jsonl"}}
-MINIMAL = TrainConfig(output_dir="out", model=ModelConfig(path="m"), data=DataConfig(train="t.jsonl"))
+MINIMAL = TrainConfig(
+    output_dir="out", model=ModelConfig(path="m"), data=DataConfig(train="t.jsonl")
+)
 
 
 def refusal(path: Path, *overrides: str) -> str:

@@ -55,9 +55,21 @@ def hanging(function, word: str, rank: str, call: int):
 MOMENTS = {
     "loading": ("qlora_dist.build", "load_base_weights", slow_loading),
     "stepping": ("qlora_dist.train", "micro_step", lambda function: slow(function, "stepping")),
-    "evaluating": ("qlora_dist.evaluate", "target_loss_sum", lambda function: slow(function, "evaluating")),
-    "hanging": ("qlora_dist.train", "micro_step", lambda function: hanging(function, "hanging", "1", 5)),
-    "tokenizing": ("qlora_dist.data.dataset", "load_dataset", lambda function: hanging(function, "tokenizing", "0", 1)),
+    "evaluating": (
+        "qlora_dist.evaluate",
+        "target_loss_sum",
+        lambda function: slow(function, "evaluating"),
+    ),
+    "hanging": (
+        "qlora_dist.train",
+        "micro_step",
+        lambda function: hanging(function, "hanging", "1", 5),
+    ),
+    "tokenizing": (
+        "qlora_dist.data.dataset",
+        "load_data",
+        lambda function: hanging(function, "tokenizing", "0", 1),
+    ),
 }
 """Module, function, and what becomes of it."""
 

@@ -29,13 +29,21 @@ def build_tokenizer(
         adds_bos: put the start token before every text.
         rstrip: special tokens swallow the white space that follows them, as Phi-3's do.
     """
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet()) if kind == "bytes" else [*string.printable.strip(), "▁"]
+    letters = (
+        sorted(pre_tokenizers.ByteLevel.alphabet())
+        if kind == "bytes"
+        else [*string.printable.strip(), "▁"]
+    )
     space = "Ġ" if kind == "bytes" else "▁"
     merges = [(space, "4"), (space, "6"), ("n", "o"), (space, "no"), ("]", space), ("i", "n")]
     byte_tokens = [] if kind == "bytes" else [f"<0x{number:02X}>" for number in range(256)]
     words = ["<unk>", *special, *byte_tokens, *letters, *("".join(pair) for pair in merges)]
     vocabulary = {word: number for number, word in enumerate(dict.fromkeys(words))}
-    raw = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=bool(byte_tokens)))
+    raw = Tokenizer(
+        models.BPE(
+            vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=bool(byte_tokens)
+        )
+    )
     if kind == "bytes":
         raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         raw.decoder = decoders.ByteLevel()
@@ -43,9 +51,17 @@ def build_tokenizer(
         if kind == "pieces":
             raw.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
         else:
-            raw.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-        raw.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    raw.add_special_tokens([AddedToken(word, rstrip=rstrip, normalized=False, special=True) for word in special])
+            raw.normalizer = normalizers.Sequence(
+                [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+            )
+        raw.decoder = decoders.Sequence(
+            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+        )
+    raw.add_special_tokens(
+        [AddedToken(word, rstrip=rstrip, normalized=False, special=True) for word in special]
+    )
     if adds_bos:
-        raw.post_processor = TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, vocabulary[bos])])
+        raw.post_processor = TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, vocabulary[bos])]
+        )
     return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token=bos, eos_token=eos)

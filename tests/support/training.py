@@ -13,7 +13,9 @@ from qlora_dist.errors import Stopped
 from tests.support.command import run_rows
 
 
-def train_here(folder: Path, settings: dict, stop_after: int | None = None, stop_on_rank: int = 0) -> bool:
+def train_here(
+    folder: Path, settings: dict, stop_after: int | None = None, stop_on_rank: int = 0
+) -> bool:
     """Train in `folder` as `settings` say; returns whether the run came to its end.
 
     Args:
@@ -43,10 +45,17 @@ def train_here(folder: Path, settings: dict, stop_after: int | None = None, stop
 def lasting_rows(folder: Path) -> list[dict]:
     """The rows of metrics.jsonl without what depends on the machine's mood."""
     moods = (
-        "tokens_per_second", "target_tokens_per_second", "step_seconds", "peak_memory_gib", "seconds", "mfu",
+        "tokens_per_second",
+        "target_tokens_per_second",
+        "step_seconds",
+        "peak_memory_gib",
+        "seconds",
+        "mfu",
         "data_wait_seconds",
-    )  # fmt: skip
-    return [{key: value for key, value in row.items() if key not in moods} for row in run_rows(folder)]
+    )
+    return [
+        {key: value for key, value in row.items() if key not in moods} for row in run_rows(folder)
+    ]
 
 
 def adapter_bytes(folder: Path) -> bytes:

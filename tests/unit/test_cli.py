@@ -29,6 +29,10 @@ def test_blocks_of_gpu_memory_can_grow(given: dict[str, str], expected: list[str
     """The allocator is configured before torch is imported, unless it has been already."""
     environment = {name: value for name, value in os.environ.items() if name not in NAMES}
     shown = subprocess.run(
-        [sys.executable, "-c", SHOW, *NAMES], env=environment | given, capture_output=True, text=True, check=True
+        [sys.executable, "-c", SHOW, *NAMES],
+        env=environment | given,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert shown.stdout.splitlines()[-1] == repr(expected)

@@ -36,7 +36,11 @@ def random_samples(seed: int) -> list[Sample]:
     return [
         Sample(ids, [IGNORE_INDEX] * 3 + ids[3:])
         for length in (17, 5, 26)
-        for ids in [torch.randint(3, 300, (length,), generator=torch.Generator().manual_seed(seed + length)).tolist()]
+        for ids in [
+            torch.randint(
+                3, 300, (length,), generator=torch.Generator().manual_seed(seed + length)
+            ).tolist()
+        ]
     ]
 
 
@@ -61,8 +65,11 @@ class Found:
 
     def distance(self, other: "Found") -> float:
         """Largest relative distance of loss, gradient and logits from the other's."""
-        tensors = ((self.gradient, other.gradient), (self.logits, other.logits),
-                   (self.logits_without, other.logits_without))  # fmt: skip
+        tensors = (
+            (self.gradient, other.gradient),
+            (self.logits, other.logits),
+            (self.logits_without, other.logits_without),
+        )
         return max(abs(self.loss / other.loss - 1), *(relative(*pair) for pair in tensors))
 
 
@@ -83,7 +90,9 @@ def results(model: PeftModel, losses: Iterator[torch.Tensor], runtime: Runtime) 
     for loss in losses:
         loss.backward()
         total += loss.item()
-    gradient = torch.cat([param.grad.flatten().double() for param in adapter_parameters(model).values()])
+    gradient = torch.cat(
+        [param.grad.flatten().double() for param in adapter_parameters(model).values()]
+    )
     with_adapter = logits(model, runtime)
     with model.disable_adapter():
         return Found(total, gradient, with_adapter, logits(model, runtime))
@@ -118,10 +127,14 @@ def plain(folder: Path, runtime: Runtime, batches: list[MicroBatch], dropout: fl
     def loss(batch: MicroBatch) -> torch.Tensor:
         torch.manual_seed(batch.seed)
         with runtime.autocast():
-            logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+            logits = model(
+                input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
+            ).logits
         targets = batch.labels[:, 1:].flatten()
         all_but_last = logits[:, :-1].flatten(0, 1).float()
-        return torch.nn.functional.cross_entropy(all_but_last, targets, reduction="sum") / NUM_TARGETS
+        return (
+            torch.nn.functional.cross_entropy(all_but_last, targets, reduction="sum") / NUM_TARGETS
+        )
 
     with plain_layers():
         model = build_adapted(folder, runtime, dropout=dropout, attention="eager")
@@ -180,9 +193,15 @@ def test_bfloat16_is_as_exact_as_the_plain_way(families: dict[str, Path], runtim
         rounded = plain(folder, in_bfloat16, batches, dropout)
         model = build_adapted(folder, in_bfloat16, dropout=dropout)
         found, again = (fast(model, in_bfloat16, batch) for _ in range(2))
-        recomputed = fast(build_adapted(folder, in_bfloat16, dropout=dropout, recompute="full"), in_bfloat16, batch)
+        recomputed = fast(
+            build_adapted(folder, in_bfloat16, dropout=dropout, recompute="full"),
+            in_bfloat16,
+            batch,
+        )
         assert again.distance(found) == recomputed.distance(found) == 0, name
-        ratio = relative(found.gradient, exact.gradient) / relative(rounded.gradient, exact.gradient)
+        ratio = relative(found.gradient, exact.gradient) / relative(
+            rounded.gradient, exact.gradient
+        )
         ratios[name, dropout].append(ratio)
     means = {case: statistics.mean(of_batches) for case, of_batches in ratios.items()}
     assert statistics.mean(means.values()) <= 1.05, ratios

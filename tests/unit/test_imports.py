@@ -13,7 +13,10 @@ import pytest
 import qlora_dist
 
 ROOT = Path(qlora_dist.__file__).parent
-FILES = {".".join(("qlora_dist", *path.relative_to(ROOT).with_suffix("").parts)): path for path in ROOT.rglob("*.py")}
+FILES = {
+    ".".join(("qlora_dist", *path.relative_to(ROOT).with_suffix("").parts)): path
+    for path in ROOT.rglob("*.py")
+}
 MODULES = [name for name, path in FILES.items() if path.name != "__init__.py"]
 TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FILES.items()}
 
@@ -32,22 +35,68 @@ ROOMS = {
     "inspection": ("errors", "config", "runtime", "metrics", "data", "weights"),
     "evaluate": ("config", "runtime", "metrics", "model", "data"),
     "parallel": ("errors", "atomic", "config", "runtime", "model", "weights", "optim", "memory"),
-    "build": ("config", "runtime", "metrics", "model", "data", "weights", "run", "memory", "parallel"),
+    "build": (
+        "config",
+        "runtime",
+        "metrics",
+        "model",
+        "data",
+        "weights",
+        "run",
+        "memory",
+        "parallel",
+    ),
     "generation": ("errors", "runtime", "metrics", "data", "run", "build"),
-    "prepare": ("config", "runtime", "model", "data", "weights", "run", "optim", "memory", "parallel", "build"),
+    "prepare": (
+        "config",
+        "runtime",
+        "model",
+        "data",
+        "weights",
+        "run",
+        "optim",
+        "memory",
+        "parallel",
+        "build",
+    ),
     "train": (
-        "errors", "config", "runtime", "metrics", "model", "data", "run", "optim", "memory", "evaluate", "parallel",
+        "errors",
+        "config",
+        "runtime",
+        "metrics",
+        "model",
+        "data",
+        "run",
+        "optim",
+        "memory",
+        "evaluate",
+        "parallel",
         "prepare",
     ),
     "commands": (
-        "errors", "atomic", "config", "runtime", "metrics", "model", "data", "weights", "run", "inspection", "build",
-        "generation", "train",
+        "errors",
+        "atomic",
+        "config",
+        "runtime",
+        "metrics",
+        "model",
+        "data",
+        "weights",
+        "run",
+        "inspection",
+        "build",
+        "generation",
+        "train",
     ),
     "cli": ("errors", "metrics", "run"),
     "__main__": ("cli",),
-}  # fmt: skip
+}
 """The rooms of the package from the bottom to the top, and which rooms below each one imports."""
-KNOWS_BACKENDS = {"qlora_dist.parallel.choice", "qlora_dist.config.schema", "qlora_dist.commands.demo_run"}
+KNOWS_BACKENDS = {
+    "qlora_dist.parallel.choice",
+    "qlora_dist.config.schema",
+    "qlora_dist.commands.demo_run",
+}
 
 
 def imports(tree: ast.AST) -> Iterator[tuple[str, bool]]:
@@ -64,7 +113,11 @@ def imports(tree: ast.AST) -> Iterator[tuple[str, bool]]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "relative imports would escape this test"
             names = [str(node.module)]
-            names += [f"{node.module}.{alias.name}" for alias in node.names if f"{node.module}.{alias.name}" in FILES]
+            names += [
+                f"{node.module}.{alias.name}"
+                for alias in node.names
+                if f"{node.module}.{alias.name}" in FILES
+            ]
         else:
             continue
         for name in names:
@@ -84,11 +137,14 @@ def room_of(module: str) -> str:
 
 def test_the_source_is_found() -> None:
     """The other tests here would pass on an empty list of files, or if imports were not seen."""
-    assert {"qlora_dist.train", "qlora_dist.weights.loading", "qlora_dist.data.encode"} <= set(FILES)
+    assert {"qlora_dist.train", "qlora_dist.weights.loading", "qlora_dist.data.encode"} <= set(
+        FILES
+    )
     assert "qlora_dist.prepare" in imported("qlora_dist.train")
     assert list(imports(ast.parse("def f():\n    from qlora_dist import train"))) == [
-        ("qlora_dist", True), ("qlora_dist.train", True),
-    ]  # fmt: skip
+        ("qlora_dist", True),
+        ("qlora_dist.train", True),
+    ]
 
 
 def test_rooms_import_what_the_table_says(capsys: pytest.CaptureFixture[str]) -> None:
@@ -97,23 +153,39 @@ def test_rooms_import_what_the_table_says(capsys: pytest.CaptureFixture[str]) ->
     num_files = Counter(room_of(module) for module in MODULES)
     for module in MODULES:
         found[room_of(module)] |= {room_of(name) for name in imported(module)} - {room_of(module)}
-    lines = [f"  {room:<11}{num_files[room]:>3} files -> {', '.join(sorted(below))}" for room, below in found.items()]
+    lines = [
+        f"  {room:<11}{num_files[room]:>3} files -> {', '.join(sorted(below))}"
+        for room, below in found.items()
+    ]
     with capsys.disabled():
         sys.stdout.write("\n" + "\n".join(lines))
     assert found == {room: set(below) for room, below in ROOMS.items()}
     order = list(ROOMS)
-    upward = [(room, name) for room, below in ROOMS.items() for name in below if order.index(name) >= order.index(room)]
+    upward = [
+        (room, name)
+        for room, below in ROOMS.items()
+        for name in below
+        if order.index(name) >= order.index(room)
+    ]
     assert not upward
 
 
 def test_the_package_has_few_rooms() -> None:
     """Files and folders at the top: what a person who enters has to look at."""
-    assert len({path.name for path in ROOT.iterdir()} - {"__init__.py", "__pycache__", "py.typed"}) <= 22
+    assert (
+        len({path.name for path in ROOT.iterdir()} - {"__init__.py", "__pycache__", "py.typed"})
+        <= 22
+    )
 
 
 def test_only_the_command_imports_the_loop_and_only_when_it_runs_it() -> None:
     """`train` is the top: nothing is built on it, and `--help` does not wait for it."""
-    users = {(module, lazy) for module in FILES for name, lazy in imports(TREES[module]) if name == "qlora_dist.train"}
+    users = {
+        (module, lazy)
+        for module in FILES
+        for name, lazy in imports(TREES[module])
+        if name == "qlora_dist.train"
+    }
     assert users == {("qlora_dist.commands.train", True)}
 
 
@@ -121,7 +193,9 @@ def test_what_only_a_cpu_needs_is_reached_through_few_lines() -> None:
     """A reader of the GPU's path need not enter `model/cpu`: a module of it is imported by one or two others."""
     inside = "qlora_dist.model.cpu."
     for module in (module for module in MODULES if module.startswith(inside)):
-        users = {user for user in MODULES if module in imported(user) and not user.startswith(inside)}
+        users = {
+            user for user in MODULES if module in imported(user) and not user.startswith(inside)
+        }
         assert 1 <= len(users) <= 3, f"{module} is imported by {users}"
 
 
@@ -182,6 +256,8 @@ def test_nothing_prints() -> None:
         f"{module}:{node.lineno}"
         for module, tree in TREES.items()
         for node in ast.walk(tree)
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Name)
+        and node.func.id == "print"
     ]
     assert not calls

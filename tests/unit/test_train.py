@@ -22,7 +22,13 @@ def runtime() -> Runtime:
 
 
 def batches_of_all_ranks(
-    runtime: Runtime, num_seen: int, *, accum: int, world: int, seed: int = 0, end: int | None = None
+    runtime: Runtime,
+    num_seen: int,
+    *,
+    accum: int,
+    world: int,
+    seed: int = 0,
+    end: int | None = None,
 ) -> list[MicroBatch]:
     """The micro-batches of a step, 2 samples each, in the order of the stream."""
     plan = BatchPlan(SampleOrder((len(SAMPLES),), seed), 2, accum, world, end)
@@ -33,10 +39,16 @@ def batches_of_all_ranks(
 def test_dropout_depends_on_the_place_in_the_data_only(runtime: Runtime) -> None:
     """The same micro-batches have the same seeds on one rank and on three, and whether they are one step or three."""
     expected = batches_of_all_ranks(runtime, 6, accum=3, world=1)
-    steps = [batch for start in (6, 8, 10) for batch in batches_of_all_ranks(runtime, start, accum=1, world=1)]
+    steps = [
+        batch
+        for start in (6, 8, 10)
+        for batch in batches_of_all_ranks(runtime, start, accum=1, world=1)
+    ]
     for batches in (batches_of_all_ranks(runtime, 6, accum=1, world=3), steps):
         assert [batch.seed for batch in batches] == [batch.seed for batch in expected]
-        assert [batch.input_ids.tolist() for batch in batches] == [batch.input_ids.tolist() for batch in expected]
+        assert [batch.input_ids.tolist() for batch in batches] == [
+            batch.input_ids.tolist() for batch in expected
+        ]
 
 
 def test_no_two_micro_batches_drop_the_same(runtime: Runtime) -> None:
@@ -53,7 +65,9 @@ def test_ranks_without_samples_get_padding(runtime: Runtime) -> None:
     assert [batch.num_targets > 0 for batch in batches] == [True, False, False]
 
 
-@pytest.mark.parametrize(("every", "due"), [(None, []), (1, [1, 2, 3, 4, 5, 6]), (3, [3, 6]), (7, [])])
+@pytest.mark.parametrize(
+    ("every", "due"), [(None, []), (1, [1, 2, 3, 4, 5, 6]), (3, [3, 6]), (7, [])]
+)
 def test_what_is_due(every: int | None, due: list[int]) -> None:
     """Every N-th step, or never."""
     assert [step for step in range(1, 7) if is_due(step, every)] == due

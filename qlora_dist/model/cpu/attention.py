@@ -59,7 +59,10 @@ def _forward(
     """What transformers calls. Cached keys, dropout, biases and whatever else is new take SDPA."""
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     is_plain_mask = causal if attention_mask is None else _is_pairs(attention_mask, query)
-    unknown = {name for name, given in others.items() if given is not None} - {"sliding_window", "position_ids"}
+    unknown = {name for name, given in others.items() if given is not None} - {
+        "sliding_window",
+        "position_ids",
+    }
     is_ours = (
         is_plain_mask
         and not dropout
@@ -72,7 +75,15 @@ def _forward(
     )
     if not is_ours:
         return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **others
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=dropout,
+            scaling=scaling,
+            is_causal=is_causal,
+            **others,
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return attend(query, key, value, attention_mask, scale), None
@@ -80,11 +91,20 @@ def _forward(
 
 def _is_pairs(mask: torch.Tensor, query: torch.Tensor) -> bool:
     """Whether a mask says of each pair of tokens, for all heads alike, if they see each other."""
-    return mask.dtype == torch.bool and mask.ndim == 4 and mask.shape[1] == 1 and mask.shape[2] == query.shape[2]
+    return (
+        mask.dtype == torch.bool
+        and mask.ndim == 4
+        and mask.shape[1] == 1
+        and mask.shape[2] == query.shape[2]
+    )
 
 
 def attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scale: float
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
 ) -> torch.Tensor:
     """softmax(scale Q K^T) V of each head, differentiable; each group of query heads shares a head of K and V.
 
@@ -105,7 +125,11 @@ def attend(
 
 @torch.library.custom_op("qlora_dist::cpu_attention", mutates_args=())
 def cpu_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scale: float
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The output (batch, seq_len, heads, value width), and the logarithm to base 2 of the sum of exponentials of each
     query's scores, (batch * kv_heads, seq_len * group, 1) float32."""
@@ -145,7 +169,11 @@ def cpu_attention_backward(
     qs = _in_blocks(query, kv_heads)
     gs = _in_blocks(grad.transpose(1, 2), kv_heads)
     sums = log_sums.split([q.shape[1] for q in qs], 1)
-    grad_qs, grad_k, grad_v = [torch.zeros_like(q) for q in qs], torch.zeros_like(k), torch.zeros_like(v)
+    grad_qs, grad_k, grad_v = (
+        [torch.zeros_like(q) for q in qs],
+        torch.zeros_like(k),
+        torch.zeros_like(v),
+    )
     with _quick_products(query.dtype):
         for block in _blocks(mask, len(query), query.shape[2], kv_heads):
             q, g = block.queries_of(qs), block.queries_of(gs)
@@ -162,16 +190,24 @@ def cpu_attention_backward(
 
 @cpu_attention.register_fake
 def _(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scale: float
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     batch, heads, seq_len, _ = query.shape
     kv_heads = key.shape[1]
     out = query.new_empty(batch, seq_len, heads, value.shape[-1])
-    return out, query.new_empty(batch * kv_heads, seq_len * (heads // kv_heads), 1, dtype=torch.float32)
+    return out, query.new_empty(
+        batch * kv_heads, seq_len * (heads // kv_heads), 1, dtype=torch.float32
+    )
 
 
 @cpu_attention_backward.register_fake
-def _(grad: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any) -> Any:
+def _(
+    grad: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any
+) -> Any:
     return tuple(x.new_empty(x.transpose(1, 2).shape).transpose(1, 2) for x in (query, key, value))
 
 
@@ -218,9 +254,13 @@ class _Block:
         q = self.queries_of(qs)
         # The factor is applied to the product: queries that are multiplied by it are no bfloat16 any more, and units
         # that round to that would change every score.
-        scores = torch.baddbmm(q.new_zeros(()), q, self.keys_of(k).transpose(1, 2), beta=0, alpha=scale)
+        scores = torch.baddbmm(
+            q.new_zeros(()), q, self.keys_of(k).transpose(1, 2), beta=0, alpha=scale
+        )
         num_tokens, num_biased = self.bias.shape
-        each = scores.view(len(scores), num_tokens, -1, scores.shape[-1])  # (heads, tokens, group, keys)
+        each = scores.view(
+            len(scores), num_tokens, -1, scores.shape[-1]
+        )  # (heads, tokens, group, keys)
         each[..., each.shape[-1] - num_biased :] += self.bias.unsqueeze(1)
         return scores
 
@@ -246,7 +286,9 @@ def _blocks(mask: torch.Tensor | None, batch: int, seq_len: int, kv_heads: int) 
     return blocks
 
 
-def _make_blocks(mask: torch.Tensor | None, batch: int, seq_len: int, kv_heads: int) -> Iterator[_Block]:
+def _make_blocks(
+    mask: torch.Tensor | None, batch: int, seq_len: int, kv_heads: int
+) -> Iterator[_Block]:
     if mask is None:
         mask = torch.ones(seq_len, seq_len, dtype=torch.bool).tril_().view(1, 1, seq_len, seq_len)
     each = batch * kv_heads // mask.shape[0]

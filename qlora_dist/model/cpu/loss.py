@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from qlora_dist.model.logits import LogitsForm, to_gradient
+from qlora_dist.model.logits import LogitsTransform, to_gradient
 
 MAX_ROWS = 256
 """Rows of a chunk, at most. Products of more are no quicker, and fresh memory for their logits is slow."""
@@ -16,7 +16,7 @@ _LOG2_E = math.log2(math.e)
 
 
 def loss_and_gradient_on_cpu(
-    raw: torch.Tensor, targets: torch.Tensor, form: LogitsForm, with_gradient: bool
+    raw: torch.Tensor, targets: torch.Tensor, form: LogitsTransform, with_gradient: bool
 ) -> torch.Tensor:
     """Compute what `loss_and_gradient` of `model/loss.py` does, in pieces.
 
@@ -29,7 +29,9 @@ def loss_and_gradient_on_cpu(
     return torch.stack([_of_piece(*piece, form, with_gradient) for piece in pieces]).sum()
 
 
-def _of_piece(raw: torch.Tensor, targets: torch.Tensor, form: LogitsForm, with_gradient: bool) -> torch.Tensor:
+def _of_piece(
+    raw: torch.Tensor, targets: torch.Tensor, form: LogitsTransform, with_gradient: bool
+) -> torch.Tensor:
     # Powers of 2, and one for each entry: torch's exp2 takes a quarter of the time of its exp on a CPU.
     powers = form(raw).to(torch.float32, copy=True)
     powers.sub_(powers.amax(1, keepdim=True)).mul_(_LOG2_E)

@@ -30,7 +30,9 @@ class Reductions:
     def __init__(self) -> None:
         self._running: deque[tuple[dist.Work, torch.Tensor]] = deque()
 
-    def allocate(self, size: tuple[int, ...], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    def allocate(
+        self, size: tuple[int, ...], *, dtype: torch.dtype, device: torch.device
+    ) -> torch.Tensor:
         """Memory for an input or output."""
         return torch.empty(size, dtype=dtype, device=device)
 
@@ -43,7 +45,9 @@ class Reductions:
         async_op: bool = False,
     ) -> None:
         """Start one; the oldest is waited for when there are too many."""
-        work = dist.reduce_scatter_tensor(output_tensor, input_tensor, group=group, op=op, async_op=True)
+        work = dist.reduce_scatter_tensor(
+            output_tensor, input_tensor, group=group, op=op, async_op=True
+        )
         self._running.append((work, input_tensor))
         while len(self._running) > _NUM_IN_FLIGHT:
             self._running.popleft()[0].wait()

@@ -1,0 +1,277 @@
+"""Rows of the common formats to conversations or plain text; each fault of a row has a reason."""
+
+import contextlib
+
+import pytest
+
+from qlora_dist.data.formats import (
+    COLUMNS,
+    Conversation,
+    PlainText,
+    RowFault,
+    read_row,
+    recognize_format,
+)
+from qlora_dist.data.sources import Row
+from qlora_dist.errors import DataError
+
+USER, ANSWER = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}
+
+
+def recognized(columns: list[str], asked: str) -> str:
+    """The format of rows with these columns."""
+    return recognize_format([Row("rows.jsonl, row 1", dict.fromkeys(columns, "x"))], asked)[0]
+
+
+def reason(row: dict, format: str) -> str:
+    """Why a row cannot be used, in few words."""
+    with pytest.raises(RowFault) as caught:
+        read_row(row, format)
+    return caught.value.reason
+
+
+# -- recognizing
+
+
+@pytest.mark.parametrize(
+    ("columns", "asked", "expected"),
+    [
+        (["messages"], "auto", "messages"),
+        (["id", "messages", "source"], "auto", "messages"),
+        (["conversations", "text"], "auto", "sharegpt"),
+        (["completion", "prompt", "id"], "auto", "prompt_completion"),
+        (["instruction", "output"], "auto", "alpaca"),
+        (
+            ["instruction", "input", "output", "text"],
+            "auto",
+            "alpaca",
+        ),  # as Stanford's own file has it
+        (["text"], "auto", "text"),
+        (["messages", "prompt", "completion"], "auto", "messages"),
+        (["messages", "prompt", "completion"], "prompt_completion", "prompt_completion"),
+        (["messages", "text"], "text", "text"),
+    ],
+)
+def test_the_columns_say_the_format(columns: list[str], asked: str, expected: str) -> None:
+    """Other columns do not matter; where several formats are there, conversations win unless data.format says more."""
+    assert recognized(columns, asked) == expected
+
+
+@pytest.mark.parametrize(
+    ("columns", "asked", "needed"),
+    [
+        (
+            ["question"],
+            "auto",
+            ("`messages`", "`prompt` and `completion`", "`conversations`", "`text`"),
+        ),
+        (["prompt", "answer"], "auto", ("`messages`", "`prompt` and `completion`")),
+        (["prompt", "completion"], "messages", ("`messages`",)),
+        (["messages"], "alpaca", ("`instruction` and `output`",)),
+    ],
+)
+def test_missing_columns_are_refused(
+    columns: list[str], asked: str, needed: tuple[str, ...]
+) -> None:
+    """The message names the row, the columns it has, and those that data.format needs."""
+    with pytest.raises(DataError) as caught:
+        recognized(columns, asked)
+    message = str(caught.value)
+    assert message.startswith("rows.jsonl, row 1 has the columns ")
+    assert f"data.format: {asked}" in message
+    for text in (*(f"`{column}`" for column in columns), *needed):
+        assert text in message
+
+
+# -- reading
+
+
+@pytest.mark.parametrize(
+    ("speaker", "role"),
+    [
+        ("human", "user"),
+        ("user", "user"),
+        ("gpt", "assistant"),
+        ("assistant", "assistant"),
+        ("model", "assistant"),
+        ("bing", "assistant"),
+        ("chatgpt", "assistant"),
+        ("system", "system"),
+    ],
+)
+def test_speakers_of_sharegpt(speaker: str, role: str) -> None:
+    """All names under which users, models and system prompts go in files of that name."""
+    turns = [
+        {"from": "human", "value": "a"},
+        {"from": "gpt", "value": "b"},
+        {"from": speaker, "value": "c"},
+    ]
+    content = read_row({"conversations": turns}, "sharegpt")
+    assert isinstance(content, Conversation)
+    assert content.messages[-1] == {"role": role, "content": "c"}
+
+
+@pytest.mark.parametrize("speaker", ["tool", "function_response", "observation"])
+def test_tools_of_sharegpt(speaker: str) -> None:
+    """What a tool returns is a tool turn, and a function call one of the assistant."""
+    turns = [
+        {"from": "human", "value": "a"},
+        {"from": "function_call", "value": '{"name": "f", "arguments": {"x": 1}}'},
+        {"from": speaker, "value": "b"},
+    ]
+    content = read_row({"conversations": turns}, "sharegpt")
+    assert isinstance(content, Conversation)
+    assert content.messages[1:] == [
+        {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}],
+        },
+        {"role": "tool", "content": "b"},
+    ]
+
+
+def test_sharegpt_with_role_and_content() -> None:
+    """Some data sets write messages into the column `conversations`."""
+    content = read_row({"conversations": [USER, ANSWER]}, "sharegpt")
+    assert content == read_row({"messages": [USER, ANSWER]}, "messages")
+
+
+def test_the_input_of_alpaca_follows_its_instruction() -> None:
+    """Input and system prompt may be left out, empty or null."""
+    row = {"instruction": "Add.", "output": "3"}
+    expected = [{"role": "user", "content": "Add."}, {"role": "assistant", "content": "3"}]
+    for more in ({}, {"input": ""}, {"input": None, "system": None}, {"system": ""}):
+        assert read_row({**row, **more}, "alpaca") == Conversation(expected)
+    with_input = read_row({**row, "input": "1 2", "system": "Be brief."}, "alpaca")
+    assert with_input == Conversation(
+        [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": "Add.\n\n1 2"},
+            expected[1],
+        ]
+    )
+
+
+def test_plain_text_keeps_its_white_space() -> None:
+    """Text is taken as it stands."""
+    assert read_row({"text": " a\n"}, "text") == PlainText(" a\n")
+    assert read_row({"prompt": "a ", "completion": " b"}, "prompt_completion") == PlainText(
+        " b", prompt="a "
+    )
+
+
+def test_content_in_parts_is_joined() -> None:
+    """OpenAI's parts of type text are one text; other parts are no text."""
+    parts = [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]
+    content = read_row({"messages": [{"role": "user", "content": parts}, ANSWER]}, "messages")
+    assert content == Conversation([USER, ANSWER])
+    image = [*parts, {"type": "image_url", "image_url": {"url": "x"}}]
+    assert (
+        reason({"messages": [{"role": "user", "content": image}, ANSWER]}, "messages")
+        == "message without `content`"
+    )
+
+
+# -- faults
+
+CALL = {"function": {"name": "f", "arguments": "{}"}}
+
+
+@pytest.mark.parametrize(
+    ("format", "row", "expected"),
+    [
+        ("messages", {}, "no `messages`"),
+        ("messages", {"text": "a"}, "text row"),
+        ("messages", {"messages": []}, "empty row"),
+        ("messages", {"messages": None}, "empty row"),
+        ("messages", {"messages": [ANSWER, USER]}, "starts with an assistant turn"),
+        ("messages", {"messages": [USER]}, "no assistant turn"),
+        (
+            "messages",
+            {"messages": [USER, {"role": "tool", "content": "x"}, ANSWER]},
+            "tool turn that nothing called",
+        ),
+        (
+            "messages",
+            {"messages": [{"role": "tool", "content": "x"}, ANSWER]},
+            "tool turn that nothing called",
+        ),
+        ("messages", {"messages": [USER, {"role": "assistant"}]}, "message without `content`"),
+        ("messages", {"messages": [USER, {"role": ["assistant"], "content": "x"}]}, "unknown role"),
+        (
+            "messages",
+            {"messages": [USER, {**ANSWER, "tool_calls": [{"id": 1}]}]},
+            "tool call without a name",
+        ),
+        (
+            "messages",
+            {"messages": [USER, {**ANSWER, "tool_calls": ["f"]}]},
+            "tool call without a name",
+        ),
+        (
+            "messages",
+            {
+                "messages": [
+                    USER,
+                    {**ANSWER, "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]},
+                ]
+            },
+            "broken tool call",
+        ),
+        ("messages", {"messages": [USER, ANSWER], "tools": "[{"}, "broken tool call"),
+        ("messages", {"messages": [USER, ANSWER], "tools": [1]}, "`tools` is no list"),
+        ("sharegpt", {"conversations": "a"}, "empty row"),
+        ("sharegpt", {"conversations": ["a"]}, "turn without `from` and `value`"),
+        ("sharegpt", {"conversations": [{"from": "narrator", "value": "a"}]}, "unknown speaker"),
+        ("sharegpt", {"conversations": [{"value": "a"}]}, "unknown speaker"),
+        ("sharegpt", {"conversations": [{"from": "human"}]}, "message without `content`"),
+        (
+            "sharegpt",
+            {"conversations": [{"from": "function_call", "value": "f(x)"}]},
+            "broken tool call",
+        ),
+        ("alpaca", {"instruction": "a", "output": ""}, "`output` is empty"),
+        ("alpaca", {"instruction": " \n", "output": "a"}, "`instruction` is empty"),
+        ("alpaca", {"instruction": "a", "output": "b", "input": 3}, "`input` is no text"),
+        ("prompt_completion", {"prompt": "a", "completion": 3}, "`completion` is no text"),
+        ("prompt_completion", {"prompt": [USER], "completion": "a"}, "`prompt` is no text"),
+        ("prompt_completion", {"prompt": [], "completion": []}, "empty row"),
+        (
+            "prompt_completion",
+            {"prompt": [USER, ANSWER], "completion": [USER]},
+            "no assistant turn",
+        ),
+        ("text", {"text": None}, "`text` is empty"),
+        ("text", {"text": ["a"]}, "`text` is no text"),
+        ("text", {"title": "a"}, "no `text`"),
+    ],
+)
+def test_each_fault_has_its_reason(format: str, row: dict, expected: str) -> None:
+    """By reasons, rows are counted; a fault is never an exception of another kind."""
+    assert reason(row, format) == expected
+
+
+WRONG = [None, 3, 1.5, True, "", "x", [], {}, [None], [3], [[]], [{}], {"a": 1}, [{"role": {}}]]
+
+
+@pytest.mark.parametrize("value", WRONG)
+@pytest.mark.parametrize("format", list(COLUMNS))
+def test_any_value_is_read_or_faulty(format: str, value: object) -> None:
+    """Wrong types in any column that a format knows raise RowFault, or are read; nothing else comes out."""
+    good = {
+        "messages": [USER, ANSWER],
+        "conversations": [USER, ANSWER],
+        "prompt": "a",
+        "completion": "b",
+        "instruction": "a",
+        "output": "b",
+        "text": "a",
+    }
+    rows = [{**good, column: value} for column in (*good, "input", "system", "tools")]
+    for name in ("role", "content", "tool_calls", "from", "value"):
+        turns = [USER, {"role": "assistant", "content": "b", name: value}]
+        rows += [{**good, "messages": turns}, {**good, "conversations": turns}]
+    for row in rows:
+        with contextlib.suppress(RowFault):
+            read_row(row, format)

@@ -1,0 +1,223 @@
+"""A run folder is never someone else's, is used by one run at a time, and keeps what a run goes on from."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from qlora_dist.config.load import load_config
+from qlora_dist.config.schema import (
+    AdapterConfig,
+    CheckpointConfig,
+    DataConfig,
+    EvalConfig,
+    LoggingConfig,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    TrainConfig,
+)
+from qlora_dist.errors import CheckpointError
+from qlora_dist.run.folder import (
+    STOP,
+    STOPPED,
+    RunLock,
+    check_run_folder,
+    create_run_folder,
+    identity,
+    mark_stopped,
+)
+
+
+def run_config(folder: Path, seed: int = 0, **sections: object) -> TrainConfig:
+    """A small configuration of a run in that folder."""
+    config = TrainConfig(
+        str(folder), seed, model=ModelConfig(path="m"), data=DataConfig(train="t.jsonl")
+    )
+    return replace(config, **sections)
+
+
+def create(config: TrainConfig, resumed_step: int | None = None) -> None:
+    """What a run does with its folder, whose lock ends with the run."""
+    lock = RunLock(Path(config.output_dir))
+    create_run_folder(Path(config.output_dir), config, resumed_step, lock)
+    lock.release()
+
+
+# -- whose it is
+
+
+def test_a_run_folder_takes_its_own_run_again_and_no_other(tmp_path: Path) -> None:
+    """The same configuration may come again, also from a folder that was moved; another one is refused."""
+    create(run_config(tmp_path / "run"))
+    (tmp_path / "run" / "metrics.jsonl").write_text("{}\n")
+    assert check_run_folder(run_config(tmp_path / "run")) == tmp_path / "run"
+    (tmp_path / "run").rename(tmp_path / "moved")
+    check_run_folder(run_config(tmp_path / "moved"))
+    with pytest.raises(CheckpointError, match=r"different run \(seed: 0 there, 1 now\)"):
+        check_run_folder(run_config(tmp_path / "moved", seed=1))
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"parallel": ParallelConfig(backend="ddp")},
+        {"optim": OptimConfig(micro_batch_size=4, grad_accum_steps=2)},
+        {"checkpoint": CheckpointConfig(every=7, resume="never")},
+        {"eval": EvalConfig(every=3), "logging": LoggingConfig(every=5)},
+    ],
+)
+def test_how_a_run_is_computed_may_change(tmp_path: Path, sections: dict[str, object]) -> None:
+    """Other ranks, another cut of the batch, more or fewer checkpoints: the same run goes on."""
+    held_out = DataConfig(train="t.jsonl", eval="e.jsonl")
+    create(run_config(tmp_path / "run", data=held_out))
+    check_run_folder(run_config(tmp_path / "run", data=held_out, **sections))
+
+
+@pytest.mark.parametrize(
+    ("sections", "named"),
+    [
+        ({"optim": OptimConfig(lr=1.0)}, "optim.lr: 0.0002 there, 1.0 now"),
+        ({"adapter": AdapterConfig(target_modules=("q_proj",))}, "adapter.target_modules"),
+        ({"data": DataConfig(train="other.jsonl")}, "data.train"),
+    ],
+)
+def test_what_is_trained_may_not_change(
+    tmp_path: Path, sections: dict[str, object], named: str
+) -> None:
+    """Going on with other settings would not be the run that the folder holds."""
+    create(run_config(tmp_path / "run"))
+    with pytest.raises(CheckpointError, match=named):
+        check_run_folder(run_config(tmp_path / "run", **sections))
+
+
+def test_an_identity_survives_a_checkpoint(tmp_path: Path) -> None:
+    """What identifies a run equals itself after JSON, in which a checkpoint stores it, and after its config.yaml."""
+    config = run_config(
+        tmp_path / "run", adapter=AdapterConfig(target_modules=("q_proj", "v_proj"))
+    )
+    create(config)
+    assert json.loads(json.dumps(identity(config))) == identity(config)
+    assert identity(load_config(tmp_path / "run" / "config.yaml")) == identity(config)
+
+
+def test_a_folder_of_other_things_is_refused(tmp_path: Path) -> None:
+    """Files that are no run, a file in the folder's place, and a config.yaml of something else are left alone."""
+    (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(CheckpointError, match=r"not empty and holds no run \(it has thesis\.tex\)"):
+        check_run_folder(run_config(tmp_path))
+    with pytest.raises(CheckpointError, match="is a file"):
+        check_run_folder(run_config(tmp_path / "thesis.tex"))
+    (tmp_path / "config.yaml").write_text("something: else\n")
+    with pytest.raises(CheckpointError, match=r"config\.yaml cannot be read: .*something"):
+        check_run_folder(run_config(tmp_path))
+    with pytest.raises(CheckpointError, match="not a writable folder"):
+        check_run_folder(run_config(tmp_path / "thesis.tex" / "run"))
+
+
+@pytest.mark.parametrize("names", [[], [STOP], [STOPPED, ".lock"]])
+def test_a_folder_without_a_run_is_free(tmp_path: Path, names: list[str]) -> None:
+    """An empty folder, or one that holds no more than what was left before the first step, takes any run."""
+    for name in names:
+        (tmp_path / name).touch()
+    assert check_run_folder(run_config(tmp_path)) == tmp_path
+
+
+def test_checking_makes_nothing(tmp_path: Path) -> None:
+    """Input is refused before anything is written."""
+    check_run_folder(run_config(tmp_path / "a" / "b"))
+    assert list(tmp_path.iterdir()) == []
+
+
+# -- what is in it
+
+
+def fill(folder: Path, lines: list[str]) -> None:
+    """What an earlier run left."""
+    for name in ("adapter", "tensorboard", "checkpoints"):
+        (folder / name).mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text("".join(lines))
+
+
+ROWS = [json.dumps({"step": step, "loss": 1.0}) + "\n" for step in (1, 2, 3)]
+
+
+def test_starting_over_removes_the_earlier_run(tmp_path: Path) -> None:
+    """What an earlier run left is not mixed with the new one."""
+    fill(tmp_path, ROWS)
+    create(run_config(tmp_path))
+    assert {path.name for path in tmp_path.iterdir()} == {"config.yaml", ".lock"}
+
+
+def test_going_on_keeps_everything_up_to_the_checkpoint(tmp_path: Path) -> None:
+    """Rows of steps that will be computed again go, so that no step has two; so does a row that was cut off."""
+    fill(
+        tmp_path,
+        [*ROWS[:2], json.dumps({"step": 2, "eval_loss": 0.5}) + "\n", ROWS[2], '{"step": 4, "lo'],
+    )
+    create(run_config(tmp_path), resumed_step=2)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 2]
+    assert {"adapter", "tensorboard", "checkpoints"} <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_a_stopped_run_leaves_word_until_it_goes_on(tmp_path: Path) -> None:
+    """STOPPED says why; the request that stopped it is gone, or it would stop the next start as well."""
+    (tmp_path / STOP).touch()
+    mark_stopped(tmp_path, "signal SIGTERM")
+    assert (tmp_path / STOPPED).read_text() == "signal SIGTERM\n"
+    assert not (tmp_path / STOP).exists()
+    create(run_config(tmp_path), resumed_step=2)
+    assert not (tmp_path / STOPPED).exists()
+
+
+# -- who is using it
+
+
+def test_a_folder_is_used_by_one_run_at_a_time(tmp_path: Path) -> None:
+    """A second run is refused with the process that holds the folder, until the first one is done."""
+    mine, other = RunLock(tmp_path), RunLock(tmp_path)
+    create_run_folder(tmp_path, run_config(tmp_path), None, mine)
+    mine.acquire()  # its own lock is no obstacle
+    with pytest.raises(
+        CheckpointError, match=rf"in use by another run \(process {os.getpid()} on "
+    ):
+        other.acquire()
+    mine.release()
+    other.acquire()
+    other.release()
+
+
+def test_a_run_that_is_refused_removes_nothing(tmp_path: Path) -> None:
+    """What another process is working on stays as it is."""
+    fill(tmp_path, ROWS)
+    mine = RunLock(tmp_path)
+    mine.acquire()
+    with pytest.raises(CheckpointError, match="in use"):
+        create(run_config(tmp_path))
+    assert (tmp_path / "metrics.jsonl").read_text() == "".join(ROWS)
+    mine.release()
+
+
+def test_a_dead_run_holds_no_folder(tmp_path: Path) -> None:
+    """The lock of a process that was killed is gone with it, though its file is still there."""
+    code = (
+        "import sys, time; from pathlib import Path; from qlora_dist.run.folder import RunLock\n"
+        "lock = RunLock(Path(sys.argv[1])); lock.acquire(); print('locked', flush=True); time.sleep(600)"
+    )
+    mine = RunLock(tmp_path)
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "locked\n"
+        with pytest.raises(CheckpointError, match=rf"process {other.pid} on "):
+            mine.acquire()
+        other.kill()
+    assert (tmp_path / ".lock").exists()
+    mine.acquire()
+    mine.release()
