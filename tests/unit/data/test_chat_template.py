@@ -18,7 +18,7 @@ from qlora_dist.errors import ConfigError, DataError
 from tests.support.rows import encode
 from tests.support.tokenizers import Kind, build_tokenizer
 
-TEMPLATES = Path(__file__).parents[1] / "fixtures" / "templates"
+TEMPLATES = Path(__file__).parents[2] / "fixtures" / "templates"
 
 CHATML = ("bytes", ("<|im_start|>", "<|im_end|>", "<|endoftext|>"), None, "<|im_end|>")
 LLAMA3 = (
