@@ -1,5 +1,8 @@
-"""Runs in processes of their own, so that what one contender leaves behind does not touch the next; and beside others,
-as the speed of a machine drifts."""
+"""Helpers that run contenders in fresh processes and compare each with nearby runs of a base.
+
+A fresh process keeps one contender's leftovers away from the next. A nearby run of the base cancels
+the drift of the machine's speed.
+"""
 
 from __future__ import annotations
 
@@ -17,15 +20,15 @@ def run_apart(command: list[str], threads: int, **environment: str) -> str:
     """Run a Python script or module to its end.
 
     Args:
-        command: what follows `python`.
-        threads: of its computations.
-        environment: variables besides those of this process.
+        command: the words after `python`.
+        threads: threads of its computations.
+        environment: variables added to those of the calling process.
 
     Returns:
-        what it wrote to stdout.
+        the command's stdout.
 
     Raises:
-        SystemExit: it failed; with the end of what it said.
+        SystemExit: the command failed; the message quotes the end of its output.
     """
     fixed = {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
@@ -42,27 +45,29 @@ def run_apart(command: list[str], threads: int, **environment: str) -> str:
 
 
 def neighbors(is_base: Sequence[bool], place: int) -> list[int]:
-    """Where the base ran next before a place and next behind it; at the place itself, only there twice.
+    """Indices of the base runs nearest before and nearest after a place.
+
+    A place that holds a base run comes twice. At either end of the order one index may be missing.
 
     Args:
-        is_base: of all runs, in the order in which they ran, whether it was one of the base.
+        is_base: for every run in execution order, True if it was a run of the base.
     """
     bases = [i for i, found in enumerate(is_base) if found]
     return [i for i in bases if i <= place][-1:] + [i for i in bases if i >= place][:1]
 
 
 def in_turns(contenders: Sequence[str], base: str) -> list[str]:
-    """Them in their order, the base first, after every second of the others, and last."""
+    """Order of the runs: the base first, last, and after every second other contender."""
     others = [name for name in contenders if name != base]
     pairs = [others[i : i + 2] for i in range(0, len(others), 2)]
     return [base, *(name for pair in pairs for name in (*pair, base))]
 
 
 def over_base(in_order: Sequence[tuple[str, float]], base: str) -> dict[str, list[float]]:
-    """Of each run of each contender, its rate over that of the nearest runs of the base before and behind it.
+    """Ratios of each contender's runs to the mean rate of the nearest base runs, by contender.
 
     Args:
-        in_order: names and rates, in the order in which they ran.
+        in_order: name and rate of every run, in execution order.
     """
     is_base = [name == base for name, _ in in_order]
     found: dict[str, list[float]] = {}
@@ -74,5 +79,5 @@ def over_base(in_order: Sequence[tuple[str, float]], base: str) -> dict[str, lis
 
 
 def standard_error(values: Sequence[float]) -> float:
-    """Of the mean of at least two values."""
+    """Standard error of the mean of at least two values."""
     return statistics.stdev(values) / len(values) ** 0.5

@@ -1,23 +1,28 @@
-"""How quick a step can be at best on this device: the arithmetic and the traffic that no implementation avoids.
+"""Lower bound on a step's time on this device: arithmetic and traffic no implementation avoids.
 
     seconds >= F / f + D / d + (L + E) / c
 
-F   operations of `qlora_dist/model/mfu.py`: 4 P per token for the frozen linear layers, 12 w for each attended pair
-    and layer, 4 d V per target token for the head. f: what a large product reaches here.
-D   bytes that dequantization reads and writes, 0.516 + b per weight and pass; two passes, forward and for the gradient
-    of the input. d: the rate of bitsandbytes' kernel here.
-L   what LoRA adds. Its products are thin, so that their time is that of reading and writing: per token and layer x (in)
-    is read for A x and for dA, the gradient (out) for g B and for dB, and the output (out) and dx (in) are read and
-    written once more when the adapter's part is added: 4 (in + out) elements. (Where 6 P_lora / f is longer, that.)
-E   elementwise work, if each of these is one kernel: per token and layer, in elements, forward 8 d for adding to the
-    stream and normalizing it, twice; 2 (d + kv) for the rotation; 3 i for the product of the MLP's two halves; backward
-    8 d, 2 (d + kv) and 5 i.  d: hidden width, kv: width of the keys, i: of the MLP.
-c   bytes per second of a copy here, read and written.
+F   floating-point operations, counted as in `qlora_dist/model/mfu.py`: 4 P per token for the frozen
+    linear layers, 12 w per attended pair and layer, 4 d V per target token for the output head.
+    f: operations per second of a large matrix product on this device.
+D   bytes that dequantization reads and writes: 0.516 + b per weight and pass. There are two passes,
+    one in forward and one for the gradient of the input.
+    d: bytes per second of bitsandbytes' dequantization kernel on this device.
+L   bytes that LoRA moves. Its products are thin, so memory traffic bounds their time. Per token and
+    layer, x (in) is read for A x and for dA, and the gradient (out) for g B and for dB. The output
+    (out) and dx (in) are read and written again when the adapter's part is added. The sum is
+    4 (in + out) elements. Where 6 P_lora / f takes longer, that time counts instead.
+E   bytes that elementwise work moves if each operation is one kernel. In elements per token and
+    layer, forward: 8 d for two residual additions with their norms, 2 (d + kv) for the rotary
+    embedding, 3 i for the product of the MLP's two halves; backward: 8 d, 2 (d + kv) and 5 i.
+    d: hidden width, kv: width of the keys, i: intermediate width of the MLP.
+c   bytes per second of a copy on this device, reads and writes counted.
 
-All in the compute type, of b bytes: 2 for bfloat16, 4 for float32.
+Every tensor has the compute type, of b bytes: 2 for bfloat16, 4 for float32.
 
-Every recomputed layer adds a forward: 2 P, 4 w, one pass of dequantization, and its share of E and L. Not counted, so
-that no step can be quicker: softmax, the loss beyond its products, the optimizer, launches.
+Each recomputed layer adds a forward: 2 P, 4 w, one dequantization pass, and its share of E and L.
+The bound leaves out softmax, the loss beyond its products, the optimizer and kernel launches, so no
+step can be faster.
 """
 
 from __future__ import annotations
@@ -46,19 +51,20 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Rates:
-    """What this device was measured to do, per second."""
+    """Measured rates of a device, per second."""
 
     flops: float
     dequantized_bytes: float
     copied_bytes: float
     element_bytes: int = 2
-    """Of the compute type in which they were measured."""
+    """Bytes per element of the compute type that was measured."""
 
     @classmethod
     def of(cls, limits: Mapping[str, Any], dtype: str = "bfloat16") -> Rates:
-        """Of what `limits.measure` returned.
+        """Convert a result of `limits.measure`.
 
         Args:
+            limits: the result.
             dtype: the compute type, `bfloat16` or `float32`.
         """
         dequantized = {
@@ -75,7 +81,10 @@ class Rates:
 
 @cache
 def measured_rates(device: torch.device) -> Rates:
-    """Some seconds, once in a process; with matrices that the GPU's cache does not hold."""
+    """Measure the rates of a device, once per process; takes some seconds.
+
+    On a GPU the matrices exceed its cache.
+    """
     is_gpu = device.type == "cuda"
     size = 8192 if is_gpu else 512
     rates = Rates(
@@ -91,10 +100,10 @@ def measured_rates(device: torch.device) -> Rates:
 def bound_seconds(
     model: nn.Module, batch: MicroBatch, rates: Rates, recomputed_share: float = 0.0
 ) -> float:
-    """The least time of a step on one micro-batch.
+    """Lower bound on the seconds of a step on one micro-batch.
 
     Args:
-        recomputed_share: of the layers, how many compute their forward twice.
+        recomputed_share: share of the layers that compute their forward twice.
     """
     config = base_model(model).config.get_text_config()
     num_weights = sum(
@@ -123,7 +132,7 @@ def bound_seconds(
         * (elementwise_forward * forwards + elementwise_backward)
         * element
     )
-    # Forward reads x, and reads and writes the output; the rest is backward's.
+    # forward: read x, read and write the output; the rest belongs to backward
     lora_elements = sum(
         (inner + 2 * outer) * forwards + 3 * inner + 2 * outer for inner, outer, _ in lora
     )
@@ -147,10 +156,12 @@ def most_tokens_per_second(
     measured: Sequence[Mapping[str, Any]],
     dtype: str = "bfloat16",
 ) -> float:
-    """At the bound, of a model with adapters on all linear layers, on full rows; no weights are read.
+    """Upper bound on tokens/s for full rows and adapters on all linear layers; reads no weights.
 
     Args:
-        measured: what `limits.measure` returned, several times where the machine's speed drifts.
+        folder: the model's folder; only its `config.json` is read.
+        measured: results of `limits.measure`; several results average the drift of the machine's
+            speed.
         dtype: the compute type.
     """
     skeleton = build_skeleton(folder, ModelConfig(path=str(folder)))
@@ -165,7 +176,10 @@ def most_tokens_per_second(
 
 
 def arithmetic_seconds(model: nn.Module, batch: MicroBatch, rates: Rates) -> float:
-    """The time of the useful operations alone: its share of a step is the model FLOPs utilization."""
+    """Seconds of the useful operations alone.
+
+    Their share of a step is the model FLOPs utilization.
+    """
     useful = flops_of(ModelParts(model)).of(
         batch.attention_mask, batch.position_ids, batch.num_tokens, batch.num_targets
     )

@@ -1,10 +1,11 @@
-"""What a checkpoint costs: seconds to gather and to write it, and how much longer a step takes while one is written.
+"""Cost of a checkpoint: seconds to gather and to write it, and the delay of the step beside it.
 
-    python benchmarks/checkpoint.py              # after `make demo`; about four minutes on two cores
+    python benchmarks/checkpoint.py           # after `make demo`; about four minutes on two cores
 
-Trains SmolLM2-135M with LoRA of rank 64 (a checkpoint of some 230 MB) in fresh processes in the order A B C C B A:
-without checkpoints, with one after every fourth step that is written in the background, as the program does, and with
-one that the loop waits for, as loops commonly do. Writes results/checkpoint_DEVICE.json.
+Trains SmolLM2-135M with LoRA of rank 64 (a checkpoint of some 230 MB) in fresh processes in the
+order A B C C B A: without checkpoints; with a checkpoint after every fourth step, written in the
+background as the program does; and with a checkpoint that the loop waits for, as loops commonly do.
+Writes results/checkpoint_DEVICE.json.
 """
 
 from __future__ import annotations
@@ -49,8 +50,8 @@ def main() -> None:
     if len(losses) != 1:
         sys.exit("the losses differ: saving must not change training")
     step = {mode: fastest_by_step(both) for mode, both in runs.items()}
-    # A checkpoint falls between two steps and is counted with the later one. The same step of another run has the same
-    # rows, so the two can be compared one by one.
+    # A checkpoint falls between two steps and counts with the later one. Runs have the same rows in
+    # the same step, so steps are compared one by one.
     later = [index for index in range(STEPS - WARM_UP) if (WARM_UP + index) % EVERY == 0]
     saving = [run for mode in MODES[1:] for run in runs[mode]]
     result = {
@@ -86,17 +87,35 @@ def main() -> None:
 
 
 def fastest_by_step(runs: list[dict[str, Any]]) -> list[float]:
-    """Seconds of each step, the smaller of the runs': whatever else the machine did made it longer."""
+    """Seconds of each step in the fastest run; other work on the machine only adds time."""
     return [min(seconds) for seconds in zip(*(run["step_seconds"] for run in runs), strict=True)]
 
 
 def median_of(runs: list[dict[str, Any]], key: str) -> float:
-    """Median over all values that the runs have under a key."""
+    """Median over all values of all runs under a key."""
     return round(statistics.median(value for run in runs for value in run[key]), 3)
 
 
+def config_in(folder: Path) -> dict[str, Any]:
+    """Configuration of a run that writes into `folder`."""
+    return {
+        "output_dir": str(folder / "run"),
+        "model": {"path": str(PREPARED / "SmolLM2-135M-Instruct")},
+        "adapter": {"rank": 64, "alpha": 64},
+        "data": {
+            "train": str(PREPARED / "stdlib-docstrings" / "train.jsonl"),
+            "max_seq_len": 256,
+            "packing": False,
+        },
+        "optim": {"max_steps": STEPS, "micro_batch_size": 4, "grad_accum_steps": 2},
+        "memory": {"recompute": "none"},
+        "checkpoint": {"every": EVERY},
+        "logging": {"tensorboard": False},
+    }
+
+
 def measure(mode: str) -> dict[str, Any]:
-    """One run in this process."""
+    """Train once in this process and return the times of its steps and checkpoints."""
     from qlora_dist.commands.startup import quiet_third_parties
 
     quiet_third_parties()
@@ -109,7 +128,7 @@ def measure(mode: str) -> dict[str, Any]:
     save, write = Training.save, checkpoint_module.Checkpoints._write
 
     def timed_save(self: Training, is_trial: bool = False) -> None:
-        self.parts.checkpoints.wait()  # for the one before: that is no gathering
+        self.parts.checkpoints.wait()  # the write before this save is not part of gathering
         started = time.perf_counter()
         save(self, is_trial)
         gather_seconds.append(time.perf_counter() - started)
@@ -126,32 +145,13 @@ def measure(mode: str) -> dict[str, Any]:
     else:
         Training.save = timed_save  # type: ignore[method-assign]
         checkpoint_module.Checkpoints._write = timed_write  # type: ignore[method-assign, assignment]
-    with tempfile.TemporaryDirectory(dir=ROOT / "runs") as folder:
-        file = Path(folder) / "config.yaml"
-        file.write_text(
-            json.dumps(
-                {
-                    "output_dir": f"{folder}/run",
-                    "model": {"path": str(PREPARED / "SmolLM2-135M-Instruct")},
-                    "adapter": {"rank": 64, "alpha": 64},
-                    "data": {
-                        "train": str(PREPARED / "stdlib-docstrings" / "train.jsonl"),
-                        "max_seq_len": 256,
-                        "packing": False,
-                    },
-                    "optim": {"max_steps": STEPS, "micro_batch_size": 4, "grad_accum_steps": 2},
-                    "memory": {"recompute": "none"},
-                    "checkpoint": {"every": EVERY},
-                    "logging": {"tensorboard": False},
-                }
-            )
-        )
+    with tempfile.TemporaryDirectory(dir=ROOT / "runs") as name:
+        file = Path(name) / "config.yaml"
+        file.write_text(json.dumps(config_in(Path(name))))
         train(load_config(file))
-        rows = [
-            json.loads(line)
-            for line in (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()
-        ]
-        newest = sorted((Path(folder) / "run" / "checkpoints").glob("step-*"))[-1:]
+        run = Path(name) / "run"
+        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        newest = sorted((run / "checkpoints").glob("step-*"))[-1:]
         size = sum(
             path.stat().st_size for folder in newest for path in folder.rglob("*") if path.is_file()
         )

@@ -1,4 +1,4 @@
-"""Rows for benchmarks, made of the text of the demo's data."""
+"""Rows for the benchmarks, made of the text of the demo's data."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ TEXT = PREPARED / "stdlib-docstrings" / "train.jsonl"
 
 
 def check_prepared() -> None:
-    """End the program with what to do, if the demo has not been run.
+    """Check that `make demo` has prepared the model and the text.
 
     Raises:
-        SystemExit: the model or the text is missing.
+        SystemExit: the model or the text is missing; the message names the remedy.
     """
     if not MODEL.is_dir() or not TEXT.is_file():
         raise SystemExit(f"{MODEL} or {TEXT} is missing. Run `make demo` first.")
 
 
 def words() -> list[str]:
-    """All that is said in the demo's data."""
+    """Words of all messages in the demo's data."""
     rows = map(json.loads, TEXT.read_text(encoding="utf-8").splitlines())
     return " ".join(message["content"] for row in rows for message in row["messages"]).split()
 
 
 def write_long_conversations(file: Path) -> None:
-    """A question and an answer each, which together are longer than any row of the benchmarks."""
+    """Write conversations of one exchange, each longer than any row of the benchmarks."""
     said = words()
     with file.open("w", encoding="utf-8") as out:
         for start in range(0, len(said) - 700, 100):
@@ -42,10 +42,11 @@ def write_long_conversations(file: Path) -> None:
 
 
 def write_conversations(file: Path, num_rows: int, median_words: int, sigma: float) -> None:
-    """Conversations of one to four exchanges.
+    """Write conversations of one to four exchanges.
 
     Args:
-        median_words, sigma: of an answer, log-normal; questions have a third of it.
+        median_words, sigma: parameters of the log-normal length of an answer; a question is a third as
+            long.
     """
     pool = words()
     rng = random.Random(0)

@@ -1,15 +1,15 @@
-"""One GPU: errors, speed and memory, for models of 7B to 65B whose weights are random.
+"""Errors, speed and memory on one GPU, for models of 7B to 65B with random weights.
 
-    python benchmarks/gpu.py                             # under nine minutes on an H100; nothing is downloaded
-    python benchmarks/gpu.py --plan                      # what would run, and how long it may take
-    python benchmarks/gpu.py --parts 7B peers            # only these
-    python benchmarks/gpu.py --device cpu --small        # tiny shapes: tries every path, its figures mean nothing
+    python benchmarks/gpu.py                       # under nine minutes on an H100, no downloads
+    python benchmarks/gpu.py --plan                # the plan and its seconds; runs nothing
+    python benchmarks/gpu.py --parts 7B peers      # only these parts
+    python benchmarks/gpu.py --device cpu --small  # tiny shapes: tries every path, measures nothing
 
-Each part is a list of cases, run by a process of its own. One that fails, does not fit, takes
-longer than its limit or asks for what is not there is recorded as "not measured" with the reason,
-and the rest goes on, in a new process if need be. Results are written after every case. The same
-command again goes on where the one before ended: it runs the cases that have neither a result nor a
-reason, and those that time was too short for. The share of the bound: bound.py.
+Each part is a list of cases and runs in its own process. A case that fails, does not fit, exceeds
+its limit or needs something absent is recorded as "not measured" with the reason. The rest goes on,
+in a new process if necessary. Results are written after every case. The same command again runs the
+cases that have neither a result nor a reason, and those that ran out of time. The share of the
+bound is explained in bound.py.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from benchmarks.gpu_parts.results import Results  # noqa: E402
 from benchmarks.gpu_parts.worker import Workers, work  # noqa: E402
 
 LEAST_SECONDS = 2.0
-"""No case begins with less time left than that."""
+"""No case begins with less time left."""
 
 
 def main() -> None:
@@ -75,7 +75,8 @@ def main() -> None:
         machine = described(workers)
         if options.device == "cuda" and not machine["num_gpus"]:
             sys.exit(
-                "there is no CUDA device here. `--device cpu --small` tries every path on tiny shapes."
+                "there is no CUDA device here. "
+                "`--device cpu --small` tries every path on tiny shapes."
             )
         results.begin(machine, options.small)
         run_all(results, results.left_of(parts, options.again), workers, ends)
@@ -84,12 +85,16 @@ def main() -> None:
 
 
 def default_file(is_small: bool) -> Path:
-    """File for results that no other was named for."""
+    """File of the results if `--out` names none."""
     return ROOT / "benchmarks" / "results" / ("gpu_small.json" if is_small else "gpu.json")
 
 
 def described(workers: Workers) -> dict[str, object]:
-    """The machine, from the first worker; without one there is nothing to measure."""
+    """The machine as the first worker describes it.
+
+    Raises:
+        SystemExit: no worker starts.
+    """
     try:
         return workers.machine()
     except NotMeasured as error:
@@ -101,11 +106,11 @@ def run_all(
 ) -> None:
     """Run cases until the time is up, and keep the result of each.
 
-    A part may take what those behind it do not need: its own seconds at least, and all that those
-    before it saved.
+    A part may use its own planned seconds and all that earlier parts saved, but never the seconds
+    planned for later parts.
 
     Args:
-        ends: when everything must be over, in `time.monotonic()`.
+        ends: `time.monotonic()` at which everything must be over.
     """
     for number, (part, cases) in enumerate(left):
         behind = total_seconds([later for later, _ in left[number + 1 :]])

@@ -1,12 +1,12 @@
-"""The packages that a rented GPU machine lacks, unpacked in one folder and stripped.
+"""Packages that a rented GPU machine lacks, unpacked into one folder and stripped.
 
     python benchmarks/gpu_carry.py               # writes .site; needs pip and a package index
     PYTHONPATH=$PWD/.site python3 benchmarks/gpu.py
 
-For Python 3.12 on x86-64 Linux and CUDA 13.0, whatever Python runs this script. Of bitsandbytes'
-libraries, 125 MB of it, one for CUDA 13.0 and one for the CPU are kept. FlashAttention-2 and
-Unsloth are not carried: the one is a binary of hundreds of megabytes for one version of torch, the
-other wants versions of its own of most of what is there.
+The packages are for Python 3.12 on x86-64 Linux and CUDA 13.0, whatever Python runs this script.
+bitsandbytes ships 125 MB of libraries; one for CUDA 13.0 and one for the CPU are kept.
+FlashAttention-2 and Unsloth are not carried. FlashAttention-2 is a binary of hundreds of megabytes
+for one version of torch; Unsloth pins its own versions of most installed packages.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ PACKAGES = {
     "typeguard": "4.6.1",
     "liger_kernel": "0.8.5",
 }
-"""By the name that is imported. docstring_parser and typeguard are needed by tyro."""
+"""Versions by import name. tyro needs docstring_parser and typeguard."""
 MODULES = [*PACKAGES, "_multiprocess"]
 LIBRARIES = {"libbitsandbytes_cuda130.so", "libbitsandbytes_cpu.so"}
 PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in (17, 24, 27, 28, 34)]
 MOST_BYTES = 64 * 2**20
-"""Limit on everything that is carried, the program's own files included."""
+"""Limit on everything carried, the program's own files included."""
 
 
 def main() -> None:
@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def make(folder: Path) -> None:
-    """Install every package there without what it needs, and take away what no run reads."""
+    """Install every package without its dependencies, and strip the folder."""
     shutil.rmtree(folder, ignore_errors=True)
     command = [
         sys.executable,
@@ -82,7 +82,7 @@ def strip(folder: Path) -> None:
 
 
 def size_of(folder: Path) -> int:
-    """Bytes of all files."""
+    """Bytes of all files in a folder."""
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 

@@ -1,10 +1,11 @@
-"""What a training step keeps from forward to backward: by forms of elementwise work, and by policy of recomputation.
+"""Tensors kept from forward to backward, by form of elementwise work and by recompute policy.
 
     python benchmarks/kept.py                    # two minutes on two cores; downloads nothing
 
-A model of SmolLM2-135M's shape with random weights and LoRA of rank 16, 2 x 512 tokens, bfloat16. First with nothing
-recomputed: each storage that autograd saves is counted once, loss included, parameters and 4-bit weights not. Then one
-decoder layer under each policy of `memory.recompute`, as `auto` counts it in the first step. Writes
+The model has SmolLM2-135M's shape, random weights and LoRA of rank 16; the micro-batch is 2 x 512
+tokens in bfloat16. The first table recomputes nothing and counts each storage that autograd saves
+once, the loss included, parameters and 4-bit weights excluded. The second counts one decoder layer
+under each policy of `memory.recompute`, as `auto` counts it in the first step. Writes
 benchmarks/results/kept_DEVICE.json.
 """
 
@@ -38,7 +39,7 @@ FORMS = {
     "SwiGLU as one function": {"_is_like_rms_norm"},
     "both": set(),
 }
-"""What is left to the model's code, by the name of the function that looks for it."""
+"""Detector functions disabled in each form; a module they would find keeps the model's own code."""
 COMPILED = "`memory.compile: true` instead"
 
 
@@ -82,7 +83,7 @@ def main() -> None:
 
 @contextmanager
 def left_to_the_model(names: set[str]) -> Iterator[None]:
-    """Some modules are not recognized while a model is built."""
+    """Build models whose modules are not recognized by the named detectors."""
     from qlora_dist.model import fused_norm_mlp as elementwise
 
     with ExitStack() as patches:
@@ -92,18 +93,17 @@ def left_to_the_model(names: set[str]) -> Iterator[None]:
 
 
 def saved_bytes(runtime: Any, memory: dict[str, Any]) -> int:
-    """Bytes that autograd holds when the loss is there."""
+    """Bytes that autograd holds when the loss has been computed."""
     storages: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        storages[storage.data_ptr()] = (
-            storage  # alive until counted, so that no address comes twice
-        )
+        # kept alive until counted, so that no address is reused
+        storages[storage.data_ptr()] = storage
         return tensor
 
     model, forward = build_model(runtime, memory)
-    forward()  # compiles, where that is asked for
+    forward()  # compiles under memory.compile, which must not be counted
     own = {
         tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]
     }
@@ -124,7 +124,7 @@ def layer_bytes(runtime: Any) -> dict[str, int]:
 
 
 def build_model(runtime: Any, memory: dict[str, Any]) -> tuple[Any, Callable[[], torch.Tensor]]:
-    """The model that the program makes of these settings, and a function that computes its loss."""
+    """Build the model of these settings; returns it with a function that computes its loss."""
     from benchmarks.gpu_parts.models import build, make_batch, make_config
     from qlora_dist.model.loss import target_loss_sum
 
@@ -147,7 +147,7 @@ def build_model(runtime: Any, memory: dict[str, Any]) -> tuple[Any, Callable[[],
 
 
 def table(result: dict[str, Any]) -> str:
-    """Both parts in Markdown."""
+    """Markdown tables of both parts."""
     plain = result["saved_mib"][PLAIN]
     lines = ["| | MiB | |", "|---|---|---|"]
     for name, value in result["saved_mib"].items():

@@ -1,10 +1,11 @@
-"""What this machine can do at most: multiply, dequantize, attend, move memory, and talk between processes.
+"""Limits of this machine: products, dequantization, attention, copies and links between processes.
 
     python benchmarks/limits.py                  # about a minute
 
-Every other result can be held against these. A rate is the median over repeats of a loop that lasts a tenth of a
-second or more. On a GPU, everything runs there; link rates are those between its processes (`--processes`), gloo on CPU
-and nccl on GPUs. Writes benchmarks/results/limits_DEVICE.json.
+Other results are compared with these. A rate is the median over repeats of a loop of at least a
+tenth of a second. Everything runs on the GPU if there is one. Link rates are measured between
+`--processes` processes, with gloo on CPUs and nccl on GPUs. Writes
+benchmarks/results/limits_DEVICE.json.
 """
 
 from __future__ import annotations
@@ -42,9 +43,8 @@ def main() -> None:
         "--processes", type=int, default=2, help="for the link rates; 1 leaves them out"
     )
     parser.add_argument("--out", type=Path, default=None, help="JSON file to write")
-    parser.add_argument(
-        "--link", type=Path, help=argparse.SUPPRESS
-    )  # one process of the link measurement
+    # file of the result; makes this process one rank of the link measurement
+    parser.add_argument("--link", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.link is not None:
         measure_link(options.link)
@@ -77,11 +77,11 @@ def measure() -> dict[str, Any]:
             str(dtype).removeprefix("torch."): gemm_tflops(size, size, size, dtype, device)
             for dtype in (torch.bfloat16, torch.float32)
         },
-        "thin_gemm_tflops": {  # tokens x 4,096 by 4,096 x rank: what LoRA adds
+        "thin_gemm_tflops": {  # tokens x 4,096 by 4,096 x rank, LoRA's products
             f"rank {rank}": gemm_tflops(tokens, 4096, rank, torch.bfloat16, device)
             for rank in (16, 64)
         },
-        # On a GPU so large that the host, which prepares each call in Python, is not what is measured.
+        # large on a GPU: the host prepares each call in Python and must not be the bottleneck
         "dequantize_gib_per_second": dequantize_gib_per_second(16384 if is_gpu else 4096, device),
         "dequantize_float32_gib_per_second": dequantize_gib_per_second(
             16384 if is_gpu else 4096, device, torch.float32
@@ -97,7 +97,7 @@ def measure() -> dict[str, Any]:
 
 
 def measure_apart(threads: int) -> dict[str, Any]:
-    """The rates of this machine now, in a fresh process of so many threads; without links."""
+    """Rates of this machine now, without links, from a fresh process with `threads` threads."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "limits.json"
         run_apart([__file__, "--processes", "1", "--out", str(out)], threads)
@@ -106,7 +106,7 @@ def measure_apart(threads: int) -> dict[str, Any]:
 
 
 def rate(work: float, run: Callable[[], object], device: torch.device) -> float:
-    """`work` per second, the median of several loops; to four digits."""
+    """`work` per second: median of several loops, rounded to four digits."""
 
     def wait() -> float:
         if device.type == "cuda":
@@ -129,7 +129,7 @@ def rate(work: float, run: Callable[[], object], device: torch.device) -> float:
 def gemm_tflops(
     rows: int, inner: int, columns: int, dtype: torch.dtype, device: torch.device
 ) -> float:
-    """2 * rows * inner * columns FLOPs per product."""
+    """TFLOP/s of a matrix product, 2 * rows * inner * columns operations each."""
     a = torch.randn(rows, inner, device=device).to(dtype)
     b = torch.randn(columns, inner, device=device).to(dtype)
     return rate(2 * rows * inner * columns / 1e12, lambda: functional.linear(a, b), device)
@@ -138,7 +138,10 @@ def gemm_tflops(
 def dequantize_gib_per_second(
     size: int, device: torch.device, dtype: torch.dtype = torch.bfloat16
 ) -> float:
-    """NF4 with double quantization to `dtype`; bytes read and written, per weight 0.516 and those of `dtype`."""
+    """GiB/s of dequantizing NF4 with double quantization to `dtype`.
+
+    Bytes read and written count: 0.516 per weight, and those of `dtype`.
+    """
     import bitsandbytes.functional as bnb
 
     packed, state = bnb.quantize_4bit(
@@ -152,7 +155,10 @@ def dequantize_gib_per_second(
 
 
 def attention_tflops(length: int, device: torch.device) -> float:
-    """Causal SDPA, forward and backward, 8 heads of 64: 7 * heads * length^2 * 64 FLOPs, half of all pairs."""
+    """TFLOP/s of causal SDPA, forward and backward, with 8 heads of width 64.
+
+    Half of all pairs count: 7 * heads * length^2 * 64 operations.
+    """
     q, k, v = (
         torch.randn(1, 8, length, 64, device=device, dtype=torch.bfloat16, requires_grad=True)
         for _ in range(3)
@@ -167,21 +173,21 @@ def attention_tflops(length: int, device: torch.device) -> float:
 
 
 def copy_gib_per_second(num_bytes: int, device: torch.device) -> float:
-    """Bytes read and written by a copy that no cache holds."""
+    """GiB/s read and written by a copy too large for any cache."""
     source = torch.ones(num_bytes, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return rate(2 * num_bytes / 2**30, lambda: target.copy_(source), device)
 
 
 def host_to_device_gib_per_second(device: torch.device) -> float:
-    """From pinned memory."""
+    """GiB/s of a copy from pinned host memory to the GPU."""
     source = torch.ones(2**28, dtype=torch.uint8).pin_memory()
     target = torch.empty_like(source, device=device)
     return rate(2**28 / 2**30, lambda: target.copy_(source, non_blocking=True), device)
 
 
 def run_links(processes: int) -> dict[str, Any]:
-    """Start the processes that measure what goes between them."""
+    """Start processes that measure the rates between them."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "links.json"
         command = [
@@ -202,7 +208,10 @@ def run_links(processes: int) -> dict[str, Any]:
 
 
 def measure_link(out: Path) -> None:
-    """Bytes per second that a rank sends in a gather and in an all-reduce, of N ranks S (N-1)/N and twice that."""
+    """Write the bytes per second that a rank sends in an all-gather and in an all-reduce.
+
+    Of N ranks and S bytes, a gather sends S (N-1)/N and an all-reduce sends twice that.
+    """
     is_gpu = torch.cuda.is_available()
     if is_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

@@ -1,12 +1,14 @@
-"""What loading costs each rank: bytes read, elements quantized, seconds, memory; beside transformers' from_pretrained.
+"""Cost of loading per rank: bytes read, elements quantized, seconds and memory.
 
-    python benchmarks/load.py                    # about five minutes on two cores, 4 GB of disk in runs/
+    python benchmarks/load.py                    # about five minutes on two cores, 4 GB in runs/
 
-Makes a random Llama of 1.1B parameters once (shapes of TinyLlama), stores it in 4 bits with `quantize`, and loads both
-on 1, 2 and 4 processes, each process of each run fresh and with one thread. Writes results/load_DEVICE.json.
+Makes a random Llama of 1.1B parameters once (shapes of TinyLlama) and stores it in 4 bits with
+`quantize`. Loads both on 1, 2 and 4 processes, and with transformers' `from_pretrained` on one.
+Each run has fresh processes of one thread. Writes results/load_DEVICE.json.
 
-Memory is the largest private resident set during loading, above what the interpreter and its libraries held before:
-`RssAnon` and `RssShmem`, sampled every 5 ms, plus the mapped pages of the files that the loader holds open (`RssFile`).
+Memory is the largest private resident set during loading, above that of the interpreter and its
+libraries: `RssAnon` and `RssShmem`, sampled every 5 ms, plus the mapped pages of the files that the
+loader holds open (`RssFile`).
 """
 
 from __future__ import annotations
@@ -44,12 +46,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, default=None, help="JSON file to write")
-    parser.add_argument(
-        "--worker", nargs=2, help=argparse.SUPPRESS
-    )  # MODEL OUT: load in this process
-    parser.add_argument(
-        "--stock", nargs=2, help=argparse.SUPPRESS
-    )  # the same through from_pretrained
+    # MODEL OUT: load in this process, with this program or through from_pretrained
+    parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--stock", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker or options.stock:
         model, out = map(Path, options.worker or options.stock)
@@ -86,7 +85,7 @@ def main() -> None:
 
 
 def make_model(folder: Path) -> Path:
-    """A random bfloat16 Llama in several files, written layer by layer; kept for the next time."""
+    """Make a random bfloat16 Llama in several files, layer by layer; keep it for later runs."""
     import torch
     from safetensors.torch import save_file
     from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
@@ -124,7 +123,7 @@ def make_model(folder: Path) -> Path:
 
 
 def quantize(model: Path, out: Path) -> float | None:
-    """Seconds of `qlora-dist quantize`; None when its result is there from before."""
+    """Seconds of `qlora-dist quantize`; None if its result exists already."""
     if out.is_dir():
         return None
     started = time.perf_counter()
@@ -148,7 +147,10 @@ def run_ranks(folder: Path, world_size: int) -> list[dict[str, float]]:
 
 
 def run_stock(folder: Path) -> dict[str, float]:
-    """Load through transformers in one fresh process: every rank of a distributed run would do the same."""
+    """Load through transformers in one fresh process.
+
+    Every rank of a distributed run would repeat this load.
+    """
     with tempfile.TemporaryDirectory() as out:
         run_apart([__file__, "--stock", str(folder), out], threads=1)
         return json.loads((Path(out) / "0.json").read_text())
@@ -181,7 +183,11 @@ def measure(load: Any, folder: Path, out: Path) -> None:
 
 
 def load_ours(folder: Path) -> Any:
-    """Everything up to where reading starts; what is returned does the reading."""
+    """Prepare a load with this program.
+
+    Returns:
+        a function that reads the weights.
+    """
     from qlora_dist.commands.startup import quiet_third_parties
 
     quiet_third_parties()
@@ -217,7 +223,11 @@ def load_ours(folder: Path) -> Any:
 
 
 def load_stock(folder: Path) -> Any:
-    """transformers' own way, on the same device."""
+    """Prepare a load with transformers on the same device.
+
+    Returns:
+        a function that reads the weights.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -234,7 +244,7 @@ def load_stock(folder: Path) -> Any:
     )
 
     def load() -> dict[str, float]:
-        # Given as None it would hide what the folder's own config.json says.
+        # passing None would override the quantization_config of the folder's config.json
         quantization = {} if config is None else {"quantization_config": config}
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **quantization)
         shard = sum(param.nbytes for param in model.parameters())
@@ -261,7 +271,7 @@ def resident_bytes() -> int:
 
 
 def check_targets(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """The figures that loading was built for."""
+    """Measured figures beside the targets of the loader."""
     by = {(run["loader"], run["source"], len(run["ranks"])): run["ranks"] for run in runs}
     one, two = by["qlora_dist", "16-bit", 1][0], by["qlora_dist", "16-bit", 2]
     stored = by["qlora_dist", "4-bit", 1][0]
@@ -284,13 +294,14 @@ def check_targets(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def line(run: dict[str, Any]) -> str:
-    """A run in one line."""
+    """One line of text about a run."""
     ranks = run["ranks"]
+    peak = max(r["peak_mib_above_baseline"] for r in ranks)
     return (
         f"{run['loader']:<16} {run['source']:<7} N={len(ranks)}  "
         f"{max(r['bytes_read'] for r in ranks) / MIB:8,.0f} MiB read, "
         f"{max(r['elements_quantized'] for r in ranks) / 1e6:7,.0f} M quantized, "
-        f"{max(r['seconds'] for r in ranks):6.1f} s, peak +{max(r['peak_mib_above_baseline'] for r in ranks):,.0f} MiB "
+        f"{max(r['seconds'] for r in ranks):6.1f} s, peak +{peak:,.0f} MiB "
         f"(shard {max(r['shard_mib'] for r in ranks):,.0f})"
     )
 

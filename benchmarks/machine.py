@@ -1,4 +1,4 @@
-"""The machine of a result: hardware and versions, the same fields in every JSON."""
+"""Description of the machine in every result: hardware and versions, in the same fields."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import torch
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
 CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "asimd", "bf16", "sve")
-"""Of all that a CPU says it has (x86, ARM), those that decide how quickly it multiplies, and what."""
+"""CPU flags (x86, ARM) that decide the speed of products and the types they support."""
 ISA_LIMITS = (
     "ATEN_CPU_CAPABILITY",
     "ONEDNN_MAX_CPU_ISA",
     "DNNL_MAX_CPU_ISA",
     "MKL_ENABLE_INSTRUCTIONS",
 )
-"""Variables with which PyTorch and its libraries use less than the CPU has."""
+"""Variables that make PyTorch and its libraries use fewer instructions than the CPU has."""
 
 
 def describe_machine() -> dict[str, Any]:
@@ -37,7 +37,10 @@ def describe_machine() -> dict[str, Any]:
 
 
 def kind_of(machine: Mapping[str, Any], dtype: str) -> str:
-    """All that two results must have in common to be compared: the GPU, or what the CPU can do, and the type."""
+    """Name of a kind of machine and compute type; only results of equal kind are comparable.
+
+    The kind is the GPU's name, or the CPU's relevant features and limits.
+    """
     if machine["num_gpus"]:
         return f"{machine['device']} in {dtype}"
     if "cpu_features" not in machine:
@@ -58,7 +61,7 @@ def _cpu_flags() -> list[str]:
 
 
 def _cpu_fact(key: str) -> str | None:
-    """Of the first CPU in /proc/cpuinfo; None where there is no such line."""
+    """Value of a key for the first CPU in /proc/cpuinfo; None without such a line."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             return next(
