@@ -45,8 +45,8 @@ def write_conversations(file: Path, num_rows: int, median_words: int, sigma: flo
     """Write conversations of one to four exchanges.
 
     Args:
-        median_words, sigma: parameters of the log-normal length of an answer; a question is a third as
-            long.
+        median_words: median length of an answer; a question is a third as long.
+        sigma: standard deviation of the logarithm of both lengths.
     """
     pool = words()
     rng = random.Random(0)

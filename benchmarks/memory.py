@@ -1,14 +1,16 @@
-"""What a training step takes of each rank's memory, for 7B to 70B shapes on 1 to 16 ranks, without so many GPUs.
+"""Memory of a training step per rank, for 7B to 70B shapes on 1 to 16 ranks, without those GPUs.
 
     python benchmarks/memory.py                  # about fifteen minutes on two cores
 
-One process plays rank 0 of N: a pretended process group answers its collectives, FSDP2 cuts the model for N ranks, and
-two whole training steps run on tensors that have a shape and no contents. Every storage is counted from where it is
-made to where it goes, so the peak is that of this program's own code: shards, gathered layers, activations, logits,
-gradients and optimizer state. What an allocator adds to it (rounding, fragments) and the CUDA context are not in it.
+One process plays rank 0 of N. A pretended process group answers its collectives, FSDP2 cuts the
+model for N ranks, and two whole training steps run on tensors that have a shape and no contents.
+Every storage is counted from its creation to its release, so the peak is that of this program's own
+code: shards, gathered layers, activations, logits, gradients and optimizer state. The allocator's
+overhead (rounding, fragments) and the CUDA context are not counted.
 
-Before that, the same count is taken of a small model with real tensors, which must agree; on a GPU the allocator's own
-peak is recorded beside it. Writes results/memory.json, and a plot of the peak by row length beside it.
+Before that, a small model is counted with real tensors and from shapes; the two counts must agree.
+On a GPU the allocator's own peak is recorded as well. Writes results/memory.json and a plot of the
+peak by row length.
 """
 
 from __future__ import annotations
@@ -42,16 +44,16 @@ from benchmarks.machine import describe_machine  # noqa: E402
 WORLD_SIZES = (1, 2, 4, 8, 16)
 SEQ_LEN = 2048
 SEQ_LENS = (512, 1024, 2048, 4096, 8192, 16384)
-RECOMPUTE = ("full", "none")  # what is recomputed selectively needs tensors with contents
+RECOMPUTE = ("full", "none")  # selective recomputation needs tensors with contents
 BY_LENGTH = (("7B", 1), ("65B", 2))
-"""Shapes and numbers of ranks for which the length of the row is varied."""
+"""Shapes and numbers of ranks whose row length is varied."""
 RANK = 16
 GIB = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """A decoder's dimensions."""
+    """Dimensions of a decoder."""
 
     hidden: int
     intermediate: int
@@ -61,7 +63,7 @@ class Shape:
     vocab: int = 32000
 
 
-# LLaMA (arXiv:2302.13971, table 2), Code Llama 34B and Llama 2 70B (arXiv:2307.09288, their config.json)
+# LLaMA (arXiv:2302.13971, table 2); Code Llama 34B and Llama 2 70B (arXiv:2307.09288, config.json)
 SHAPES = {
     "7B": Shape(4096, 11008, 32, 32, 32),
     "13B": Shape(5120, 13824, 40, 40, 40),
@@ -77,13 +79,13 @@ class Part:
     """Bytes of a part of the step."""
 
     before: int = 0
-    """Held when it begins."""
+    """Held when the part begins."""
     beyond: int = 0
-    """The most that it takes on top of that."""
+    """Peak of the part above `before`."""
 
 
 class StorageCounter(TorchDispatchMode):
-    """Bytes of all storages that operations return while the mode is on, until each is freed or emptied."""
+    """Bytes of all storages that operations return in this mode, until each is freed or emptied."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -93,9 +95,8 @@ class StorageCounter(TorchDispatchMode):
     def __enter__(self) -> StorageCounter:
         self._resize = resize = torch.UntypedStorage.resize_
 
-        def counted(
-            storage: torch.UntypedStorage, size: int
-        ) -> Any:  # how FSDP2 frees what it gathered
+        # FSDP2 frees gathered parameters by resizing their storage to zero
+        def counted(storage: torch.UntypedStorage, size: int) -> Any:
             result = resize(storage, size)
             if storage._cdata in self._sizes:
                 self._set(storage._cdata, size)
@@ -112,7 +113,7 @@ class StorageCounter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
-            if isinstance(leaf, DTensor):  # its own storage is that of the whole, and is not there
+            if isinstance(leaf, DTensor):  # a DTensor's own storage has the whole size and no bytes
                 leaf = leaf.to_local()
             if isinstance(leaf, torch.Tensor) and not leaf.is_meta:
                 self._add(leaf.untyped_storage())
@@ -144,18 +145,45 @@ class StorageCounter(TorchDispatchMode):
         del self._sizes[key]
 
 
-def measure(
-    shape: Shape, world_size: int, seq_len: int, recompute: str, is_real: bool
-) -> dict[str, float]:
-    """Two training steps of rank 0 among `world_size`, in this process; GiB.
-
-    Args:
-        is_real: compute on real tensors instead of on shapes; their values are whatever the memory held.
-    """
+@contextmanager
+def counted_step(counter: StorageCounter, of_loss: Part, is_real: bool) -> Iterator[None]:
+    """Count all storages, and the loss by itself; compute on shapes unless `is_real`."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     from qlora_dist.model.logits import LogitsTransform
-    from qlora_dist.model.loss import _HeadLoss, target_loss_sum
+    from qlora_dist.model.loss import _HeadLoss
+
+    head_loss = _HeadLoss.__call__
+
+    def counted_loss(loss: _HeadLoss, hidden: torch.Tensor) -> torch.Tensor:
+        with counter.counting(of_loss):
+            return head_loss(loss, hidden)
+
+    logits, loss_module = LogitsTransform(), "qlora_dist.model.loss"
+    with (
+        # Tensors without contents cannot answer: the row has one sample, the gradient is finite.
+        mock.patch("transformers.masking_utils.find_packed_sequence_indices", return_value=None),
+        mock.patch.object(torch.Tensor, "isfinite", return_value=True),
+        mock.patch(f"{loss_module}.logits_transform", return_value=logits),
+        # The figures are a GPU's; a CPU makes fewer logits at a time.
+        mock.patch(f"{loss_module}.is_on_cpu", return_value=False),
+        mock.patch.object(_HeadLoss, "__call__", counted_loss),
+        nullcontext() if is_real else FakeTensorMode(allow_non_fake_inputs=True),
+        counter,
+    ):
+        yield
+
+
+def measure(
+    shape: Shape, world_size: int, seq_len: int, recompute: str, is_real: bool
+) -> dict[str, float]:
+    """GiB of two training steps of rank 0 among `world_size`, in this process.
+
+    Args:
+        is_real: compute on real tensors, whose values are whatever the memory held, instead of on
+            shapes.
+    """
+    from qlora_dist.model.loss import target_loss_sum
     from qlora_dist.model.parts import ModelParts
     from qlora_dist.parallel.choice import make_backend
     from qlora_dist.runtime.shards import local_bytes
@@ -163,40 +191,15 @@ def measure(
 
     model, runtime = describe(shape, world_size, seq_len, recompute)
     device = runtime.device
-    # Tensors without contents cannot answer: there is one sample in the row, and the gradient is finite.
-    one_sample = mock.patch(
-        "transformers.masking_utils.find_packed_sequence_indices", return_value=None
-    )
-    is_finite = mock.patch.object(torch.Tensor, "isfinite", return_value=True)
-    plain_logits = mock.patch(
-        "qlora_dist.model.loss.logits_transform", return_value=LogitsTransform()
-    )
-    # Counted is what a GPU takes, and a CPU makes fewer logits at a time.
-    whole_chunks = mock.patch("qlora_dist.model.loss.is_on_cpu", return_value=False)
-    pretended = nullcontext() if is_real else FakeTensorMode(allow_non_fake_inputs=True)
-    head_loss, of_loss = _HeadLoss.__call__, Part()
-
-    def counted_loss(loss: _HeadLoss, hidden: torch.Tensor) -> torch.Tensor:
-        with counter.counting(of_loss):
-            return head_loss(loss, hidden)
-
-    watched_loss = mock.patch.object(_HeadLoss, "__call__", counted_loss)
-    with (
-        one_sample,
-        is_finite,
-        plain_logits,
-        whole_chunks,
-        watched_loss,
-        pretended,
-        StorageCounter() as counter,
-    ):
+    counter, of_loss = StorageCounter(), Part()
+    with counted_step(counter, of_loss, is_real):
         materialize(model, device, device)
         held = counter.now
         engine = make_backend("fsdp", TrainConfig(), runtime).engine(ModelParts(model.train()))
         for _ in range(2):
             ids = torch.zeros(1, seq_len, dtype=torch.int64, device=device)
             positions = torch.arange(seq_len, device=device).unsqueeze(0)
-            with runtime.autocast():  # every token is a target: the most that the head can take
+            with runtime.autocast():  # every token is a target, the head's largest case
                 loss = target_loss_sum(
                     model, ids, torch.ones_like(ids), ids, positions, num_targets=seq_len - 1
                 )
@@ -217,7 +220,7 @@ def measure(
 
 
 def describe(shape: Shape, world_size: int, seq_len: int, recompute: str) -> tuple[Any, Any]:
-    """The model as rank 0 of `world_size` describes it, on meta and in shards; and that rank's runtime."""
+    """Model and runtime of rank 0 of `world_size`; the model is on meta, cut into shards."""
     from qlora_dist.commands.startup import quiet_third_parties
 
     quiet_third_parties()
@@ -247,14 +250,15 @@ def describe(shape: Shape, world_size: int, seq_len: int, recompute: str) -> tup
     apply_recompute(parts.layers, MemoryConfig(recompute=recompute))  # type: ignore[arg-type]
     make_backend("fsdp", TrainConfig(), runtime).cut(parts)
     device = runtime.device
-    dynamic_code(device), four_bit_code("nf4", device)  # made once per process, from their values
+    # cached once per process; they need values, so they are made before tensors lose them
+    dynamic_code(device), four_bit_code("nf4", device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     return model, runtime
 
 
 def write_model_config(shape: Shape, folder: Path, seq_len: int) -> None:
-    """The config.json of a Llama of that shape."""
+    """Write the config.json of a Llama of this shape."""
     from transformers import LlamaConfig
 
     LlamaConfig(
@@ -275,9 +279,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "memory.json")
-    parser.add_argument(
-        "--worker", help=argparse.SUPPRESS
-    )  # arguments of `measure` as JSON, result on stdout
+    # arguments of `measure` as JSON; the result goes to stdout
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
         arguments = json.loads(options.worker)
@@ -309,27 +312,25 @@ def main() -> None:
 
 
 def check_against_real_tensors() -> dict[str, dict[str, float]]:
-    """Count a small model both ways.
+    """Count a small model with real tensors and from shapes.
 
     Raises:
-        SystemExit: the two differ.
+        SystemExit: the two peaks differ by more than 2 %.
     """
     check = {
         kind: in_process(SMALL, 2, 512, "full", is_real=kind == "real tensors")
         for kind in ("real tensors", "shapes")
     }
     real, pretended = check["real tensors"]["peak_gib"], check["shapes"]["peak_gib"]
-    print(
-        f"check on a small model: peak {real:.4f} GiB with real tensors, {pretended:.4f} from shapes",
-        flush=True,
-    )
+    peaks = f"peak {real:.4f} GiB with real tensors, {pretended:.4f} from shapes"
+    print(f"check on a small model: {peaks}", flush=True)
     if abs(real - pretended) > 0.02 * real:
         sys.exit("the two differ by more than 2 %: the figures from shapes would mean nothing")
     return check
 
 
 def run_all(cases: list[tuple[str, int, int, str]]) -> list[dict[str, Any]]:
-    """A row for each shape, number of ranks, row length and `memory.recompute`."""
+    """Measure all cases of shape, number of ranks, row length and `memory.recompute`; a row each."""
     rows = []
     for name, world_size, seq_len, recompute in cases:
         row = in_process(SHAPES[name], world_size, seq_len, recompute, is_real=False)
@@ -353,7 +354,7 @@ def run_all(cases: list[tuple[str, int, int, str]]) -> list[dict[str, Any]]:
 def in_process(
     shape: Shape, world_size: int, seq_len: int, recompute: str, is_real: bool
 ) -> dict[str, float]:
-    """`measure` in a process of its own."""
+    """Run `measure` in a process of its own."""
     arguments = {
         "shape": vars(shape),
         "world_size": world_size,
@@ -366,7 +367,7 @@ def in_process(
 
 
 def table(runs: list[dict[str, Any]]) -> str:
-    """Peak GiB by shape and world size, in Markdown."""
+    """Markdown table of the peak in GiB, by shape and world size."""
     lines = [
         "| | " + " | ".join(f"N = {n}" for n in WORLD_SIZES) + " |",
         "|---" * (len(WORLD_SIZES) + 1) + "|",
@@ -380,7 +381,10 @@ def table(runs: list[dict[str, Any]]) -> str:
 
 
 def table_by_length(rows: list[dict[str, Any]]) -> str:
-    """Peak GiB by row length, and in brackets what the loss takes beyond what is held when it begins, in Markdown."""
+    """Markdown table of the peak in GiB by row length.
+
+    In brackets: the peak of the loss beyond the memory held when it begins.
+    """
     lines = [
         "| | memory.recompute | " + " | ".join(f"{n:,}" for n in SEQ_LENS) + " |",
         "|---" * (len(SEQ_LENS) + 2) + "|",
@@ -394,12 +398,12 @@ def table_by_length(rows: list[dict[str, Any]]) -> str:
 
 
 def chosen(rows: list[dict[str, Any]], name: str, recompute: str) -> list[dict[str, Any]]:
-    """The rows of one curve, by length."""
+    """Rows of one curve, by length."""
     return [row for row in rows if (row["shape"], row["recompute"]) == (name, recompute)]
 
 
 def plot(rows: list[dict[str, Any]], file: Path) -> None:
-    """Peak by row length, a panel for each shape, with the memory of common GPUs for comparison."""
+    """Plot the peak by row length, a panel per shape, with the memory of common GPUs as lines."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,11 +1,12 @@
-"""What packing saves on conversations of realistic length, and how fast rows become tokens.
+"""Gain of packing on conversations of realistic length, and speed of tokenizing.
 
-    python benchmarks/packing.py                 # needs what `make demo` prepared, and trl; ten minutes on two cores
+    python benchmarks/packing.py       # after `make demo`, with trl; ten minutes on two cores
 
-Three parts, on one file of 20,000 conversations made here (one to four exchanges, log-normal lengths, the text out of
-the demo's data): how full packed rows are; target tokens per second of training, padded and packed, in the order
-A B C C B A, each run in a fresh process through the command line; rows per second from the file to token ids and loss
-mask, against TRL's SFTTrainer. Writes benchmarks/results/packing_DEVICE.json.
+Makes one file of 20,000 conversations (one to four exchanges, log-normal lengths, the text of the
+demo's data) and measures three things. Fill: the share of a packed row that is tokens. Training:
+target tokens per second, padded and packed, in the order A B C C B A, each run in a fresh process
+through the command line. Tokenizing: rows per second from the file to token ids and loss masks,
+beside TRL's SFTTrainer. Writes benchmarks/results/packing_DEVICE.json.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ from benchmarks.machine import describe_machine  # noqa: E402
 
 NUM_ROWS = 20_000
 MEDIAN_WORDS, SIGMA = 36, 0.9
-"""Of an answer, log-normal: with the questions, a median of about 190 tokens a conversation and a long tail."""
+"""Log-normal length of an answer. With the questions, the median conversation has about 190
+tokens."""
 ROW_LENGTHS = (512, 1024, 2048, 4096)
 NUM_WARMUP = 2
 THREADS = 2
@@ -41,9 +43,9 @@ TRAINING = {
     "packed": {"packing": True, "group_by_length": False},
 }
 MICRO_BATCH_SIZE = {"padded": 6, "padded, grouped by length": 6, "packed": 3}
-"""About the same useful tokens in each micro-batch."""
+"""Rows of a micro-batch, chosen so that all settings have about equal useful tokens."""
 TOKENIZING = {"qlora_dist": 0, "TRL": 1, "TRL, two processes": 2}
-"""Processes that TRL is told to tokenize with."""
+"""Processes that TRL tokenizes with."""
 
 
 def main() -> None:
@@ -52,9 +54,8 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, default=8, help="optimizer steps of each training run")
     parser.add_argument("--out", type=Path, default=None, help="JSON file to write")
-    parser.add_argument(
-        "--tokenize", choices=TOKENIZING, help=argparse.SUPPRESS
-    )  # one contender, in this process
+    # one contender, in this process
+    parser.add_argument("--tokenize", choices=TOKENIZING, help=argparse.SUPPRESS)
     parser.add_argument("--rows", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     check_prepared()
@@ -95,7 +96,7 @@ def main() -> None:
 
 
 def fill(rows: Path, max_seq_len: int) -> dict[str, float]:
-    """How full packed rows are, and what padding to the longest of six random rows would leave of them."""
+    """Fill of packed rows, and of rows padded to the longest of six random ones."""
     import numpy as np
     import torch
     from transformers import AutoTokenizer
@@ -141,7 +142,7 @@ def measure_training(rows: Path, folder: Path, steps: int) -> dict[str, Any]:
 
 
 def train(name: str, rows: Path, folder: Path, steps: int) -> dict[str, float]:
-    """One run of `qlora-dist train` in a fresh process."""
+    """Run `qlora-dist train` once in a fresh process."""
     config = {
         "output_dir": str(folder),
         "model": {"path": str(MODEL)},
@@ -172,7 +173,11 @@ def train(name: str, rows: Path, folder: Path, steps: int) -> dict[str, float]:
 
 
 def measure_tokenizing(rows: Path, folder: Path) -> dict[str, Any]:
-    """Rows per second of each contender, the median of three fresh processes; they must agree on the targets."""
+    """Rows per second of each contender, the median of three fresh processes.
+
+    Raises:
+        SystemExit: the contenders find different numbers of target tokens.
+    """
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in TOKENIZING}
     for name in [*TOKENIZING, *reversed(TOKENIZING), *TOKENIZING]:
         print(f"tokenizing, {name} ...", flush=True)
@@ -198,7 +203,7 @@ def measure_tokenizing(rows: Path, folder: Path) -> dict[str, Any]:
 
 
 def tokenize(contender: str, rows: Path) -> dict[str, float]:
-    """From the file to token ids and loss mask, with nothing cached; imports and the tokenizer's loading left out."""
+    """Tokenize the file once, uncached; imports and the tokenizer's loading do not count."""
     return (
         tokenize_here(rows)
         if contender == "qlora_dist"
@@ -207,7 +212,7 @@ def tokenize(contender: str, rows: Path) -> dict[str, float]:
 
 
 def tokenize_here(rows: Path) -> dict[str, float]:
-    """This program's way: what `train` does before it loads the model."""
+    """Tokenize with this program, as `train` does before it loads the model."""
     from transformers import AutoTokenizer
 
     from qlora_dist.config.schema import DataConfig
@@ -223,19 +228,19 @@ def tokenize_here(rows: Path) -> dict[str, float]:
 
 
 def tokenize_trl(rows: Path, num_processes: int) -> dict[str, float]:
-    """What SFTTrainer's constructor does to its data, the loss on the assistant's tokens."""
+    """Tokenize with the constructor of SFTTrainer, with the loss on the assistant's tokens."""
     from datasets import load_dataset
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
     from trl import SFTConfig, SFTTrainer
 
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    answer = (
-        "message['content'] + '<|im_end|>'"  # TRL wants the assistant's part of the template marked
-    )
+    answer = "message['content'] + '<|im_end|>'"
     whole = "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
+    # TRL finds the assistant's tokens by `generation` marks, which this template lacks
     marked = (
         "{% if message['role'] == 'assistant' %}{{ '<|im_start|>assistant\n' }}"
-        f"{{% generation %}}{{{{ {answer} }}}}{{% endgeneration %}}{{{{ '\n' }}}}{{% else %}}{whole}{{% endif %}}"
+        f"{{% generation %}}{{{{ {answer} }}}}{{% endgeneration %}}{{{{ '\n' }}}}"
+        f"{{% else %}}{whole}{{% endif %}}"
     )
     assert tokenizer.chat_template.count(whole) == 1
     tokenizer.chat_template = tokenizer.chat_template.replace(whole, marked)
@@ -267,7 +272,7 @@ def tokenize_trl(rows: Path, num_processes: int) -> dict[str, float]:
             )
             return time.perf_counter() - started, trainer
 
-        build("train[:64]")  # what is done once
+        build("train[:64]")  # warm-up
         fixed, _ = build("train[:16]")
         seconds, trainer = build("train")
         num_targets = 0
@@ -282,14 +287,14 @@ def tokenize_trl(rows: Path, num_processes: int) -> dict[str, float]:
 
 
 def tables(result: dict[str, Any]) -> str:
-    """The result as Markdown."""
+    """Markdown tables of the result."""
     lines = [
         "| row length | tokens of a conversation, median, mean | packed | padded |",
         "|---|---|---|---|",
     ]
     lines += [
-        f"| {row['max_seq_len']:,} | {row['median_tokens']:.0f}, {row['mean_tokens']:.0f} | {row['packed']:.1%} | "
-        f"{row['padded']:.1%} |"
+        f"| {row['max_seq_len']:,} | {row['median_tokens']:.0f}, {row['mean_tokens']:.0f} | "
+        f"{row['packed']:.1%} | {row['padded']:.1%} |"
         for row in result["fill"]
     ]
     lines += [
@@ -300,8 +305,8 @@ def tables(result: dict[str, Any]) -> str:
     for name, row in result["training"].items():
         each = ", ".join(f"{rate:g}" for rate in row["of_each_run"])
         lines.append(
-            f"| {name} | {row['target_tokens_per_second']:.1f} | {each} | {row['times_padded']:g} | "
-            f"{row['data_wait_share']:.2%} |"
+            f"| {name} | {row['target_tokens_per_second']:.1f} | {each} | "
+            f"{row['times_padded']:g} | {row['data_wait_share']:.2%} |"
         )
     lines += ["", "| tokenizing | rows/s | each run | x TRL |", "|---|---|---|---|"]
     for name, row in result["tokenizing"].items():

@@ -1,19 +1,21 @@
-"""What recomputation costs and frees, and what `memory.recompute: auto` makes of three budgets.
+"""Cost and savings of recomputation, and the choices of `memory.recompute: auto` in three budgets.
 
-    python benchmarks/recompute.py    # needs what `make demo` prepared; three quarters of an hour on two cores
+    python benchmarks/recompute.py      # after `make demo`; three quarters of an hour on two cores
 
-SmolLM2-135M with LoRA of rank 16 on 2 x 512 tokens a step, every run in a fresh process. First the fixed settings,
-forwards through the list and then backwards, as often as `--rounds` says, and `none` again after every second one: what
-is compared is the rate of each over that of the runs of `none` next to it, since the speed of a machine drifts. The
-peaks of `none` and `full` say what the budgets can be; a budget is what a rank may take for everything.
+SmolLM2-135M with LoRA of rank 16 trains on 2 x 512 tokens a step, every run in a fresh process. The
+fixed settings run first, forwards through the list and then backwards, `--rounds` times, and `none`
+runs again after every second one. A setting's result is its rate over that of the nearest runs of
+`none`, because the machine's speed drifts. The peaks of `none` and `full` bound the budgets; a
+budget covers all memory of a rank.
 
-Then `auto` under each budget against the best of the fixed settings that fit, in pairs of runs, either of the two first
-by turns. Runs of one and the same setting differ by several per cent from process to process, so it takes many pairs;
-what counts is the mean of their ratios, given with its standard error. The best is picked before the pairs, by other
-runs, as the best of several noisy figures comes out too high.
+`auto` then runs under each budget in pairs with the best fixed setting that fits; the two take
+turns to go first. Runs of an identical setting differ by several per cent from process to process,
+so many pairs are needed, and the result is the mean of their ratios with its standard error. The
+best setting is picked beforehand from other runs: the maximum of noisy figures is biased upward.
 
-Rates and peaks leave out the first steps, in which `auto` corrects itself; its peak in those is given apart. All losses
-must be the same to the bit. Writes benchmarks/results/recompute_DEVICE.json.
+Rates and peaks leave out the first steps, in which `auto` corrects itself; its peak in those steps
+is reported separately. All losses must agree bit for bit. Writes
+benchmarks/results/recompute_DEVICE.json.
 """
 
 from __future__ import annotations
@@ -38,13 +40,14 @@ from benchmarks.conversations import MODEL, check_prepared, write_long_conversat
 from benchmarks.machine import describe_machine  # noqa: E402
 
 NUM_WARMUP = 8
-"""Steps that do not count. `auto` looks at steps 1, 2, 4 and 8; what it chooses changes after the first three of these,
-or later if it takes too much."""
+"""Steps that do not count. `auto` revises its choice after steps 1, 2 and 4, and after step 8 or
+later only if it exceeds its budget.
+"""
 SEQ_LEN, ROWS, THREADS = 512, 2, 2
 FIXED = ("none", 10, 20, "selective", "full")
 BASE = "none"
 BUDGETS = {"tight": 0.3, "middle": 0.6, "ample": 1.6}
-"""Where each budget lies between the peaks of `full` (0) and `none` (1)."""
+"""Position of each budget between the peaks of `full` (0) and `none` (1)."""
 GIB = 2**30
 
 
@@ -108,7 +111,11 @@ def main() -> None:
 
 
 def compare_fixed(folder: Path, steps: int, rounds: int) -> dict[str, dict[str, Any]]:
-    """Run all fixed settings, forwards and backwards, `rounds` times; rate, peak and losses of each."""
+    """Run all fixed settings forwards and backwards, `rounds` times.
+
+    Returns:
+        rate, peak and losses of each setting.
+    """
     settings = {str(value): {"recompute": value} for value in FIXED}
     in_order: list[tuple[str, dict[str, Any]]] = []
     order = in_turns(list(settings), BASE)
@@ -135,7 +142,7 @@ def compare_auto(
     steps: int,
     pairs: int,
 ) -> dict[str, dict[str, Any]]:
-    """Under each budget, `auto` and the best fixed setting that fits, in pairs of runs; the budgets take turns too."""
+    """Run `auto` and the best fixed setting that fits in pairs, under each budget in turn."""
     best = {kind: best_that_fits(fixed, budget) for kind, budget in budgets.items()}
     found: dict[str, dict[str, list[dict[str, Any]]]] = {
         kind: {"auto": [], "best": []} for kind in budgets
@@ -170,13 +177,13 @@ def compare_auto(
 
 
 def best_that_fits(fixed: dict[str, dict[str, Any]], budget: float) -> str:
-    """Name of the quickest of the fixed settings whose peak is within the budget, in GiB."""
+    """Name of the fastest fixed setting whose peak is within the budget, in GiB."""
     fitting = [name for name, row in fixed.items() if row["peak_gib"] <= budget]
     return max(fitting, key=lambda name: float(fixed[name]["times_none"]))
 
 
 def run(memory: dict[str, Any], folder: Path, steps: int) -> dict[str, Any]:
-    """One setting in a fresh process."""
+    """Measure one setting in a fresh process."""
     out = folder / "measured.json"
     command = [
         __file__,
@@ -194,7 +201,7 @@ def run(memory: dict[str, Any], folder: Path, steps: int) -> dict[str, Any]:
 
 
 def measure(memory: dict[str, Any], rows: Path, steps: int) -> dict[str, Any]:
-    """Train in this process: seconds, peak and recomputation of each step, and the losses."""
+    """Train in this process; seconds, peak and recomputation of each step, and the losses."""
     from qlora_dist import train as train_module
     from qlora_dist.commands.startup import quiet_third_parties
     from qlora_dist.config.load import load_config
@@ -248,7 +255,7 @@ def measure(memory: dict[str, Any], rows: Path, steps: int) -> dict[str, Any]:
 
 
 def forget_peak(device: torch.device) -> None:
-    """Look for the peak from here on. Nothing is given back to the operating system, which would cost time."""
+    """Reset the peak. Memory is not returned to the operating system, which would cost time."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
@@ -256,8 +263,11 @@ def forget_peak(device: torch.device) -> None:
 
 
 def summarize(repeats: list[dict[str, Any]]) -> dict[str, Any]:
-    """Median rate and largest peak after the first steps, the largest peak in them, what was recomputed at the end in
-    one run or another, and each course of the losses that there was."""
+    """Summary of the runs of one setting.
+
+    Holds the median rate and the largest peak of the counted steps, the largest peak of the first
+    steps, the numbers of recomputed layers at the end, and each distinct sequence of losses.
+    """
     counted = [run["steps"][NUM_WARMUP:] for run in repeats]
     rates = [counted_rates(run) for run in repeats]
     last = [steps[-1] for steps in counted]
@@ -275,12 +285,12 @@ def summarize(repeats: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def counted_rates(run: dict[str, Any]) -> list[float]:
-    """Tokens per second of the steps that count."""
+    """Tokens per second of the counted steps."""
     return [ROWS * SEQ_LEN / step["seconds"] for step in run["steps"][NUM_WARMUP:]]
 
 
 def check_losses(rows: list[dict[str, Any]], tolerance: float) -> None:
-    """End the program when what was recomputed can be seen in the losses.
+    """Check that losses do not depend on recomputation.
 
     Args:
         tolerance: relative; on a GPU the backward of attention adds in any order.
@@ -295,7 +305,7 @@ def check_losses(rows: list[dict[str, Any]], tolerance: float) -> None:
 
 
 def recomputed(row: dict[str, Any]) -> str:
-    """How many layers were recomputed in part and in full; the least and the most of them where runs differ."""
+    """Numbers of layers recomputed in part and in full, as a range where runs differ."""
     return ", ".join(
         "-".join(map(str, sorted({each[0], each[-1]})))
         for each in (row["num_selective"], row["num_full"])
@@ -303,23 +313,23 @@ def recomputed(row: dict[str, Any]) -> str:
 
 
 def table(result: dict[str, Any]) -> str:
-    """The result as Markdown: the fixed settings, and `auto` under each budget beside the best of those that fit."""
+    """Markdown tables: the fixed settings, and `auto` beside the best setting in each budget."""
     lines = [
         "| setting | partly, fully | tokens/s | x none | each run | peak, GiB |",
         "|---" * 6 + "|",
     ]
     for name, row in result["fixed"].items():
-        each = (
-            [] if name == BASE else row["times_none_of_each_run"]
-        )  # that one ran between all others
+        # the base ran between all others, too often to list
+        each = [] if name == BASE else row["times_none_of_each_run"]
         lines.append(
             f"| {name} | {recomputed(row)} | {row['tokens_per_second']:g} | "
-            f"{row['times_none']:.2f} | {', '.join(map('{:.2f}'.format, each))} | {row['peak_gib']:.2f} |"
+            f"{row['times_none']:.2f} | {', '.join(map('{:.2f}'.format, each))} | "
+            f"{row['peak_gib']:.2f} |"
         )
     lines += [
         "",
-        "| budget, GiB | partly, fully | tokens/s | best fixed setting | of that | each pair | peak, GiB | "
-        "in the first steps |",
+        "| budget, GiB | partly, fully | tokens/s | best fixed setting | of that | each pair "
+        "| peak, GiB | in the first steps |",
         "|---" * 8 + "|",
     ]
     for kind, row in result["auto"].items():

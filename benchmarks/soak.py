@@ -1,12 +1,12 @@
-"""A run that is killed at random, again and again, beside one that is left in peace: do they end with the same adapter?
+"""A run killed at random again and again ends with the adapter of a run left undisturbed.
 
     python benchmarks/soak.py                    # after `make demo`; some 12 minutes on two cores
 
-Trains a tiny random Llama on two processes under `fsdp`, with dropout, evaluation and many checkpoints. At random
-moments, from the first import on, SIGKILL hits one rank, the launcher, or all of them at once; the same command is then
-started again, until it has been killed `--kills` times and may finish. Writes results/soak.json: every kill with what
-the run was doing, the step that each start went on from, and whether the adapter's bytes are those of the undisturbed
-run.
+Trains a tiny random Llama on two processes under `fsdp`, with dropout, evaluation and many
+checkpoints. SIGKILL hits one rank, the launcher, or all of them at once, at random moments from the
+first import on. The command is started again after each kill, and may finish after `--kills` kills.
+Writes results/soak.json: every kill with the run's activity at that time, the step that each start
+went on from, and whether the adapter's bytes equal those of the undisturbed run.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def main() -> None:
 
 
 def make_model(folder: Path) -> None:
-    """A Llama of four narrow layers with the demo model's tokenizer: what is tested is not how well it learns."""
+    """Write a Llama of four narrow layers with the demo model's tokenizer; quality is irrelevant."""
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -94,7 +94,7 @@ def make_model(folder: Path) -> None:
 
 
 def write_config(name: str) -> Path:
-    """The run's file; the two runs differ in their folder only."""
+    """Write the run's file; the two runs differ in their folder only."""
     prepared = ROOT / "runs" / "prepared"
     config = {
         "output_dir": str(WORK / name),
@@ -120,7 +120,7 @@ def write_config(name: str) -> Path:
 
 
 def start(config: Path, name: str) -> subprocess.Popen[bytes]:
-    """The command of a run, in a process group of its own, its output in a log."""
+    """Start a run in a process group of its own, with its output in a log."""
     command = [
         sys.executable,
         "-m",
@@ -142,7 +142,7 @@ def start(config: Path, name: str) -> subprocess.Popen[bytes]:
 
 
 def kill_again_and_again(num_kills: int, rng: random.Random) -> list[dict[str, Any]]:
-    """One entry for each start of the run."""
+    """Start and kill the run `num_kills` times, then let it finish; one entry per start."""
     config, log = write_config("killed"), WORK / "killed.log"
     lives: list[dict[str, Any]] = []
     while True:
@@ -164,7 +164,11 @@ def kill_again_and_again(num_kills: int, rng: random.Random) -> list[dict[str, A
 
 
 def kill(process: subprocess.Popen[bytes], target: str, delay: float) -> dict[str, Any]:
-    """Wait, then SIGKILL the target, and whatever of the run outlives it; empty when the run was through before."""
+    """Wait, then SIGKILL the target and every process of the run that outlives it.
+
+    Returns:
+        an entry for the kill; empty if the run finished before.
+    """
     try:
         process.wait(timeout=delay)
     except subprocess.TimeoutExpired:
@@ -181,9 +185,9 @@ def kill(process: subprocess.Popen[bytes], target: str, delay: float) -> dict[st
     for pid in victims or [process.pid]:
         os.kill(pid, signal.SIGKILL)
     waited = time.perf_counter()
-    process.wait(timeout=60)  # after a rank's death the launcher ends the rest
+    process.wait(timeout=60)  # after a rank's death the launcher ends the other ranks
     seconds = round(time.perf_counter() - waited, 2)
-    for pid in ranks:  # what a killed launcher leaves behind
+    for pid in ranks:  # a killed launcher leaves its ranks behind
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     while any(Path(f"/proc/{pid}").exists() for pid in ranks if not is_zombie(pid)):
@@ -196,7 +200,7 @@ def kill(process: subprocess.Popen[bytes], target: str, delay: float) -> dict[st
 
 
 def what_happened(log: Path, offset: int) -> dict[str, Any]:
-    """What a life of the run says of itself in its log."""
+    """Step that a start went on from, and the activity that its log mentions last."""
     with log.open("rb") as file:
         file.seek(offset)
         text = file.read().decode(errors="replace")
@@ -228,7 +232,7 @@ def rank_pids(launcher: int) -> list[int]:
 
 
 def is_zombie(pid: int) -> bool:
-    """Whether a process has ended and only its parent does not know yet."""
+    """True if a process has ended and its parent has not reaped it yet."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
     except OSError:
@@ -236,7 +240,7 @@ def is_zombie(pid: int) -> bool:
 
 
 def lasting_rows(name: str) -> list[dict[str, Any]]:
-    """The rows of a run's metrics without times and memory."""
+    """Rows of a run's metrics without times and memory."""
     moods = ("tokens_per_second", "step_seconds", "peak_memory_gib", "seconds")
     lines = (WORK / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [
