@@ -1,13 +1,12 @@
-"""A rehearsal, on this CPU, of the one run that `gpu.py` gets on a rented GPU.
+"""Rehearsal, on this CPU, of the one run that `gpu.py` gets on a rented GPU.
 
     make gpu-rehearsal                           # makes the environment first: some gigabytes, once
     python benchmarks/gpu_rehearsal.py --python .venv-gpu/bin/python
 
-The tracked files and the carried packages go into a clean folder, and the same command as there
-runs in it, with the packages of `gpu_machine.txt` and no others, with tiny shapes, and without a
-network where this system can take it away. It is killed after some cases and started again. Then
-every case must have a result, or a reason that the missing GPU explains. Fails with what is not as
-it must be.
+Copies the tracked files and the carried packages into a clean folder and runs the rented machine's
+command there: with the packages of `gpu_machine.txt` and no others, with tiny shapes, and without a
+network where this system can take it away. Kills the run after some cases and starts it again.
+Fails unless every case then has a result or a reason that the missing GPU explains.
 """
 
 from __future__ import annotations
@@ -34,9 +33,9 @@ MACHINE = ROOT / "benchmarks" / "gpu_machine.txt"
 KILLED_AFTER = 5
 """Cases of the first call."""
 SECONDS = 3600
-"""A call that takes longer hangs."""
+"""Longest time of a call; a longer one hangs."""
 TOOLS = {"pip"}
-"""Installed in every environment, and not used."""
+"""Packages of every environment that no run uses."""
 
 
 def main() -> None:
@@ -50,9 +49,8 @@ def main() -> None:
     options = parser.parse_args()
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     started = time.monotonic()
-    python = str(
-        Path(options.python).absolute()
-    )  # not resolved: a link to it is what makes an environment
+    # not resolved: an environment's python is a link
+    python = str(Path(options.python).absolute())
     check_environment(python)
     with tempfile.TemporaryDirectory() as folder:
         there = Path(folder) / "there"
@@ -62,16 +60,16 @@ def main() -> None:
         rows = rehearsal.killed_call()
         rehearsal.second_call(rows)
         rehearsal.third_call()
-    print(
-        f"rehearsal passed: {in_mib(rehearsal.num_bytes)} carried, {time.monotonic() - started:.0f} seconds in all"
-    )
+    seconds = time.monotonic() - started
+    carried = in_mib(rehearsal.num_bytes)
+    print(f"rehearsal passed: {carried} carried, {seconds:.0f} seconds in all")
 
 
 def check_environment(python: str) -> None:
-    """Its packages are those of the list, all of them and nothing else.
+    """Check that the environment has exactly the packages of the list.
 
     Raises:
-        SystemExit: with what differs.
+        SystemExit: packages differ; the message names them.
     """
     wanted = dict(
         re.findall(r"^([\w.-]+)==(\S+)$", MACHINE.read_text(encoding="utf-8"), re.MULTILINE)
@@ -105,7 +103,7 @@ def _plain(name: str) -> str:
 
 
 class Rehearsal:
-    """Calls in a folder that has what is carried, and nothing else of this project."""
+    """Calls in a folder that holds the carried files and nothing else of this project."""
 
     def __init__(self, python: str, there: Path, kept: Path) -> None:
         self.python, self.there, self.kept = python, there, kept
@@ -130,7 +128,7 @@ class Rehearsal:
         """Copy the tracked files, as they are in the working tree, and the carried packages.
 
         Raises:
-            SystemExit: they are larger than what can be carried.
+            SystemExit: the files exceed the size that can be carried.
         """
         changed = subprocess.check_output(["git", "stash", "create"], cwd=ROOT, text=True).strip()
         self.there.mkdir()
@@ -142,16 +140,17 @@ class Rehearsal:
         tracked = size_of(self.there)
         shutil.copytree(SITE, self.there / ".site")
         self.num_bytes = size_of(self.there)
-        said = f"carried: {in_mib(tracked)} of the program, {in_mib(self.num_bytes - tracked)} of packages"
+        packages = in_mib(self.num_bytes - tracked)
+        said = f"carried: {in_mib(tracked)} of the program, {packages} of packages"
         print(f"{said}, {in_mib(self.num_bytes)} together of {in_mib(MOST_BYTES)}")
         if self.num_bytes > MOST_BYTES:
             sys.exit(f"that is more than {in_mib(MOST_BYTES)}")
 
     def check_imports(self) -> None:
-        """Carried packages come from the folder, and bitsandbytes' CUDA library finds torch's libraries.
+        """Check that carried packages come from the folder and bitsandbytes' CUDA library loads.
 
         Raises:
-            SystemExit: another copy of one is imported, or the library cannot be loaded.
+            SystemExit: a package is imported from elsewhere, or the library cannot be loaded.
         """
         code = f"""
 import ctypes, importlib, json, torch
@@ -169,32 +168,32 @@ print(json.dumps(found))
         if elsewhere:
             sys.exit(f"not from the carried folder: {elsewhere}")
         print(
-            f"{len(files)} carried modules are imported from there; the CUDA library of bitsandbytes loads"
+            f"{len(files)} carried modules are imported from there; "
+            "the CUDA library of bitsandbytes loads"
         )
 
     def killed_call(self) -> dict[str, Any]:
-        """The rows that the first call leaves, killed as soon as there are some."""
+        """Kill the first call as soon as it has some rows, and return the rows it leaves."""
         process = self._start(self._command(), "first")
         started = time.monotonic()
         while len(self._rows()) < KILLED_AFTER:
             if process.poll() is not None or time.monotonic() - started > SECONDS:
-                sys.exit(
-                    f"the first call ended, or hung, before {KILLED_AFTER} cases:\n{self._said('first')[-3000:]}"
-                )
+                said = self._said("first")[-3000:]
+                sys.exit(f"the first call ended, or hung, before {KILLED_AFTER} cases:\n{said}")
             time.sleep(0.2)
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
         rows = self._rows()
-        print(
-            f"first call: killed after {time.monotonic() - started:.0f} seconds and {len(rows)} cases"
-        )
+        seconds = time.monotonic() - started
+        print(f"first call: killed after {seconds:.0f} seconds and {len(rows)} cases")
         return rows
 
     def second_call(self, before: dict[str, Any]) -> None:
-        """It keeps those rows and adds all others.
+        """Run a second call, which must keep the rows of the first and add all others.
 
         Raises:
-            SystemExit: with what is missing, was measured again, or has no result for a reason of its own.
+            SystemExit: a row is missing, was measured again, or blames anything but the missing
+                GPU.
         """
         seconds = self._run_whole("second")
         rows = self._rows()
@@ -209,20 +208,18 @@ print(json.dumps(found))
             for name, reason in without.items()
             if not is_for_want_of_gpu(reason)
         ]
-        measured = len(rows) - len(without)
-        print(
-            f"second call: {seconds:.0f} seconds; {measured} of {len(planned)} cases measured, not measured:"
-        )
+        measured = f"{len(rows) - len(without)} of {len(planned)} cases measured"
+        print(f"second call: {seconds:.0f} seconds; {measured}, not measured:")
         for name, reason in without.items():
             print(f"    {name}: {reason}")
         if wrong:
             sys.exit("not as it must be:\n" + "\n".join(f"    {line}" for line in wrong))
 
     def third_call(self) -> None:
-        """With everything done, it changes nothing.
+        """Run a third call, which must change nothing.
 
         Raises:
-            SystemExit: it does.
+            SystemExit: the results changed.
         """
         before = self.out.read_bytes()
         seconds = self._run_whole("third")
@@ -274,7 +271,7 @@ print(json.dumps(found))
 
 
 def is_for_want_of_gpu(reason: str) -> bool:
-    """True for a reason that the missing GPU explains, and nothing else does."""
+    """True for a reason that only the missing GPU explains."""
     skipped = re.fullmatch(r"all \d+ tests were skipped: (.*)", reason)
     if skipped:
         return all("CUDA device" in one or "GPU" in one for one in skipped[1].split("; "))

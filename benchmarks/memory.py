@@ -330,7 +330,7 @@ def check_against_real_tensors() -> dict[str, dict[str, float]]:
 
 
 def run_all(cases: list[tuple[str, int, int, str]]) -> list[dict[str, Any]]:
-    """Measure all cases of shape, number of ranks, row length and `memory.recompute`; a row each."""
+    """Measure all cases of shape, number of ranks, row length and `memory.recompute`."""
     rows = []
     for name, world_size, seq_len, recompute in cases:
         row = in_process(SHAPES[name], world_size, seq_len, recompute, is_real=False)

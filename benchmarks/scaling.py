@@ -1,21 +1,23 @@
-"""Tokens per second over process counts, where the rest goes, and bytes on the wire against the formula.
+"""Tokens per second over process counts, causes of the loss, and bytes sent against the formula.
 
-    python benchmarks/scaling.py                 # needs what `make demo` prepared; an hour on two cores
+    python benchmarks/scaling.py                 # after `make demo`; an hour on two cores
 
-Each process has one thread (on a GPU machine: one GPU). Weak scaling keeps the work of a process, strong scaling that
-of a step. Three things say where the rest goes:
+Each process has one thread (on a GPU machine: one GPU). Weak scaling keeps the work of a process,
+strong scaling that of a step. Three measurements explain the loss:
 
-- Beside each run of N processes, N processes that do not know of each other train the same at the same time. What these
-  lose is the machine's (shared memory bandwidth, shared cores); what is lost beyond that is communication.
-- On the CPU the time that the main thread spends in collectives is measured in every step, waiting for other ranks
-  included. The rank that waits least comes near to what the transfer itself takes; the others wait for that one, too.
-- In one extra step every collective is counted.
+- Beside each run of N processes, N independent processes train the same at the same time. Their
+  loss is the machine's (shared memory bandwidth, shared cores); any further loss is communication.
+- On the CPU every step measures the time that the main thread spends in collectives, waiting for
+  other ranks included. The rank that waits least is close to the cost of the transfer itself; the
+  others also wait for it.
+- One extra step counts the bytes of every collective.
 
-The machine's speed drifts. So one process runs again between the backends, and the efficiency of a run is its rate
-against those just before and behind it; reported are the mean over rounds and its standard error. The rates are also
-held against the machine's limits, measured in between. Rounds go through the list forwards and backwards in turn; a
-rate is the median over steps. More processes than there are cores run in the first round and in the last one only.
-Writes benchmarks/results/scaling_DEVICE.json and .png.
+The machine's speed drifts. A single process therefore runs again between the backends, and a run's
+efficiency is its rate against the nearest single runs before and after it; the result is the mean
+over rounds with its standard error. The rates are also compared with the machine's limits, measured
+between rounds. Rounds go through the list forwards and backwards in turn; a rate is the median over
+steps. Runs with more processes than cores run in the first and last round only. Writes
+benchmarks/results/scaling_DEVICE.json and .png.
 """
 
 from __future__ import annotations
@@ -53,24 +55,24 @@ SEQ_LEN, ROWS = 512, 2
 """Each micro-batch is 2 x 512 tokens, every row full."""
 ADAPTER_RANK = 16
 STRONG_ROWS = 4
-"""Rows of a step when the work of a step is kept."""
+"""Rows of a step in strong scaling."""
 NUM_WARMUP, COUNTED_STEP = 2, 2
 BACKENDS = ("ddp", "fsdp", "zero3")
 
 
 @dataclass(frozen=True)
 class Case:
-    """One way to run."""
+    """Mode, backend and number of processes of a run."""
 
     mode: str
     """`weak` or `strong`."""
     backend: str
-    """`single` for one process, and for several that do not know of each other."""
+    """`single` for one process and for independent processes."""
     processes: int
 
     @property
     def alone(self) -> bool:
-        """Whether it is one process and nothing else, what others are compared with."""
+        """True for a single process, the baseline of all comparisons."""
         return self.processes == 1
 
     @property
@@ -95,9 +97,8 @@ def main() -> None:
         "--modes", nargs="+", default=["weak", "strong"], choices=["weak", "strong"]
     )
     parser.add_argument("--out", type=Path, default=None, help="JSON file to write")
-    parser.add_argument(
-        "--worker", type=Path, help=argparse.SUPPRESS
-    )  # a config to train, counting one step
+    # a config to train, with the collectives of one step counted
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker is not None:
         work(options.worker)
@@ -142,10 +143,13 @@ def main() -> None:
 def run_rounds(
     cases: list[Case], num_rounds: int, steps: int, at_once: int
 ) -> tuple[list[list[tuple[Case, dict[str, Any]]]], list[dict[str, Any]]]:
-    """What each run of each round found, and the machine's limits before and after each round.
+    """Run all rounds, and measure the machine's limits before, between and after them.
 
     Args:
         at_once: processes that the machine has cores or GPUs for.
+
+    Returns:
+        the cases and findings of each round, and the limits.
     """
     rounds: list[list[tuple[Case, dict[str, Any]]]] = []
     limits = [measure_apart(threads=1)]
@@ -165,12 +169,12 @@ def run_rounds(
     return rounds, limits
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # One run.
 
 
 def cases_of(mode: str, counts: list[int]) -> list[Case]:
-    """The runs of one round, with one process at the beginning, at the end, and between backends."""
+    """Runs of one round, with a single process first, last, and between backends."""
     one = Case(mode, "single", 1)
     cases = [one]
     for backend in ("single", *BACKENDS):
@@ -179,7 +183,7 @@ def cases_of(mode: str, counts: list[int]) -> list[Case]:
 
 
 def run(case: Case, folder: Path, steps: int) -> dict[str, Any]:
-    """Train once; tokens per second of all processes together, and what was counted."""
+    """Train once; tokens per second of all processes together, peaks, waiting and counted bytes."""
     with tempfile.TemporaryDirectory(dir=folder) as name:
         apart = case.backend == "single"
         places = [Path(name) / str(i) for i in range(case.processes if apart else 1)]
@@ -216,7 +220,7 @@ def run(case: Case, folder: Path, steps: int) -> dict[str, Any]:
 
 
 def rows_of(folder: Path) -> list[dict[str, float]]:
-    """The logged steps that count: not the first ones, nor the one in which collectives were counted."""
+    """Logged steps that count: the first steps, the counted step among them, are left out."""
     rows = [
         json.loads(line)
         for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
@@ -227,10 +231,10 @@ def rows_of(folder: Path) -> list[dict[str, float]]:
 def start(
     case: Case, folder: Path, rows: Path, steps: int, where: dict[str, str]
 ) -> subprocess.Popen[str]:
-    """Begin a run of this program, in one process or several.
+    """Start a run of this program in one process or several.
 
     Args:
-        where: the GPU that a process is to use which does not know of the others.
+        where: environment that assigns a GPU to an independent process.
     """
     folder.mkdir()
     micro_batch_size, grad_accum_steps = case.cut
@@ -280,7 +284,7 @@ def start(
 
 
 def work(file: Path) -> None:
-    """Train as the file says; in one step count every collective of this process, in later ones time them."""
+    """Train as the file says; count every collective in one step and time them in later steps."""
     from qlora_dist import train as train_module
     from qlora_dist.commands.startup import quiet_third_parties
     from qlora_dist.config.load import load_config
@@ -304,9 +308,7 @@ def work(file: Path) -> None:
 
     with mock.patch.object(train_module, "train_step", step), clock:
         train_module.train(config)
-    if (
-        not torch.cuda.is_available()
-    ):  # there, the host does not wait: collectives queue up on the device
+    if not torch.cuda.is_available():  # on a GPU collectives queue up and the host does not wait
         (started, waited_before), (ended, waited) = ends[NUM_WARMUP - 1], ends[-1]
         share = (waited - waited_before) / (ended - started)
         (folder / f"waited.{rank}.json").write_text(json.dumps(round(share, 4)), "utf-8")
@@ -315,7 +317,7 @@ def work(file: Path) -> None:
 
 
 class WaitingClock:
-    """Seconds that this process has waited for collectives since the clock was started: its own and its peers' part."""
+    """Seconds that this process has spent in waits for collectives, its peers' delays included."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -339,9 +341,10 @@ class WaitingClock:
 
 
 class CollectiveCounter(TorchDispatchMode):
-    """Bytes that a rank sends while the mode is on, by kind of collective, as ring algorithms do.
+    """Bytes that a rank sends while the mode is on, by kind of collective.
 
-    Of N ranks: a gather or a reduce-scatter of a whole of S bytes sends S (N-1)/N, an all-reduce twice that.
+    As ring algorithms send them: of N ranks and S bytes, a gather or a reduce-scatter sends
+    S (N-1)/N, an all-reduce twice that.
     """
 
     def __init__(self) -> None:
@@ -356,9 +359,7 @@ class CollectiveCounter(TorchDispatchMode):
                 leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)
             ]
             whole = max((tensor.numel() * tensor.element_size() for tensor in tensors), default=0)
-            if (
-                kind.startswith("allgather_") and len(tensors) > 2
-            ):  # a list of parts and this rank's own
+            if kind.startswith("allgather_") and len(tensors) > 2:  # N parts and this rank's own
                 whole = sum(tensor.numel() * tensor.element_size() for tensor in tensors[:-1])
             share = whole * (self._world - 1) / self._world
             self.sent[kind] += round(2 * share if "allreduce" in kind else share)
@@ -366,15 +367,17 @@ class CollectiveCounter(TorchDispatchMode):
 
 
 def expected_bytes(model: Any, config: Any) -> dict[str, int]:
-    """What a rank should send in a step.
+    """Bytes that a rank should send in a step, by the formula.
 
-    Replicated: one all-reduce of the adapters' gradients. Sharded: they are reduced to their shards, and per
-    micro-batch parameters are gathered. `fsdp` gathers every decoder layer twice (forward, backward), and once an
-    embedding and an output head that are not tied; the rest it has left whole after the first step. `zero3` gathers
-    what each module has of its own for its forward and again for its backward, which the input embedding alone does
-    not have; an embedding that is tied to the output head is gathered three times.
+    Replicated backends all-reduce the adapters' gradients once. Sharded backends reduce the
+    gradients to their shards, and gather parameters per micro-batch. `fsdp` gathers every decoder
+    layer twice (forward, backward), and an untied embedding and output head once; other parameters
+    stay gathered after the first step. `zero3` gathers each module's own parameters for forward and
+    again for backward, except the input embedding, which has no backward gather. It gathers an
+    embedding that is tied to the output head three times.
 
-    `one_gather_of_quantized` is the part of the 4-bit matrices and their constants, 0.516 bytes per weight.
+    `one_gather_of_quantized` is the share of the 4-bit matrices and their constants, 0.516 bytes
+    per weight.
     """
     from qlora_dist.model.nf4 import QuantizedLinear
     from qlora_dist.model.parts import ModelParts
@@ -407,14 +410,14 @@ def expected_bytes(model: Any, config: Any) -> dict[str, int]:
     }
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The report.
 
 
 def summarize(
     rounds: list[list[tuple[Case, dict[str, Any]]]], limits: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """A row for each case: rate, efficiency against one process, and how much of what is missing is communication."""
+    """Rate, efficiency against a single process, and share lost to communication, by case."""
     runs: dict[Case, list[dict[str, Any]]] = {}
     efficiencies: dict[Case, list[float]] = {}
     for in_order in rounds:
@@ -463,20 +466,20 @@ def summarize(
 
 
 def neighboring_rates(in_order: list[tuple[Case, dict[str, Any]]], place: int) -> list[float]:
-    """Rates of one process, in the same mode, next before and next behind a run."""
+    """Rates of the nearest single-process runs of equal mode before and after a run."""
     mode = in_order[place][0].mode
     is_base = [case.alone and case.mode == mode for case, _ in in_order]
     return [in_order[i][1]["tokens_per_second"] for i in neighbors(is_base, place)]
 
 
 def of_formula(sent: dict[str, int], expected: dict[str, int]) -> float | None:
-    """Bytes that were counted, over those of the formula."""
+    """Ratio of the counted bytes to those of the formula; None if nothing is sent."""
     total = expected["gather"] + expected["reduce"]
     return round(sum(sent.values()) / total, 3) if total else None
 
 
 def waiting(row: dict[str, Any]) -> tuple[float, float] | None:
-    """Share of the time in collectives of the rank that waited least, and on average over ranks; medians of runs."""
+    """Share of time in collectives, least and mean over ranks; medians over runs."""
     repeats = [shares for shares in row["waiting_share_of_each_rank"] if shares]
     if not repeats:
         return None
@@ -484,10 +487,10 @@ def waiting(row: dict[str, Any]) -> tuple[float, float] | None:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The result as Markdown."""
+    """Markdown table of the result."""
     lines = [
-        "| scaling | backend | processes | tokens/s | efficiency | without communication | communication | "
-        "waiting, least, mean | bytes, of the formula | peak GiB | of the limit |",
+        "| scaling | backend | processes | tokens/s | efficiency | without communication "
+        "| communication | waiting, least, mean | bytes, of the formula | peak GiB | of the limit |",
         "|---" * 11 + "|",
     ]
     for row in rows:
@@ -497,18 +500,19 @@ def table(rows: list[dict[str, Any]]) -> str:
         if error and row["processes"] > 1:
             efficiency += f" ± {100 * error:.1f}, {len(each)} runs"
         waited = waiting(row) if row["backend"] != "single" else None
+        shares = "" if waited is None else "{:.1%}, {:.1%}".format(*waited)
+        sent = "" if row["bytes_of_formula"] is None else f"{row['bytes_of_formula']:.3f}"
         lines.append(
             f"| {row['mode']} | {row['backend']} | {row['processes']} | {rates} | {efficiency} | "
             f"{row['efficiency_without_communication']:.0%} | "
-            f"{row['communication_share']:.0%} | {'' if waited is None else '{:.1%}, {:.1%}'.format(*waited)} | "
-            f"{'' if row['bytes_of_formula'] is None else format(row['bytes_of_formula'], '.3f')} | "
+            f"{row['communication_share']:.0%} | {shares} | {sent} | "
             f"{row['peak_memory_gib']:.2f} | {row['share_of_limit']:.0%} |"
         )
     return "\n".join(lines)
 
 
 def plot(rows: list[dict[str, Any]], file: Path) -> None:
-    """For each kind of scaling, efficiency over process counts, and what each run's time went to."""
+    """Plot efficiency over process counts and the loss of each run, a column per mode."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -536,7 +540,7 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
 
 
 def plot_efficiency(panel: Any, rows: list[dict[str, Any]], mode: str) -> None:
-    """A line for each backend, dashed for processes that do not know of each other."""
+    """Plot a line per backend, dashed for independent processes."""
     for backend in dict.fromkeys(row["backend"] for row in rows):
         points = {
             (1, 1.0),
@@ -556,7 +560,7 @@ def plot_efficiency(panel: Any, rows: list[dict[str, Any]], mode: str) -> None:
 
 
 def plot_losses(panel: Any, rows: list[dict[str, Any]]) -> None:
-    """A bar for each run: what is left of the rate of processes alone, what the machine takes, what communication."""
+    """Plot a bar per run: the efficiency, the loss to communication, and the machine's own loss."""
     names = [f"{row['processes']} x {row['backend']}" for row in rows]
     kept = [min(1.0, row["efficiency"]) for row in rows]
     machine = [

@@ -76,7 +76,7 @@ def main() -> None:
 
 
 def make_model(folder: Path) -> None:
-    """Write a Llama of four narrow layers with the demo model's tokenizer; quality is irrelevant."""
+    """Write a Llama of four narrow layers with the demo model's tokenizer, random and untrained."""
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 

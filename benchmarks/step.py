@@ -1,26 +1,30 @@
-"""The training step beside what people run today, and what each of its parts gives.
+"""The training step beside the trainers in use today, and the gain of each of its parts.
 
-    python benchmarks/step.py                    # needs what `make demo` prepared; twenty minutes on two cores
-    python benchmarks/step.py --check            # two contenders, against the committed result; fails on a 15 % loss
+    python benchmarks/step.py                # after `make demo`; twenty minutes on two cores
+    python benchmarks/step.py --check        # two contenders against the committed result
 
-All compute in the type that `model.dtype: auto` takes on this machine, or in `--dtype`. Where that is not TRL's own
-choice, bfloat16, TRL at its defaults is one contender more, and the base of all comparisons is TRL in that type: a CPU
-without bfloat16 instructions emulates its products, many times slower, and a lead over that would say nothing of us.
+All contenders compute in the type that `model.dtype: auto` takes on this machine, or in `--dtype`.
+TRL's own default is bfloat16. Where the type differs, TRL at its defaults is one contender more,
+and the base of all comparisons is TRL in the machine's type: a CPU without bfloat16 instructions
+emulates its products many times slower, and a lead over that TRL would say nothing about us.
 
-Every contender trains the same 4-bit model with the same LoRA settings on the same token ids and loss masks in the same
-order, 2 x 512 tokens a step, no padding, each in a fresh process, forwards through the list and then backwards, as
-often as `--rounds` says. The base runs again after every second contender, and these are compared with the two of its
-runs that are nearest, since the speed of a machine drifts. Rates leave the first two steps out, and with
-them what is compiled in these. The losses of the first step must agree, or the comparison compares nothing. The rates
-of the machine are measured before, between and after, and every contender's is held against the bound that they give
-for this step with nothing recomputed. Writes benchmarks/results/step_DEVICE.json and .png.
+Every contender trains the same 4-bit model with the same LoRA settings on the same token ids and
+loss masks in the same order: 2 x 512 tokens a step, no padding. Each runs in a fresh process,
+forwards through the list and then backwards, `--rounds` times. The base runs again after every
+second contender, and a contender is compared with the two nearest runs of the base, because the
+machine's speed drifts. Rates leave out the first two steps and with them any compilation. The
+losses of the first step must agree; otherwise the contenders do not compute the same thing. The
+machine's rates are measured before, between and after the rounds, and every contender is compared
+with the bound that they give for this step with nothing recomputed. Writes
+benchmarks/results/step_DEVICE.json and .png.
 
-"TRL, tuned" recomputes nothing. The rest that one would tune is there already: rows are full, so packing has nothing to
-add, and TRL itself turns adapters on a 4-bit base into bfloat16. In float32 they are turned back: their products would
-be emulated too.
+"TRL, tuned" recomputes nothing. Other tuning has no effect: rows are full, so packing adds nothing,
+and TRL itself casts adapters on a 4-bit base to bfloat16. In float32 runs they are cast back,
+because their products would be emulated too.
 
-`--check` compares with the committed result where that was measured in the same type on a CPU (or GPU) of the same
-kind. Elsewhere it says so, and asks only that we are not slower than TRL in the same type.
+`--check` fails on a loss of 15 % against the committed result, if that was measured in the same
+type on a CPU or GPU of the same kind. Otherwise it says so, and fails only if `qlora_dist` is
+slower than TRL in the same type.
 """
 
 from __future__ import annotations
@@ -56,12 +60,12 @@ THREADS = 2
 LOST = 0.15
 """Share of the lead over TRL whose loss `--check` reports."""
 THEIRS = "bfloat16"
-"""The compute type that TRL 1.16 takes unasked, on every device: `SFTConfig.bf16` is true."""
+"""TRL 1.16's default compute type on every device: `SFTConfig.bf16` is true."""
 
 
 @dataclass(frozen=True)
 class Ours:
-    """This program with some of its parts taken out again."""
+    """This program with some of its parts taken out."""
 
     recompute: str = "none"
     is_loss_chunked: bool = True
@@ -73,7 +77,7 @@ class Ours:
 
 @dataclass(frozen=True)
 class Peer:
-    """A trainer that people use today."""
+    """A trainer in use today."""
 
     program: Literal["TRL", "HF Trainer"]
     dtype: str
@@ -84,7 +88,7 @@ WHOLE = "qlora_dist"
 
 
 def base_of(dtype: str) -> str:
-    """The contender that the others are compared with: TRL at its defaults but for the compute type."""
+    """Name of the base of all comparisons: TRL at its defaults except the compute type."""
     return "TRL, defaults" if dtype == THEIRS else f"TRL, {dtype}"
 
 
@@ -92,13 +96,13 @@ def contenders_in(dtype: str) -> dict[str, Ours | Peer]:
     """All contenders in their order, the base first.
 
     Args:
-        dtype: the compute type of all; where it is not theirs, TRL at its defaults runs as well.
+        dtype: the compute type of all. If it is not TRL's default, TRL at its defaults is added.
     """
     in_type = "" if dtype == THEIRS else f", {dtype}"
     norms = "+ norms and SwiGLU as one function each"
     parts = {
         "bfloat16": {norms: Ours(attention="sdpa"), f"+ attention in blocks = {WHOLE}": Ours()},
-        "float32": {f"{norms} = {WHOLE}": Ours()},  # where attention in blocks is not taken
+        "float32": {f"{norms} = {WHOLE}": Ours()},  # float32 takes no attention in blocks
     }
     found: dict[str, Ours | Peer] = {
         base_of(dtype): Peer("TRL", dtype, is_recomputing=True),
@@ -120,7 +124,7 @@ def contenders_in(dtype: str) -> dict[str, Ours | Peer]:
 
 
 def whole_of(contenders: Mapping[str, Ours | Peer]) -> str:
-    """The name of this program with all its parts."""
+    """Name of this program with all its parts."""
     return next(name for name, one in contenders.items() if one == Ours())
 
 
@@ -186,10 +190,10 @@ def main() -> None:
 
 
 def compute_type(asked: str) -> str:
-    """`asked`, or what `model.dtype: auto` takes on this machine.
+    """Resolve `auto` to the type that `model.dtype: auto` takes on this machine.
 
     Raises:
-        SystemExit: it takes float16, which these contenders do not compare.
+        SystemExit: that type is float16, which these contenders do not compare.
     """
     if asked != "auto":
         return asked
@@ -207,7 +211,7 @@ def compute_type(asked: str) -> str:
 
 
 def settings(dtype: str, steps: int, rounds: int) -> dict[str, Any]:
-    """What all contenders share."""
+    """Settings that all contenders share."""
     return {
         "model": MODEL.name,
         "rank": RANK,
@@ -227,16 +231,16 @@ def settings(dtype: str, steps: int, rounds: int) -> dict[str, Any]:
 def verdict(
     lead: float, committed: Mapping[str, Any] | None, machine: Mapping[str, Any], dtype: str
 ) -> str:
-    """What a lead over TRL says beside the committed result.
+    """Compare a lead over TRL with the committed result, in words.
 
     Args:
         lead: our rate over TRL's, in the same type.
-        committed: a result of this benchmark, from any machine; None: there is none.
-        machine, dtype: of the lead.
+        committed: a result of this benchmark from any machine; None if there is none.
+        machine, dtype: machine and compute type of the lead.
 
     Raises:
-        SystemExit: it has become smaller by more than 15 %; or, where the result is from another kind of machine or in
-            another type, it is no lead at all.
+        SystemExit: the lead shrank by more than 15 %; or the committed result is of another kind of
+            machine or another type, and we are slower than TRL.
     """
     found = f"{lead:g} times {base_of(dtype)}"
     again = "On a machine with other work this may be chance: ask again with --rounds 3."
@@ -263,7 +267,11 @@ def compare(
     rounds: int,
     with_limits: bool = False,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Run all, forwards and backwards; rate, spread and losses of each, and the machine's rates meanwhile."""
+    """Run all contenders forwards and backwards.
+
+    Returns:
+        rate, spread and losses of each contender, and the machine's rates if `with_limits`.
+    """
     in_order: list[tuple[str, list[dict[str, float]]]] = []
     order = in_turns(list(contenders), base_of(dtype))
     limits = [measure_apart(THREADS)] if with_limits else []
@@ -274,17 +282,16 @@ def compare(
             for contender in turn:
                 print(f"{contender} ...", flush=True)
                 one = contenders[contender]
-                is_in_other_type = (
-                    isinstance(one, Peer) and one.dtype != dtype
-                )  # there, many times slower
-                num_steps = NUM_WARMUP + 1 if is_in_other_type else steps
+                # emulated bfloat16 is many times slower, so its peer runs few steps
+                is_emulated = isinstance(one, Peer) and one.dtype != dtype
+                num_steps = NUM_WARMUP + 1 if is_emulated else steps
                 in_order.append((contender, run(contender, dtype, folder, num_steps)))
             limits += [measure_apart(THREADS)] if with_limits else []
     return summarize(in_order, dtype, limits), limits
 
 
 def run(contender: str, dtype: str, folder: Path, steps: int) -> list[dict[str, float]]:
-    """One contender in a fresh process; a row for each optimizer step: loss, seconds, num_tokens."""
+    """Run one contender in a fresh process; loss, seconds and num_tokens of each optimizer step."""
     out = folder / "steps.json"
     command = [
         __file__,
@@ -304,7 +311,7 @@ def run(contender: str, dtype: str, folder: Path, steps: int) -> list[dict[str, 
 
 
 def run_here(one: Ours | Peer, options: argparse.Namespace) -> None:
-    """Train in this process and write what was measured."""
+    """Train one contender in this process and write its steps."""
     if isinstance(one, Peer):
         measured = run_peer(one, options.rows, options.steps)
     else:
@@ -312,12 +319,12 @@ def run_here(one: Ours | Peer, options: argparse.Namespace) -> None:
     options.out.write_text(json.dumps(measured), encoding="utf-8")
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # This program.
 
 
 def run_ours(ours: Ours, dtype: str, rows: Path, steps: int) -> list[dict[str, float]]:
-    """What `qlora-dist train` does, with the parts that `ours` names."""
+    """Train as `qlora-dist train` does, with the parts that `ours` names."""
     from qlora_dist import build as assemble
     from qlora_dist import train as train_module
     from qlora_dist.commands.startup import quiet_third_parties
@@ -370,7 +377,7 @@ def run_ours(ours: Ours, dtype: str, rows: Path, steps: int) -> list[dict[str, f
 def all_logits(
     model: Any, input_ids: Any, attention_mask: Any, labels: Any, *_: Any, **__: Any
 ) -> torch.Tensor:
-    """The loss as everybody computes it: logits of all tokens, in float32."""
+    """Sum of the loss as commonly computed: logits of all tokens, in float32."""
     logits = model(
         input_ids=input_ids, attention_mask=attention_mask, use_cache=False
     ).logits.float()
@@ -380,42 +387,27 @@ def all_logits(
     )
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Others.
+# --------------------------------------------------------------------------------------------------
+# Peers.
 
 
-def run_peer(peer: Peer, rows: Path, steps: int) -> list[dict[str, float]]:
-    """A trainer of TRL or transformers on the same samples, in the order in which this program takes them."""
+def samples_of(rows: Path, tokenizer: Any, num_samples: int) -> Any:
+    """Data set of the first samples in the order in which this program takes them."""
     from datasets import Dataset
-    from peft import LoraConfig
-    from torch.utils.data import SequentialSampler
-    from transformers import (
-        AutoModelForCausalLM,
-        AutoTokenizer,
-        BitsAndBytesConfig,
-        TrainerCallback,
-    )
 
     from qlora_dist.config.schema import DataConfig
     from qlora_dist.data.dataset import load_data
     from qlora_dist.data.order import SampleOrder
 
-    tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    samples = load_data(
-        DataConfig(train=str(rows), max_seq_len=SEQ_LEN, packing=False), tokenizer, seed=0
-    ).train
-    chosen = [samples[i] for i in SampleOrder((len(samples),), seed=0).between(0, steps * ROWS)]
-    table = Dataset.from_list([{"input_ids": s.input_ids, "labels": s.labels} for s in chosen])
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=getattr(torch, peer.dtype),
-    )
-    model = AutoModelForCausalLM.from_pretrained(
-        MODEL, dtype=getattr(torch, peer.dtype), quantization_config=quantization
-    )
-    lora = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
+    data = DataConfig(train=str(rows), max_seq_len=SEQ_LEN, packing=False)
+    samples = load_data(data, tokenizer, seed=0).train
+    chosen = [samples[i] for i in SampleOrder((len(samples),), seed=0).between(0, num_samples)]
+    return Dataset.from_list([{"input_ids": s.input_ids, "labels": s.labels} for s in chosen])
+
+
+def clock_class() -> type:
+    """Class of a trainer's callback that records `times` of steps and their `losses`."""
+    from transformers import TrainerCallback
 
     class Clock(TrainerCallback):
         def __init__(self) -> None:
@@ -434,7 +426,28 @@ def run_peer(peer: Peer, rows: Path, steps: int) -> list[dict[str, float]]:
             if "loss" in logs:
                 self.losses.append(float(logs["loss"]))
 
-    clock = Clock()
+    return Clock
+
+
+def run_peer(peer: Peer, rows: Path, steps: int) -> list[dict[str, float]]:
+    """Train with a trainer of TRL or transformers, on this program's samples in its order."""
+    from peft import LoraConfig
+    from torch.utils.data import SequentialSampler
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    table = samples_of(rows, tokenizer, steps * ROWS)
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, peer.dtype),
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        MODEL, dtype=getattr(torch, peer.dtype), quantization_config=quantization
+    )
+    lora = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
+    clock = clock_class()()
     with tempfile.TemporaryDirectory() as folder:
         common = {
             "output_dir": folder,
@@ -471,7 +484,7 @@ def run_peer(peer: Peer, rows: Path, steps: int) -> list[dict[str, float]]:
 def trainer_of(
     peer: Peer, model: Any, lora: Any, tokenizer: Any, common: dict[str, Any]
 ) -> tuple[type, dict[str, Any]]:
-    """The class of a peer's trainer, and how it is made."""
+    """Class of a peer's trainer, and its keyword arguments."""
     if peer.program == "TRL":
         from trl import SFTConfig, SFTTrainer
 
@@ -491,17 +504,18 @@ def trainer_of(
     return Trainer, {"model": get_peft_model(model, lora), "args": arguments}
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The report.
 
 
 def summarize(
     in_order: list[tuple[str, list[dict[str, float]]]], dtype: str, limits: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """Median and spread of tokens/s of each contender, its losses, and with `limits` its share of the bound.
+    """Median and spread of tokens/s, losses, and share of the bound (with `limits`), by contender.
 
     Raises:
-        SystemExit: the first losses differ by more than 1 %, so the contenders do not compute the same thing.
+        SystemExit: first losses differ by more than 1 %, so the contenders do not compute the same
+            thing.
     """
     runs: dict[str, list[list[dict[str, float]]]] = {}
     for name, rows in in_order:
@@ -514,10 +528,9 @@ def summarize(
         [(name, statistics.median(counted_rates(rows))) for name, rows in in_order], base
     )
     for name, repeats in runs.items():
-        if abs(repeats[0][0]["loss"] / reference - 1) > 0.01:
-            sys.exit(
-                f"{name}: first loss {repeats[0][0]['loss']:.4f} is not the {reference:.4f} of the others."
-            )
+        first = repeats[0][0]["loss"]
+        if abs(first / reference - 1) > 0.01:
+            sys.exit(f"{name}: first loss {first:.4f} is not the {reference:.4f} of the others.")
         rate = statistics.median(rate for rows in repeats for rate in counted_rates(rows))
         result[name] = {
             "tokens_per_second": round(rate, 1),
@@ -527,21 +540,21 @@ def summarize(
             "times_trl": round(statistics.mean(leads[name]), 2),
             "times_trl_of_each_run": [round(lead, 2) for lead in leads[name]],
             "share_of_limit": round(rate / bound, 3) if bound else None,
-            "first_loss": round(repeats[0][0]["loss"], 4),
+            "first_loss": round(first, 4),
             "last_loss": round(repeats[0][-1]["loss"], 4),
         }
     return result
 
 
 def counted_rates(rows: list[dict[str, float]]) -> list[float]:
-    """Tokens per second of the steps that count."""
+    """Tokens per second of the counted steps."""
     return [row["num_tokens"] / row["seconds"] for row in rows[NUM_WARMUP:]]
 
 
 def at_the_bound(
     runs: dict[str, list[list[dict[str, float]]]], dtype: str, limits: list[dict[str, Any]]
 ) -> float | None:
-    """Tokens per second of a step that takes no more than it must, at the rates of the machine."""
+    """Tokens per second of a step at the lower bound of its time, at the machine's rates."""
     if not limits:
         return None
     ours = whole_of(contenders_in(dtype))
@@ -550,18 +563,20 @@ def at_the_bound(
 
 
 def table(contenders: dict[str, Any]) -> str:
-    """The result as Markdown."""
+    """Markdown table of the result."""
     lines = [
-        "| contender | tokens/s | each run | x TRL | each run | of the limit | loss, first and last |",
+        "| contender | tokens/s | each run | x TRL | each run | of the limit "
+        "| loss, first and last |",
         "|---|---|---|---|---|---|---|",
     ]
     base = next(iter(contenders))
     for name, row in contenders.items():
         each, leads = row["tokens_per_second_of_each_run"], row["times_trl_of_each_run"]
-        if name == base:  # it ran between all others
+        if name == base:  # the base ran between all others, too often to list
             each, leads = [min(each), max(each)], []
         lines.append(
-            f"| {name} | {row['tokens_per_second']:g} | {', '.join(map('{:g}'.format, each))} | {row['times_trl']:g} | "
+            f"| {name} | {row['tokens_per_second']:g} | {', '.join(map('{:g}'.format, each))} | "
+            f"{row['times_trl']:g} | "
             f"{', '.join(map('{:g}'.format, leads))} | {row['share_of_limit']:.0%} | "
             f"{row['first_loss']:.4f}, {row['last_loss']:.4f} |"
         )
@@ -569,7 +584,7 @@ def table(contenders: dict[str, Any]) -> str:
 
 
 def plot(contenders: dict[str, Any], peers: Sequence[str], file: Path) -> None:
-    """A bar for each contender, with the rates of its runs as points and what the bound allows as a line."""
+    """Plot a bar per contender, its runs as marks and the bound as a line."""
     import matplotlib
 
     matplotlib.use("Agg")
