@@ -120,12 +120,12 @@ def measure(mode: str) -> dict[str, Any]:
 
     quiet_third_parties()
     from qlora_dist.config.load import load_config
-    from qlora_dist.run import checkpoint as checkpoint_module
+    from qlora_dist.run.checkpoint import Checkpoints
     from qlora_dist.train import Training, train
 
     gather_seconds: list[float] = []
     write_seconds: list[float] = []
-    save, write = Training.save, checkpoint_module.Checkpoints._write
+    save, write = Training.save, Checkpoints._write
 
     def timed_save(self: Training, is_trial: bool = False) -> None:
         self.parts.checkpoints.wait()  # the write before this save is not part of gathering
@@ -144,7 +144,7 @@ def measure(mode: str) -> dict[str, Any]:
         Training.save = lambda *_, **__: None  # type: ignore[method-assign]
     else:
         Training.save = timed_save  # type: ignore[method-assign]
-        checkpoint_module.Checkpoints._write = timed_write  # type: ignore[method-assign, assignment]
+        Checkpoints._write = timed_write  # type: ignore[method-assign, assignment]
     with tempfile.TemporaryDirectory(dir=ROOT / "runs") as name:
         file = Path(name) / "config.yaml"
         file.write_text(json.dumps(config_in(Path(name))))

@@ -31,8 +31,8 @@ from benchmarks.machine import describe_machine  # noqa: E402
 
 NUM_ROWS = 20_000
 MEDIAN_WORDS, SIGMA = 36, 0.9
-"""Log-normal length of an answer. With the questions, the median conversation has about 190
-tokens."""
+"""Log-normal length of an answer. With the questions, conversations have a median of about 190
+tokens and a long tail."""
 ROW_LENGTHS = (512, 1024, 2048, 4096)
 NUM_WARMUP = 2
 THREADS = 2

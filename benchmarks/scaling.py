@@ -490,7 +490,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     """Markdown table of the result."""
     lines = [
         "| scaling | backend | processes | tokens/s | efficiency | without communication "
-        "| communication | waiting, least, mean | bytes, of the formula | peak GiB | of the limit |",
+        "| communication | waiting, least, mean | bytes, of the formula | peak GiB "
+        "| of the limit |",
         "|---" * 11 + "|",
     ]
     for row in rows:

@@ -1,5 +1,5 @@
-"""The parts of `benchmarks/gpu.py`: each case is a function that returns a row of results."""
+"""Parts of `benchmarks/gpu.py`. Each case is a function that returns a row of results."""
 
 
 class NotMeasured(Exception):
-    """Why a case has no result here, in words that go into the results."""
+    """Reason why a case has no result here, worded for the results."""

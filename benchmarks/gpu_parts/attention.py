@@ -1,7 +1,7 @@
-"""Attention by kernel: values that are no numbers, rates, and the cost of a new length.
+"""Attention by kernel: non-finite values, rates, and the cost of a new length.
 
-The shapes are those of a 7B micro-batch, 8 rows x 32 heads x 128. Operations are counted as useful
-ones, of causal pairs only: a kernel that takes a mask computes all pairs, and its rate shows that.
+The shapes are those of a 7B micro-batch, 8 rows x 32 heads x 128. Only operations of causal pairs
+count as useful. A kernel that takes a mask computes all pairs, so its rate is lower.
 """
 
 from __future__ import annotations
@@ -28,12 +28,14 @@ BACKENDS = {
 }
 TENSORS = ("out", "dq", "dk", "dv")
 PAIR_OPERATIONS = 7
-"""Multiplications and additions for each pair, element and head, forward and backward, over two."""
+"""Operations per pair, element and head, forward and backward, halved because only causal pairs
+count.
+"""
 
 
 @contextmanager
 def cudnn_attention(is_on: bool) -> Iterator[None]:
-    """Let SDPA choose cuDNN's kernels or not, whatever the program's own choice is."""
+    """Allow or forbid cuDNN's kernels in SDPA, whatever the program's own choice is."""
     before = torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(is_on)
     try:
@@ -52,17 +54,16 @@ def check_cudnn(device: torch.device, is_wanted: bool) -> None:
         raise NotMeasured("needs a GPU: cuDNN's attention is none of a CPU's")
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Numbers or not.
+# --------------------------------------------------------------------------------------------------
+# Finite values.
 
 
 def not_numbers(lengths: Sequence[int]) -> dict[str, Any]:
-    """Elements of output and gradients that are not finite, by kernel, of attention with a mask in
-    bfloat16.
+    """Count non-finite elements of output and gradients, by kernel, for masked bfloat16 attention.
 
-    Queries and keys are once ordinary and once as heads with massive activations have them, with
-    every row's logsumexp near -180. cuDNN's backward is reported to return NaN there when the
-    length leaves 64 divided by 128 (https://github.com/pytorch/pytorch/issues/196678).
+    Queries and keys come in two kinds: ordinary, and those of heads with massive activations, whose
+    rows all have a logsumexp near -180. There cuDNN's backward is reported to return NaN when the
+    length modulo 128 is 64 (https://github.com/pytorch/pytorch/issues/196678).
     """
     found = {
         f"{name}, {length}, {kind}": _not_finite(backend, length, mean)
@@ -89,7 +90,7 @@ def _not_finite(backend: SDPBackend, length: int, mean: float) -> dict[str, Any]
     try:
         found = _results(backend, q, k, v, mask, grad)
     except RuntimeError as error:
-        if "CUDA error" in str(error):  # the device is lost
+        if "CUDA error" in str(error):  # the device is unusable from here on
             raise
         return f"refused: {str(error).splitlines()[0][:100]}"
     exact = _results(SDPBackend.MATH, q.float(), k.float(), v.float(), mask, grad.float())
@@ -119,25 +120,26 @@ def _results(
 
 
 def packed_mask(length: int, device: torch.device) -> torch.Tensor:
-    """Mask of a row with two samples, (1, 1, length, length), bool: each token sees those before it
-    in its own."""
+    """Mask of a row with two samples, (1, 1, length, length), bool.
+
+    Each token sees the tokens before it in its own sample.
+    """
     place = torch.arange(length, device=device)
     sample = place >= length // 3
     return ((place[:, None] >= place) & (sample[:, None] == sample))[None, None]
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Rates.
 
 
 def speed(
     way: str, rows: int = 8, heads: int = 32, length: int = 2048, width: int = 128
 ) -> dict[str, Any]:
-    """TFLOP/s of forward and backward, and seconds of the first call for lengths that were not met
-    before.
+    """TFLOP/s of forward and backward, and seconds of the first call for lengths not met before.
 
     Args:
-        way: `varlen`, or causal or masked and a kernel's name.
+        way: `varlen`, or `causal` or `masked` and a kernel's name.
     """
     device = this_device()
     if device.type == "cpu" and ("cuDNN" in way or way in ("varlen", "masked, efficient")):
@@ -147,7 +149,7 @@ def speed(
         if way == "varlen"
         else _sdpa(way, rows, heads, width, device)
     )
-    work = PAIR_OPERATIONS * rows * heads * length**2 * width / 1e12  # of the half of all pairs
+    work = PAIR_OPERATIONS * rows * heads * length**2 * width / 1e12  # half of all pairs
     row: dict[str, Any] = {
         "shape": [rows, heads, length, width],
         "tflops": rate(work, lambda: run(length), device),
@@ -161,7 +163,7 @@ def speed(
 
 
 def _first_calls(run: Callable[[int], None], length: int, device: torch.device) -> list[float]:
-    """Seconds of the first call, and of the second."""
+    """Seconds of the first and the second call."""
     seconds = []
     for _ in range(2):
         started = wait(device)
@@ -186,9 +188,8 @@ def _sdpa(
 
     def masks(length: int) -> torch.Tensor:
         if length not in made:
-            made[length] = packed_mask(length, device).repeat(
-                rows, 1, 1, 1
-            )  # one for each row, as models have it
+            # (rows, 1, length, length), as models pass it
+            made[length] = packed_mask(length, device).repeat(rows, 1, 1, 1)
         return made[length]
 
     return run
@@ -197,7 +198,7 @@ def _sdpa(
 def _varlen(
     rows: int, heads: int, width: int, device: torch.device, kv_heads: int = 0
 ) -> Callable[[int], None]:
-    """FlashAttention-2 inside torch, on rows behind each other."""
+    """FlashAttention-2 inside torch, on concatenated rows."""
     varlen_attn = _find_varlen()
 
     def run(length: int) -> None:
@@ -220,7 +221,7 @@ def _find_varlen() -> Callable[..., torch.Tensor]:
 
 
 def _causal(varlen_attn: Callable[..., Any]) -> dict[str, Any]:
-    """Arguments that make it causal in this version of torch."""
+    """Arguments that make attention causal in this version of torch."""
     import inspect
 
     return (
@@ -231,7 +232,7 @@ def _causal(varlen_attn: Callable[..., Any]) -> dict[str, Any]:
 
 
 def _fewer_key_heads(rows: int, heads: int, length: int, width: int, device: torch.device) -> str:
-    """Word on whether grouped keys are taken as they are."""
+    """Text that tells whether the kernel takes grouped keys as they are."""
     try:
         started = time.perf_counter()
         _varlen(rows, heads, width, device, heads // 4)(length)
@@ -243,8 +244,7 @@ def _fewer_key_heads(rows: int, heads: int, length: int, width: int, device: tor
 def _inputs(
     shape: tuple[int, ...], device: torch.device, keys: tuple[int, ...] | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Queries, keys and values; ones of random numbers that are made once, as making them takes
-    time too."""
+    """Random queries, keys and values, cached by shape because making them takes time."""
     return tuple(
         _random(size, device).detach().requires_grad_()
         for size in (shape, keys or shape, keys or shape)

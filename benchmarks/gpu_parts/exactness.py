@@ -1,12 +1,13 @@
-"""What each quick path computes, beside the plain one: loss and gradients, against a reference in float32.
+"""Exactness of each fast path: its loss and gradients beside the plain path's and a reference's.
 
-The plain path is peft's composed layers, logits of all tokens, eager attention, nothing recomputed. The reference is
-the same in float32, on the same 4-bit bytes. In float32 a quick path must be within 1e-5 of it.
+The plain path is peft's composed layers, logits of all tokens, eager attention, no recomputation.
+The reference is the plain path in float32 on the same 4-bit bytes. In float32 a fast path must be
+within 1e-5 of it.
 
-In bfloat16 it may be 1.25 times as far from the reference as the plain path is. Both round in many places, and not in
-the same ones, so that paths of equal exactness come out at distances that differ by chance: over these few batches
-fused layers came to 1.05 times the plain path's on a CPU. An error of the size of all the plain path's own, added to
-it, would come to 1.41 times.
+In bfloat16 a fast path may be 1.25 times as far from the reference as the plain path. Both round in
+many and different places, so paths of equal exactness differ in distance by chance: over these few
+batches fused layers came to 1.05 times the plain path's distance on a CPU. An error as large as all
+of the plain path's own, added to it, would come to 1.41 times.
 """
 
 from __future__ import annotations
@@ -39,17 +40,17 @@ from qlora_dist.train import micro_step
 NUM_BATCHES = 4
 
 Results = dict[str, torch.Tensor]
-"""OUT: the loss, or what a layer puts out; the rest are gradients by name."""
+"""OUT: the loss, or the output of a layer. Other keys: gradients by name."""
 OUT = "output"
 
 
 @dataclass(frozen=True)
 class Way:
-    """How a step is computed."""
+    """Setting of a step's fast paths."""
 
     is_fused: bool = False
     is_light: bool = False
-    """Norms and SwiGLU as this program computes them."""
+    """Use this program's norms and SwiGLU."""
     is_loss_chunked: bool = False
     memory: Mapping[str, Any] = field(default_factory=lambda: {"recompute": "none"})
     attention: str = "eager"
@@ -71,8 +72,9 @@ WAYS = {
 
 
 def of_models(shape: Mapping[str, int], seq_len: int, way: str) -> dict[str, Any]:
-    """Steps of a small Llama on two packed rows of two samples each; distances of loss and of all gradients, each the
-    root mean square over several batches.
+    """Distances of loss and gradients of a way, for a small Llama on two rows of two samples each.
+
+    Each distance is the root mean square over several batches.
 
     Args:
         way: a key of WAYS.
@@ -82,7 +84,7 @@ def of_models(shape: Mapping[str, int], seq_len: int, way: str) -> dict[str, Any
     row: dict[str, Any] = {}
     for dtype in ("float32", "bfloat16"):
         if dtype == "float32" and quick_way.attention == "flash_attention_2":
-            continue  # knows 16-bit types only
+            continue  # flash-attn has 16-bit types only
         quick = compute(small, seq_len, quick_way, dtype)
         row[dtype] = compared(reference, plain_results(small, seq_len, dtype), quick, dtype)
     return row
@@ -90,12 +92,12 @@ def of_models(shape: Mapping[str, int], seq_len: int, way: str) -> dict[str, Any
 
 @cache
 def plain_results(shape: Shape, seq_len: int, dtype: str) -> list[Results]:
-    """What the plain path computes."""
+    """Results of the plain path."""
     return compute(shape, seq_len, PLAIN, dtype)
 
 
 def compute(shape: Shape, seq_len: int, way: Way, dtype: str) -> list[Results]:
-    """Loss, and the gradient of every adapter matrix, for each batch; the model is the same for every way and dtype."""
+    """Loss and gradient of every adapter matrix, by batch; all ways and dtypes share the model."""
     runtime = start_runtime(seed=0, dtype=dtype)
     found: list[Results] = []
     with ExitStack() as stack:
@@ -138,7 +140,7 @@ def compute(shape: Shape, seq_len: int, way: Way, dtype: str) -> list[Results]:
 
 @torch.no_grad()
 def learn_something(model: nn.Module) -> None:
-    """B begins at zero, and then A would have no gradient."""
+    """Set B to random values; B starts at zero, and A would have no gradient."""
     generator = torch.Generator().manual_seed(1)
     for name, param in adapter_parameters(model).items():
         if ".lora_B." in name:
@@ -148,7 +150,7 @@ def learn_something(model: nn.Module) -> None:
 def all_logits(
     model: Any, input_ids: Any, attention_mask: Any, labels: Any, position_ids: Any = None, *_: Any
 ) -> torch.Tensor:
-    """The loss as everybody computes it: logits of all tokens, in float32."""
+    """Sum of the loss as commonly computed: logits of all tokens, in float32."""
     inputs = model_inputs(model, input_ids, attention_mask, position_ids)
     logits = model(**inputs, use_cache=False).logits.float()
     shifted = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
@@ -160,7 +162,7 @@ def all_logits(
 def compared(
     reference: list[Results], plain: list[Results], quick: list[Results], dtype: str
 ) -> dict[str, Any]:
-    """Relative distances to the reference, of the output and of all gradients taken together."""
+    """Relative distances to the reference, of the output and of all gradients together."""
     row: dict[str, Any] = {}
     is_as_exact = True
     for what in (OUT, "gradients"):
@@ -169,15 +171,14 @@ def compared(
         row[what] = {"plain": of_plain, "quick": of_quick}
         limit = 1e-5 if dtype == "float32" else 1.25 * of_plain
         if what == OUT and reference[0][OUT].ndim == 0 and dtype == "bfloat16":
-            limit = max(
-                limit, 2**-9
-            )  # a few numbers may by chance be nearer than half a unit in the last place
+            # the plain path's few losses may by chance be within half a unit in the last place
+            limit = max(limit, 2**-9)
         is_as_exact = is_as_exact and of_quick <= limit
     return {**row, "is_as_exact": is_as_exact}
 
 
 def distance(found: list[Results], expected: list[Results], names: list[str]) -> float:
-    """||found - expected|| / ||expected|| in float64, over all batches; huge where something is not a number."""
+    """||found - expected|| / ||expected|| in float64 over all batches; 1e300 if not finite."""
     far = long = 0.0
     for mine, exact in zip(found, expected, strict=True):
         far += sum(
@@ -188,12 +189,12 @@ def distance(found: list[Results], expected: list[Results], names: list[str]) ->
     return float(f"{ratio:.4g}") if math.isfinite(ratio) else 1e300  # JSON knows no infinity
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# One layer, and the loss, by themselves: shapes of a large model.
+# --------------------------------------------------------------------------------------------------
+# One layer with the shapes of a large model.
 
 
 def of_layer(inner: int, outer: int, tokens: int, rank: int) -> dict[str, Any]:
-    """A 4-bit layer with an adapter: output, and gradients of its input and of the adapter."""
+    """Distances of a fused 4-bit layer with an adapter: output, and all gradients."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     generator = torch.Generator(device).manual_seed(2)
     x, grad = (
@@ -231,14 +232,12 @@ def adapted_layer(
     generator = torch.Generator().manual_seed(3)
     for weight in (layer.lora_A["default"].weight, layer.lora_B["default"].weight):
         values = torch.randn(weight.shape, generator=generator) * weight.shape[1] ** -0.5
-        weight.data.copy_(
-            values.to(torch.bfloat16)
-        )  # so that every type begins with the same numbers
+        weight.data.copy_(values.to(torch.bfloat16))  # equal numbers in every compute type
     return layer.train()
 
 
 def results_of(layer: nn.Module, x: torch.Tensor, grad: torch.Tensor) -> Results:
-    """Output, and gradients of x and of the adapter for the gradient of the output."""
+    """Output, and gradients of x and of the adapter for a gradient of the output."""
     x = x.clone().requires_grad_()
     layer.zero_grad()
     with torch.autocast(x.device.type, x.dtype) if x.dtype == torch.bfloat16 else nullcontext():
@@ -249,7 +248,7 @@ def results_of(layer: nn.Module, x: torch.Tensor, grad: torch.Tensor) -> Results
 
 
 def exact_results(layer: Any, x: torch.Tensor, grad: torch.Tensor) -> Results:
-    """The same from dense matrices, in float64."""
+    """Output and gradients of a layer from dense matrices, in float64."""
     weight = layer.base_layer.dequantized().double()
     a, b = (part["default"].weight.detach().double() for part in (layer.lora_A, layer.lora_B))
     x, grad, scaling = x.double(), grad.double(), layer.scaling["default"]

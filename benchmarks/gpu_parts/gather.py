@@ -1,9 +1,9 @@
-"""FSDP2 on one GPU, as rank 0 of several: the bytes of gathered weights, time and memory.
+"""FSDP2 on one GPU, as rank 0 of several: bytes of gathered weights, time and memory.
 
-A process group of one proves nothing here, as torch copies parameter by parameter then and gathers
-nothing. So the group pretends to have more ranks. Its gather repeats this rank's shard, at the
-speed of a copy in the GPU's memory; its reduce-scatter keeps this rank's part. Copies into and out
-of the buffers, streams, prefetching and memory are those of rank 0 of so many; links are not.
+A process group of one proves nothing: torch then copies parameter by parameter and gathers nothing.
+So the group pretends to have more ranks. Its gather repeats this rank's shard at the speed of a
+copy in the GPU's memory; its reduce-scatter keeps this rank's part. Copies into and out of the
+buffers, streams, prefetching and memory are those of a real rank 0; links are not.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from qlora_dist.weights.loading import materialize
 
 STORAGES = (torch.uint8, torch.bfloat16, torch.float16, torch.float32)
 _COPIES = 64
-"""Of all 65,536 patterns of two bytes: 8 MiB."""
+"""Repetitions of all 65,536 patterns of two bytes; 8 MiB together."""
 
 
 def patterns(device: torch.device) -> torch.Tensor:
@@ -46,10 +46,11 @@ def patterns(device: torch.device) -> torch.Tensor:
 
 
 def foreach_copies() -> dict[str, Any]:
-    """Bytes that come out changed of `torch._foreach_copy_`, by storage type.
+    """Count the bytes that `torch._foreach_copy_` changes, by storage type.
 
-    FSDP2 copies shards into its buffers with it, and it is reported to rewrite NaNs of bfloat16 on
-    CUDA: packed 4-bit weights in bfloat16 storage would change silently. Integers have no NaNs.
+    FSDP2 copies shards into its buffers with this operator, which is reported to rewrite NaNs of
+    bfloat16 on CUDA. Packed 4-bit weights in bfloat16 storage would change silently; integers have
+    no NaNs.
     """
     before = patterns(this_device())
     result: dict[str, Any] = {"bytes": before.numel()}
@@ -62,7 +63,7 @@ def foreach_copies() -> dict[str, Any]:
 
 
 def num_different(tensor: torch.Tensor, other: torch.Tensor) -> int:
-    """Bytes of one that are not those of the other."""
+    """Number of bytes in which two tensors differ."""
     return int((_bytes(tensor) != _bytes(other)).sum())
 
 
@@ -71,16 +72,16 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class RepeatedGather:
-    """In place of an all-gather: every rank has what this one has."""
+    """Stand-in for an all-gather in which every rank has this rank's shard."""
 
     def __init__(self) -> None:
         self.num_bytes = 0
-        """Written into outputs, this rank's part included."""
+        """Bytes written into outputs, this rank's part included."""
 
     def allocate(
         self, size: tuple[int, ...], *, dtype: torch.dtype, device: torch.device
     ) -> torch.Tensor:
-        """Memory for an output."""
+        """Allocate an output."""
         return torch.empty(size, dtype=dtype, device=device)
 
     def __call__(
@@ -90,19 +91,19 @@ class RepeatedGather:
         group: dist.ProcessGroup,
         async_op: bool = False,
     ) -> None:
-        """Copy the input, which lies in the output as its first part, over the others."""
+        """Copy the input, which is the output's first part in memory, over the other parts."""
         parts = output_tensor.view(group.size(), -1)
         parts[1:].copy_(input_tensor.expand(group.size() - 1, -1))
         self.num_bytes += output_tensor.nbytes
 
 
 class KeptReduceScatter:
-    """In place of a reduce-scatter: the sum is this rank's own part."""
+    """Stand-in for a reduce-scatter whose sum is this rank's own part."""
 
     def allocate(
         self, size: tuple[int, ...], *, dtype: torch.dtype, device: torch.device
     ) -> torch.Tensor:
-        """Memory for an input or output."""
+        """Allocate an input or output."""
         return torch.empty(size, dtype=dtype, device=device)
 
     def __call__(
@@ -117,15 +118,15 @@ class KeptReduceScatter:
         output_tensor.copy_(input_tensor[: output_tensor.numel()])
 
     def wait(self) -> None:
-        """Nothing runs on."""
+        """Return at once; nothing is pending."""
 
 
 def pretended(shape: Mapping[str, int], seq_len: int, rank: int, ranks: int) -> dict[str, Any]:
-    """One row of tokens on rank 0 of so many: bytes of gathered weights, then optimizer steps.
+    """Compare gathered weights with the shards and take optimizer steps, as rank 0 of `ranks`.
 
     Args:
-        rank: of the adapters.
-        ranks: of the pretended group.
+        rank: the adapters' rank.
+        ranks: size of the pretended group.
     """
     with mock.patch.object(memory, "RANK", rank):
         model, runtime = memory.describe(memory.Shape(**shape), ranks, seq_len, "full")
@@ -140,7 +141,8 @@ def pretended(shape: Mapping[str, int], seq_len: int, rank: int, ranks: int) -> 
         if isinstance(module, FSDPModule):
             module.set_custom_all_gather(gather)
             module.set_custom_reduce_scatter(scatter)
-    engine._reductions = None  # type: ignore[attr-defined]  # on a CPU: those that were replaced
+    # on a CPU the engine's own reductions would bypass the stand-in
+    engine._reductions = None  # type: ignore[attr-defined]
     row = compare_gathered(model, ranks)
     batch = make_batch(shape["vocab"], 1, seq_len)
     reset_peak(device)
@@ -157,7 +159,7 @@ def pretended(shape: Mapping[str, int], seq_len: int, rank: int, ranks: int) -> 
 
 
 def compare_gathered(model: nn.Module, ranks: int) -> dict[str, int]:
-    """Each frozen parameter as layers see it, against this rank's shard repeated."""
+    """Compare each frozen parameter as layers see it with this rank's shard repeated."""
     parts = different = changed = 0
     for unit, owned in _units(model):
         shards = {
@@ -176,7 +178,7 @@ def compare_gathered(model: nn.Module, ranks: int) -> dict[str, int]:
 
 
 def _units(model: nn.Module) -> Iterator[tuple[Any, dict[str, torch.Tensor]]]:
-    """The units that are gathered at once, with the frozen parameters that each has to itself."""
+    """Units gathered as a whole, each with the frozen parameters of its own."""
     units = [
         (prefix, module)
         for prefix, module in model.named_modules()

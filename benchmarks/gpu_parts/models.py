@@ -1,4 +1,4 @@
-"""Models of real shapes with random weights, made on the device, through the program's own assembly."""
+"""Models of real shapes with random weights, made on the device by the program's own assembly."""
 
 from __future__ import annotations
 
@@ -27,20 +27,22 @@ from qlora_dist.runtime.shards import keep_local, whole_shape
 from qlora_dist.weights.loading import LoadStats
 
 SHARED_ABOVE = 2**22
-"""Elements of a matrix from which on all matrices of its shape get the same bytes: speed and memory are those of
-different ones, and a 65B model is there in seconds."""
+"""Matrices with more elements share their bytes by shape. Speed and memory are those of different
+bytes, and a 65B model is ready in seconds.
+"""
 
 
 def make_config(
     folder: Path, shape: Shape, rows: int, seq_len: int, **sections: Mapping[str, Any]
 ) -> TrainConfig:
-    """A complete configuration of a run on `rows` x `seq_len` tokens, and the model's config.json in `folder`.
+    """Configuration of a run on `rows` x `seq_len` tokens; writes the model's config.json too.
 
     Args:
+        folder: receives config.json and the run's file.
         sections: further keys, such as memory={"recompute": "none"}.
 
     Raises:
-        ConfigError: a setting that this version does not know.
+        ConfigError: this version does not know a setting.
     """
     write_model_config(shape, folder, seq_len)
     settings: dict[str, dict[str, Any]] = {
@@ -58,7 +60,11 @@ def make_config(
 
 
 def build(config: TrainConfig, runtime: Runtime) -> tuple[ModelParts, list[str]]:
-    """The adapted model that `build_model` makes of the configuration, with random weights; and what it said."""
+    """Build the configuration's adapted model with random weights.
+
+    Returns:
+        the model's parts, and the lines that `build_model` reported.
+    """
     said = io.StringIO()
     with random_weights_instead():
         backend = make_backend(choose_backend(config), config, runtime)
@@ -72,7 +78,7 @@ def build(config: TrainConfig, runtime: Runtime) -> tuple[ModelParts, list[str]]
 
 @contextmanager
 def random_weights_instead() -> Iterator[None]:
-    """No file is read while models are built."""
+    """Build models with random weights instead of reading files."""
     with (
         mock.patch.object(assemble, "load_base_weights", fill),
         mock.patch.object(assemble, "checkpoint_bytes", return_value=0),
@@ -82,7 +88,10 @@ def random_weights_instead() -> Iterator[None]:
 
 @torch.no_grad()
 def fill(model: nn.Module, folder: Path, device: torch.device, *_: Any) -> LoadStats:
-    """Random values in all of the frozen base, the same for any dtype; stands in for `load_base_weights`."""
+    """Fill the frozen base with random values, equal for any dtype.
+
+    Stands in for `load_base_weights`.
+    """
     generator = torch.Generator(device).manual_seed(0)
     made: dict[object, QuantizedTensors] = {}
     num_quantized = 0
@@ -109,7 +118,7 @@ def fill(model: nn.Module, folder: Path, device: torch.device, *_: Any) -> LoadS
 
 
 def random_matrix(shape: tuple[int, int], generator: torch.Generator) -> torch.Tensor:
-    """(out_features, in_features) bfloat16, normal with standard deviation 1 / sqrt(in_features)."""
+    """(out_features, in_features) bfloat16, normal with deviation 1 / sqrt(in_features)."""
     matrix = torch.randn(shape, generator=generator, device=generator.device, dtype=torch.bfloat16)
     return matrix.mul_(shape[1] ** -0.5)
 
@@ -117,7 +126,7 @@ def random_matrix(shape: tuple[int, int], generator: torch.Generator) -> torch.T
 def random_quantized(
     shape: tuple[int, int], device: torch.device, fmt: QuantFormat | None = None
 ) -> QuantizedTensors:
-    """One random matrix, in 4 bits."""
+    """Random matrix in 4 bits."""
     return quantize_matrix(
         random_matrix(shape, torch.Generator(device).manual_seed(0)), fmt or QuantFormat()
     )
@@ -126,7 +135,7 @@ def random_quantized(
 def make_batch(
     vocab: int, rows: int, seq_len: int, samples_per_row: int = 1, seed: int = 0
 ) -> MicroBatch:
-    """Full rows of random tokens, all of them targets but each sample's first, on the CPU.
+    """Full rows of random tokens on the CPU; all but each sample's first are targets.
 
     Args:
         samples_per_row: samples of equal length; with several, the rows are packed.

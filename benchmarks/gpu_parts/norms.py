@@ -1,4 +1,4 @@
-"""RMSNorm as transformers writes it, as this program computes it, and as torch's one kernel."""
+"""RMSNorm of transformers, of this program, and as torch's single kernel."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ Norm = Callable[[torch.Tensor], torch.Tensor]
 
 
 def compare(tokens: int = 8 * 2048, width: int = 4096) -> dict[str, Any]:
-    """Error and rate of each, forward alone and with the gradient of the input.
+    """Error and rate of each norm, forward alone and with the gradient of the input.
 
-    A rate counts what one kernel each way has to read and write, 2 elements a number forward and 3
-    backward, so that it can be held against the rate of a copy.
+    A rate counts the traffic of one kernel each way, 2 elements a number forward and 3 backward, so
+    that it is comparable with the rate of a copy.
     """
     device = this_device()
     x, grad, weight = _numbers(tokens, width, device)

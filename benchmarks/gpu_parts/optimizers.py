@@ -1,4 +1,4 @@
-"""Optimizers whose state may be evicted to the host: they compute what those compute that keep it on the GPU."""
+"""Optimizers with paged state, compared bit for bit with their unpaged versions on the GPU."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from qlora_dist.config.schema import OptimConfig
 from qlora_dist.optim.adamw import build_optimizer
 
 _NUMEL = 2**18
-"""Elements: more than the 100,000 from which on bitsandbytes pages, and a megabyte of managed memory at most."""
+"""Elements: above the 100,000 from which bitsandbytes pages; a megabyte of managed memory."""
 
 
 def paged() -> dict[str, Any]:
-    """Three steps of each paged optimizer beside the same one unpaged, bit by bit."""
+    """Compare three steps of each paged optimizer with its unpaged version, bit for bit."""
     import bitsandbytes as bnb
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,4 +1,4 @@
-"""The same model trained by what people run today: transformers and peft in a plain loop, and TRL."""
+"""Peers that train an equal model: transformers and peft in a plain loop, and TRL."""
 
 from __future__ import annotations
 
@@ -34,11 +34,13 @@ def hf_loop(
     recompute: str,
     with_liger: bool = False,
 ) -> dict[str, Any]:
-    """transformers' model with bitsandbytes' and peft's layers, bfloat16 adapters, nothing upcast, fused AdamW.
+    """transformers' model with bitsandbytes' and peft's layers, bfloat16 adapters and fused AdamW.
+
+    Nothing is upcast.
 
     Args:
-        with_liger: liger-kernel's norms, SwiGLU, rotation and loss without logits in the place of transformers'; it
-            patches them for the rest of the process.
+        with_liger: replace transformers' norms, SwiGLU, rotation and loss by liger-kernel's,
+            without logits; it patches them for the rest of the process.
     """
     device = this_device()
     if with_liger and device.type == "cpu":
@@ -82,7 +84,7 @@ def trl(
     """TRL's SFTTrainer.
 
     Args:
-        defaults: as it is; else with nothing recomputed.
+        defaults: keep TRL's defaults; else recompute nothing.
     """
     from datasets import Dataset
     from peft import LoraConfig
@@ -145,7 +147,10 @@ def trl(
 
 @torch.no_grad()
 def hf_model(shape: Shape, seq_len: int, device: torch.device) -> nn.Module:
-    """A Llama as `from_pretrained` leaves it with `load_in_4bit`, NF4 and double quantization; random weights."""
+    """Llama as `from_pretrained` makes it with `load_in_4bit`, NF4 and double quantization.
+
+    The weights are random.
+    """
     import bitsandbytes as bnb
     from accelerate import init_empty_weights
     from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
@@ -169,9 +174,8 @@ def hf_model(shape: Shape, seq_len: int, device: torch.device) -> nn.Module:
     for name, module in list(model.named_modules()):
         if type(module) is nn.Linear and name != "lm_head":
             size = (module.out_features, module.in_features)
-            key: object = (
-                size if size[0] * size[1] > SHARED_ABOVE else name
-            )  # as in this program's model
+            # shared bytes by shape, as in this program's model
+            key: object = size if size[0] * size[1] > SHARED_ABOVE else name
             if key not in made:
                 made[key] = bnb.functional.quantize_4bit(
                     random_matrix(size, generator), quant_type="nf4", compress_statistics=True
@@ -188,7 +192,7 @@ def hf_model(shape: Shape, seq_len: int, device: torch.device) -> nn.Module:
                 module._parameters[leaf] = nn.Parameter(
                     value.to(device, torch.bfloat16), requires_grad=False
                 )
-    model.to(device)  # the buffers
+    model.to(device)  # moves the buffers
     model.is_loaded_in_4bit = model.is_quantized = True
     model.config.quantization_config = BitsAndBytesConfig(
         load_in_4bit=True,
@@ -202,7 +206,7 @@ def hf_model(shape: Shape, seq_len: int, device: torch.device) -> nn.Module:
 
 
 def _linear4bit(size: tuple[int, int], packed: torch.Tensor, state: Any) -> nn.Module:
-    """bitsandbytes' layer with bytes of its own; the constants are shared, they are small."""
+    """bitsandbytes' layer with bytes of its own; the small constants are shared."""
     import bitsandbytes as bnb
 
     layer = bnb.nn.Linear4bit(
@@ -224,9 +228,8 @@ def _linear4bit(size: tuple[int, int], packed: torch.Tensor, state: Any) -> nn.M
         bnb_quantized=True,
     )
     layer.quant_state = state
-    layer.support_avx512bf16_for_cpu = (
-        False  # in eval mode it would repack the weight, which then cannot be trained
-    )
+    # in eval mode this path repacks the weight, which then cannot be trained
+    layer.support_avx512bf16_for_cpu = False
     return layer
 
 

@@ -1,8 +1,8 @@
-"""Everything that the benchmark of one GPU runs, in its order, with each part's planned seconds.
+"""Plan of the benchmark of one GPU: its parts and cases in order, with planned seconds.
 
-What may be wrong comes first, because nothing else means much then; after that the figures by their
-value. The seconds are estimates for an H100, with the start of the part's processes. They add up to
-less than nine minutes.
+Correctness comes first, because figures of a wrong program mean nothing; figures follow by their
+value. The seconds are estimates for an H100 and include the start of the part's processes. They add
+up to less than nine minutes.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ MOST_SECONDS = 540
 
 @dataclass(frozen=True)
 class Case:
-    """One call of a function in `benchmarks/gpu_parts`."""
+    """Call of a function in `benchmarks/gpu_parts`."""
 
     name: str
     function: str
     """`module.function`."""
     arguments: dict[str, Any] = field(default_factory=dict)
     limit_seconds: int = 45
-    """After which its process is ended: it hangs."""
+    """Seconds after which the case counts as hanging and its process is ended."""
     own_process: bool = False
-    """Begin a new process, because the cases before leave something behind: TRL patches models."""
+    """Begin a new process, because earlier cases leave something behind: TRL patches models."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Part:
 
     name: str
     seconds: int
-    """Kept for it while the parts before it run; it may take longer where those leave time."""
+    """Seconds reserved while earlier parts run; the part may take longer if they leave time."""
     cases: list[Case]
 
 
@@ -55,16 +55,16 @@ WIDE = {
     "kv_heads": 8,
     "vocab": 32000,
 }
-"""Four layers of a 7B with grouped keys: attention as there, and quickly made."""
+"""Four layers of a 7B with grouped keys: its attention, quickly made."""
 
 LENGTHS = (512, 704, 960, 1088, 1600, 1999, 2041, 2048)
-"""Lengths of padded rows. The second to the fifth leave 64 when divided by 128, where cuDNN's backward is
+"""Lengths of padded rows. The second to the fifth are 64 modulo 128, where cuDNN's backward is
 known to fail."""
 TESTS = "loading or isolation or optim or loader or offload"
 
 
 def all_parts(is_small: bool) -> list[Part]:
-    """The plan; small, with tiny shapes."""
+    """The plan; with tiny shapes if `is_small`."""
     parts = [
         Part("device", 70, device_cases(is_small)),
         Part("exactness", 35, exactness_cases(is_small)),
@@ -84,7 +84,7 @@ def all_parts(is_small: bool) -> list[Part]:
 
 
 def _patient(part: Part) -> Part:
-    """The part with limits for a CPU, which may be a slow one: there they only end what hangs."""
+    """Part with long limits, which only end hanging cases on a slow CPU."""
     return replace(part, cases=[replace(case, limit_seconds=600) for case in part.cases])
 
 
@@ -93,7 +93,7 @@ def total_seconds(parts: Sequence[Part]) -> int:
 
 
 def device_cases(is_small: bool) -> list[Case]:
-    """Attention that returns something else than numbers; rates; attention by kernel; the norm."""
+    """Non-finite attention, rates, attention by kernel, and the norm."""
     lengths = {"lengths": [192, 128] if is_small else [704, 1088, 1024]}
     size = {"rows": 1, "heads": 4, "length": 64, "width": 16} if is_small else {}
     ways = ("causal, flash", "causal, cuDNN", "masked, efficient", "masked, cuDNN", "varlen")
@@ -106,7 +106,7 @@ def device_cases(is_small: bool) -> list[Case]:
 
 
 def exactness_cases(is_small: bool) -> list[Case]:
-    """Every quick path beside the plain one."""
+    """Every fast path beside the plain one."""
     layer = {"inner": 4096, "outer": 11008, "tokens": 2048, "rank": 64}
     if is_small:
         layer = {"inner": 128, "outer": 96, "tokens": 32, "rank": 4}
@@ -157,7 +157,7 @@ def steps_of_7b(is_small: bool) -> list[Case]:
 
 
 def compiled_cases(is_small: bool) -> list[Case]:
-    """The same with compiled layers."""
+    """Optimizer steps with compiled layers."""
     memory = {"compile": True}
     return [
         _step("8x2048, full", is_small, rows=8, recompute="full", memory=memory, limit=120),
@@ -166,8 +166,10 @@ def compiled_cases(is_small: bool) -> list[Case]:
 
 
 def peer_cases(is_small: bool) -> list[Case]:
-    """The same model in what people use. liger-kernel patches transformers, so its case ends that
-    process."""
+    """The same model in other trainers.
+
+    liger-kernel patches transformers, so the next case gets a new process.
+    """
 
     def peer(name: str, function: str, rows: int, **keywords: Any) -> Case:
         own_process = function == "peers.trl"
@@ -190,7 +192,7 @@ def peer_cases(is_small: bool) -> list[Case]:
 
 
 def saving_cases(is_small: bool) -> list[Case]:
-    """A large model on one GPU, and what a save takes of it."""
+    """A large model on one GPU, and the memory and time of a save."""
     eight_bit: dict[str, Any] = {
         "optim": {"optimizer": "adamw_8bit"},
         "num_steps": 3,
@@ -220,8 +222,7 @@ def saving_cases(is_small: bool) -> list[Case]:
 
 
 def row_cases(is_small: bool) -> list[Case]:
-    """Paged state, and what meets many lengths: generation and padded rows, each without cuDNN's
-    attention and with it."""
+    """Paged state, and work of many lengths without and with cuDNN's attention."""
     shape, llama = (TINY, TINY) if is_small else (WIDE, _sizes("7B", False, 0)["shape"])
     lengths = [16, 24, 40] if is_small else list(LENGTHS)
     cases = [Case("paged beside unpaged", "optimizers.paged")]
@@ -248,7 +249,7 @@ def row_cases(is_small: bool) -> list[Case]:
 def _sizes(shape: str, is_small: bool, seq_len: int) -> dict[str, Any]:
     if is_small:
         return {"shape": TINY, "seq_len": 64, "rank": 4}
-    from benchmarks.memory import SHAPES  # imports torch, for which the small plan need not wait
+    from benchmarks.memory import SHAPES  # imports torch, which the small plan does not need
 
     return {"shape": vars(SHAPES[shape]), "seq_len": seq_len, "rank": 64}
 
@@ -262,17 +263,16 @@ def _step(
     shape: str = "7B",
     seq_len: int = 2048,
     limit: int = 45,
-    memory: dict[str, Any] | None = None,
-    adapter: dict[str, Any] | None = None,
     **keywords: Any,
 ) -> Case:
+    """Case of `steps.ours`; `memory` and `adapter` among the keywords extend their sections."""
     sizes = _sizes(shape, is_small, seq_len)
     rank = sizes.pop("rank")
     arguments = {
         **sizes,
         "rows": rows,
-        "adapter": {"rank": rank, **(adapter or {})},
-        "memory": {"recompute": recompute, **(memory or {})},
+        "adapter": {"rank": rank, **keywords.pop("adapter", {})},
+        "memory": {"recompute": recompute, **keywords.pop("memory", {})},
         **keywords,
     }
     return Case(name, "steps.ours", arguments, limit)

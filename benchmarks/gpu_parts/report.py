@@ -1,4 +1,4 @@
-"""Results in words: a line for each case as it ends, and tables of all."""
+"""Results as text: a line for each case as it ends, and tables of all."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 from benchmarks.gpu_parts.plan import MOST_SECONDS, Part, total_seconds
 
 _NOTES = ("seconds", "program", "unfinished")
-"""Notes on how a row came about."""
+"""Keys that tell how a row was measured."""
 
 
 def plan_table(parts: Sequence[Part]) -> str:
-    """The parts, their cases and what they may take, in Markdown."""
+    """Markdown table of the parts, their cases and their seconds."""
     lines = ["| part | seconds | cases, each with its limit in seconds |", "|---|---|---|"]
     for part in parts:
         cases = "; ".join(f"{case.name} ({case.limit_seconds})" for case in part.cases)
@@ -37,7 +37,7 @@ def in_short(row: dict[str, Any]) -> str:
 
 
 def table(result: dict[str, Any]) -> str:
-    """The steps, and then everything else, as Markdown."""
+    """Markdown tables of the steps and of all other results."""
     lines = [
         "| model | setting | tokens/s | s/step | MFU | of the bound | with recompute | busy "
         "| peak, reserved GiB | retries | loss |",
@@ -54,7 +54,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def _found(row: dict[str, Any]) -> dict[str, Any]:
-    """Findings of a case that takes steps, besides its speed: gathered weights, a save."""
+    """Findings of a case of steps besides its speed: gathered weights, a save."""
     return {
         key: row[key] for key in ("gathered_parameters", "bytes_that_differ", "save") if key in row
     }
@@ -84,7 +84,7 @@ def _step_cells(row: dict[str, Any]) -> list[str]:
 
 
 def verdict(row: dict[str, Any]) -> str:
-    """A check's finding, or figures as they are."""
+    """Finding of a check as text; other figures as JSON."""
     if "not measured" in row:
         return f"not measured: {row['not measured']}"
     found = []
@@ -96,9 +96,8 @@ def verdict(row: dict[str, Any]) -> str:
                 for which in ("plain", "quick")
             ]
             word = "as exact" if row[dtype]["is_as_exact"] else "LESS EXACT"
-            found.append(
-                f"{dtype}: {word} (output {distances[0]} → {distances[1]}, gradients {distances[2]} → {distances[3]})"
-            )
+            output, gradients = " → ".join(distances[:2]), " → ".join(distances[2:])
+            found.append(f"{dtype}: {word} (output {output}, gradients {gradients})")
     return "; ".join(found) or json.dumps(
         {key: value for key, value in row.items() if key not in _NOTES}
     )

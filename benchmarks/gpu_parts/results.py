@@ -1,4 +1,4 @@
-"""The results of the benchmark on disk: complete after every case, and gone on with."""
+"""Results of the benchmark on disk, complete after every case and continued by later calls."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from benchmarks.gpu_parts.plan import Case, Part
 
 ROOT = Path(__file__).parents[2]
 MACHINE = ("device", "python", "torch", "transformers", "peft", "bitsandbytes")
-"""Results under different ones are not put into one file."""
+"""Keys of the machine that all results of a file share."""
 
 Row = dict[str, Any]
-"""Figures by name, or `not measured` with the reason; `unfinished` where that is the time, and
-another call may try."""
+"""Figures by name, or `not measured` with the reason; `unfinished` if the time ran out and another
+call may try."""
 
 
 class Results:
-    """A file of results by part and case."""
+    """File of results by part and case."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -31,7 +31,7 @@ class Results:
         self._program = program()
 
     def begin(self, machine: Mapping[str, Any], is_small: bool) -> None:
-        """Say what the results are of.
+        """Record the machine and the sizes of the results.
 
         Raises:
             SystemExit: the file has results of another machine, of other versions or other sizes.
@@ -46,8 +46,8 @@ class Results:
             differs.append(f"is_small {not is_small} there, {is_small} here")
         if differs:
             raise SystemExit(
-                f"{self.file} holds results of something else: {'; '.join(differs)}. They would be mixed. "
-                "Give another file with --out, or remove this one."
+                f"{self.file} holds results of something else: {'; '.join(differs)}. "
+                "They would be mixed. Give another file with --out, or remove this one."
             )
         self.content |= {
             "machine": dict(machine),
@@ -61,7 +61,7 @@ class Results:
         return row is not None and not row.get("unfinished")
 
     def left_of(self, parts: Sequence[Part], again: Sequence[str]) -> list[tuple[Part, list[Case]]]:
-        """The cases to run; all of those parts that are to run again."""
+        """Cases still to run; all cases of the parts in `again`."""
         left = []
         for part in parts:
             cases = [
@@ -74,7 +74,7 @@ class Results:
         return left
 
     def add(self, part: str, case: str, row: Row) -> None:
-        """Keep a result, and write all of them; a reader sees the old file or the new one."""
+        """Keep a result and rewrite the file; a reader sees the old file or the new one."""
         self.content["parts"].setdefault(part, {})[case] = {**row, "program": self._program}
         self.file.parent.mkdir(parents=True, exist_ok=True)
         partial = self.file.with_name(f".{self.file.name}.partial")
@@ -83,6 +83,6 @@ class Results:
 
 
 def program() -> str:
-    """Eight digits that stand for the program and the benchmark as they are."""
+    """Eight digits that identify the source of the program and the benchmark."""
     files = [*ROOT.glob("qlora_dist/**/*.py"), *ROOT.glob("benchmarks/**/*.py")]
     return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(files))).hexdigest()[:8]

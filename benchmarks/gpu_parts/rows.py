@@ -1,7 +1,7 @@
-"""Work that meets many lengths: padded rows in training, and generation, token by token.
+"""Work of many lengths: padded rows in training, and generation token by token.
 
-cuDNN makes a plan for each shape that it has not met, and its backward is known to return NaN for
-some lengths with a mask. So both run with it and without.
+cuDNN makes a plan for each new shape, and its backward is known to return NaN for some lengths with
+a mask. So each kind of work runs with and without cuDNN.
 """
 
 from __future__ import annotations
@@ -27,15 +27,17 @@ from qlora_dist.runtime.processes import start_runtime
 from qlora_dist.train import train_step
 
 FILLED = (1.0, 0.8, 0.55, 0.3)
-"""Share of each row in turn that is no padding."""
+"""Share of each row that is not padding, in turn."""
 
 
 def padded(
     shape: Mapping[str, int], rows: int, lengths: Sequence[int], with_cudnn: bool
 ) -> dict[str, Any]:
-    """Two steps at each length: seconds of both, and whether the gradient is finite. The weights
-    are random, so no head has the massive activations that bring cuDNN's backward down; that is
-    looked for by itself, in `attention.py`."""
+    """Take two steps at each length; seconds of both, and whether the gradient is finite.
+
+    The weights are random, so no head has the massive activations that make cuDNN's backward fail.
+    `attention.py` looks for that case by itself.
+    """
     runtime = start_runtime(seed=0, dtype="bfloat16")
     check_cudnn(runtime.device, with_cudnn)
     model, config = _model(shape, rows, max(lengths), runtime)
@@ -55,7 +57,7 @@ def padded(
 
 
 def padded_batch(vocab: int, rows: int, length: int) -> MicroBatch:
-    """Rows of random tokens with padding behind them."""
+    """Rows of random tokens, padded at their end."""
     whole = make_batch(vocab, rows, length)
     filled = torch.tensor([max(2, int(length * FILLED[row % len(FILLED)])) for row in range(rows)])
     mask = (torch.arange(length) < filled[:, None]).long()
@@ -68,7 +70,7 @@ def padded_batch(vocab: int, rows: int, length: int) -> MicroBatch:
 def generation(
     shape: Mapping[str, int], prompt: int, num_tokens: int, with_cudnn: bool
 ) -> dict[str, Any]:
-    """Seconds of every token that the adapted model makes, as `qlora-dist generate` has it."""
+    """Seconds of every token that the adapted model generates, as in `qlora-dist generate`."""
     from transformers import StoppingCriteria, StoppingCriteriaList
 
     runtime = start_runtime(seed=0, dtype="bfloat16")

@@ -1,4 +1,4 @@
-"""Optimizer steps of this program on models of real shapes: time, memory, and the share of what the device allows."""
+"""Optimizer steps of this program on models of real shapes: time, memory and share of the bound."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
-from benchmarks.bound import arithmetic_seconds, bound_seconds, measured_rates
+from benchmarks.bound import Rates, arithmetic_seconds, bound_seconds, measured_rates
 from benchmarks.gpu_parts.models import build, make_batch, make_config
 from benchmarks.limits import (
     copy_gib_per_second,
@@ -21,6 +22,7 @@ from benchmarks.limits import (
     host_to_device_gib_per_second,
 )
 from benchmarks.memory import Shape
+from qlora_dist.data.batch import MicroBatch
 from qlora_dist.memory.auto import RecomputeBudget
 from qlora_dist.memory.recompute import recompute_of
 from qlora_dist.parallel.replicated import Replicated
@@ -32,7 +34,7 @@ from qlora_dist.train import train_step
 GIB = 2**30
 NUM_WARMUP = 2
 TIMED_SECONDS = 3.0
-"""Steps are timed for about so long, and at least three of them."""
+"""Steps are timed for about so many seconds, and at least three of them."""
 
 
 def ours(
@@ -45,12 +47,13 @@ def ours(
     saves: Literal["gather", "write"] | None = None,
     **sections: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Steps of `train_step` on one micro-batch of `rows` x `seq_len` tokens.
+    """Run `train_step` on one micro-batch of `rows` x `seq_len` tokens.
 
     Args:
-        num_steps: instead of as many as fit into some seconds.
-        saves: after the steps, gather what a checkpoint holds; or also write one.
-        sections: of the configuration, as far as they are not its defaults.
+        num_steps: number of timed steps; None: as many as fit into TIMED_SECONDS.
+        saves: after the steps, gather the contents of a checkpoint (`gather`), or also write it
+            (`write`).
+        sections: sections of the configuration that differ from its defaults.
     """
     runtime = start_runtime(seed=0, dtype="bfloat16")
     device = runtime.device
@@ -80,30 +83,39 @@ def ours(
         budget.after_step([batch])
         return sums.loss.item()
 
-    tokens = batch.num_tokens
-    row = row_of(*timed(step, device, num_steps), tokens, device)
+    row = row_of(*timed(step, device, num_steps), batch.num_tokens, device)
     row["busy"] = busy(step, device)
     if saves:
         row["save"] = save(engine, runtime, is_written=saves == "write")
-    seconds = row["seconds_per_step"]
-    share = (
-        recompute_of(parts.layers).num_full / shape["layers"]
-    )  # what is recomputed selectively multiplies nothing again
-    bound = bound_seconds(adapted, batch, rates)
+    # selective recomputation repeats no product
+    recomputed = recompute_of(parts.layers).num_full / shape["layers"]
     return {
         **row,
-        "mfu": round(arithmetic_seconds(adapted, batch, rates) / seconds, 4),
-        "bound_tokens_per_second": round(tokens / bound, 1),
-        "share_of_bound": round(bound / seconds, 4),
-        "share_of_bound_with_recompute": round(
-            bound_seconds(adapted, batch, rates, share) / seconds, 4
-        ),
+        **shares_of(row["seconds_per_step"], adapted, batch, rates, recomputed),
         "build_seconds": round(build_seconds, 1),
         "build_peak_gib": build_peak,
         "outside_allocator_gib": outside,
         "rates": vars(rates),
         "may_use_cudnn_attention": torch.backends.cuda.cudnn_sdp_enabled(),
         "said": said,
+    }
+
+
+def shares_of(
+    seconds: float, adapted: nn.Module, batch: MicroBatch, rates: Rates, recomputed: float
+) -> dict[str, float]:
+    """Model FLOPs utilization of a step, and its shares of the bound.
+
+    Args:
+        recomputed: share of the layers that compute their forward twice.
+    """
+    bound = bound_seconds(adapted, batch, rates)
+    with_recompute = bound_seconds(adapted, batch, rates, recomputed)
+    return {
+        "mfu": round(arithmetic_seconds(adapted, batch, rates) / seconds, 4),
+        "bound_tokens_per_second": round(batch.num_tokens / bound, 1),
+        "share_of_bound": round(bound / seconds, 4),
+        "share_of_bound_with_recompute": round(with_recompute / seconds, 4),
     }
 
 
@@ -129,7 +141,7 @@ def timed(
 def row_of(
     seconds: list[float], losses: list[float], tokens: int, device: torch.device
 ) -> dict[str, Any]:
-    """What is reported of every contender: rate, losses and peaks."""
+    """Figures reported for every contender: rate, losses and peaks."""
     median = statistics.median(seconds)
     return {
         "tokens_per_second": round(tokens / median, 1),
@@ -146,14 +158,14 @@ def row_of(
 
 
 def wait(device: torch.device) -> float:
-    """The time when the device has done all that it was given."""
+    """Time at which the device has finished all work given to it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 def reset_peak(device: torch.device) -> None:
-    """Begin anew to look for the largest allocation; memory that nobody holds goes back first."""
+    """Reset the peak of allocations; unused memory is released first."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
@@ -161,14 +173,17 @@ def reset_peak(device: torch.device) -> None:
 
 
 def num_retries(device: torch.device) -> int | None:
-    """Allocations since the last reset that first had to give cached memory back; each waits for the device."""
+    """Allocations since the last reset that first had to free cached memory.
+
+    Each of them waits for the GPU.
+    """
     return (
         int(torch.cuda.memory_stats(device)["num_alloc_retries"]) if device.type == "cuda" else None
     )
 
 
 def outside_allocator_gib(device: torch.device) -> float | None:
-    """Memory of the GPU that is neither free nor the allocator's: CUDA contexts, that of the next worker among them."""
+    """GPU memory neither free nor the allocator's: CUDA contexts, the next worker's included."""
     if device.type != "cuda":
         return None
     free, total = torch.cuda.mem_get_info(device)
@@ -176,14 +191,14 @@ def outside_allocator_gib(device: torch.device) -> float | None:
 
 
 def peak_gib(device: torch.device) -> float | None:
-    """Largest allocation since the last reset; not known on the CPU."""
+    """Largest allocation since the last reset; None on a CPU."""
     return (
         round(torch.cuda.max_memory_allocated(device) / GIB, 2) if device.type == "cuda" else None
     )
 
 
 def this_device() -> torch.device:
-    """The GPU, where there is one."""
+    """The GPU if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -210,10 +225,10 @@ def rates() -> dict[str, Any]:
 
 
 def busy(step: Callable[[], float], device: torch.device) -> dict[str, Any]:
-    """Time in which at least one kernel or copy ran, of one more step, and its share of that step's time.
+    """Time of one more step in which at least one kernel or copy ran, and its share of the step.
 
-    A share well below one means that the device waits for the host, which launches. Noting every kernel slows the host
-    down, so the share is a lower bound.
+    A share well below one means that the device waits for the host, which launches the kernels.
+    Profiling slows the host down, so the share is a lower bound.
     """
     on_gpu = device.type == "cuda"
     activity = (
@@ -229,7 +244,7 @@ def busy(step: Callable[[], float], device: torch.device) -> dict[str, Any]:
         (event.start_ns(), event.start_ns() + event.duration_ns())
         for event in profiler.profiler.kineto_results.events()
         if event.device_type() == kind
-        and not event.is_user_annotation()  # which spans whole phases, gaps and all
+        and not event.is_user_annotation()  # an annotation spans whole phases and their gaps
     )
     covered = union_length(spans) / 1e9
     return {
@@ -242,7 +257,7 @@ def busy(step: Callable[[], float], device: torch.device) -> dict[str, Any]:
 
 
 def union_length(spans: Sequence[tuple[int, int]]) -> int:
-    """Length of what sorted spans cover together."""
+    """Total length covered by sorted spans."""
     total, end = 0, None
     for first, last in spans:
         begin = first if end is None else max(first, end)
@@ -252,7 +267,7 @@ def union_length(spans: Sequence[tuple[int, int]]) -> int:
 
 
 def save(engine: Any, runtime: Runtime, is_written: bool) -> dict[str, Any]:
-    """Seconds and memory of what a checkpoint takes; memory is what the GPU holds at most beyond what it holds before.
+    """Seconds and memory of a checkpoint; the memory is the GPU's peak beyond what it holds before.
 
     Out of memory is a result: the steps before it stay measured.
     """
@@ -284,7 +299,7 @@ def save(engine: Any, runtime: Runtime, is_written: bool) -> dict[str, Any]:
 def write_checkpoint(
     adapter: dict[str, torch.Tensor], state: dict[str, torch.Tensor], runtime: Runtime
 ) -> dict[str, Any]:
-    """Seconds of a checkpoint on this disk: written, synchronized, read back and compared, as the program does it."""
+    """Seconds of a checkpoint on this disk: written, synchronized, read back and compared."""
 
     def write_adapter(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
         folder.mkdir()

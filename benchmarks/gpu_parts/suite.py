@@ -1,4 +1,4 @@
-"""The tests that need a GPU, as many as the time allows."""
+"""Tests that need a GPU, as many as the time allows."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ ROOT = Path(__file__).parents[2]
 
 
 def run(selection: str, seconds: float) -> dict[str, Any]:
-    """Outcome of each test, counted; the names of those that failed.
+    """Run tests; the count of each outcome and the names of those that failed.
 
     Args:
-        selection: of pytest's `-k`.
-        seconds: after which it is ended.
+        selection: expression for pytest's `-k`.
+        seconds: seconds after which pytest is ended.
     """
     command = [
         sys.executable,
@@ -45,7 +45,7 @@ def run(selection: str, seconds: float) -> dict[str, Any]:
 
 
 def outcome(said: str, code: int, ended_after: float | None) -> dict[str, Any]:
-    """Row of results from pytest's lines."""
+    """Row of results from pytest's output."""
     found = re.findall(r"^(tests/\S+::.*?) (PASSED|FAILED|ERROR|SKIPPED|XFAIL)", said, re.MULTILINE)
     counts = {
         word.lower(): sum(1 for _, one in found if one == word)

@@ -1,9 +1,8 @@
-"""The processes that cases run in: one that crashes, hangs or leaves something behind takes no
-other case with it.
+"""Processes that run the cases, so that a crash, a hang or leftovers of one spare the others.
 
-A worker imports everything before it is given a case, while the worker before it still measures:
-importing takes ten seconds or more, fifteen times over. It talks in lines of JSON: a case comes in,
-and a row goes out.
+A worker imports everything before it gets a case, while the previous worker still measures: imports
+take ten seconds or more, fifteen times over. It talks in lines of JSON: a case comes in, and a row
+goes out.
 """
 
 from __future__ import annotations
@@ -31,17 +30,18 @@ from benchmarks.gpu_parts.plan import Case
 from benchmarks.gpu_parts.results import ROOT, Row
 
 START_SECONDS = 90
-"""A process may take so long to import everything."""
+"""Longest time for a process to import everything."""
 _MARK = "\x1eworker: "
-"""Begins a worker's lines; everything else on its stdout is of libraries."""
+"""Beginning of a worker's lines; all other stdout comes from libraries."""
 
 
 class Worker:
-    """A process that runs the cases it is given."""
+    """Process that runs the cases it is given."""
 
     def __init__(self, command: list[str]) -> None:
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-        self._errors = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115 - closed by `end`
+        # closed by `end`
+        self._errors = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -66,10 +66,10 @@ class Worker:
         self._lines.put(None)
 
     def machine(self) -> dict[str, Any]:
-        """Hardware and versions of its process; waits until it is ready.
+        """Hardware and versions of the process; waits until it is ready.
 
         Raises:
-            NotMeasured: it does not get so far.
+            NotMeasured: the process does not become ready.
         """
         if self._machine is None:
             self._machine = self._next(START_SECONDS)
@@ -78,12 +78,12 @@ class Worker:
         return self._machine
 
     def wait_until_ready(self) -> None:
-        """Wait for the imports, which may fail; :meth:`run` says why."""
+        """Wait for the imports; if they fail, :meth:`run` gives the reason."""
         with suppress(NotMeasured):
             self.machine()
 
     def run(self, case: Case, seconds: float) -> Row:
-        """The row of a case, or why there is none."""
+        """Row of a case, or the reason why there is none."""
         started = time.monotonic()
         try:
             self.machine()
@@ -113,12 +113,11 @@ class Worker:
         code = self._process.wait()
         self._errors.seek(0)
         said = self._errors.read().strip().splitlines()
-        return {
-            "not measured": f"the process ended with {code}: {said[-1][:500] if said else 'without a word'}"
-        }
+        last = said[-1][:500] if said else "without a word"
+        return {"not measured": f"the process ended with {code}: {last}"}
 
     def end(self) -> None:
-        """End the process and all that it has started."""
+        """End the process and all processes that it started."""
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
@@ -126,7 +125,7 @@ class Worker:
 
 
 class Workers:
-    """Workers one after the other, each made ahead; a context that leaves none behind."""
+    """Sequence of workers, each started ahead of its use; a context that ends them all."""
 
     def __init__(self, command: list[str]) -> None:
         self._command = command
@@ -138,7 +137,7 @@ class Workers:
         return self._next.machine()
 
     def fresh(self) -> Worker:
-        """A worker that has run nothing; the one before is ended."""
+        """Unused worker; the previous one is ended."""
         if self._current is not None:
             self._current.end()
         self._current, self._next = self._next, Worker(self._command)
@@ -153,28 +152,27 @@ class Workers:
                 worker.end()
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # In a worker.
 
 
 def work() -> None:
-    """Import everything, say where this is, and run the cases that come in."""
+    """Import everything, describe the machine, and run the cases that come in."""
     from qlora_dist.commands.startup import quiet_third_parties
 
     quiet_third_parties()
     from benchmarks.machine import describe_machine
 
-    with suppress(ImportError):  # what is missing is the cases' to say
+    with suppress(ImportError):  # each case reports a missing package itself
         importlib.import_module("benchmarks.gpu_parts.steps")
     serve({**describe_machine(), "carried": _carried()}, attempt)
 
 
 def serve(machine: Row, run: Callable[[Case, float], Row]) -> None:
-    """Run each case that comes in, say what it returned, and leave nothing of it behind."""
+    """Run each case that comes in, write its row, and free what it left behind."""
     cases = os.fdopen(os.dup(0), encoding="utf-8")
-    os.dup2(
-        os.open(os.devnull, os.O_RDONLY), 0
-    )  # compilers and tests that are started would share the pipe
+    # compilers and tests that a case starts would otherwise read from the pipe of cases
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     _say(machine)
     for line in cases:
         message = json.loads(line)
@@ -184,9 +182,7 @@ def serve(machine: Row, run: Callable[[Case, float], Row]) -> None:
         _clean_up()
         if is_device_lost(row):
             break
-    os._exit(
-        0
-    )  # process groups and compilers may take their time, or abort, on the ordinary way out
+    os._exit(0)  # an ordinary exit may hang or abort in process groups and compilers
 
 
 def _say(row: Row) -> None:
@@ -200,13 +196,13 @@ def _clean_up() -> None:
     if torch is None:
         return
     if "torch._dynamo" in sys.modules:
-        torch._dynamo.reset()  # the next case's lengths shall be compiled as the first ones are, not as dynamic ones
+        torch._dynamo.reset()  # else the next case's lengths would be compiled as dynamic ones
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 def _carried() -> list[str]:
-    """Packages that come from a folder beside the program, with their versions."""
+    """Packages from the folder beside the program, with their versions."""
     from importlib.metadata import distributions
 
     sites = [entry for entry in sys.path if Path(entry).resolve() == ROOT / ".site"]
@@ -214,11 +210,11 @@ def _carried() -> list[str]:
 
 
 def attempt(case: Case, seconds: float = 600.0) -> Row:
-    """What the case returns, or why it does not.
+    """Result of a case, or the reason why there is none.
 
     Args:
-        seconds: given to the case where it has an argument `seconds`, less a little to report
-        within them.
+        seconds: passed to a case that has an argument `seconds`, reduced so that it can report in
+            time.
     """
     import torch
 
@@ -245,13 +241,13 @@ def attempt(case: Case, seconds: float = 600.0) -> Row:
     except Exception as error:  # noqa: BLE001 - whatever it is, the other cases shall run
         import traceback
 
-        where = traceback.extract_tb(error.__traceback__)[-1]
-        text = f"{type(error).__name__}: {str(error)[:500]} ({Path(where.filename).name}:{where.lineno})"
-        return {"not measured": text}
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{Path(frame.filename).name}:{frame.lineno}"
+        return {"not measured": f"{type(error).__name__}: {str(error)[:500]} ({where})"}
 
 
 def is_device_lost(row: Row) -> bool:
-    """Whether an error has left the GPU unusable for this process."""
+    """True if an error has left the GPU unusable for this process."""
     reason = str(row.get("not measured", ""))
     return any(
         words in reason
