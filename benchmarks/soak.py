@@ -241,10 +241,10 @@ def is_zombie(pid: int) -> bool:
 
 def lasting_rows(name: str) -> list[dict[str, Any]]:
     """Rows of a run's metrics without times and memory."""
-    moods = ("tokens_per_second", "step_seconds", "peak_memory_gib", "seconds")
+    unstable = ("tokens_per_second", "step_seconds", "peak_memory_gib", "seconds")
     lines = (WORK / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [
-        {key: value for key, value in json.loads(line).items() if key not in moods}
+        {key: value for key, value in json.loads(line).items() if key not in unstable}
         for line in lines
     ]
 

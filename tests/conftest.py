@@ -11,7 +11,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests start several processes o
 import pytest
 
 CHATML = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
@@ -25,13 +26,13 @@ def _quiet() -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Tokenized data of tests stay out of the user's cache."""
+    """Keep tokenized data of tests out of the user's cache."""
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="session")
 def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A byte-level BPE tokenizer with a ChatML template, saved."""
+    """Byte-level BPE tokenizer with a ChatML template, saved."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -67,9 +68,10 @@ def tokenizer(tokenizer_folder: Path):
 
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory, tokenizer) -> Path:
-    """A random Llama of 3 layers in bfloat16, with its tokenizer: a model folder like any other.
+    """Folder of a random bfloat16 Llama of 3 layers, with its tokenizer.
 
-    Matrices of 64 x 112 and the like, so that slices for 2 and 3 ranks fall between the borders of 64-element blocks.
+    Its matrices of 64 x 112 and the like make slices for 2 and 3 ranks end within 64-element
+    blocks.
     """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -99,7 +101,7 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory, tokenizer) -> Path:
 
 @pytest.fixture(scope="session")
 def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A tiny random bfloat16 model of each family, saved."""
+    """Tiny random bfloat16 model of each family, saved."""
     from tests.support.families import write_families
 
     return write_families(tmp_path_factory.mktemp("families"))
@@ -107,21 +109,9 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def chat_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """48 conversations whose answers are from one to sixty words long."""
-    words = [
-        "the",
-        "quick",
-        "brown",
-        "fox",
-        "jumps",
-        "over",
-        "a",
-        "lazy",
-        "dog",
-        "and",
-        "then",
-        "some",
-    ]
+    """48 conversations whose answers are one to sixty words long."""
+    sentence = "the quick brown fox jumps over a lazy dog and then some"
+    words = sentence.split()
     rng = random.Random(0)
     file = tmp_path_factory.mktemp("data") / "chat.jsonl"
     with file.open("w") as out:

@@ -141,7 +141,7 @@ def pretended(shape: Mapping[str, int], seq_len: int, rank: int, ranks: int) -> 
         if isinstance(module, FSDPModule):
             module.set_custom_all_gather(gather)
             module.set_custom_reduce_scatter(scatter)
-    # on a CPU the engine's own reductions would bypass the stand-in
+    # a CPU's own collectives are replaced as well, and backward must not wait for them
     engine._reductions = None  # type: ignore[attr-defined]
     row = compare_gathered(model, ranks)
     batch = make_batch(shape["vocab"], 1, seq_len)

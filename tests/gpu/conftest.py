@@ -1,4 +1,4 @@
-"""Tests that need a GPU: `python -m pytest tests/gpu`. Without one each is skipped, before anything is made for it."""
+"""Tests that need a GPU: `python -m pytest tests/gpu`. Without one, each is skipped at once."""
 
 import pytest
 import torch

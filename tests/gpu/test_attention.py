@@ -1,4 +1,4 @@
-"""Attention with a mask has finite gradients on the GPU, at every length."""
+"""Masked attention on the GPU has finite gradients at every length."""
 
 import pytest
 import torch
@@ -11,8 +11,11 @@ HEADS, WIDTH = 8, 128
 
 @pytest.mark.parametrize("length", [704, 1088, 1024])
 def test_gradients_of_masked_rows_are_finite(length: int, device: torch.device) -> None:
-    """Also at lengths of 64 above a multiple of 128, where all scores of a row are far below zero, as in heads with
-    massive activations: there cuDNN's backward returns NaN. They are those of float32."""
+    """Gradients are finite and close to those of float32, also at lengths that break cuDNN's.
+
+    cuDNN's backward returns NaN where the length is 64 above a multiple of 128 and all scores of a
+    row are far below zero, as in heads with massive activations.
+    """
     start_runtime(seed=0, dtype="bfloat16")
     generator = torch.Generator().manual_seed(0)
     direction = torch.randn(WIDTH, generator=generator)

@@ -1,4 +1,4 @@
-"""The kernel that stands in for norms on the GPU: as exact as the model's own, and one of each way."""
+"""RMSNorm's kernel on the GPU is as exact as the model's own operations, and runs once each way."""
 
 import pytest
 import torch
@@ -52,12 +52,12 @@ def test_a_kernel_is_as_exact(
 
 
 def test_it_is_one_kernel_each_way(device: torch.device) -> None:
-    """Nothing else runs on the GPU for a norm, forward and backward, and its output has the layout of its input."""
+    """A norm runs one kernel forward and one backward, and keeps its input's layout."""
     norm = LlamaRMSNorm(WIDTH).to(device, torch.bfloat16).requires_grad_(False)
     fuse_norms_and_mlps(norm, device)
     x = torch.randn(2, TOKENS, WIDTH, device=device).bfloat16().requires_grad_()
     gradient = torch.randn_like(x)
-    torch.autograd.grad(norm(x), x, gradient)  # whatever is loaded the first time
+    torch.autograd.grad(norm(x), x, gradient)  # loads the kernels
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
         torch.autograd.grad(norm(x), x, gradient)
         torch.cuda.synchronize(device)

@@ -1,4 +1,4 @@
-"""Bytes that FSDP2 gathers on the GPU are the bytes that were sharded."""
+"""FSDP2 on the GPU gathers the bytes that were sharded."""
 
 from torch import multiprocessing
 
@@ -15,7 +15,7 @@ def check_rank_of_eight() -> None:
 
 
 def in_new_process(function) -> None:
-    """A process group can be made once in a process."""
+    """Run a function in a new process, because a process can make a process group only once."""
     process = multiprocessing.get_context("spawn").Process(target=function)
     process.start()
     process.join(300)
@@ -23,10 +23,10 @@ def in_new_process(function) -> None:
 
 
 def test_every_pattern_of_bits_survives_in_integer_storage() -> None:
-    """All 65,536 patterns of two bytes come out of a foreach copy, FSDP2's way into its buffers, as they went in."""
+    """FSDP2's foreach copy into its buffers preserves all 65,536 patterns of two bytes."""
     assert foreach_copies()["uint8"] == 0
 
 
 def test_gathered_weights_are_the_shards_behind_each_other() -> None:
-    """Weights and constants as layers see them on rank 0 of eight, where the others have the same shards."""
+    """Layers on rank 0 of eight see the concatenated shards, which are equal on all ranks here."""
     in_new_process(check_rank_of_eight)

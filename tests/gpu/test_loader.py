@@ -1,4 +1,4 @@
-"""Micro-batches reach the GPU from page-locked memory, as they are."""
+"""Micro-batches reach the GPU unchanged, from page-locked memory."""
 
 import torch
 
@@ -10,7 +10,7 @@ SAMPLES = [Sample([i + 1] * (i + 1), [i + 1] * (i + 1)) for i in range(12)]
 
 
 def test_batches_are_pinned_and_arrive_unchanged(device: torch.device) -> None:
-    """Over two epochs every tensor is page-locked, and on the GPU it is what the loader would give to a CPU."""
+    """Over two epochs every tensor is page-locked and equals the CPU loader's tensor on the GPU."""
     plan = BatchPlan(SampleOrder((len(SAMPLES),), 0), 2, 2, 1, None)
     with StepLoader(plan, SAMPLES, 0, 0, pin_memory=True) as loader:
         for position in range(0, 24, 4):

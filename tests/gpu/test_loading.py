@@ -1,4 +1,4 @@
-"""4-bit weights on the GPU: the bytes that bitsandbytes makes there, and those of a 4-bit checkpoint."""
+"""4-bit weights on the GPU have bitsandbytes' bytes, or those of a 4-bit checkpoint."""
 
 from pathlib import Path
 
@@ -24,7 +24,7 @@ def four_bit_layers(model: torch.nn.Module) -> dict[str, QuantizedLinear]:
 def test_quantizing_on_load_makes_the_bytes_of_bitsandbytes(
     double_quant: bool, device: torch.device, tiny_llama: Path
 ) -> None:
-    """Packed weights and constants are those that `quantize_4bit` makes of the whole matrix on the same GPU."""
+    """Packed weights and constants equal `quantize_4bit` of the whole matrix on this GPU."""
     layers = four_bit_layers(load_here(tiny_llama, device, double_quant=double_quant))
     stored = load_file(tiny_llama / "model.safetensors")
     assert len(layers) == 21
@@ -42,8 +42,11 @@ def test_quantizing_on_load_makes_the_bytes_of_bitsandbytes(
 
 
 def test_the_cpu_quantizes_to_nearly_the_same(device: torch.device, tiny_llama: Path) -> None:
-    """A value on the border of two codes may fall to either side, and a mean is summed in another order: no more than
-    one value in a thousand differs, and none by more than one step between codes."""
+    """CPU and GPU differ in at most one value in a thousand, by at most one code.
+
+    A value on the border of two codes may fall to either side, and a mean is summed in another
+    order.
+    """
     there, here = (
         four_bit_layers(load_here(tiny_llama, where)) for where in (device, torch.device("cpu"))
     )
@@ -63,7 +66,7 @@ def test_the_cpu_quantizes_to_nearly_the_same(device: torch.device, tiny_llama: 
     "fmt", [QuantFormat("nf4"), QuantFormat("nf4", double_quant=False), QuantFormat("fp4")], ids=str
 )
 def test_zeros_are_zeros_on_both(fmt: QuantFormat, device: torch.device) -> None:
-    """A block of zeros has the codes that it has on the CPU, and none of its weights comes back as anything else."""
+    """A block of zeros has equal codes on CPU and GPU, and all its weights dequantize to zero."""
     matrix = torch.randn(64, 96, generator=torch.Generator().manual_seed(0)).bfloat16()
     matrix.view(-1)[64 * 5 : 64 * 7] = 0
     there, here = (
@@ -80,7 +83,7 @@ def test_zeros_are_zeros_on_both(fmt: QuantFormat, device: torch.device) -> None
 def test_a_4_bit_checkpoint_has_the_same_bytes_on_both(
     device: torch.device, tiny_llama: Path, tmp_path: Path
 ) -> None:
-    """What was quantized once is loaded as it is, wherever to."""
+    """A 4-bit checkpoint loads with its stored bytes on any device."""
     quantize(str(tiny_llama), str(tmp_path / "nf4"), QuantFormat())
     there, here = (load_here(tmp_path / "nf4", where) for where in (device, torch.device("cpu")))
     expected = dict(here.named_parameters())

@@ -1,4 +1,4 @@
-"""Offloading on a GPU: the bits of training without it, in less memory."""
+"""Offloading on a GPU keeps the bits of training and takes less memory."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="copies between GPU and host need a GPU"
 )
 
-LENGTH = 8192  # an input of a layer takes 2 MiB in float32, more than what stays where it is
+LENGTH = 8192  # a layer's input takes 2 MiB in float32, above the least size that is offloaded
 CHOICES = [Recompute(3), Recompute(3, 3), Recompute(3, 0, 3), Recompute(3, 1, 1)]
 
 
@@ -32,11 +32,13 @@ def measured(model, runtime) -> tuple[torch.Tensor, torch.Tensor, int]:
 
 @pytest.mark.parametrize("choice", CHOICES)
 def test_offloading_keeps_the_bits_and_takes_less(tiny_llama: Path, choice: Recompute) -> None:
-    """Under every policy, over several steps, whose host memory is used again; with everything kept, the peak falls."""
+    """Every policy keeps the bits over several steps that reuse host memory.
+
+    With everything kept, the peak falls.
+    """
     runtime = start_runtime(seed=0, dtype="float32")
-    model = build_adapted(
-        tiny_llama, runtime, dropout=0.1, attention="eager"
-    )  # SDPA's backward adds in any order
+    # eager, because SDPA's backward adds in any order
+    model = build_adapted(tiny_llama, runtime, dropout=0.1, attention="eager")
     set_recompute(ModelParts(model).layers, choice)
     loss_and_gradient(model, runtime, LENGTH // 2)
     loss, gradient, peak = measured(model, runtime)

@@ -1,4 +1,4 @@
-"""Optimizers on the GPU, paged ones among them."""
+"""Optimizers on the GPU, paged ones included."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from qlora_dist.optim.adamw import FlatAdamW
 def test_a_paged_optimizer_computes_what_the_unpaged_one_does(
     name: str, device: torch.device
 ) -> None:
-    """Parameters and state have the same bits after three steps, and the state really is paged."""
+    """Parameters and state have equal bits after three steps, and the state really is paged."""
     row = paged()[name]
     assert row["is_paged"]
     assert row["same_parameters"]
@@ -27,7 +27,7 @@ def test_a_paged_optimizer_computes_what_the_unpaged_one_does(
 def test_state_that_is_saved_and_taken_up_goes_on_bit_for_bit(
     optimizer: str, device: torch.device
 ) -> None:
-    """Two steps, a gather and scatter into a new optimizer, and a third step: the same as three steps."""
+    """Two steps, a gather, a scatter into a new optimizer and a third step equal three steps."""
     sizes = {"a.lora_A.w": (300, 400), "a.lora_B.w": (70, 90)}
     config = OptimConfig(optimizer=optimizer, lr=1e-2)  # type: ignore[arg-type]
     generator = torch.Generator(device).manual_seed(0)
@@ -66,7 +66,10 @@ def test_state_that_is_saved_and_taken_up_goes_on_bit_for_bit(
 
 
 def test_gathering_state_takes_no_memory_on_the_gpu(device: torch.device) -> None:
-    """8-bit state of 50 million elements in parameters of a million: less than a MiB beside what is held."""
+    """Gathering 8-bit state of 50 million elements takes less than a MiB of GPU memory.
+
+    The parameters have a million elements each.
+    """
     config = OptimConfig(optimizer="adamw_8bit")
     params = {
         str(number): nn.Parameter(torch.zeros(1000, 1000, device=device)) for number in range(50)

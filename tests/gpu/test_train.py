@@ -1,4 +1,4 @@
-"""Whole runs on the GPU: trained, saved, resumed; and a memory that is too small."""
+"""Whole runs on the GPU: trained, saved, resumed, and out of memory."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +20,7 @@ def run(tmp_path: Path, tiny_llama: Path, chat_file: Path) -> dict:
     return {
         # SDPA's backward adds in any order
         "model": {"path": str(tiny_llama), "dtype": "bfloat16", "attention": "eager"},
-        "adapter": {"rank": 64},  # enough for paged state to be paged
+        "adapter": {"rank": 64},  # large enough for bitsandbytes to page its state
         "data": {"train": str(chat_file), "max_seq_len": 128, "cache_dir": str(tmp_path / "cache")},
         "optim": {"lr": 5e-3, "max_steps": 8, "micro_batch_size": 2, "schedule": "constant"},
         "checkpoint": {"every": 3},
@@ -45,7 +45,7 @@ def run(tmp_path: Path, tiny_llama: Path, chat_file: Path) -> dict:
 def test_a_stopped_run_goes_on_where_it_was(
     changes: dict, run: dict, device: torch.device, tmp_path: Path
 ) -> None:
-    """Its losses are those of the run that was left in peace, and they fall."""
+    """Losses of a stopped and resumed run equal those of an undisturbed run, and they fall."""
     settings = {
         **run,
         **{section: {**run.get(section, {}), **keys} for section, keys in changes.items()},
@@ -61,7 +61,7 @@ def test_a_stopped_run_goes_on_where_it_was(
 
 
 def test_rows_say_what_the_gpu_held(run: dict, device: torch.device, tmp_path: Path) -> None:
-    """Peak memory is the allocator's: more than before, and no more than a tiny model and MFU's own products take."""
+    """Peak memory is the allocator's, bounded by a tiny model and MFU's own products."""
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device) / 2**30
     assert train_here(tmp_path / "run", run)
@@ -83,8 +83,10 @@ def train_sharded(folder: Path, run: dict) -> None:
 
 
 def test_a_sharded_run_on_one_gpu_is_the_same_run(run: dict, tmp_path: Path) -> None:
-    """Under FSDP2, in a group of one, with shards on the GPU or on the host: the losses of the run that is not sharded,
-    saved and gone on with."""
+    """A resumed FSDP2 run in a group of one has the losses of an unsharded run.
+
+    Its shards are on the GPU or on the host.
+    """
     process = multiprocessing.get_context("spawn").Process(
         target=train_sharded, args=(tmp_path, run)
     )
@@ -95,7 +97,7 @@ def test_a_sharded_run_on_one_gpu_is_the_same_run(run: dict, tmp_path: Path) -> 
 
 @pytest.fixture
 def little_memory(device: torch.device) -> Iterator[None]:
-    """From the first micro-batch on, this process may allocate four MiB more than it has."""
+    """Allow this process four MiB more than it holds, from the first micro-batch on."""
     micro_step = train_module.micro_step
 
     def limited(*arguments):
@@ -113,7 +115,7 @@ def little_memory(device: torch.device) -> Iterator[None]:
 
 @pytest.mark.usefixtures("little_memory")
 def test_a_full_memory_is_an_error_with_advice(run: dict, tmp_path: Path) -> None:
-    """It names the micro-batch, what it takes, the keys that would help, and nothing is left half-written."""
+    """The error names the micro-batch, its memory and helpful keys; no file is half-written."""
     settings = {
         **run,
         "data": {**run["data"], "max_seq_len": 512},

@@ -1,4 +1,4 @@
-"""Adapted models as a run builds them, in one process."""
+"""Adapted models in one process, built as in a run."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ def build_adapted(
     is_compiled: bool = False,
     attention: str = "auto",
 ) -> PeftModel:
-    """A model in train mode, in the compute type of `runtime`, with adapters of rank 4 that do something."""
+    """Model in train mode with non-zero adapters of rank 4, in the compute type of `runtime`."""
     dtype = str(runtime.compute_dtype).removeprefix("torch.")
     config = TrainConfig(
         model=ModelConfig(path=str(folder), dtype=dtype, attention=attention),
@@ -32,6 +32,6 @@ def build_adapted(
     model = parts.model.train()
     generator = torch.Generator(runtime.device).manual_seed(0)
     for name, param in adapter_parameters(model).items():
-        if ".lora_B." in name:  # zero at first, and then A has no gradient
+        if ".lora_B." in name:  # B starts at zero, and A would have no gradient
             torch.nn.init.normal_(param, std=0.05, generator=generator)
     return model

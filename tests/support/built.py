@@ -1,4 +1,4 @@
-"""Models built and cut as a run does it, for tests that need the parts of a run without the run."""
+"""Models built and cut as in a run, for tests that need its parts without the run."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from qlora_dist.runtime.processes import Runtime
 def build(
     config: TrainConfig, folder: Path, name: BackendName, runtime: Runtime
 ) -> tuple[ModelParts, Backend]:
-    """The model of `folder`, adapted, cut and filled; and the backend that makes its engine."""
+    """Build the adapted, cut and filled model of `folder`; returns its parts and the backend."""
     backend = make_backend(name, config, runtime)
     return build_model(config, folder, backend, Reporter(is_main=False)), backend
 

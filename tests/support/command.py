@@ -1,4 +1,4 @@
-"""Runs the program as a user does: as a command, plainly or under `accelerate launch`."""
+"""Runs of the program as a user's command, plain or under `accelerate launch`."""
 
 import json
 import os
@@ -16,7 +16,11 @@ ROOT = Path(__file__).parents[2]
 def run_command(
     *arguments: str | Path, processes: int = 1, timeout: float = 300, cwd: Path | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run `qlora_dist ARGUMENTS` and return its exit code and output; two or more processes go through accelerate."""
+    """Run `qlora_dist ARGUMENTS` and return its exit code and output.
+
+    Args:
+        processes: two or more go through accelerate.
+    """
     command = [sys.executable, "-m", "qlora_dist"]
     if processes > 1:
         command = [
@@ -52,10 +56,12 @@ def run_command(
 def run_forked(
     *arguments: str | Path, timeout: float = 60, before: Callable[[], None] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """`run_command` without the seconds that imports take: in a process that is forked from one with all of them.
+    """Run `run_command`'s command in a process forked from one that has imported everything.
+
+    Saves the seconds of the imports.
 
     Args:
-        before: is called in that process first; may replace parts of the program. Picklable.
+        before: called in that process first; may replace parts of the program. Picklable.
     """
     from tests.support.processes import exit_code_of
 
@@ -73,7 +79,7 @@ def run_ranks(
     timeout: float = 300,
     before: Callable[[], None] | None = None,
 ) -> list[subprocess.CompletedProcess[str]]:
-    """`run_forked` in each of several processes, as a launcher would have started them; what became of each."""
+    """Run `run_forked` in each of several processes, set up as by a launcher; one result each."""
     from tests.support.processes import free_port
 
     if processes == 1:
@@ -108,12 +114,12 @@ def _main(arguments: list[str], out: Path, err: Path, before: Callable[[], None]
 
 
 def run_rows(run_folder: Path) -> list[dict]:
-    """The rows of a run's metrics.jsonl."""
+    """Rows of a run's metrics.jsonl."""
     return [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def losses(run_folder: Path) -> list[float]:
-    """The training losses of a run, step by step."""
+    """Training losses of a run, step by step."""
     return [row["loss"] for row in run_rows(run_folder) if "loss" in row]
 
 

@@ -1,4 +1,4 @@
-"""Layers that are compiled in seconds, and gradients to compare."""
+"""Compiled layers that are ready in seconds, and gradients to compare."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -18,7 +18,10 @@ LENGTHS = ((12, 20), (20, 17))
 
 
 def without_kernels() -> AbstractContextManager:
-    """Traces and differentiates layers as the real compiler does, and runs the operations one by one: in seconds."""
+    """Trace and differentiate layers as the real compiler does, but run single operations.
+
+    Takes seconds instead of minutes.
+    """
     return mock.patch.dict(compile_module._COMPILER, {"backend": "aot_eager", "options": None})
 
 

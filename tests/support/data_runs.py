@@ -1,4 +1,4 @@
-"""Runs on good and bad data through the command line, and what is expected of them."""
+"""Runs on good and bad data through the command line, and their expected outcomes."""
 
 import json
 import pkgutil
@@ -17,7 +17,7 @@ CSV = b"prompt,completion\n" + b"".join(b"Question %d?,Answer %d.\n" % (i, i) fo
 
 
 def chat(*turns: tuple[str, str]) -> dict:
-    """A row of messages."""
+    """Row of messages."""
     return {"messages": [{"role": role, "content": content} for role, content in turns]}
 
 
@@ -45,12 +45,12 @@ def table(kind: str, rows: list[dict] | None = None, names: list[str] | None = N
 
 
 def zst(data: bytes) -> bytes:
-    """Bytes as Zstandard compresses them."""
+    """Bytes compressed with Zstandard."""
     return pyarrow.compress(data, codec="zstd", asbytes=True)
 
 
 def half(data: bytes) -> bytes:
-    """What a copy that broke off has."""
+    """First half of the bytes, as an interrupted copy leaves them."""
     return data[: len(data) // 2]
 
 
@@ -58,14 +58,14 @@ Done = subprocess.CompletedProcess[str]
 
 
 def train(run: dict, before: Callable[[], None] | None = None, **data: object) -> Done:
-    """`qlora-dist train` with other settings of its `data` section."""
+    """Run `qlora-dist train` with other settings of its `data` section."""
     root = Path(run["output_dir"]).parent
     config = write_config(root / "config.yaml", **{**run, "data": {**run["data"], **data}})
     return run_forked("train", config, before=before)
 
 
 def check_refused(done: Done, run: dict, *words: str) -> None:
-    """Exit code 2, one short line that holds the words, and nothing written."""
+    """Check for exit code 2, one short line that holds the words, and no written file."""
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
     assert done.stderr.startswith("error: ")
@@ -78,7 +78,7 @@ def check_refused(done: Done, run: dict, *words: str) -> None:
 
 
 def check_cache(run: dict, num_entries: int) -> None:
-    """The cache holds whole entries and locks; nothing half-written."""
+    """Check that the cache holds whole entries and locks, and nothing half-written."""
     cache = Path(run["data"]["cache_dir"])
     names = (
         [path.name for path in cache.iterdir() if path.suffix != ".lock"] if cache.is_dir() else []
@@ -88,7 +88,7 @@ def check_cache(run: dict, num_entries: int) -> None:
 
 
 def check_trained(done: Done, run: dict, *words: str) -> None:
-    """Exit code 0, an adapter, and the words in the output."""
+    """Check for exit code 0, an adapter, and the words in the output."""
     assert done.returncode == 0, done.stderr
     assert (Path(run["output_dir"]) / "adapter" / "adapter_model.safetensors").is_file()
     for word in words:
@@ -96,7 +96,7 @@ def check_trained(done: Done, run: dict, *words: str) -> None:
 
 
 def when_called(owner: str, function: str, action: Callable[[], None], call: int = 1) -> None:
-    """Let something happen in this process just before that call of a function."""
+    """Run an action in this process just before the given call of a function."""
     original, num_calls = getattr(pkgutil.resolve_name(owner), function), 0
 
     def watched(*arguments: object, **keywords: object) -> object:

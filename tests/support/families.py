@@ -1,4 +1,4 @@
-"""Families of models, tiny and random."""
+"""Tiny random models of each family."""
 
 from pathlib import Path
 
@@ -32,7 +32,7 @@ FAMILIES = {
 
 
 def write_families(root: Path) -> dict[str, Path]:
-    """A bfloat16 model folder of each family."""
+    """Write a bfloat16 model folder of each family."""
     import transformers
 
     for name, (config_class, arguments) in FAMILIES.items():
@@ -41,8 +41,7 @@ def write_families(root: Path) -> dict[str, Path]:
             getattr(transformers, config_class)(**arguments)
         )
         for param in model.parameters():
-            torch.nn.init.normal_(
-                param, std=0.1
-            )  # norms and biases too, so that none can be left out unnoticed
+            # norms and biases too, so that a test notices a missing one
+            torch.nn.init.normal_(param, std=0.1)
         model.to(torch.bfloat16).save_pretrained(root / name)
     return {name: root / name for name in FAMILIES}

@@ -1,4 +1,4 @@
-"""A launcher without the seconds that imports take: forked from a process that has imported what ranks need."""
+"""Launcher without import times: forked from a process that has imported all that ranks need."""
 
 import multiprocessing
 import os
@@ -12,7 +12,7 @@ from tests.support.processes import be_rank, free_port
 
 
 def start_launcher(function: Callable[[], None], log: Path, num_ranks: int = 2):
-    """Start a process that runs `function` in as many children, as torchrun does; returns it and their ids.
+    """Start a process that runs `function` in `num_ranks` children; returns it and their ids.
 
     Like torchrun it holds the store at which they meet. It waits until it is killed.
     """
@@ -27,11 +27,11 @@ def _lead(function: Callable[[], None], log: Path, num_ranks: int, to_test) -> N
     port = free_port()
     go, ready = os.pipe()
     pids = []
-    for rank in range(num_ranks):  # before the store, whose threads a fork would lose
+    for rank in range(num_ranks):  # before the store is made: a fork would lose its threads
         pid = os.fork()
         if pid == 0:
             os.close(ready)
-            os.read(go, 1)  # until the store is there
+            os.read(go, 1)  # returns when the store is there
             os.setsid()
             for descriptor in (1, 2):
                 os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)

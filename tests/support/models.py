@@ -1,4 +1,4 @@
-"""Models loaded by this program and by transformers, whole in one process, and folders to load."""
+"""Models loaded by this program and by transformers, whole in one process; folders to load."""
 
 import json
 import shutil
@@ -16,8 +16,10 @@ from qlora_dist.weights.prequantized import formats_in
 
 
 def load_here(folder: Path, device: torch.device = torch.device("cpu"), **config: object):  # noqa: B008 - immutable
-    """The base model of `folder` as this program loads it, without adapters; with the type and the attention of
-    `load_there`."""
+    """Load the base model of `folder` with this program, without adapters.
+
+    Type and attention are those of `load_there`.
+    """
     model_config = ModelConfig(path=str(folder), **{"dtype": "bfloat16", **config})
     model = build_skeleton(folder, model_config, formats_in(folder, model_config))
     if model.config._attn_implementation == NAME:
@@ -28,13 +30,13 @@ def load_here(folder: Path, device: torch.device = torch.device("cpu"), **config
 
 
 def load_there(folder: Path, **arguments: object):
-    """The model of `folder` as transformers loads it."""
+    """Load the model of `folder` with transformers."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **arguments)
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False  # another kernel, which rounds differently
+            module.support_avx512bf16_for_cpu = False  # its kernel rounds differently
     return model.eval()
 
 
@@ -70,7 +72,7 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def spoiled(folder: Path, to: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> Path:
-    """A copy of a model folder with one weight file, after `change` was made to its tensors."""
+    """Copy a model folder of one weight file, with `change` applied to its tensors."""
     shutil.copytree(folder, to)
     tensors = load_file(to / "model.safetensors")
     change(tensors)

@@ -1,4 +1,4 @@
-"""What every process of a test imports; see processes.py."""
+"""Imports that every process of a test needs; see processes.py."""
 
 import importlib
 import os

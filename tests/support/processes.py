@@ -1,4 +1,4 @@
-"""Runs functions in processes of their own: several that talk over gloo, or one that may die."""
+"""Functions run in new processes: several that talk over gloo, or one that may die."""
 
 import multiprocessing
 import os
@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch.multiprocessing import start_processes
 
-# Processes are forked from one that has imported what all of them need, and done nothing else: imports would take most
-# of the time of the tests.
+# Processes are forked from one that has only imported what all of them need: imports would take
+# most of the tests' time.
 multiprocessing.set_forkserver_preload(["tests.support.preloaded"])
 
 
 def run_on_processes(function: Callable[..., None], world_size: int, *arguments: Any) -> None:
-    """Call `function(*arguments)` on each of `world_size` new processes, as a launcher would have started them.
+    """Call `function(*arguments)` on each of `world_size` new processes, set up as by a launcher.
 
     An assertion that fails on any of them fails the test, with that process's traceback.
     """
@@ -28,7 +28,7 @@ def run_on_processes(function: Callable[..., None], world_size: int, *arguments:
 
 
 def exit_code_of(function: Callable[..., None], *arguments: Any, timeout: float = 120) -> int:
-    """Call `function(*arguments)` in one new process and return how it ended: 0, or minus the signal that killed it."""
+    """Call `function(*arguments)` in a new process; return 0, or minus the fatal signal."""
     process = multiprocessing.get_context("forkserver").Process(
         target=_enter_alone, args=(function, arguments)
     )
@@ -42,14 +42,14 @@ def exit_code_of(function: Callable[..., None], *arguments: Any, timeout: float 
 
 
 def free_port() -> int:
-    """A port of this machine where several processes can meet."""
+    """Port of this machine where several processes can meet."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def be_rank(rank: int, world_size: int, port: int) -> None:
-    """Let this process be one of several, as a launcher would have started it."""
+    """Set this process up as one of several ranks, as a launcher does."""
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -80,7 +80,7 @@ def _enter_alone(function: Callable[..., None], arguments: tuple[Any, ...]) -> N
 
 
 def obey_permissions() -> None:
-    """From here on this process may read and write what the permissions of files say, though it be root's."""
+    """Make this process obey files' permissions from here on, even if it is root's."""
     import ctypes
 
     if os.geteuid() != 0:

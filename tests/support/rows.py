@@ -12,14 +12,14 @@ from qlora_dist.data.sources import Row
 
 @dataclass(frozen=True)
 class Encoded:
-    """The samples that rows make, and what became of the rows."""
+    """Samples of rows, and a report on the rows."""
 
     samples: list[Sample]
     report: Report
 
 
 def encode(rows: list[dict], tokenizer, format: str = "auto", **config) -> Encoded:
-    """Tokenize rows as those of a file `rows.jsonl`; refuses what a run would refuse."""
+    """Tokenize rows as those of a file `rows.jsonl`; refuse them as a run would."""
     settings = DataConfig(train="rows.jsonl", format=format, **config)
     numbered = [Row(f"rows.jsonl, row {number}", row) for number, row in enumerate(rows, start=1)]
     samples: list[Sample] = []
@@ -29,7 +29,7 @@ def encode(rows: list[dict], tokenizer, format: str = "auto", **config) -> Encod
 
 
 def stored(samples: list[Sample], folder: Path) -> Rows:
-    """Samples as they come from the disk, a row each."""
+    """Samples written to disk and read back, one per row."""
     folder.mkdir(parents=True)
     writer = SampleWriter(folder)
     for sample in samples:

@@ -1,4 +1,4 @@
-"""Settings as tests write them: the least that makes a run, and the words with which others are refused."""
+"""Settings for tests: the minimum of a run, and the messages with which others are refused."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ MINIMAL = TrainConfig(
 
 
 def refusal(path: Path, *overrides: str) -> str:
-    """The message with which a config is refused."""
+    """Message with which a config is refused."""
     with pytest.raises(ConfigError) as caught:
         load_config(path, overrides)
     return str(caught.value)

@@ -1,4 +1,4 @@
-"""`python -m tests.support.slow MOMENT ARGUMENTS`: the program, with one part of it made slow enough to be hit."""
+"""`python -m tests.support.slow MOMENT ARGUMENTS`: the program with one slow or hanging part."""
 
 import os
 import sys
@@ -11,7 +11,7 @@ SECONDS = 0.6
 
 
 def slow(function, word: str):
-    """The function, slower, and saying on standard error when it begins."""
+    """Wrap a function: announce each call on standard error, then sleep before it."""
 
     def slower(*arguments, **keywords):
         sys.stderr.write(f"<{word}>\n")
@@ -23,7 +23,7 @@ def slow(function, word: str):
 
 
 def slow_loading(load):
-    """`load_base_weights` with a rest in two decoder layers."""
+    """Wrap `load_base_weights` so that it rests in two decoder layers."""
 
     def slower(model, folder, device, on_progress):
         rests = {1: slow(on_progress, "loading"), 2: slow(on_progress, "loading")}
@@ -37,7 +37,7 @@ def slow_loading(load):
 
 
 def hanging(function, word: str, rank: str, call: int):
-    """The function, whose call of that number never comes back on one rank."""
+    """Wrap a function so that its call of the given number never returns on one rank."""
     num_calls = 0
 
     def hangs(*arguments, **keywords):
@@ -71,11 +71,11 @@ MOMENTS = {
         lambda function: hanging(function, "tokenizing", "0", 1),
     ),
 }
-"""Module, function, and what becomes of it."""
+"""Module, function and wrapper of each moment."""
 
 
 def run_slowly(moment: str, arguments: list[str]) -> None:
-    """`main(arguments)`, slow at that moment."""
+    """Run `main(arguments)`, slow at the given moment."""
     owner, name, wrap = MOMENTS[moment]
     module = __import__(owner, fromlist=[name])
     with mock.patch.object(module, name, wrap(getattr(module, name))):

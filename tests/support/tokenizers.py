@@ -20,14 +20,15 @@ def build_tokenizer(
     adds_bos: bool = False,
     rstrip: bool = False,
 ) -> PreTrainedTokenizerFast:
-    """A tokenizer of single characters and a few words.
+    """Build a tokenizer of single characters and a few words.
 
     Args:
-        kind: `bytes` as Qwen and Llama 3 have it; `pieces` with "▁" for spaces and bytes for unknown characters, as
-            Gemma and Mistral; `old pieces` with another "▁" before each stretch of text, as Llama 2.
-        special: the special tokens, the first ones of the vocabulary.
+        kind: `bytes` as in Qwen and Llama 3; `pieces` with "▁" for spaces and bytes for unknown
+            characters, as in Gemma and Mistral; `old pieces` with another "▁" before each stretch
+            of text, as in Llama 2.
+        special: the special tokens, first in the vocabulary.
         adds_bos: put the start token before every text.
-        rstrip: special tokens swallow the white space that follows them, as Phi-3's do.
+        rstrip: special tokens swallow the white space that follows them, as in Phi-3.
     """
     letters = (
         sorted(pre_tokenizers.ByteLevel.alphabet())

@@ -1,4 +1,4 @@
-"""Trains in this process, as often as wanted, and stops a run where a test wants it."""
+"""Training in this process, as often as wanted, stopped where a test wants it."""
 
 import os
 import signal
@@ -16,11 +16,11 @@ from tests.support.command import run_rows
 def train_here(
     folder: Path, settings: dict, stop_after: int | None = None, stop_on_rank: int = 0
 ) -> bool:
-    """Train in `folder` as `settings` say; returns whether the run came to its end.
+    """Train in `folder` with `settings`; returns True if the run came to its end.
 
     Args:
-        stop_after: micro-batches of this process after whose backward SIGUSR1 arrives.
-        stop_on_rank: the process that it is sent to.
+        stop_after: number of the micro-batch of this process at which SIGUSR1 arrives.
+        stop_on_rank: the process that receives the signal.
     """
     file = folder.with_name(f"{folder.name}-{os.environ.get('RANK', '0')}.yaml")
     file.write_text(yaml.safe_dump({**settings, "output_dir": str(folder)}))
@@ -43,8 +43,8 @@ def train_here(
 
 
 def lasting_rows(folder: Path) -> list[dict]:
-    """The rows of metrics.jsonl without what depends on the machine's mood."""
-    moods = (
+    """Rows of metrics.jsonl without the values that vary with the machine's load."""
+    unstable = (
         "tokens_per_second",
         "target_tokens_per_second",
         "step_seconds",
@@ -54,10 +54,11 @@ def lasting_rows(folder: Path) -> list[dict]:
         "data_wait_seconds",
     )
     return [
-        {key: value for key, value in row.items() if key not in moods} for row in run_rows(folder)
+        {key: value for key, value in row.items() if key not in unstable}
+        for row in run_rows(folder)
     ]
 
 
 def adapter_bytes(folder: Path) -> bytes:
-    """The final adapter's weights, as they are on disk."""
+    """Bytes of the final adapter's weights on disk."""
     return (folder / "adapter" / "adapter_model.safetensors").read_bytes()

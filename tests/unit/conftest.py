@@ -1,4 +1,4 @@
-"""What several unit tests begin with."""
+"""Fixtures of several unit tests."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from tests.support.settings import REQUIRED
 
 @pytest.fixture
 def config_file(tmp_path: Path) -> Path:
-    """A config file with the required keys only."""
+    """Config file with the required keys only."""
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(REQUIRED))
     return path

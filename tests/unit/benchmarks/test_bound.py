@@ -1,4 +1,4 @@
-"""The least time of a step is the sum of what no implementation avoids, at the rates of the machine."""
+"""The bound on a step's time sums the unavoidable work at the machine's rates."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ SHAPE = Shape(64, 176, 3, 4, 2, 320)
 
 @pytest.fixture(scope="module")
 def adapted(tmp_path_factory: pytest.TempPathFactory) -> torch.nn.Module:
-    """A small model with an adapter of rank 4."""
+    """Small model with an adapter of rank 4."""
     config = make_config(
         tmp_path_factory.mktemp("small"),
         SHAPE,
@@ -28,14 +28,17 @@ def adapted(tmp_path_factory: pytest.TempPathFactory) -> torch.nn.Module:
 
 
 def test_the_bound_is_the_sum_of_its_parts(adapted: torch.nn.Module) -> None:
-    """Each term, counted by hand for three layers of 64, 176 and 32 (keys), with the other rates out of sight."""
+    """Each term equals a count by hand for widths 64, 176 and 32 (keys).
+
+    The rates of the other terms are near infinity.
+    """
     batch = make_batch(SHAPE.vocab, 2, 32)
     weights = 3 * (64 * 64 + 2 * 64 * 32 + 64 * 64 + 3 * 64 * 176)
     pairs, targets, tokens, huge = 2 * 32 * 33 // 2, 2 * 31, 64, 1e30
     flops = 4 * weights * tokens + 12 * 64 * 3 * pairs + 4 * 64 * 320 * targets
     assert bound_seconds(adapted, batch, Rates(1.0, huge, 1e-3 * huge)) == pytest.approx(
         flops + 6 * 4 * tokens * 3 * (128 + 2 * 96 + 128 + 3 * 240), rel=1e-6
-    )  # here the adapter's arithmetic takes longer than its traffic
+    )  # the adapter's arithmetic takes longer than its traffic
     assert bound_seconds(adapted, batch, Rates(huge, 1.0, huge)) == pytest.approx(
         2.516 * weights * 2
     )
@@ -47,7 +50,7 @@ def test_the_bound_is_the_sum_of_its_parts(adapted: torch.nn.Module) -> None:
 
 
 def test_recomputing_every_layer_adds_a_forward(adapted: torch.nn.Module) -> None:
-    """Half of the arithmetic of linear layers, a third of attention's, and a pass of dequantization."""
+    """Recomputation adds half of linear arithmetic, a third of attention's, one dequantization."""
     batch = make_batch(SHAPE.vocab, 2, 32)
     weights = 3 * (64 * 64 + 2 * 64 * 32 + 64 * 64 + 3 * 64 * 176)
     for rates, more in (
@@ -58,8 +61,8 @@ def test_recomputing_every_layer_adds_a_forward(adapted: torch.nn.Module) -> Non
         assert twice - plain == pytest.approx(more, rel=1e-6)
 
 
-def test_a_machine_of_several_moods_is_bounded_by_their_mean_time(tiny_llama: Path) -> None:
-    """Tokens per second at the bound come from the mean of the least seconds, not from the mean of the rates."""
+def test_a_machine_of_drifting_speed_is_bounded_by_the_mean_time(tiny_llama: Path) -> None:
+    """Tokens/s at the bound come from the mean of the least seconds, not the mean of rates."""
     quick = {
         "gemm_tflops": {"bfloat16": 0.5},
         "dequantize_gib_per_second": 4.0,

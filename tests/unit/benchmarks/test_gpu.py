@@ -1,4 +1,4 @@
-"""The benchmark of one GPU: its plan, its second call, cases that cannot run or crash."""
+"""The benchmark of one GPU: its plan, repeated calls, and cases that crash or cannot run."""
 
 import json
 import sys
@@ -39,7 +39,7 @@ def run(case, seconds):
 
 serve({{"device": "probe"}}, run)
 """
-"""A worker as those of the benchmark are, for cases that need no torch."""
+"""Worker like those of the benchmark, for cases that need no torch."""
 
 
 @pytest.fixture
@@ -59,8 +59,10 @@ def rows_of(file: Path, part: str) -> dict[str, dict]:
 
 
 def test_the_plan_stays_under_nine_minutes() -> None:
-    """By its planned seconds; cases have names of their own, the same with tiny shapes, and
-    `--plan` prints them."""
+    """Planned seconds stay below nine minutes, and case names are unique and printed by `--plan`.
+
+    Tiny shapes have the same names.
+    """
     parts = all_parts(is_small=False)
     assert total_seconds(parts) < MOST_SECONDS == 9 * 60
     names = [(part.name, case.name) for part in parts for case in part.cases]
@@ -74,8 +76,7 @@ def test_the_plan_stays_under_nine_minutes() -> None:
 
 
 def test_a_case_that_dies_or_hangs_leaves_the_others(workers: Workers, tmp_path: Path) -> None:
-    """Those behind it run in a new process; it is recorded with the reason; only time is a reason
-    to try again."""
+    """Later cases run in a new process, the reason is recorded, only a timeout is retried."""
     part = Part(
         "one",
         60,
@@ -101,7 +102,7 @@ def test_a_case_that_dies_or_hangs_leaves_the_others(workers: Workers, tmp_path:
 
 
 def test_processes_that_cannot_start_are_a_reason_and_no_wait(tmp_path: Path) -> None:
-    """The last line that they said is recorded, and another call may try."""
+    """The last line of their output is recorded at once, and another call may try."""
     part = Part("one", 60, [Case("a", "answer"), Case("b", "answer")])
     results = opened(tmp_path / "out.json")
     started = time.monotonic()
@@ -115,8 +116,7 @@ def test_processes_that_cannot_start_are_a_reason_and_no_wait(tmp_path: Path) ->
 
 
 def test_results_are_on_disk_after_every_case(workers: Workers, tmp_path: Path, capsys) -> None:
-    """Each line that is printed of a case finds its row in the file, whole; nothing half-written is
-    left."""
+    """The file holds a case's whole row before its line is printed, and no partial file is left."""
     file = tmp_path / "results" / "out.json"
     results = opened(file)
     seen: list[list[str]] = []
@@ -135,8 +135,7 @@ def test_results_are_on_disk_after_every_case(workers: Workers, tmp_path: Path, 
 
 
 def test_a_second_call_goes_on_where_the_first_ended(workers: Workers, tmp_path: Path) -> None:
-    """Results and reasons stay as they are; cases without one run, and parts that are asked for
-    once more."""
+    """A second call keeps results and reasons, and runs missing cases and parts asked for again."""
     file = tmp_path / "out.json"
     parts = [
         Part("one", 60, [Case(name, "answer") for name in ("done", "refused", "late", "new")]),
@@ -158,8 +157,10 @@ def test_a_second_call_goes_on_where_the_first_ended(workers: Workers, tmp_path:
 
 
 def test_without_time_nothing_begins_and_results_stay(workers: Workers, tmp_path: Path) -> None:
-    """Cases are recorded as unfinished, and one that is measured again keeps what it had. With less
-    time than the plan has, the first parts get it."""
+    """Cases without time are recorded as unfinished; a repeated case keeps its earlier result.
+
+    With less time than the plan has, the first parts get it.
+    """
     file = tmp_path / "out.json"
     results = opened(file)
     results.add("one", "done", {"answer": 0})
@@ -174,7 +175,7 @@ def test_without_time_nothing_begins_and_results_stay(workers: Workers, tmp_path
 
 
 def test_results_of_another_machine_are_not_mixed_in(tmp_path: Path) -> None:
-    """Nor those of other versions, or of tiny shapes; the file is left as it was."""
+    """Results of other machines, versions or tiny shapes are refused; the file stays as it was."""
     file = tmp_path / "out.json"
     opened(file).add("one", "a", {"answer": 1})
     before = file.read_bytes()
@@ -186,8 +187,7 @@ def test_results_of_another_machine_are_not_mixed_in(tmp_path: Path) -> None:
 
 
 def test_one_case_that_runs_and_one_that_cannot() -> None:
-    """A step is reported with its rate and its share of the bound; a setting that is not there, by
-    its name."""
+    """A step is reported with its rate and share of the bound; an unknown setting is named."""
     cases = {
         case.name: case
         for part in all_parts(is_small=True)
@@ -215,7 +215,7 @@ def test_one_case_that_runs_and_one_that_cannot() -> None:
 
 
 def test_attention_that_returns_no_numbers_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each kernel and length by itself; a kernel that takes no mask here is said to refuse it."""
+    """Non-finite results are named by kernel and length; a refusal of masks is recorded."""
     plain = attention._results
 
     def faulty(backend, q, *others):
@@ -239,13 +239,13 @@ def test_attention_that_returns_no_numbers_is_named(monkeypatch: pytest.MonkeyPa
 
 
 def test_kernels_that_run_at_once_are_counted_once() -> None:
-    """Busy time is the union of what kernels cover."""
+    """Busy time is the length of the union of the kernels' spans."""
     assert union_length([(0, 10), (2, 5), (8, 12), (20, 21)]) == 13
     assert union_length([]) == 0
 
 
 def test_padded_rows_have_targets_in_their_samples_only() -> None:
-    """Their padding is masked and no target; rows differ in length, so that there is a mask."""
+    """Padding is masked and holds no targets; rows differ in length, so there is a mask."""
     batch = padded_batch(100, 4, 40)
     assert batch.attention_mask.sum(1).tolist() == [40, 32, 22, 12]
     assert (batch.labels[batch.attention_mask == 0] == -100).all()
@@ -254,8 +254,7 @@ def test_padded_rows_have_targets_in_their_samples_only() -> None:
 
 
 def test_one_changed_bit_is_one_byte_that_differs() -> None:
-    """Also in a NaN, whose values compare as unequal anyway; a copy on this machine changes
-    none."""
+    """Bytes are compared, also in NaNs, which compare as unequal; copies here change none."""
     weights = torch.tensor([float("nan"), 1.0, 2.0], dtype=torch.bfloat16)
     other = weights.clone()
     assert num_different(weights, other) == 0
@@ -265,7 +264,7 @@ def test_one_changed_bit_is_one_byte_that_differs() -> None:
 
 
 def test_the_norm_is_compared_with_exact_results() -> None:
-    """Errors of all three are those of one rounding in bfloat16, and none is zero."""
+    """Each norm's error is one bfloat16 rounding and not zero; a wrong norm is far off."""
     x, grad, weight = _numbers(8, 64, torch.device("cpu"))
     for norm in _ways(weight).values():
         found = distances(norm, x, grad, weight)
@@ -275,8 +274,7 @@ def test_the_norm_is_compared_with_exact_results() -> None:
 
 
 def test_outcomes_of_tests_are_counted() -> None:
-    """Passed, failed and skipped ones; tests that were all skipped are no result, and ones cut
-    short are unfinished."""
+    """Outcomes are counted; all tests skipped is no result, and a timeout leaves it unfinished."""
     said = (
         "tests/gpu/test_a.py::test_b[x y] PASSED [ 5%]\ntests/gpu/test_a.py::test_c FAILED [10%]\n"
     )
@@ -284,7 +282,10 @@ def test_outcomes_of_tests_are_counted() -> None:
     assert row["outcome"] == {"failed": 1, "passed": 1}
     assert row["failed"] == ["tests/gpu/test_a.py::test_c"]
     assert outcome(said, -1, 30.0)["unfinished"]
-    skipped = "tests/gpu/test_a.py::test_b SKIPPED (x) [50%]\nSKIPPED [1] tests/gpu/test_a.py:3: needs a CUDA device\n"
+    skipped = (
+        "tests/gpu/test_a.py::test_b SKIPPED (x) [50%]\n"
+        "SKIPPED [1] tests/gpu/test_a.py:3: needs a CUDA device\n"
+    )
     assert outcome(skipped, 0, None) == {
         "not measured": "all 1 tests were skipped: needs a CUDA device"
     }
@@ -292,7 +293,7 @@ def test_outcomes_of_tests_are_counted() -> None:
 
 
 def test_only_what_a_cpu_lacks_excuses_a_rehearsed_case() -> None:
-    """Not a missing package, an error, or the time."""
+    """A missing package, an error or lack of time excuses no case."""
     assert is_for_want_of_gpu("needs a GPU: no such kernel")
     assert is_for_want_of_gpu("all 2 tests were skipped: needs a CUDA device; copies need a GPU")
     assert not is_for_want_of_gpu(
@@ -303,7 +304,7 @@ def test_only_what_a_cpu_lacks_excuses_a_rehearsed_case() -> None:
 
 
 def test_a_rehearsal_wants_the_listed_packages_and_no_others() -> None:
-    """This environment has others, and the first that differ are named."""
+    """This environment has other packages, and the message names them."""
     with pytest.raises(
         SystemExit, match=r"is not as gpu_machine.txt says: .*bitsandbytes: none there"
     ):
@@ -311,8 +312,7 @@ def test_a_rehearsal_wants_the_listed_packages_and_no_others() -> None:
 
 
 def test_carried_packages_are_stripped_to_what_a_run_reads(tmp_path: Path) -> None:
-    """Libraries of other CUDA versions, caches, scripts and tests go; metadata stays, it tells
-    versions."""
+    """Libraries of other CUDA versions, caches, scripts and tests go; metadata stays."""
     kept = [
         "bitsandbytes/__init__.py",
         "bitsandbytes/libbitsandbytes_cuda130.so",

@@ -1,4 +1,4 @@
-"""The training step beside its peers: contenders compute in one type, and like is compared with like."""
+"""The training step beside its peers: contenders share a type; only equal kinds are compared."""
 
 import re
 from importlib.util import find_spec
@@ -22,7 +22,7 @@ H100 = {**AMX, "device": "NVIDIA H100", "num_gpus": 1}
 
 
 def committed(machine: dict, dtype: str, lead: float) -> dict:
-    """A result as it lies in the repository, of this program alone."""
+    """Result as committed to the repository, of this program alone."""
     whole = whole_of(contenders_in(dtype))
     return {
         "machine": machine,
@@ -40,8 +40,10 @@ def test_in_bfloat16_all_are_as_trl_is_by_default() -> None:
 
 
 def test_in_float32_peers_are_too_and_trls_defaults_are_one_more() -> None:
-    """The base is TRL in float32, as it recomputes by default; one peer alone keeps bfloat16. No two contenders are the
-    same thing: attention in blocks, which float32 does not take, is no step of the ladder."""
+    """The base is TRL in float32 with its default recomputation; only one peer keeps bfloat16.
+
+    No two contenders are equal: float32 takes no attention in blocks, so that step is left out.
+    """
     contenders = contenders_in("float32")
     assert next(iter(contenders)) == base_of("float32")
     assert contenders[base_of("float32")] == Peer("TRL", "float32", is_recomputing=True)
@@ -54,7 +56,7 @@ def test_in_float32_peers_are_too_and_trls_defaults_are_one_more() -> None:
 
 
 def test_a_lead_is_compared_with_one_of_the_same_kind() -> None:
-    """In the same type, on a CPU of the same features and limits: 15 % may be lost."""
+    """In equal type, features and limits, a loss of up to 15 % of the lead passes."""
     before = committed(AMX, "bfloat16", 2.0)
     assert verdict(1.8, before, AMX, "bfloat16").startswith(
         "as quick as before: 1.8 times TRL, defaults;"
@@ -100,7 +102,7 @@ def test_a_lead_is_compared_with_one_of_the_same_kind() -> None:
 def test_elsewhere_it_need_only_be_a_lead(
     before: dict | None, machine: dict, dtype: str, why: str
 ) -> None:
-    """Where the committed result is of another kind, the message names both; to be slower than TRL still fails."""
+    """With a committed result of another kind, both are named; being slower than TRL fails."""
     with pytest.raises(
         SystemExit, match=rf"slower than TRL in {dtype}: 0\.9 times .*{re.escape(why)}"
     ):
@@ -111,7 +113,7 @@ def test_elsewhere_it_need_only_be_a_lead(
 
 
 def test_the_machine_says_what_it_can_and_may_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Limits of the environment are part of a result, so that one under them is not compared with one without."""
+    """Limits of the environment are part of a result, so limited and free runs are not compared."""
     monkeypatch.delenv("ATEN_CPU_CAPABILITY", raising=False)
     free = describe_machine()
     monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2")
@@ -124,7 +126,7 @@ def test_the_machine_says_what_it_can_and_may_do(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.skipif(find_spec("trl") is None, reason="TRL comes with the extra `bench`")
 def test_trl_computes_in_bfloat16_unasked(tmp_path) -> None:
-    """Its defaults are what the benchmark takes them for."""
+    """TRL's default compute type is bfloat16, as the benchmark assumes."""
     from trl import SFTConfig
 
     assert SFTConfig(output_dir=str(tmp_path), use_cpu=True).bf16
