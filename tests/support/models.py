@@ -14,8 +14,10 @@ from qlora_dist.model.skeleton import build_skeleton
 from qlora_dist.weights.loading import load_base_weights, materialize
 from qlora_dist.weights.prequantized import formats_in
 
+CPU = torch.device("cpu")
 
-def load_here(folder: Path, device: torch.device = torch.device("cpu"), **config: object):  # noqa: B008 - immutable
+
+def load_here(folder: Path, device: torch.device = CPU, **config: object):
     """Load the base model of `folder` with this program, without adapters.
 
     Type and attention are those of `load_there`.
