@@ -10,7 +10,7 @@ INSTALLED_GPU := .venv-gpu/.installed
 endif
 
 
-.PHONY: help setup demo test test-slow check format bench bench-check gpu-rehearsal clean
+.PHONY: help setup demo test test-unit test-slow check format bench bench-check gpu-rehearsal clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 15
@@ -29,6 +29,9 @@ demo: setup  ## fine-tune a real small model on this machine
 
 test: setup  ## unit, distributed and end-to-end tests
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m 'not slow'
+
+test-unit: setup  ## the unit tests alone
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m 'not slow' tests/unit
 
 test-slow: setup  ## what needs the demo's model or many minutes
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow
