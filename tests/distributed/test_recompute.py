@@ -95,13 +95,9 @@ class PretendedMeter(MemoryMeter):
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
         self.base, self.layer, self.model = 0, LayerBytes(0, 0, 0), None
-        self.num_returned = 0
 
     def held(self) -> int:
         return self.base
-
-    def return_freed_memory(self) -> None:
-        self.num_returned += 1
 
     def restart(self) -> None:
         pass
@@ -148,6 +144,8 @@ def choices_of(folder: Path, runtime: Runtime, num_layers_less: int) -> list[Rec
         {config.optim.optimizer: replace(OPTIMIZERS[config.optim.optimizer], state_bytes=each)},
     )
     pretended = mock.patch("qlora_dist.memory.auto.MemoryMeter", PretendedMeter)
+    trimming = mock.patch("qlora_dist.memory.auto.trim_heap")
+    trim = trimming.start()
     with pretended, bytes_of_state, limit, nothing_left_free, as_on_a_gpu():
         budget = RecomputeBudget(config, ModelParts(model), runtime, said.append)
         meter = budget._meter
@@ -171,7 +169,8 @@ def choices_of(folder: Path, runtime: Runtime, num_layers_less: int) -> list[Rec
     num_to_less = sum(
         layer.kept(later) < layer.kept(earlier) for earlier, later in pairwise(choices)
     )
-    assert meter.num_returned == 1 + num_to_less  # after loading, and where steps before took more
+    trimming.stop()
+    assert trim.call_count == 1 + num_to_less  # after loading, and where steps before took more
     assert [line.split(": about")[0] for line in said[1:]] == [
         f"recompute: {choice}" for choice in changes
     ]
