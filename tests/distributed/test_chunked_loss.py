@@ -16,7 +16,7 @@ from qlora_dist.config.schema import (
 )
 from qlora_dist.data.batch import MicroBatch, collate
 from qlora_dist.data.samples import Sample
-from qlora_dist.model import loss as loss_module
+from qlora_dist.model import logits as logits_module
 from qlora_dist.model.adapters import whole_adapter
 from qlora_dist.model.logits import logits_transform
 from qlora_dist.runtime.processes import Runtime, start_runtime
@@ -63,7 +63,7 @@ def compare(folders: dict[str, Path], backends: tuple[str, ...]) -> None:
     for name, targets in cases:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(
-                loss_module, "_probe_head", lambda _: None
+                logits_module, "_probe_head", lambda _: None
             )  # the model's own logits, all at once
             expected_losses, expected = train(folders[name], "ddp", targets, runtime)
         assert expected_losses[2] < expected_losses[0]
