@@ -17,6 +17,7 @@ from qlora_dist.config.schema import (
 from qlora_dist.data.batch import MicroBatch, collate
 from qlora_dist.data.samples import Sample
 from qlora_dist.model import logits as logits_module
+from qlora_dist.model import loss as loss_module
 from qlora_dist.model.adapters import whole_adapter
 from qlora_dist.model.logits import logits_transform
 from qlora_dist.runtime.processes import Runtime, start_runtime
