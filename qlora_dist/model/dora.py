@@ -75,7 +75,7 @@ class DoraVariant(LoraVariant):
     ):  # x (..., in_features), result = W x + bias (..., out_features) -> (..., out_features)
         base, dropout = module.get_base_layer(), module.lora_dropout[active_adapter]
         factor = module.lora_magnitude_vector[active_adapter].factor(module)
-        if module.training and not isinstance(dropout, nn.RunIdentity):
+        if module.training and not isinstance(dropout, nn.Identity):
             # As peft has it: dropout acts on all that DoRA adds, (factor - 1) W x included, but not on W x itself.
             x = dropout(x)
             product = _without_bias(base(x), base)

@@ -56,7 +56,7 @@ def _obstacle(layer: LoraLayer) -> str | None:
         return "another kind of adapter than plain LoRA"
     if any(layer.lora_bias.values()):
         return "a bias in the adapter"
-    if any(not isinstance(dropout, nn.RunIdentity) for dropout in layer.lora_dropout.values()):
+    if any(not isinstance(dropout, nn.Identity) for dropout in layer.lora_dropout.values()):
         return "dropout"
     return None
 

@@ -131,7 +131,7 @@ def test_small_tensors_stay(tiny_llama: Path, runtime: Runtime) -> None:
 def test_views_share_a_copy() -> None:
     """Tensors that lie in one storage are copied once, and lie in one storage again."""
     lane = Lane()
-    layer = nn.RunIdentity()
+    layer = nn.Identity()
     x = torch.randn(6, 8, requires_grad=True)
     with Offload(lane, min_bytes=1).layer(layer, ()):
         whole = x * 1.5
@@ -170,7 +170,7 @@ def test_memory_that_is_used_again_is_another_tensor() -> None:
         return hidden.sum()
 
     (expected,) = torch.autograd.grad(run(), x)
-    with Offload(lane, min_bytes=1).layer(nn.RunIdentity(), ()):
+    with Offload(lane, min_bytes=1).layer(nn.Identity(), ()):
         loss = run()
     loss.backward()
     assert torch.equal(x.grad, expected)

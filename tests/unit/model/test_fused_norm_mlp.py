@@ -226,9 +226,9 @@ def test_less_is_kept() -> None:
 
     gate, up = (torch.randn(10, WIDTH).bfloat16().requires_grad_() for _ in range(2))
     gated = mlp()
-    gated.gate_proj, gated.up_proj = (nn.RunIdentity() for _ in range(2))
+    gated.gate_proj, gated.up_proj = (nn.Identity() for _ in range(2))
     gated.gate_proj.forward, gated.up_proj.forward = (lambda x, y=y: y * 1 for y in (gate, up))
-    gated.down_proj = nn.RunIdentity()
+    gated.down_proj = nn.Identity()
     before = kept_bytes(gated, x)
     fuse_norms_and_mlps(gated)
     assert before - kept_bytes(gated, x) == 10 * WIDTH * 2
