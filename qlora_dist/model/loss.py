@@ -147,7 +147,7 @@ class _HeadLoss:
         )
 
     def _followed_by_autograd(self, hidden: Tensor) -> Tensor:
-        """Loss of a head that learns, or is not PyTorch's; backward remakes its logits by chunks."""
+        """Loss of a head that learns, or is none of PyTorch's; backward remakes its logits."""
 
         def loss_of(rows: Tensor, targets: Tensor) -> Tensor:
             logits = self._form(self._forward(hidden.index_select(0, rows).unsqueeze(0)).squeeze(0))

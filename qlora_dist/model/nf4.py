@@ -62,7 +62,7 @@ class QuantizedTensors:
 
 
 class QuantizedLinear(bnb.nn.Linear4bit):
-    """bitsandbytes' 4-bit linear with its constants as parameters; created empty on the meta device.
+    """bitsandbytes' 4-bit linear with its constants as parameters; created empty on meta.
 
     Shapes:
         input (..., in_features) to output (..., out_features), in the dtype of the input.
@@ -89,7 +89,7 @@ class QuantizedLinear(bnb.nn.Linear4bit):
             self.bias = _frozen(out_features, dtype=dtype)
 
     def quant_state_now(self) -> bnb.functional.QuantState:
-        """Return the bitsandbytes state of the weight, over the parameters as they are (no copies).
+        """Return bitsandbytes' state of the weight, over the parameters as they are (no copies).
 
         The parameters must be whole.
         """

@@ -9,10 +9,11 @@ import torch
 
 
 def trim_heap(device: torch.device) -> None:
-    """Give the operating system what glibc keeps of freed memory, if layers run on the CPU.
+    """Return memory that glibc keeps after it was freed to the operating system, on a CPU.
 
-    It counts as resident, and would hide that a step takes less than the one before. Only where there is such a
-    reason: fetching the pages again makes the next step a tenth longer (SmolLM2-135M).
+    Kept memory counts as resident, and would hide that a step takes less than the step before. Call
+    this only to measure: fetching the pages again makes the next step a tenth longer
+    (SmolLM2-135M).
     """
     if device.type == "cpu":
         with suppress(OSError, AttributeError):  # other C libraries have no such function

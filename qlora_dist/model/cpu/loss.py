@@ -1,4 +1,4 @@
-"""The loss on a CPU: logits of few rows at a time, and probabilities in pieces that fit its cache."""
+"""The loss on a CPU: logits of few rows at a time, probabilities in pieces that its cache holds."""
 
 from __future__ import annotations
 
