@@ -11,9 +11,8 @@ import torch
 def trim_heap(device: torch.device) -> None:
     """Return memory that glibc keeps after it was freed to the operating system, on a CPU.
 
-    Kept memory counts as resident, and would hide that a step takes less than the step before. Call
-    this only to measure: fetching the pages again makes the next step a tenth longer
-    (SmolLM2-135M).
+    Kept memory counts as resident, and would hide that a step takes less than the step before. Not
+    for every step: fetching the pages again makes the next step a tenth longer (SmolLM2-135M).
     """
     if device.type == "cpu":
         with suppress(OSError, AttributeError):  # other C libraries have no such function
