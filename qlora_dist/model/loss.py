@@ -76,7 +76,7 @@ def target_loss_sum(
 
 
 def loss_note(model: nn.Module) -> str | None:
-    """Return the log's line about a loss that takes all logits at once, if so; a collective."""
+    """Return the log's line on a loss that takes all logits at once, else None; a collective."""
     if is_chunked(model):
         return None
     why = "has an output head that learns and is gathered part by part"

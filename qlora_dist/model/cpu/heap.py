@@ -9,7 +9,7 @@ import torch
 
 
 def trim_heap(device: torch.device) -> None:
-    """Return memory that glibc keeps after it was freed to the operating system, on a CPU.
+    """Hand freed memory that glibc keeps back to the operating system, if layers run on the CPU.
 
     Kept memory counts as resident, and would hide that a step takes less than the step before. Not
     for every step: fetching the pages again makes the next step a tenth longer (SmolLM2-135M).

@@ -405,6 +405,7 @@ def test_the_loss_takes_a_twentieth_of_full_logits(
 
 
 def test_a_cpu_makes_few_logits_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chunk has at most `MAX_ROWS` rows on a CPU."""
     monkeypatch.setattr(loss_module, "MAX_ROWS", 5)
     head = nn.Linear(8, 11).requires_grad_(False)
     loss = loss_module._HeadLoss(
