@@ -1,7 +1,8 @@
-"""Decoder layers compiled by `torch.compile`: the elementwise work between their matrix products in few kernels.
+"""Decoder layers compiled by `torch.compile`: elementwise work between products in few kernels.
 
-Layer by layer, not the model: layers of a kind share the code, so that compiling takes as long for 80 layers as for
-two; sharding gathers and recomputation starts over between layers, outside of what is compiled.
+Each layer is compiled by itself, not the whole model. Layers of a kind share their code, so that
+compiling takes as long for 80 layers as for two. Sharding gathers weights, and recomputation
+starts over, between layers: outside of the compiled code.
 """
 
 from __future__ import annotations
@@ -15,25 +16,25 @@ from qlora_dist.errors import LaunchError
 
 _COMPILER: dict[str, Any] = {
     "backend": "inductor",
-    # Dropout draws what it draws without the compiler, whose own generator would make another run of it.
+    # Dropout draws the numbers that it draws uncompiled: the compiler's own generator would make
+    # a different run of it.
     "options": {"fallback_random": True},
 }
 
-_TRACING = {
-    # Codes of one layer's function: for each kind of layer (sliding attention or not) one for the first length of rows
-    # and one for all others, with a mask and without, for one row and for several. Beyond torch's limit of 8 layers
-    # would silently run as they are.
-    "recompile_limit": 64
-}
+# Codes of a layer's function. Each kind of layer (sliding attention or not) needs one for the first
+# length of rows and one for all others, with a mask and without, for one row and for several.
+# Beyond torch's default of 8, layers would silently run uncompiled.
+_TRACING = {"recompile_limit": 64}
 
 
 def compile_layers(layers: list[nn.Module], device: torch.device) -> None:
-    """Let layers compute compiled code while they train, made in the first steps; before recomputation and sharding.
+    """Let layers run compiled code in training, made in the first steps.
 
-    Evaluation runs the layers as they are: it would need code of its own, for rows of other lengths.
+    Comes before recomputation and sharding. Evaluation runs the layers uncompiled: rows of its
+    lengths would need code of their own.
 
     Raises:
-        LaunchError: nothing can be compiled here.
+        LaunchError: nothing can be compiled on this machine.
     """
     check_compiler(device)
     for layer in layers:
@@ -41,34 +42,29 @@ def compile_layers(layers: list[nn.Module], device: torch.device) -> None:
 
 
 def check_compiler(device: torch.device) -> None:
-    """Compile a trifle; a few seconds, once per machine.
+    """Compile a tiny function; takes a few seconds, once per machine.
 
     Raises:
-        LaunchError: that failed.
+        LaunchError: the compilation failed.
     """
     try:
-        torch.compile(_trifle, **_COMPILER)(torch.ones(8, device=device))
-    except Exception as error:  # noqa: BLE001 - whatever is missing, each part of the compiler says in its own way
-        reason = next(
-            (line for line in str(error).splitlines() if line.strip()), type(error).__name__
-        )
-        needs = (
-            "a C++ compiler such as g++"
-            if device.type == "cpu"
-            else "a C compiler such as gcc, and triton"
-        )
+        torch.compile(lambda x: x.sin() + 1, **_COMPILER)(torch.ones(8, device=device))
+    except Exception as error:  # noqa: BLE001 - each part of the compiler raises its own kind
+        reason = next(filter(str.strip, str(error).splitlines()), type(error).__name__)
+        is_cpu = device.type == "cpu"
+        needs = "a C++ compiler such as g++" if is_cpu else "a C compiler such as gcc, and triton"
         raise LaunchError(
-            f"memory.compile is true, but torch.compile does not work on this machine's {device.type}: {reason} "
-            f"It needs {needs}. Install that, or set memory.compile: false."
+            "memory.compile is true, but torch.compile does not work on this machine's "
+            f"{device.type}: {reason} It needs {needs}. "
+            "Install that, or set memory.compile: false."
         ) from None
 
 
-def _trifle(x: torch.Tensor) -> torch.Tensor:
-    return x.sin() + 1
-
-
 class CompiledForward:
-    """Stands in the place of a layer's `forward`, not of the layer: hooks stay outside, and names what they are."""
+    """Compiled stand-in for a layer's `forward`.
+
+    It replaces the method, not the layer: hooks stay outside, and parameters keep their names.
+    """
 
     def __init__(self, layer: nn.Module) -> None:
         self._layer, self._plain = layer, layer.forward
@@ -78,7 +74,8 @@ class CompiledForward:
         if not (self._layer.training and torch.is_grad_enabled()):
             return self._plain(hidden_states, *args, **kwargs)
         if not hidden_states.requires_grad:
-            # The first layer's input. A gradient of it is of no use, but costs less than a code of its own.
+            # The first layer's input. Its gradient is of no use, but costs less than a separate
+            # code for an input without gradient.
             hidden_states = hidden_states.detach().requires_grad_()
         with _dynamo.config.patch(**_TRACING):
             return self._compiled(hidden_states, *args, **kwargs)

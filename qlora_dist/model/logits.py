@@ -1,53 +1,59 @@
-"""Logits: what a model makes of its head's output, asked of the model itself, since each family has code of its own."""
+"""Logits: the transform between a head's output and its logits, found by running the model."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qlora_dist.model.parts import base_model
 
 
 @dataclass(frozen=True)
 class LogitsTransform:
-    """What a model makes of the output z of its head: scale * z, or cap * tanh(scale * z / cap)."""
+    """Logits of a head's output z: scale * z, or cap * tanh(scale * z / cap)."""
 
     scale: float = 1.0
     """Cohere, Granite and others multiply or divide their logits."""
     cap: float | None = None
     """Soft-capping, Gemma 2 (https://arxiv.org/abs/2408.00118, section 2)."""
 
-    def __call__(self, raw: torch.Tensor) -> torch.Tensor:
-        """Logits of what the head returned, elementwise; in float32 unless nothing is done to them."""
+    def __call__(self, raw: Tensor) -> Tensor:
+        """Return the logits of a head's output, elementwise.
+
+        In float32, except that a transform that changes nothing returns `raw` itself.
+        """
         if self == LogitsTransform():
             return raw
         logits = raw.float() * self.scale
         return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
 
-    def times_slope(self, gradient: torch.Tensor, raw: torch.Tensor) -> torch.Tensor:
-        """Gradient of what the head returned, from that of the logits, in place."""
+    def times_slope(self, gradient: Tensor, raw: Tensor) -> Tensor:
+        """Turn a gradient of the logits into that of the head's output `raw`, in place."""
         if self.cap is not None:
             gradient.mul_(1 - torch.tanh(raw.float() * (self.scale / self.cap)) ** 2)
         return gradient if self.scale == 1 else gradient.mul_(self.scale)
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# What the model does with its head: asked of the model itself, since each family has code of its own for it.
+# --------------------------------------------------------------------------------------------------
+# Each family has its own code behind the head, so a model's transform is read off its results.
 
 _forms: WeakKeyDictionary[nn.Module, LogitsTransform | None] = WeakKeyDictionary()
-_PROBE_LENGTH = 4
 
 
 def logits_transform(model: nn.Module) -> LogitsTransform | None:
-    """What this model makes of its head's output, or None when that is something else; all ranks ask together.
+    """Return the transform behind a model's head; a collective.
 
-    The first time, a forward of a few tokens is run in which the head answers with given values. Scale and cap are read
-    off the logits that come out, and must account for all of them.
+    The first call runs a forward of a few tokens in which the head answers with given values. Scale
+    and cap are read off the logits that come out, and must account for all of them.
+
+    Returns:
+        None if the model computes its logits in some other way.
     """
     base = base_model(model)
     if base not in _forms:
@@ -60,18 +66,18 @@ def _probe_head(model: nn.Module) -> LogitsTransform | None:
     head = base_model(model).get_output_embeddings()
     if head is None:
         return None
-    seen: list[
-        tuple[Any, torch.Tensor]
-    ] = []  # (shape of the hidden states, values given in place of logits)
+    seen: list[tuple[Any, Tensor]] = []  # (batch and length of the hidden states, values given)
 
-    def answer(_: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+    def answer(_: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
         seen.append((inputs[0].shape[:-1] if inputs else None, _probe_values(output)))
         return seen[-1][1]
 
     hook = head.register_forward_hook(answer)
     was_training = model.training
     model.eval()
-    ids = torch.arange(_PROBE_LENGTH, device=_device(model)).unsqueeze(0)
+    # Buffers come first: they are never offloaded, so they are where the model runs.
+    device = next(chain(model.buffers(), model.parameters())).device
+    ids = torch.arange(4, device=device).unsqueeze(0)  # (1, 4)
     try:
         found = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
     finally:
@@ -85,38 +91,39 @@ def _probe_head(model: nn.Module) -> LogitsTransform | None:
 _PROBE_EXTREMES = (1.0, 1e6, 1e7)
 
 
-def _probe_values(like: torch.Tensor) -> torch.Tensor:
-    """Float32 values from small to large, different in each row; the first ones of the first row are landmarks."""
+def _probe_values(like: Tensor) -> Tensor:
+    """Float32 values from small to large, different in each row, after `_PROBE_EXTREMES`."""
     values = torch.linspace(-300, 300, like.numel(), device=like.device).roll(like.shape[-1] // 2)
     values[: len(_PROBE_EXTREMES)] = values.new_tensor(_PROBE_EXTREMES)[: len(values)]
     return values.reshape(like.shape)
 
 
-def _transform_between(given: torch.Tensor, found: torch.Tensor) -> LogitsTransform | None:
-    """The form that makes `found` of `given`."""
+def _transform_between(given: Tensor, found: Tensor) -> LogitsTransform | None:
+    """Return the transform from the values `given` to the logits `found`, if there is one."""
     one, large, larger = found.flatten()[: len(_PROBE_EXTREMES)].tolist()
     form = LogitsTransform(scale=one)
-    if large == larger > abs(one):  # so far out that tanh is 1
+    if large == larger > abs(one):  # capped: so far out, tanh is 1
         scale = large * math.atanh(one / large)
         form = LogitsTransform(scale=1.0 if abs(scale - 1) < 1e-6 else scale, cap=large)
-    is_form = torch.allclose(form(given), found.float(), rtol=1e-5, atol=1e-5)
-    return form if is_form else None
-
-
-def _device(model: nn.Module) -> torch.device:
-    """Where the model runs; its buffers are never offloaded."""
-    return next((tensor.device for tensor in model.buffers()), next(model.parameters()).device)
+    return form if torch.allclose(form(given), found.float(), rtol=1e-5, atol=1e-5) else None
 
 
 HALF_GAIN = 2.0**8
-"""Gradients of logits are multiplied by it in float16, which would lose those below 6e-8, and what the head makes of
-them is divided by it."""
+"""Factor of the gradients of logits in float16, which would lose those below 6e-8.
+
+Gradients behind the head are divided by it.
+"""
 
 
-def to_gradient(
-    p: torch.Tensor, targets: torch.Tensor, raw: torch.Tensor, form: LogitsTransform
-) -> None:
-    """Probabilities (rows, vocab) float32, used up, to the gradient of what the head returned, in the place of that."""
+def to_gradient(p: Tensor, targets: Tensor, raw: Tensor, form: LogitsTransform) -> None:
+    """Overwrite the head's output `raw` with its gradient.
+
+    Args:
+        p: probabilities, (rows, vocab) float32; overwritten.
+        targets: (rows, 1) int64.
+        raw: (rows, vocab).
+    """
+    # d loss / d logits = p - onehot(target)
     gradient = p.scatter_add_(1, targets, torch.full_like(targets, -1, dtype=torch.float32))
     gradient = form.times_slope(gradient, raw)
     raw.copy_(gradient.mul_(HALF_GAIN) if raw.dtype == torch.float16 else gradient)

@@ -1,13 +1,15 @@
-"""The arithmetic that a step of training needs, counted from the model's dimensions and the samples' lengths.
+"""Useful arithmetic of a training step, counted from dimensions and the samples' lengths.
 
-Per token: 4 P + 6 P_lora, where P are the parameters of the frozen linear layers (2 P forward, 2 P for the gradient of
-their inputs; their own is not computed) and P_lora those of the adapters. Per target token: 4 d V for the frozen output
-head, which sees no others. Per pair of a token and one that it attends to, and layer: 12 w, where w is the number of
-heads times their width (two products forward, four backward, 2 w each). The rule is that of PaLM
-(https://arxiv.org/abs/2204.02311, appendix B), without the gradients of frozen weights.
+Per token: 4 P + 6 P_lora. P are the parameters of the frozen linear layers (2 P forward, 2 P for
+the gradient of their inputs; their own is not computed), P_lora those of the adapters. Per target
+token: 4 d V for the frozen output head, which sees no other tokens. Per layer, and pair of a token
+and a token that it attends to: 12 w, where w is the number of heads times their width (two products
+forward, four backward, 2 w each). The rule is that of PaLM (https://arxiv.org/abs/2204.02311,
+appendix B), without the gradients of frozen weights.
 
-What a run computes for its own convenience is not useful work and not counted: recomputed activations, padding,
-dequantization, the products that a fused attention kernel repeats in backward. Elementwise work is not counted either.
+Work that a run does for its own convenience is not counted: recomputed activations, padding,
+dequantization, the products that a fused attention kernel repeats in backward. Nor is elementwise
+work.
 """
 
 from __future__ import annotations
@@ -15,9 +17,10 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qlora_dist.model.parts import ModelParts
 from qlora_dist.runtime.processes import Runtime
@@ -30,28 +33,23 @@ class Flops:
     per_token: int
     per_target: int
     attention: tuple[tuple[int, int | None], ...]
-    """Of each layer with attention: operations per attended pair, and the window outside of which nothing is seen."""
+    """For each layer with attention: operations per attended pair, and the window of tokens that
+    a token sees."""
 
     def of(
-        self,
-        attention_mask: torch.Tensor,
-        position_ids: torch.Tensor | None,
-        num_tokens: int,
-        num_targets: int,
+        self, attention_mask: Tensor, position_ids: Tensor | None, num_tokens: int, num_targets: int
     ) -> int:
-        """Operations that a micro-batch needs.
+        """Return the operations that a micro-batch needs.
 
         Args:
             attention_mask: (batch, seq_len) int64, 1 for real tokens.
             position_ids: (batch, seq_len) int64 of packed rows, from 0 in each sample; else None.
-            num_tokens: none when the only token stands in for an empty batch.
+            num_tokens: 0 for an empty batch, whose only token is a stand-in.
         """
         if num_tokens == 0:
             return 0
         windows = {window for _, window in self.attention}
-        pairs = {
-            window: _attended_pairs(attention_mask, position_ids, window) for window in windows
-        }
+        pairs = {w: _attended_pairs(attention_mask, position_ids, w) for w in windows}
         attention = sum(per_pair * pairs[window] for per_pair, window in self.attention)
         return self.per_token * num_tokens + self.per_target * num_targets + attention
 
@@ -70,49 +68,43 @@ def flops_of(parts: ModelParts) -> Flops:
     return Flops(per_token, per_target, _attention_of(parts.dimensions))
 
 
-def _attention_of(config: object) -> tuple[tuple[int, int | None], ...]:
-    """From a transformers config. Layers that are neither full nor sliding attention (recurrent ones) have no pairs."""
-    heads, layers = config.num_attention_heads, config.num_hidden_layers  # type: ignore[attr-defined]
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads  # type: ignore[attr-defined]
+def _attention_of(config: Any) -> tuple[tuple[int, int | None], ...]:
+    """Read `Flops.attention` off a transformers config."""
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     window = getattr(config, "sliding_window", None)
     usual = "full_attention" if window is None else "sliding_attention"
     windows = {"full_attention": None, "sliding_attention": window}
-    types = getattr(config, "layer_types", None) or [usual] * layers
+    types = getattr(config, "layer_types", None) or [usual] * config.num_hidden_layers
+    # Layers of all other types, such as recurrent ones, have no pairs.
     return tuple((12 * heads * head_dim, windows[kind]) for kind in types if kind in windows)
 
 
-def _attended_pairs(
-    attention_mask: torch.Tensor, position_ids: torch.Tensor | None, window: int | None
-) -> int:
-    """Pairs of a real token and one that it sees: itself, and those before it in its sample, within the window."""
+def _attended_pairs(mask: Tensor, position_ids: Tensor | None, window: int | None) -> int:
+    """Pairs of a real token and a token that it sees: from its sample and window, up to itself."""
     if position_ids is None:
-        position_ids = torch.arange(
-            attention_mask.shape[1], device=attention_mask.device
-        ).expand_as(attention_mask)
+        position_ids = torch.arange(mask.shape[1], device=mask.device)
     seen = position_ids + 1 if window is None else (position_ids + 1).clamp(max=window)
-    return int((seen * attention_mask).sum())
-
-
-_BUDGET_SECONDS = 0.1
+    return int((seen * mask).sum())
 
 
 def peak_flops(runtime: Runtime) -> float:
-    """Floating-point operations per second of all ranks together, measured by all at once; a collective."""
-    runtime.barrier()
+    """Measure the floating-point operations per second of all ranks together; a collective."""
+    runtime.barrier()  # ranks of a machine share its cores: all measure at once
     mine = torch.tensor(matmul_flops(runtime.device, runtime.compute_dtype), device=runtime.device)
     return runtime.sum_over_ranks(mine).item()
 
 
 @cache
 def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating-point operations per second of a large square matrix product, with the process's threads.
+    """Measure the operations per second of a large square product, with the process's threads.
 
-    The quickest of at least five within 0.1 s: on a machine that others use as well, the median would be their mood.
+    Best of at least five runs in 0.1 s; on a shared machine the median measures the neighbors.
     """
     size = 8192 if device.type == "cuda" else 512
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     seconds: list[float] = []
-    while len(seconds) < 5 or sum(seconds) < _BUDGET_SECONDS:
+    while len(seconds) < 5 or sum(seconds) < 0.1:
         started = time.perf_counter()
         left @ right
         if device.type == "cuda":

@@ -1,12 +1,14 @@
-"""4-bit linear layers whose quantization constants are parameters, so that they shard with the weight.
+"""4-bit linear layers whose quantization constants are parameters, so that they shard as weights.
 
-bitsandbytes keeps the constants of a 4-bit weight in a ``QuantState``, a plain Python attribute that every sharding
-engine leaves behind: each GPU then holds all of them, 1.0 GiB for a 70B model with double quantization and 4.0 GiB
-without. Here they are frozen parameters, next to the packed weight, and the ``QuantState`` is put together from
-whatever the parameters hold when the layer runs (gathered by then, under sharding).
+bitsandbytes keeps the constants of a 4-bit weight in a ``QuantState``, a plain Python attribute
+that every sharding engine leaves behind. Each GPU then holds all of them: 1.0 GiB for a 70B model
+with double quantization, and 4.0 GiB without. Here they are frozen parameters next to the packed
+weight. The ``QuantState`` is put together when the layer runs, from parameters that are gathered by
+then.
 
-The numbers are bitsandbytes' own: NF4 and FP4 of QLoRA (https://arxiv.org/abs/2305.14314, section 3), in blocks of 64,
-with the block maxima quantized again to 8 bits in blocks of 256 after their mean is subtracted.
+The numbers are bitsandbytes' own: NF4 and FP4 of QLoRA (https://arxiv.org/abs/2305.14314,
+section 3), in blocks of 64. After their mean is subtracted, the block maxima are quantized to
+8 bits in blocks of 256.
 """
 
 from __future__ import annotations
@@ -17,48 +19,50 @@ from typing import Any, Literal
 
 import bitsandbytes as bnb
 import torch
-from bitsandbytes import functional as bnb_functional
-from torch import nn
+from torch import Tensor, nn
 
 from qlora_dist.model.cpu.pieces import in_pieces
 
 BLOCK_SIZE = 64
 """Elements that share one quantization constant."""
 NESTED_BLOCK_SIZE = 256
-"""Quantization constants that share one second-level constant; the only size bitsandbytes' kernels support."""
+"""Quantization constants that share a second-level constant.
 
+bitsandbytes' kernels support no other size.
+"""
+
+# Elements that the CPU quantizes at a time, a multiple of every block size. The kernel makes
+# temporaries of some 24 bytes an element. In pieces they stay in the cache, and it takes half the
+# time.
 _CPU_PIECE = 2**18
-"""Elements that the CPU quantizes at a time, a multiple of every block size. The kernel makes temporaries of some 24
-bytes an element, several times the matrix; in pieces they stay in the cache, and it takes half the time."""
 
 
 @dataclass(frozen=True)
 class QuantFormat:
-    """How a matrix is stored in 4 bits."""
+    """4-bit storage of a matrix: its type, its blocks, and the form of their constants."""
 
     quant_type: Literal["nf4", "fp4"] = "nf4"
     double_quant: bool = True
     block_size: int = BLOCK_SIZE
 
     def num_blocks(self, numel: int) -> int:
-        """Number of quantization constants of a matrix with `numel` elements."""
+        """Return the number of quantization constants of a matrix with `numel` elements."""
         return -(-numel // self.block_size)
 
 
 @dataclass
 class QuantizedTensors:
-    """The tensors that make up one 4-bit matrix (or a contiguous part of one)."""
+    """Tensors of a 4-bit matrix, or of a contiguous part of it."""
 
-    weight: torch.Tensor  # (ceil(numel / 2), 1) uint8, two elements a byte
-    absmax: torch.Tensor  # (num_blocks,) float32, or uint8 with double quantization
-    absmax_scale: torch.Tensor | None = (
-        None  # (ceil(num_blocks / 256),) float32, double quantization only
-    )
-    absmax_offset: torch.Tensor | None = None  # (1,) float32, double quantization only
+    weight: Tensor  # (ceil(numel / 2), 1) uint8, two elements a byte
+    absmax: Tensor  # (num_blocks,) float32, or uint8 with double quantization
+    # With double quantization only: (ceil(num_blocks / 256),) float32 and (1,) float32.
+    absmax_scale: Tensor | None = None
+    absmax_offset: Tensor | None = None
 
 
 class QuantizedLinear(bnb.nn.Linear4bit):
-    """bitsandbytes' 4-bit linear with its constants as parameters; created empty on the meta device.
+    """bitsandbytes' 4-bit linear with its constants as parameters; created empty on meta.
 
     Shapes:
         input (..., in_features) to output (..., out_features), in the dtype of the input.
@@ -84,83 +88,90 @@ class QuantizedLinear(bnb.nn.Linear4bit):
         if bias:
             self.bias = _frozen(out_features, dtype=dtype)
 
-    def quant_state_now(self) -> bnb_functional.QuantState:
-        """The bitsandbytes state of the weight, over the parameters as they are now (no copies)."""
-        nested = None
-        offset = None
+    def quant_state_now(self) -> bnb.functional.QuantState:
+        """Return bitsandbytes' state of the weight, over the parameters as they are (no copies).
+
+        The parameters must be whole.
+        """
+        kind, device = self.format.quant_type, self.weight.device
+        nested = offset = None
         if self.format.double_quant:
-            offset = self.absmax_offset[0]
-            nested = bnb_functional.QuantState(
+            offset, code = self.absmax_offset[0], dynamic_code(device)
+            nested = bnb.functional.QuantState(
                 absmax=self.absmax_scale,
-                code=dynamic_code(self.weight.device),
+                code=code,
                 blocksize=NESTED_BLOCK_SIZE,
                 dtype=torch.float32,
             )
-        return bnb_functional.QuantState(
+        return bnb.functional.QuantState(
             absmax=self.absmax,
             shape=torch.Size((self.out_features, self.in_features)),
-            code=four_bit_code(self.format.quant_type, self.weight.device),
+            code=four_bit_code(kind, device),
             blocksize=self.format.block_size,
-            quant_type=self.format.quant_type,
-            # Backward dequantizes in this dtype and forward in the input's: they must be the same one, or the
-            # gradient is not that of the function that was evaluated.
+            quant_type=kind,
+            # Backward dequantizes in this dtype, and forward in the input's. Unless they are equal,
+            # the gradient is not that of the function that was evaluated.
             dtype=self.compute_dtype,
             offset=offset,
             state2=nested,
         )
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (..., in_features) -> (..., out_features)
-        # Not Linear4bit.forward: on CPUs with AVX512-BF16 it repacks the weight in place in eval mode, after which
-        # training yields no gradient; and it looks for the state in attributes that sharding does not carry along.
+    def forward(self, x: Tensor) -> Tensor:  # (..., in_features) -> (..., out_features)
+        # Not Linear4bit.forward. On CPUs with AVX512-BF16 it repacks the weight in place in eval
+        # mode, after which training yields no gradient. And it looks for the state in attributes
+        # that sharding does not carry along.
         return _FrozenMatmul.apply(x.to(self.compute_dtype), self).to(result_dtype(x))
 
-    def dequantized(self) -> torch.Tensor:
-        """The weight as (out_features, in_features) in the compute dtype; needs all parameters whole."""
-        return bnb_functional.dequantize_4bit(self.weight, self.quant_state_now())
+    def dequantized(self) -> Tensor:
+        """Return the weight, (out_features, in_features) in the compute dtype.
+
+        The parameters must be whole.
+        """
+        return bnb.functional.dequantize_4bit(self.weight, self.quant_state_now())
 
 
-def result_dtype(x: torch.Tensor) -> torch.dtype:
-    """Of a linear layer's output: autocast's where that is on, as of PyTorch's own layers.
+def result_dtype(x: Tensor) -> torch.dtype:
+    """Return the type of a linear layer's output for input `x`, as PyTorch's own layers have it.
 
-    On GPUs autocast lets LayerNorm return float32. An output in the type of the input would carry that into the
-    residual stream, at twice its size.
+    That is autocast's type where autocast is on, and else the input's.
     """
+    # On GPUs autocast lets LayerNorm return float32. An output in the type of that input would
+    # carry float32 into the residual stream, at twice its size.
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 class _FrozenMatmul(torch.autograd.Function):
-    """Product with a layer's 4-bit weight that keeps nothing for backward: the layer is asked again for what it holds.
+    """Product with a layer's 4-bit weight; backward asks the layer for the weight again.
 
-    bitsandbytes' own function keeps a view of the packed weight. Engines that free gathered parameters by letting go
-    of them (ZeRO-3) could then free nothing between forward and backward: every rank would come to hold the whole base.
+    bitsandbytes' own function keeps a view of the packed weight. ZeRO-3 frees gathered parameters
+    by letting go of them, so it could free nothing between forward and backward: every rank would
+    come to hold the whole base.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, layer: QuantizedLinear) -> torch.Tensor:
+    def forward(ctx: Any, x: Tensor, layer: QuantizedLinear) -> Tensor:
         ctx.layer = layer
-        return bnb.matmul_4bit(
-            x, layer.weight, quant_state=layer.quant_state_now(), bias=layer.bias
-        )
+        state = layer.quant_state_now()
+        return bnb.matmul_4bit(x, layer.weight, quant_state=state, bias=layer.bias)
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
-        (grad,) = grads  # (..., out_features)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # (..., out_features)
         return grad @ ctx.layer.dequantized().to(grad.dtype), None
 
 
-def quantize_blocks(elements: torch.Tensor, fmt: QuantFormat) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_blocks(elements: Tensor, fmt: QuantFormat) -> tuple[Tensor, Tensor]:
     """Quantize a flat run of elements that starts on a block border.
 
     Args:
-        elements: (n,) bfloat16. Weights are cast to bfloat16 first, whatever the checkpoint holds.
+        elements: (n,) bfloat16, to which weights are cast whatever the checkpoint holds.
 
     Returns:
         packed (ceil(n / 2), 1) uint8, and absmax (ceil(n / block_size),) float32.
     """
     pieces = []
     for piece in in_pieces(elements, _CPU_PIECE):
-        packed, state = bnb_functional.quantize_4bit(
+        packed, state = bnb.functional.quantize_4bit(
             piece, blocksize=fmt.block_size, compress_statistics=False, quant_type=fmt.quant_type
         )
         if piece.device.type == "cuda":
@@ -171,37 +182,41 @@ def quantize_blocks(elements: torch.Tensor, fmt: QuantFormat) -> tuple[torch.Ten
     return torch.cat([packed for packed, _ in pieces]), torch.cat([absmax for _, absmax in pieces])
 
 
-def clear_zero_blocks(packed: torch.Tensor, absmax: torch.Tensor, fmt: QuantFormat) -> None:
-    """Give blocks of nothing but zeros the code of zero, as they have it on a CPU; in place.
+def clear_zero_blocks(packed: Tensor, absmax: Tensor, fmt: QuantFormat) -> None:
+    """Give blocks of nothing but zeros the code of zero, as a CPU does; in place.
 
-    bitsandbytes' CUDA kernel multiplies by 1 / 0 there, and compares NaN: the code of -1. That is
-    harmless only until the second quantization: by it, the constant need not come back as zero.
+    bitsandbytes' CUDA kernel multiplies by 1 / 0 there and compares NaN, which gives the code of
+    -1. That is harmless only until the second quantization, after which the block's constant need
+    not come back as zero.
     """
+    # Bytes of a block, and number of full blocks; the last block may be shorter.
     size, whole = fmt.block_size // 2, 2 * packed.numel() // fmt.block_size
+    # Two elements a byte: the code of zero twice.
     is_zero, code = absmax == 0, {"nf4": 0x77, "fp4": 0x00}[fmt.quant_type]
     codes, rest = packed.view(-1)[: whole * size], packed.view(-1)[whole * size :]
     codes.view(whole, size).masked_fill_(is_zero[:whole, None], code)
     rest.masked_fill_(is_zero[whole:], code)
 
 
-def quantize_absmax(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Second quantization, of all block maxima of one matrix (QLoRA section 3, "double quantization").
+def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Quantize all block maxima of a matrix (QLoRA section 3, "double quantization").
 
     Args:
-        absmax: (num_blocks,) float32, the whole matrix's: the mean over all of them is part of the result.
+        absmax: (num_blocks,) float32 of the whole matrix: their mean is part of the result.
 
     Returns:
         absmax (num_blocks,) uint8, scale (ceil(num_blocks / 256),) float32, offset (1,) float32.
     """
     offset = absmax.mean()
-    quantized, nested = bnb_functional.quantize_blockwise(
-        absmax - offset, blocksize=NESTED_BLOCK_SIZE
-    )
-    return quantized, nested.absmax, offset.reshape(1)
+    codes, nested = bnb.functional.quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCK_SIZE)
+    return codes, nested.absmax, offset.reshape(1)
 
 
-def quantize_matrix(matrix: torch.Tensor, fmt: QuantFormat) -> QuantizedTensors:
-    """Quantize a whole (out_features, in_features) matrix, byte for byte as ``bnb.functional.quantize_4bit`` does."""
+def quantize_matrix(matrix: Tensor, fmt: QuantFormat) -> QuantizedTensors:
+    """Quantize a whole (out_features, in_features) matrix.
+
+    The bytes are those of ``bnb.functional.quantize_4bit``.
+    """
     packed, absmax = quantize_blocks(matrix.to(torch.bfloat16).reshape(-1), fmt)
     if not fmt.double_quant:
         return QuantizedTensors(packed, absmax)
@@ -213,23 +228,23 @@ def _frozen(*shape: int, dtype: torch.dtype) -> nn.Parameter:
 
 
 @torch.compiler.assume_constant_result
-def four_bit_code(quant_type: str, device: torch.device) -> torch.Tensor:
-    """The 16 values of a 4-bit type, (16,) float32."""
+def four_bit_code(quant_type: str, device: torch.device) -> Tensor:
+    """Return the 16 values of a 4-bit type, (16,) float32."""
     return _four_bit_code(quant_type, device)
 
 
 @torch.compiler.assume_constant_result
-def dynamic_code(device: torch.device) -> torch.Tensor:
-    """The 256 values of a quantized quantization constant, (256,) float32."""
+def dynamic_code(device: torch.device) -> Tensor:
+    """Return the 256 values of a quantized quantization constant, (256,) float32."""
     return _dynamic_code(device)
 
 
-# Apart, because the compiler looks into what is cached: it would trace how the values are made.
+# Not cached above: the compiler looks through `cache`, and would trace the making of the values.
 @cache
-def _four_bit_code(quant_type: str, device: torch.device) -> torch.Tensor:
-    return bnb_functional.get_4bit_type(quant_type, device=device)
+def _four_bit_code(quant_type: str, device: torch.device) -> Tensor:
+    return bnb.functional.get_4bit_type(quant_type, device=device)
 
 
 @cache
-def _dynamic_code(device: torch.device) -> torch.Tensor:
-    return bnb_functional.create_dynamic_map().to(device)
+def _dynamic_code(device: torch.device) -> Tensor:
+    return bnb.functional.create_dynamic_map().to(device)

@@ -1,4 +1,4 @@
-"""Whether samples that share a row see each other: asked of the model itself, before it trains on packed rows."""
+"""Check that samples in a shared row do not see each other, by running the model on such rows."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ _LENGTH = 8
 
 @torch.no_grad()
 def check_packing(model: PeftModel, device: torch.device) -> None:
-    """Compare logits of a sample alone, behind another one in a packed row, and as the other's continuation.
+    """Refuse a model in which packed samples see each other; a collective.
 
-    Packed, they must be those of the sample alone, up to rounding: at most a tenth of what seeing the other sample
-    changes. Three forwards of a few tokens, by all ranks together.
+    Compares logits of a sample alone, behind a different sample in a packed row, and as that
+    sample's continuation: three forwards of a few tokens. Packed, the logits must be those of the
+    sample alone, up to rounding: at most a tenth of the change by seeing the first sample.
 
     Raises:
         ModelError: the model's layers do not tell samples apart by their positions.
@@ -24,10 +25,8 @@ def check_packing(model: PeftModel, device: torch.device) -> None:
     was_training = model.training
     model.eval()
     vocab = base_model(model).get_input_embeddings().num_embeddings
-    generator = torch.Generator().manual_seed(0)
-    first, second = (
-        torch.randint(vocab, (1, _LENGTH), generator=generator).to(device) for _ in range(2)
-    )
+    rng = torch.Generator().manual_seed(0)
+    first, second = (torch.randint(vocab, (1, _LENGTH), generator=rng).to(device) for _ in range(2))
     both = torch.cat([first, second], dim=1)
     positions = torch.arange(2 * _LENGTH, device=device).unsqueeze(0)  # (1, 2 * _LENGTH)
     alone = _logits(model, second, positions[:, :_LENGTH])
@@ -35,10 +34,11 @@ def check_packing(model: PeftModel, device: torch.device) -> None:
     seeing = _logits(model, both, positions)[:, _LENGTH:]
     model.train(was_training)
     leak, effect = (packed - alone).norm().item(), (seeing - alone).norm().item()
-    if not leak <= 0.1 * effect:
+    if not leak <= 0.1 * effect:  # also if either is NaN
         raise ModelError(
-            f"samples packed into one row would see each other in {type(base_model(model)).__name__}: logits of a "
-            f"sample behind another one move by {leak:.3g}, of {effect:.3g} when it is that one's continuation. "
+            "samples packed into one row would see each other in "
+            f"{type(base_model(model)).__name__}: logits of a sample behind another one move by "
+            f"{leak:.3g}, of {effect:.3g} when it is that one's continuation. "
             "Set data.packing: false."
         )
 

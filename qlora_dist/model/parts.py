@@ -1,4 +1,4 @@
-"""The parts of a model, found once: its base, decoder layers, embedding, head and adapters."""
+"""Parts of a model, found once: its base, decoder layers, embedding, head and adapters."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ from qlora_dist.errors import ModelError
 class ModelParts:
     """A model and its parts, once all its modules are in place.
 
-    Modules are looked for once. Parameters are asked for anew each time, because sharding and loading replace them.
+    Modules are looked for once. Parameters are looked for each time, because sharding and loading
+    replace them.
     """
 
     model: PeftModel
-    """What is called in a step."""
+    """Wraps the base with adapters, and is called in a step."""
 
     @cached_property
     def base(self) -> PreTrainedModel:
@@ -42,12 +43,12 @@ class ModelParts:
 
     @cached_property
     def embedding(self) -> nn.Module:
-        """Token embedding."""
+        """Embedding of tokens."""
         return self.base.get_input_embeddings()
 
     @cached_property
     def head(self) -> nn.Module | None:
-        """Output head."""
+        """Output head; None if the model has none."""
         return self.base.get_output_embeddings()
 
     @property
@@ -57,7 +58,10 @@ class ModelParts:
 
     @cached_property
     def gathered_units(self) -> list[nn.Module]:
-        """The modules that a sharded model gathers one at a time; what is in none of them forms the last unit."""
+        """Modules that a sharded model gathers one at a time; the rest of it forms the last unit.
+
+        With a tied embedding the last unit stays gathered: both ends of the model need it.
+        """
         assert self.head is not None, "models without an output head are refused"
         is_tied = self.embedding.weight is self.head.weight
         return [*self.layers, *([] if is_tied else [self.embedding, self.head])]
@@ -75,26 +79,24 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
         ModelError: the model has no list of blocks.
     """
     base = base_model(model)
-    block_names = set(getattr(base, "_no_split_modules", None) or ())
-    blocks = [
-        module
-        for module in base.modules()
-        if type(module).__name__.removeprefix("FSDP") in block_names
-    ]
+    modules = list(base.modules())
+    names = set(getattr(base, "_no_split_modules", None) or ())
+    # FSDP2 puts its name in front of a class's.
+    blocks = [module for module in modules if type(module).__name__.removeprefix("FSDP") in names]
+    if not blocks:  # code that is shipped with a model may not name them: the longest list
+        lists = (list(module) for module in modules if isinstance(module, nn.ModuleList))
+        blocks = max(lists, key=len, default=[])
     if not blocks:
-        lists = [module for module in base.modules() if isinstance(module, nn.ModuleList)]
-        blocks = max((list(modules) for modules in lists), key=len, default=[])
-    if not blocks:
-        raise ModelError(
-            f"{type(base).__name__} has no list of decoder layers, so it cannot be trained here."
-        )
+        name = type(base).__name__
+        raise ModelError(f"{name} has no list of decoder layers, so it cannot be trained here.")
     return blocks
 
 
 def linear_layers(base: PreTrainedModel) -> list[str]:
     """Names of the linear layers that are kept in 4 bits, as transformers chooses them by default.
 
-    All but the output head, and what the architecture wants in float32 (some routers and gates).
+    Left out are the output head and modules that the architecture wants in float32 (some routers
+    and gates).
     """
     head = base.get_output_embeddings()
     kept = set(getattr(base, "_keep_in_fp32_modules", None) or ())
@@ -106,7 +108,7 @@ def linear_layers(base: PreTrainedModel) -> list[str]:
 
 
 def lora_layers(module: nn.Module) -> Iterator[LoraLayer]:
-    """All modules below `module` that carry an adapter, in forward order."""
+    """Yield all modules below `module` that carry an adapter, in forward order."""
     return (child for child in module.modules() if isinstance(child, LoraLayer))
 
 

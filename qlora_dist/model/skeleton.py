@@ -1,4 +1,7 @@
-"""The model as a description: every module in place on the meta device, 4-bit layers included, no weights read."""
+"""The skeleton of a model: every module in place on the meta device, 4-bit layers included.
+
+Building it reads no weights.
+"""
 
 from __future__ import annotations
 
@@ -18,49 +21,44 @@ from qlora_dist.model.nf4 import QuantFormat, QuantizedLinear
 from qlora_dist.model.parts import decoder_layers, linear_layers
 
 DTYPES = {
-    "auto": torch.bfloat16,  # of a description that nobody computes with: 16 bits, whichever type is taken later
+    "auto": torch.bfloat16,  # nobody computes with the skeleton: 16 bits, whichever type it gets
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
     "float32": torch.float32,
 }
-"""By `model.dtype`."""
+"""Types of parameters by `model.dtype`."""
 
 
 def build_skeleton(
     folder: Path, config: ModelConfig, stored_formats: Mapping[str, QuantFormat] | None = None
 ) -> PreTrainedModel:
-    """Build the causal language model of `folder` with its parameters on meta and its linear layers in 4 bits.
+    """Build the causal language model of a folder on meta, with its linear layers in 4 bits.
 
-    Buffers (rotary frequencies and the like) are computed for real, since no checkpoint holds them.
+    Buffers (rotary frequencies and the like) get their values: no checkpoint holds them.
 
     Args:
-        stored_formats: of the layers that the folder holds in 4 bits, by name; None for a 16-bit model, whose linear
-            layers get the format of `config`.
+        stored_formats: formats of the layers that the folder holds in 4 bits, by name; None for a
+            16-bit model, whose linear layers get the format of `config`.
 
     Raises:
         ModelError: the architecture is unknown, or :func:`check_supported` refuses it.
         ConfigError: the attention that `config` asks for would not compute what the model's does.
     """
+    dtype, trust_code = DTYPES[config.dtype], config.trust_remote_code
     try:
-        model_config = AutoConfig.from_pretrained(
-            folder, trust_remote_code=config.trust_remote_code
-        )
+        model_config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_code)
         if stored_formats is not None:
-            # The model is built like any other: the layers will know what they are, and nothing asks the config.
+            # transformers builds a 16-bit model then; the layers themselves know their formats.
             del model_config.quantization_config
         attention = attention_arguments(config, model_config)
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(
-                model_config,
-                dtype=DTYPES[config.dtype],
-                trust_remote_code=config.trust_remote_code,
-                **attention,
+                model_config, dtype=dtype, trust_remote_code=trust_code, **attention
             )
     except (ValueError, ImportError, KeyError) as error:
         asked = "" if config.attention == "auto" else f" with model.attention {config.attention}"
-        raise ModelError(
-            f"model.path {folder} cannot be built by transformers{asked}: {error}"
-        ) from None
+        problem = f"model.path {folder} cannot be built by transformers{asked}: {error}"
+        raise ModelError(problem) from None
     if config.attention == "auto" and config.dtype == "bfloat16" and not torch.cuda.is_available():
         use_cpu_attention(model)
     model.tie_weights()  # each parameter was put on meta by itself
@@ -71,7 +69,7 @@ def build_skeleton(
         fmt = QuantFormat(config.quantization, config.double_quant)
         formats = dict.fromkeys(linear_layers(model), fmt)
     if formats:
-        quantize_skeleton(model, formats, DTYPES[config.dtype])
+        quantize_skeleton(model, formats, dtype)
     return model
 
 
@@ -85,15 +83,17 @@ def check_supported(model: PreTrainedModel, folder: Path) -> None:
     fused = [name for layer in layers for name, param in layer.named_parameters() if param.ndim > 2]
     if fused:
         raise ModelError(
-            f"model.path {folder}: {type(model).__name__} keeps fused experts or convolutions ({fused[0]} and "
-            f"{len(fused) - 1} more) instead of nn.Linear layers. They would stay in 16 bits and get no adapters, so "
-            "it is refused. Use a dense model, such as Llama, Mistral, Qwen, Gemma or Phi."
+            f"model.path {folder}: {type(model).__name__} keeps fused experts or convolutions "
+            f"({fused[0]} and {len(fused) - 1} more) instead of nn.Linear layers. They would stay "
+            "in 16 bits and get no adapters, so it is refused. "
+            "Use a dense model, such as Llama, Mistral, Qwen, Gemma or Phi."
         )
     if not any(isinstance(module, nn.Linear) for layer in layers for module in layer.modules()):
         kinds = sorted({type(module).__name__ for layer in layers for module in layer.modules()})
         raise ModelError(
             f"model.path {folder}: {type(model).__name__} has no nn.Linear in its decoder layers "
-            f"(it uses {', '.join(kinds[:6])}), so there is nothing to quantize and nowhere to put adapters. "
+            f"(it uses {', '.join(kinds[:6])}), so there is nothing to quantize and nowhere to put "
+            "adapters. "
             "Use a model with nn.Linear projections, such as Llama, Mistral, Qwen, Gemma or Phi."
         )
 
@@ -101,16 +101,10 @@ def check_supported(model: PreTrainedModel, folder: Path) -> None:
 def quantize_skeleton(
     model: PreTrainedModel, formats: Mapping[str, QuantFormat], dtype: torch.dtype
 ) -> None:
-    """Replace linear layers by empty 4-bit ones; names in `formats` that are no linear layers are left alone."""
+    """Replace linear layers by empty 4-bit ones; ignore names in `formats` of other modules."""
     for name, module in list(model.named_modules()):
         if name in formats and type(module) is nn.Linear:
-            quantized = QuantizedLinear(
-                module.in_features,
-                module.out_features,
-                module.bias is not None,
-                formats[name],
-                dtype,
-            )
-            model.set_submodule(name, quantized)
+            shape, has_bias = (module.in_features, module.out_features), module.bias is not None
+            model.set_submodule(name, QuantizedLinear(*shape, has_bias, formats[name], dtype))
     # peft asks the model, not the layer, whether it may find 4-bit layers.
     model.is_loaded_in_4bit = True

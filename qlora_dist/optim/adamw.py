@@ -1,10 +1,11 @@
-"""AdamW over flat buffers, and the learning rate as a pure function of the step."""
+"""AdamW over flat buffers: parameter groups, and the optimizers to choose from."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from operator import is_not
 from typing import Any
 
 import torch
@@ -19,14 +20,16 @@ ADAM_EPS = 1e-8
 
 
 class FlatAdamW:
-    """AdamW whose every parameter group is one contiguous float32 buffer of this rank's parts.
+    """AdamW with one contiguous float32 buffer of this rank's parts for each parameter group.
 
-    One buffer because optimizers in bitsandbytes refuse sharded tensors, keep state of small tensors in 32 bits, and
-    page only tensors of 100,000 elements or more, which single shards of adapters seldom are. It also makes the norm,
-    the update and (for unsharded parameters) the reduction over ranks one operation each.
+    Optimizers of bitsandbytes refuse sharded tensors, keep state of small tensors in 32 bits, and
+    page only tensors of 100,000 elements or more, which single shards of adapters seldom are. A
+    flat buffer also makes the norm, the update and (for unsharded parameters) the reduction over
+    ranks one operation each.
 
-    Unsharded parameters become views of the buffer and their gradients views of its gradient, so nothing is copied.
-    Sharded ones keep the memory that the sharding engine gathers from, and are copied in and out at each step.
+    Unsharded parameters become views of the buffer and their gradients views of its gradient, so
+    nothing is copied. Sharded parameters keep the memory that the sharding engine gathers from, and
+    are copied in and out at each step.
     """
 
     def __init__(self, params: Mapping[str, nn.Parameter], config: OptimConfig) -> None:
@@ -35,35 +38,29 @@ class FlatAdamW:
         self._optimizer = build_optimizer([[group.flat] for group in self._groups], config)
 
     def moments(self, device: torch.device) -> Moments:
-        """The optimizer's state, for checkpoints.
+        """Return the optimizer's state, for checkpoints.
 
         Args:
-            device: where the parameters' process group gathers.
+            device: the device on which the parameters' process group gathers.
         """
-        pieces = [
-            piece for number, group in enumerate(self._groups) for piece in group.pieces(number)
-        ]
-        params = [param for group in self._groups for param in group.params.values()]
-        return Moments(
-            self._optimizer,
-            [group.flat for group in self._groups],
-            pieces,
-            shard_group(params[0]),
-            device,
-        )
+        groups = self._groups
+        pieces = [piece for i, group in enumerate(groups) for piece in group.pieces(i)]
+        shards = shard_group(next(iter(groups[0].params.values())))
+        buffers = [group.flat for group in groups]
+        return Moments(self._optimizer, buffers, pieces, shards, device)
 
     @property
     def gradients(self) -> list[torch.Tensor]:
-        """The flat float32 gradient of each group, this rank's part."""
+        """This rank's flat float32 gradient of each group."""
         return [group.flat_grad for group in self._groups]
 
     def collect_gradients(self) -> None:
-        """Bring the gradients of sharded parameters into the flat buffers."""
+        """Move the gradients of sharded parameters into the flat buffers."""
         for group in self._groups:
             group.collect_gradients()
 
     def clear_gradients(self) -> None:
-        """Make room for the next step's."""
+        """Set the flat gradients to zero."""
         for group in self._groups:
             group.flat_grad.zero_()
 
@@ -88,22 +85,19 @@ class _FlatGroup:
         self.flat_grad = torch.zeros_like(self.flat)
         self.flat.grad = self.flat_grad
         sizes = [local.numel() for local in locals_]
-        self._values = [
-            v.view_as(p) for v, p in zip(self.flat.data.split(sizes), locals_, strict=True)
-        ]
-        self._grads = [
-            v.view_as(p) for v, p in zip(self.flat_grad.split(sizes), locals_, strict=True)
-        ]
-        self._sharded = any(
-            local is not param for local, param in zip(locals_, params.values(), strict=True)
+        self._values, self._grads = (
+            [part.view_as(local) for part, local in zip(flat.split(sizes), locals_, strict=True)]
+            for flat in (self.flat.data, self.flat_grad)
         )
+        # An unsharded parameter is its own local part.
+        self._sharded = any(map(is_not, locals_, params.values()))
         if not self._sharded:
             for param, value, grad in zip(params.values(), self._values, self._grads, strict=True):
                 param.data = value
                 param.grad = grad  # backward accumulates into it in place
 
     def pieces(self, buffer: int) -> Iterator[BufferSlice]:
-        """What of each parameter lies in this group's buffer, and where."""
+        """Yield the run of each parameter's elements that lies in this group's buffer."""
         offset = 0
         for name, param in self.params.items():
             first, stop = local_range(param)
@@ -112,6 +106,7 @@ class _FlatGroup:
 
     @torch.no_grad()
     def collect_gradients(self) -> None:
+        """Move the gradients of sharded parameters into the flat one."""
         if not self._sharded:
             return
         for param, grad in zip(self.params.values(), self._grads, strict=True):
@@ -121,16 +116,18 @@ class _FlatGroup:
 
     @torch.no_grad()
     def publish(self) -> None:
+        """Copy the flat values into sharded parameters."""
         if self._sharded:
-            torch._foreach_copy_(
-                [local_part(param) for param in self.params.values()], self._values
-            )
+            torch._foreach_copy_([local_part(p) for p in self.params.values()], self._values)
 
 
 def parameter_groups(
     params: Mapping[str, nn.Parameter], config: OptimConfig
 ) -> dict[float, dict[str, nn.Parameter]]:
-    """Named parameters by learning-rate multiplier. LoRA+ (https://arxiv.org/abs/2402.12354) trains B faster than A."""
+    """Group named parameters by the multiplier of their learning rate.
+
+    LoRA+ (https://arxiv.org/abs/2402.12354) trains B faster than A.
+    """
     groups: dict[float, dict[str, nn.Parameter]] = {}
     for name, param in params.items():
         multiplier = config.lora_plus_ratio or 1.0 if ".lora_B." in name else 1.0
@@ -140,7 +137,7 @@ def parameter_groups(
 
 @dataclass(frozen=True)
 class OptimizerKind:
-    """What the rest of the program knows of an optimizer."""
+    """Facts about an optimizer that the rest of the program needs."""
 
     make: Callable[..., torch.optim.Optimizer]
     """Called with parameter groups and AdamW's settings by name."""
@@ -151,7 +148,7 @@ class OptimizerKind:
 
 
 def _bitsandbytes(name: str) -> Callable[..., torch.optim.Optimizer]:
-    """A class of bitsandbytes, which is imported when it is used."""
+    """Return the maker of an optimizer of bitsandbytes, which is imported when it is called."""
 
     def make(groups: list[dict[str, Any]], **settings: Any) -> torch.optim.Optimizer:
         from bitsandbytes import optim
@@ -167,11 +164,11 @@ OPTIMIZERS = {
     "paged_adamw_8bit": OptimizerKind(_bitsandbytes("PagedAdamW8bit"), 2, is_paged=True),
     "paged_adamw_32bit": OptimizerKind(_bitsandbytes("PagedAdamW32bit"), 8, is_paged=True),
 }
-"""By `optim.optimizer`."""
+"""Optimizers by `optim.optimizer`."""
 
 
 def build_optimizer(groups_of_params: list[list[nn.Parameter]], config: OptimConfig) -> Any:
-    """The optimizer that `optim.optimizer` names, with one parameter group per list."""
+    """Make the optimizer that `optim.optimizer` names, with a parameter group for each list."""
     groups = [{"params": params} for params in groups_of_params]
     make = OPTIMIZERS[config.optimizer].make
     return make(

@@ -1,8 +1,10 @@
-"""Dynamic loss scaling: keeps gradients within the range of float16 (https://arxiv.org/abs/1710.03740, section 3.2).
+"""Dynamic loss scaling: keeps gradients within the range of float16.
 
-float16 knows nothing below 6e-8 and nothing above 65,504. The loss is multiplied by a scale before backward and the
-float32 gradients of the adapters are divided by it. The scale is a power of two, so both are exact. A step whose
-gradients overflow has changed nothing: it is taken again with half the scale, and no row is lost.
+After mixed precision training (https://arxiv.org/abs/1710.03740, section 3.2): float16 knows
+nothing below 6e-8 and nothing above 65,504. The loss is multiplied by a scale before backward, and
+the float32 gradients of the adapters are divided by it. The scale is a power of two, so both are
+exact. A step whose gradients overflow has changed nothing: it is taken again with half the scale,
+and no row is lost.
 """
 
 from __future__ import annotations
@@ -23,29 +25,30 @@ GROWTH_INTERVAL = 2000
 
 
 class LossScale:
-    """The scale of a run that computes in float16; of any other it is 1 and stays so.
+    """Scale of a run that computes in float16; in all other types it stays 1.
 
-    Its value is part of the run's state. Every decision rests on what all ranks agree on, so all of them come to the
-    same.
+    Its value is part of the run's state. Every decision rests on numbers that all ranks agree on,
+    so it is the same on all ranks.
     """
 
     def __init__(self, state: TrainState, runtime: Runtime, log: Callable[[str], None]) -> None:
         self._state, self._runtime, self._say = state, runtime, log
         self._is_on = runtime.compute_dtype == torch.float16
-        self._before: float | None = None  # of the first attempt at the step at work
+        self._before: float | None = None  # the scale of a repeated step's first attempt
         if self._is_on and state.loss_scale is None:
             state.loss_scale = INITIAL
 
     @property
     def value(self) -> float:
-        """The factor of the loss."""
+        """Factor of the loss."""
         return self._state.loss_scale if self._is_on and self._state.loss_scale is not None else 1.0
 
     def is_to_repeat(self, sums: StepSums) -> bool:
-        """Decide whether a step is taken again, with half the scale; a collective if it overflowed.
+        """Decide if a step is taken again, with half the scale; a collective if it overflowed.
 
-        A loss that is not finite is none of the scale's doing, nor are gradients that are not with a scale of 1: the
-        scale is what it was before, and the step counts as skipped, as in any other type.
+        A smaller scale helps neither a loss that is not finite, nor gradients that overflow at a
+        scale of 1. Then the scale goes back to its value before the step, and the step counts as
+        skipped, as in all other types.
         """
         if not self._is_on:
             return False
@@ -65,8 +68,8 @@ class LossScale:
         state = self._state
         if self._before is not None:
             self._say(
-                f"step {state.step + 1}: gradients exceeded float16's range, so the step was taken again; loss scale "
-                f"{self._before:,.0f} -> {self.value:,.0f}"
+                f"step {state.step + 1}: gradients exceeded float16's range, so the step was taken "
+                f"again; loss scale {self._before:,.0f} -> {self.value:,.0f}"
             )
             self._before = None
         state.num_steps_at_scale += 1

@@ -13,21 +13,22 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
     "cosine": lambda progress: (1 + math.cos(math.pi * progress)) / 2,
     "constant": lambda progress: 1.0,
 }
-"""By `optim.schedule`: share of `optim.lr` after warm-up, as a function of the share of steps done since."""
+"""By `optim.schedule`: the share of `optim.lr`, as a function of the share of the steps after
+warm-up that are done."""
 
 
 def lr_at(step: int, num_steps: int, config: OptimConfig) -> float:
-    """Learning rate of optimizer step `step`, the first being 1.
+    """Learning rate of optimizer step `step`, counted from 1.
 
-    Linear warm-up over w steps reaches `optim.lr` at step w + 1; after that constant, or linearly or along a half
-    cosine (SGDR, https://arxiv.org/abs/1608.03983, eq. 5) to zero just after the last step.
+    Linear warm-up over w steps reaches `optim.lr` at step w + 1. After that the rate is constant,
+    or falls linearly or along a half cosine (SGDR, https://arxiv.org/abs/1608.03983, eq. 5) to zero
+    just after the last step.
     """
     warmup = warmup_steps(num_steps, config)
     if step <= warmup:
         return config.lr * step / (warmup + 1)
-    progress = (step - 1 - warmup) / max(
-        1, num_steps - warmup
-    )  # 0 at the first full-rate step, below 1 at the last
+    # 0 at the first full-rate step, below 1 at the last.
+    progress = (step - 1 - warmup) / max(1, num_steps - warmup)
     return config.lr * SCHEDULES[config.schedule](progress)
 
 
@@ -35,17 +36,18 @@ def warmup_steps(num_steps: int, config: OptimConfig) -> int:
     """Number of warm-up steps of a run of `num_steps`."""
     if config.warmup_steps is not None:
         return config.warmup_steps
-    return int(num_steps * (config.warmup_ratio or 0.0) + 1e-9)  # 100 * 0.29 is 28.999999999999996
+    # 1e-9 more, because 100 * 0.29 is 28.999999999999996.
+    return int(num_steps * (config.warmup_ratio or 0.0) + 1e-9)
 
 
 def check_warmup(num_steps: int, config: OptimConfig) -> None:
-    """Refuse a warm-up that ends after the run does, once the number of steps is known.
+    """Refuse a warm-up that is as long as the run or longer.
 
     Raises:
         ConfigError: `optim.lr` would never be reached.
     """
     if warmup_steps(num_steps, config) >= num_steps:
         raise ConfigError(
-            f"optim.warmup_steps is {config.warmup_steps}, but the run has {num_steps} steps: the learning rate would "
-            "never reach optim.lr. Shorten the warm-up."
+            f"optim.warmup_steps is {config.warmup_steps}, but the run has {num_steps} steps: "
+            "the learning rate would never reach optim.lr. Shorten the warm-up."
         )

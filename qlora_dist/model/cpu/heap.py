@@ -9,10 +9,10 @@ import torch
 
 
 def trim_heap(device: torch.device) -> None:
-    """Give the operating system what glibc keeps of freed memory, if layers run on the CPU.
+    """Hand freed memory that glibc keeps back to the operating system, if layers run on the CPU.
 
-    It counts as resident, and would hide that a step takes less than the one before. Only where there is such a
-    reason: fetching the pages again makes the next step a tenth longer (SmolLM2-135M).
+    Kept memory counts as resident, and would hide that a step takes less than the step before. Not
+    for every step: fetching the pages again makes the next step a tenth longer (SmolLM2-135M).
     """
     if device.type == "cpu":
         with suppress(OSError, AttributeError):  # other C libraries have no such function

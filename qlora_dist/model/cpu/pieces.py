@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
+from torch import Tensor
 
 
-def in_pieces(tensor: torch.Tensor, size: int) -> Sequence[torch.Tensor]:
-    """Cut a tensor along its first dimension into pieces of at most `size` on a CPU; leave it whole on a GPU."""
+def in_pieces(tensor: Tensor, size: int) -> Sequence[Tensor]:
+    """Cut a tensor on a CPU along its first dimension into pieces of at most `size`.
+
+    A tensor on a GPU stays whole.
+    """
     return tensor.split(size) if is_on_cpu(tensor) else (tensor,)
 
 
-def is_on_cpu(tensor: torch.Tensor) -> bool:
-    """Whether a CPU computes with this tensor."""
+def is_on_cpu(tensor: Tensor) -> bool:
+    """True if a CPU computes with this tensor."""
     return tensor.device.type == "cpu"

@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 
 
 def described(folder: Path, **adapter: object):
-    """A meta-device model with adapters."""
+    """Build a meta-device model with adapters."""
     return add_adapters(
         build_skeleton(folder, ModelConfig(path=str(folder))), AdapterConfig(**adapter), str(folder)
     )
@@ -36,8 +36,11 @@ def described(folder: Path, **adapter: object):
 
 @pytest.mark.parametrize("init", ["default", "gaussian"])
 def test_initial_values_have_the_distribution_of_peft(tiny_llama: Path, init: str) -> None:
-    """A is uniform in +-1/sqrt(in_features), or normal with deviation 1/rank, as in peft; B is zero; no two matrices
-    are alike, and the seed changes all."""
+    """Initial A, B and seeds are as in peft.
+
+    A is uniform in +-1/sqrt(in_features), or normal with deviation 1/rank. B is zero. No two
+    matrices are equal, and the seed changes all of A.
+    """
     model = described(tiny_llama, rank=8, init=init)
     assert model.peft_config["default"].init_lora_weights == (
         True if init == "default" else "gaussian"
@@ -66,7 +69,7 @@ def test_initial_values_have_the_distribution_of_peft(tiny_llama: Path, init: st
 
 
 def test_magnitudes_learn_at_the_rate_of_a(tiny_llama: Path) -> None:
-    """LoRA+ raises the rate of B alone."""
+    """LoRA+ raises the learning rate of B alone: magnitudes keep that of A."""
     model = described(tiny_llama, rank=2, use_dora=True)
     groups = parameter_groups(adapter_parameters(model), OptimConfig(lora_plus_ratio=8.0))
     assert {multiplier: len(params) for multiplier, params in groups.items()} == {
@@ -77,7 +80,7 @@ def test_magnitudes_learn_at_the_rate_of_a(tiny_llama: Path) -> None:
 
 @pytest.fixture
 def saved(tmp_path: Path, tiny_llama: Path, tokenizer) -> Path:
-    """A DoRA adapter of random values on two kinds of layers, in a folder."""
+    """Folder with a DoRA adapter of random values on two kinds of layers."""
     model = described(tiny_llama, rank=2, use_dora=True, target_modules=("q_proj", "v_proj"))
     tensors = {name: torch.randn(param.shape) for name, param in adapter_parameters(model).items()}
     save_adapter(
@@ -91,8 +94,10 @@ def saved(tmp_path: Path, tiny_llama: Path, tokenizer) -> Path:
 
 
 def test_a_dora_adapter_has_the_names_of_peft_and_comes_back(saved: Path, tiny_llama: Path) -> None:
-    """Magnitudes are saved as `lora_magnitude_vector`, as PEFT does; every value is read back, for training and for
-    answering alike."""
+    """Magnitudes are saved as `lora_magnitude_vector`, as by PEFT, and every value is read back.
+
+    It is read into a model for training and into a model for answering.
+    """
     tensors = load_file(saved / "adapter_model.safetensors")
     assert {name.partition(".lora_")[2] for name in tensors} == {
         "A.weight",
@@ -139,7 +144,7 @@ def with_another_layer(tensors: dict[str, torch.Tensor]) -> None:
 def test_an_adapter_of_another_model_is_refused(
     saved: Path, tiny_llama: Path, change, message: str
 ) -> None:
-    """Before the base is read, from names and shapes alone, with the difference."""
+    """A wrong tensor is named from names and shapes alone, before the base is read."""
     tensors = load_file(saved / "adapter_model.safetensors")
     change(tensors)
     save_file(tensors, saved / "adapter_model.safetensors")
@@ -150,7 +155,10 @@ def test_an_adapter_of_another_model_is_refused(
 
 
 def test_an_adapter_that_is_continued_may_name_more_than_there_is(tiny_llama: Path) -> None:
-    """Adapters of other programs list the layers of many families; what a user writes is taken at its word."""
+    """Layers that the model lacks are refused in the user's list, and not in a continued adapter.
+
+    Adapters of other programs list the layers of many families.
+    """
     names = ("q_proj", "c_attn")
     with pytest.raises(
         ConfigError, match=r"adapter\.target_modules names c_attn, which is no linear layer"
@@ -160,7 +168,7 @@ def test_an_adapter_that_is_continued_may_name_more_than_there_is(tiny_llama: Pa
 
 
 def test_an_adapter_of_a_tied_head_is_refused(saved: Path, tiny_llama: Path) -> None:
-    """Also one that was trained elsewhere, before anything is loaded."""
+    """A saved adapter on a tied head is refused before anything is loaded."""
     edit_json(
         saved / "adapter_config.json",
         lambda config: config.update(target_modules=["lm_head", "q_proj"]),
@@ -176,7 +184,10 @@ def test_an_adapter_of_a_tied_head_is_refused(saved: Path, tiny_llama: Path) -> 
 def test_an_adapter_that_belongs_to_a_changed_base_is_refused(
     saved: Path, tiny_llama: Path
 ) -> None:
-    """PiSSA and its like leave the base changed: on the base of the checkpoint such an adapter is another model."""
+    """An adapter whose initialization changed the base, such as PiSSA's, is refused.
+
+    On the base of the checkpoint it would be a different model.
+    """
     edit_json(
         saved / "adapter_config.json", lambda config: config.update(init_lora_weights="pissa")
     )

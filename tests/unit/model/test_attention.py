@@ -1,4 +1,4 @@
-"""The attention that a model runs with: chosen by itself, and told."""
+"""Choice of the attention that a model runs with, and the log's line about it."""
 
 import sys
 from collections.abc import Iterator
@@ -31,8 +31,11 @@ from qlora_dist.model import attention, skeleton
 def test_flash_attention_is_taken_where_it_can_be(
     asked: str, dtype: str, has_gpu: bool, has_package: bool, cap: float | None, expected: dict
 ) -> None:
-    """On a GPU, in 16 bits, with the package; a choice of the user's stands, and else the model chooses, unless it
-    would choose SDPA and leave out the cap of its scores."""
+    """`auto` takes flash-attn on a GPU, in 16 bits, with the package.
+
+    Otherwise the model chooses, unless it would choose SDPA and leave out the cap of its scores. A
+    user's own choice stands.
+    """
     with (
         mock.patch.object(torch.cuda, "is_available", return_value=has_gpu),
         mock.patch.object(attention, "is_flash_attn_2_available", return_value=has_package),
@@ -44,7 +47,7 @@ def test_flash_attention_is_taken_where_it_can_be(
 
 
 def test_flash_attention_is_not_taken_where_it_would_fail() -> None:
-    """Not by a class of models that does not know it, and by soft-capped ones not before the package can cap."""
+    """Classes without support do not take flash-attn, nor do capped scores before it can cap."""
     with (
         mock.patch.object(torch.cuda, "is_available", return_value=True),
         mock.patch.object(attention, "is_flash_attn_2_available", return_value=True),
@@ -65,7 +68,7 @@ def test_flash_attention_is_not_taken_where_it_would_fail() -> None:
 def installed_package(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[str | None]:
-    """A package flash_attn that raises this when it is imported, on a machine with a GPU."""
+    """Package flash_attn that raises the parameter on import, on a machine with a GPU."""
     (tmp_path / "flash_attn").mkdir()
     text = "" if request.param is None else f"raise {request.param}"
     (tmp_path / "flash_attn" / "__init__.py").write_text(text)
@@ -79,7 +82,7 @@ def installed_package(
 
 
 def test_a_package_that_cannot_be_imported_is_not_taken(installed_package: str | None) -> None:
-    """One that was built for another torch: the run goes on with SDPA, and the log says why."""
+    """With a flash-attn for a different torch the run goes on with SDPA, and the log says why."""
     found = attention.attention_arguments(ModelConfig("m"), LlamaConfig())
     config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(_attn_implementation="sdpa"))
     with mock.patch.object(attention, "base_model", return_value=SimpleNamespace(config=config)):
@@ -100,7 +103,10 @@ def test_a_package_that_cannot_be_imported_is_not_taken(installed_package: str |
 
 
 def test_sdpa_is_refused_where_it_would_leave_out_the_cap(families: dict[str, Path]) -> None:
-    """Gemma 2 soft-caps its attention scores, which SDPA does not know of; transformers 5.17 would not say so."""
+    """SDPA is refused for Gemma 2, whose soft cap it would leave out.
+
+    transformers 5.17 would not say so.
+    """
     with pytest.raises(
         ConfigError, match=r"model.attention is sdpa.*attn_logit_softcapping is 50.*Use auto, eager"
     ):
@@ -128,7 +134,7 @@ def test_sdpa_is_refused_where_it_would_leave_out_the_cap(families: dict[str, Pa
     ],
 )
 def test_the_log_says_which_it_is(name: str, asked: str, is_packed: bool, expected: str) -> None:
-    """Its name, who chose it, and how it keeps packed samples apart."""
+    """The log has the attention's name, who chose it, and how it keeps packed samples apart."""
     config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(_attn_implementation=name))
     with mock.patch.object(attention, "base_model", return_value=SimpleNamespace(config=config)):
         note = attention.attention_note(
@@ -152,7 +158,10 @@ def test_the_log_says_which_it_is(name: str, asked: str, is_packed: bool, expect
 def test_what_sdpa_keeps_of_a_mask(
     name: str, rows: int, is_packed: bool, is_on_gpu: bool, expected: int
 ) -> None:
-    """On a GPU the square of each row's 8 tokens, packed or padded; a single row that is not packed has no mask."""
+    """On a GPU SDPA keeps the square of each row's 8 tokens, packed or padded.
+
+    A single row that is not packed has no mask.
+    """
     with mock.patch.object(attention, "_implementation", return_value=name):
         found = attention.mask_elements(
             torch.nn.Module(), rows, 8, is_packed=is_packed, is_on_gpu=is_on_gpu
@@ -161,7 +170,10 @@ def test_what_sdpa_keeps_of_a_mask(
 
 
 def test_packed_rows_follow_each_other_for_variable_length_kernels() -> None:
-    """One row of all tokens, in which positions still begin anew; other kinds keep the rows, and take no mask."""
+    """Variable-length kernels get all tokens in one row, in which positions still begin anew.
+
+    SDPA keeps the rows, and takes no mask when they are packed.
+    """
     ids, positions = torch.arange(6).view(2, 3), torch.tensor([[0, 1, 0], [0, 1, 2]])
     mask = torch.ones_like(ids)
     with mock.patch.object(attention, "_implementation", return_value="flash_attention_2"):

@@ -1,4 +1,4 @@
-"""Compiled layers compute what they compute as they are, from as few codes as there are kinds of calls."""
+"""Compiled layers keep their results, with a single code for each kind of call."""
 
 import dataclasses
 import statistics
@@ -36,7 +36,7 @@ def tracing_settings() -> dict:
 def test_compiled_gradients_are_the_same(
     tiny_llama: Path, runtime: Runtime, dropout: float, recompute: str
 ) -> None:
-    """Loss and gradients of float32 agree within 1e-5; dropout drops the same elements."""
+    """Loss and gradients of float32 agree within 1e-5, also with dropout and recomputation."""
     settings = {"dropout": dropout, "recompute": recompute}
     plain = gradient(build_adapted(tiny_llama, runtime, **settings), runtime)
     before = tracing_settings()
@@ -50,7 +50,10 @@ def test_compiled_gradients_are_the_same(
 
 
 def test_layers_share_their_code(tiny_llama: Path, runtime: Runtime) -> None:
-    """Rows of many lengths, evaluation in between: one code for the first length, one for the others, no breaks."""
+    """Layers have one code for the first length of rows and one for all others, without breaks.
+
+    Evaluation in between adds none.
+    """
     torch.compiler.reset()
     with without_kernels():
         model = build_adapted(tiny_llama, runtime, is_compiled=True)
@@ -66,7 +69,7 @@ def test_layers_share_their_code(tiny_llama: Path, runtime: Runtime) -> None:
 
 
 def test_evaluation_is_not_compiled(tiny_llama: Path, runtime: Runtime) -> None:
-    """In eval mode, or without gradients, layers run as they are."""
+    """In eval mode, or without gradients, layers run uncompiled."""
     with without_kernels():
         model = build_adapted(tiny_llama, runtime, is_compiled=True)
     torch.compiler.reset()
@@ -79,7 +82,7 @@ def test_evaluation_is_not_compiled(tiny_llama: Path, runtime: Runtime) -> None:
 
 
 def test_names_stay_what_they_are(tiny_llama: Path, runtime: Runtime) -> None:
-    """Adapters are saved under the names of peft."""
+    """Compiling changes no name of an adapter's parameters."""
     with without_kernels():
         compiled = build_adapted(tiny_llama, runtime, is_compiled=True)
     assert list(adapter_parameters(compiled)) == list(
@@ -88,7 +91,7 @@ def test_names_stay_what_they_are(tiny_llama: Path, runtime: Runtime) -> None:
 
 
 def test_a_machine_that_cannot_compile_is_refused() -> None:
-    """Without a compiler, the message says what is missing and how to go on without it."""
+    """Without a compiler, the message says what is missing and how to run uncompiled."""
     with (
         mock.patch(
             "torch._inductor.cpp_builder.get_cpp_compiler",
@@ -105,8 +108,10 @@ def test_a_machine_that_cannot_compile_is_refused() -> None:
 
 @pytest.mark.slow  # the real compiler takes a minute
 def test_real_code_is_as_exact(tiny_llama: Path, runtime: Runtime) -> None:
-    """With kernels, float32 gradients agree within 1e-5, and those of bfloat16 are mostly nearer than without
-    (in a single short batch, chance decides)."""
+    """With kernels, float32 gradients agree within 1e-5, and bfloat16 gradients are nearer to them.
+
+    Nearer than without kernels holds in the median: in a single short batch, chance decides.
+    """
     torch.compiler.reset()
     in_bfloat16 = dataclasses.replace(runtime, compute_dtype=torch.bfloat16)
     exact, compiled = (

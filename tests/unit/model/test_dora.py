@@ -48,7 +48,7 @@ def biased_llama(tmp_path_factory) -> Path:
 
 
 def build(folder: Path, quantization: str = "nf4", dtype: str = "float32", **adapter: object):
-    """Our model with DoRA adapters at their initial values, in one process."""
+    """Build our model with DoRA adapters at their initial values."""
     config = ModelConfig(path=str(folder), dtype=dtype, quantization=quantization)
     adapters = AdapterConfig(rank=4, alpha=12, use_dora=True, **adapter)
     model = add_adapters(build_skeleton(folder, config), adapters, str(folder))
@@ -60,7 +60,7 @@ def build(folder: Path, quantization: str = "nf4", dtype: str = "float32", **ada
 
 
 def shake(model) -> None:
-    """Move all adapter values away from the initial ones, where B = 0 hides most of the computation."""
+    """Move all adapter values off the initial ones: B = 0 hides most of the computation."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for param in adapter_parameters(model).values():
@@ -69,7 +69,7 @@ def shake(model) -> None:
 
 
 def reference_of(model, folder: Path, dropout: float):
-    """peft's own DoRA, with our adapter values, on a plain float32 model that holds our dequantized weights."""
+    """Build peft's own DoRA with our adapter values, on our dequantized weights in float32."""
     from transformers import AutoModelForCausalLM
 
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -99,7 +99,7 @@ def reference_of(model, folder: Path, dropout: float):
 
 
 def loss_of(model) -> torch.Tensor:
-    """A loss that every logit bears on."""
+    """Return a loss that every logit bears on."""
     torch.manual_seed(0)  # of dropout
     logits = model(input_ids=IDS).logits
     return (logits * torch.linspace(-1, 1, logits.numel()).view_as(logits)).mean()
@@ -109,8 +109,10 @@ def loss_of(model) -> torch.Tensor:
 def test_forward_and_gradients_are_those_of_peft(
     biased_llama: Path, quantization: str, dropout: float
 ) -> None:
-    """Logits within 1e-6 of the largest one, and each gradient within 1e-5 of its norm, in float32: with biases, with
-    and without dropout, quantized or not."""
+    """Results in float32 are those of peft, with biases, quantized or not, with dropout or not.
+
+    Logits agree within 1e-6 of the largest logit, and each gradient within 1e-5 of its norm.
+    """
     model = build(biased_llama, quantization, dropout=dropout).train()
     reference, magnitudes = reference_of(model, biased_llama, dropout)
     for name, param in adapter_parameters(model).items():
@@ -137,8 +139,10 @@ def test_forward_and_gradients_are_those_of_peft(
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_it_starts_as_the_base(tiny_llama: Path, dtype: str) -> None:
-    """With initial values the logits are exactly those of the base: in bfloat16 too, where a length that was itself
-    rounded would move them by up to 0.2 %."""
+    """With initial values the logits are exactly those of the base, in bfloat16 too.
+
+    There a rounded length would move them by up to 0.2 %.
+    """
     model = build(tiny_llama, dtype=dtype).eval()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
         adapted = model(input_ids=IDS).logits
@@ -147,7 +151,7 @@ def test_it_starts_as_the_base(tiny_llama: Path, dtype: str) -> None:
 
 
 def test_lengths_are_those_of_the_adapted_rows(tiny_llama: Path, monkeypatch) -> None:
-    """Taken a few rows at a time they are the row norms of W + s BA."""
+    """Lengths taken a few rows at a time are the row norms of W + s BA."""
     monkeypatch.setattr("qlora_dist.model.dora._PIECE", 64 * 5)
     model = build(tiny_llama)
     shake(model)
@@ -162,7 +166,10 @@ def test_lengths_are_those_of_the_adapted_rows(tiny_llama: Path, monkeypatch) ->
 
 
 def test_lengths_are_kept_in_evaluation_only(tiny_llama: Path, monkeypatch) -> None:
-    """In evaluation lengths are computed once, however many tokens are generated; training in between renews them."""
+    """Evaluation computes lengths once, however many tokens are generated.
+
+    Training in between renews them.
+    """
     model = build(tiny_llama)
     calls = []
     monkeypatch.setattr(

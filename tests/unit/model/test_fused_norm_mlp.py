@@ -1,4 +1,4 @@
-"""Norms and gated MLPs as one function each compute what their modules compute, and keep less of it."""
+"""Norms and gated MLPs as one function each keep their modules' results, and less memory."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -39,7 +39,7 @@ def is_lightened(module: nn.Module) -> bool:
 
 
 def results(module: Callable, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output, and gradient of the input for a fixed gradient of the output."""
+    """Return the output, and the gradient of the input for a fixed gradient of the output."""
     generator = torch.Generator().manual_seed(1)
     x = (
         (3 * torch.randn(2, 50, WIDTH, generator=generator))
@@ -70,7 +70,7 @@ def test_float32_is_the_same(make: Callable) -> None:
 
 @pytest.mark.parametrize("make", [norm, mlp])
 def test_bfloat16_is_as_exact(make: Callable) -> None:
-    """The output has the same bits, and the gradient is no further from float32 than that of single operations."""
+    """The output has the same bits, and the gradient is as near to float32 as before."""
     module = make(dtype=torch.bfloat16)
     _, exact = results(module.float(), torch.float32)
     out, plain = results(module.bfloat16(), torch.bfloat16)
@@ -83,7 +83,7 @@ def test_bfloat16_is_as_exact(make: Callable) -> None:
 
 @pytest.mark.parametrize("kind", [Gemma2RMSNorm, Olmo2RMSNorm])
 def test_other_norms_are_left_alone(kind: type[nn.Module]) -> None:
-    """One that multiplies by 1 + w, and one that rounds after the weight instead of before it."""
+    """Norms that multiply by 1 + w, or round after the weight, are left alone."""
     module = kind(WIDTH).bfloat16().requires_grad_(False)
     module.weight.copy_(torch.randn(WIDTH))
     fuse_norms_and_mlps(module)
@@ -91,21 +91,21 @@ def test_other_norms_are_left_alone(kind: type[nn.Module]) -> None:
 
 
 class OnePlus(LlamaRMSNorm):
-    """Multiplies by 1 + w, under Llama's names."""
+    """Norm that multiplies by 1 + w, under Llama's names."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x) * ((1 + self.weight) / self.weight).to(x.dtype)
 
 
 class Centered(LlamaRMSNorm):
-    """Takes the mean off first."""
+    """Norm that takes the mean off first."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x - x.mean(-1, keepdim=True))
 
 
 class EpsilonOutside(LlamaRMSNorm):
-    """Adds the epsilon to the root instead of under it."""
+    """Norm that adds the epsilon to the root instead of under it."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         exact = x.float()
@@ -114,14 +114,14 @@ class EpsilonOutside(LlamaRMSNorm):
 
 
 class Exact(LlamaRMSNorm):
-    """Rounds nothing, and so is nearer to float32 than any kernel that does."""
+    """Norm that rounds nothing, and so is nearer to float32 than any kernel that does."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x.float())
 
 
 class Gated(LlamaRMSNorm):
-    """Is called with a gate in its model, and can do without."""
+    """Norm that is called with a gate in its model, and can do without."""
 
     def forward(self, x: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
         return super().forward(x if gate is None else x * gate)
@@ -129,7 +129,7 @@ class Gated(LlamaRMSNorm):
 
 @pytest.fixture
 def kernels_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Norms are asked on the CPU, where the operator of the kernel is composed of others and rounds as it does."""
+    """Ask norms on the CPU, whose operator in the kernel's place rounds as the kernel does."""
     ask = elementwise.kernel_is_as_exact
     monkeypatch.setattr(
         elementwise, "kernel_is_as_exact", lambda norm, device: ask(norm, torch.device("cpu"))
@@ -143,8 +143,11 @@ GPU = torch.device("cuda")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("kind", [LlamaRMSNorm, Olmo2RMSNorm])
 def test_a_kernel_is_as_exact(kind: type[nn.Module], dtype: torch.dtype) -> None:
-    """Output and gradient of the kernel that norms take on a GPU, whether their models round before the weight or
-    after it, are in bfloat16 no further from float32 than the module's own, and in float32 the same within 1e-6."""
+    """Output and gradient of the kernel that norms take on a GPU are as exact as the module's own.
+
+    In bfloat16 they are no further from float32, whether models round before the weight or after
+    it. In float32 they agree within 1e-6.
+    """
     module = norm(kind, dtype)
     exact_out, exact = results(module.float(), torch.float32)
     out, plain = results(module.to(dtype), dtype)
@@ -161,7 +164,7 @@ def test_a_kernel_is_as_exact(kind: type[nn.Module], dtype: torch.dtype) -> None
 @pytest.mark.usefixtures("kernels_here")
 @pytest.mark.parametrize("kind", [Gemma2RMSNorm, OnePlus, Centered, EpsilonOutside, Exact, Gated])
 def test_a_kernel_takes_the_place_of_nothing_else(kind: type[nn.Module]) -> None:
-    """Not of another function, nor of one that is more exact, nor of one that is called with more."""
+    """Norms with a different function, more exactness or more arguments keep their own forward."""
     module = kind(WIDTH).bfloat16().requires_grad_(False)
     module.weight.copy_(torch.randn(WIDTH))
     fuse_norms_and_mlps(module, GPU)
@@ -170,7 +173,7 @@ def test_a_kernel_takes_the_place_of_nothing_else(kind: type[nn.Module]) -> None
 
 @pytest.mark.usefixtures("kernels_here")
 def test_an_input_of_another_type_is_left_to_the_norm() -> None:
-    """The kernel takes one type only: a residual stream in float32 is normed as without a GPU."""
+    """A residual stream in float32 is normed as without a GPU: the kernel takes one type only."""
     module, other = norm(dtype=torch.bfloat16), norm(dtype=torch.bfloat16)
     expected = results(module, torch.float32)
     fuse_norms_and_mlps(module, GPU)
@@ -180,7 +183,7 @@ def test_an_input_of_another_type_is_left_to_the_norm() -> None:
 
 
 def test_other_activations_are_left_alone() -> None:
-    """An MLP gated by GELU, and one that does something else with the same parts."""
+    """MLPs gated by GELU, or with a different use of the same parts, are left alone."""
 
     class Other(LlamaMLP):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -197,14 +200,14 @@ def test_other_activations_are_left_alone() -> None:
 
 
 def test_a_norm_that_learns_is_left_alone() -> None:
-    """The function here has no gradient of the weight."""
+    """A norm whose weight needs a gradient keeps its own forward."""
     module = norm().requires_grad_(True)
     fuse_norms_and_mlps(module)
     assert not is_lightened(module)
 
 
 def kept_bytes(module: Callable, x: torch.Tensor) -> int:
-    """Bytes that autograd keeps of a forward, without the module's parameters."""
+    """Return the bytes that autograd keeps of a forward, without parameters."""
     sizes: dict[int, int] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -235,7 +238,10 @@ def test_less_is_kept() -> None:
 
 
 def test_whole_models_are_lightened_by_their_parts(tiny_llama: Path) -> None:
-    """All norms and MLPs of a Llama, with no weights yet and adapters on it; parameters keep their names."""
+    """All norms and MLPs of a Llama with adapters are fused before weights are loaded.
+
+    Parameters keep their names.
+    """
     skeleton = build_skeleton(tiny_llama, ModelConfig(path=str(tiny_llama)))
     model = add_adapters(skeleton, AdapterConfig(rank=2), "base")
     names = list(model.state_dict())
@@ -246,7 +252,10 @@ def test_whole_models_are_lightened_by_their_parts(tiny_llama: Path) -> None:
 
 
 def test_selective_recomputation_makes_their_results_again() -> None:
-    """The output of a norm is not kept beside its input, nor the product of gate and up beside its factors."""
+    """Selective recomputation keeps neither a norm's output nor the product of gate and up.
+
+    Their inputs are kept.
+    """
     weights = [nn.Parameter(torch.eye(WIDTH)) for _ in range(4)]
     with SelectiveForward(()) as forward:
         hidden = torch.ones(16, WIDTH) @ weights[0]

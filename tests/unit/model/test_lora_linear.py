@@ -23,7 +23,7 @@ IN, OUT = 128, 96
 def adapted_layer(
     rank: int = 8, dtype: torch.dtype = torch.float32, bias: bool = False, **config: object
 ) -> Linear4bit:
-    """peft's layer (OUT x IN, in 4 bits) with random A and B in float32."""
+    """Build peft's layer (OUT x IN, in 4 bits) with random A and B in float32."""
     torch.manual_seed(0)
     fmt = QuantFormat(double_quant=not bias)
     base = QuantizedLinear(IN, OUT, bias, fmt, dtype).to_empty(device="cpu")
@@ -43,7 +43,7 @@ def adapted_layer(
 def results(
     layer: nn.Module, x: torch.Tensor, forward: Callable | None = None
 ) -> dict[str, torch.Tensor]:
-    """Output, and gradients of x and of the adapter for a fixed gradient of the output."""
+    """Return the output, and gradients of x and the adapter for a fixed gradient of it."""
     x = x.clone().requires_grad_()
     layer.zero_grad()
     dtype = x.dtype
@@ -56,7 +56,10 @@ def results(
 
 @pytest.mark.parametrize("is_adapted", [True, False])
 def test_autocast_decides_the_type_of_the_output(is_adapted: bool) -> None:
-    """As of PyTorch's own linear layers: a float32 input, such as LayerNorm's output on a GPU, does not spread."""
+    """Autocast decides the output's type, as of PyTorch's own linear layers.
+
+    So a float32 input, such as LayerNorm's output on a GPU, does not spread.
+    """
     layer = adapted_layer(4, torch.bfloat16)
     fuse_adapters(layer)
     layer = layer if is_adapted else layer.base_layer
@@ -71,7 +74,7 @@ def test_autocast_decides_the_type_of_the_output(is_adapted: bool) -> None:
 def both_ways(
     layer: Linear4bit, x: torch.Tensor
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Results as peft composes them, and fused."""
+    """Return the results as peft composes them, and fused."""
     plain = results(layer, x)
     assert fuse_adapters(layer) is None
     assert type(layer) is FusedLinear
@@ -86,7 +89,7 @@ def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("shape", [(2, 7), (33,), ()])
 def test_float32_equals_peft(rank: int, bias: bool, shape: tuple[int, ...]) -> None:
-    """Output and all gradients agree within 1e-5, for any rank, with rsLoRA's scaling and with a bias."""
+    """Output and gradients agree within 1e-5 for any rank, with rsLoRA's scaling and a bias."""
     layer = adapted_layer(rank, bias=bias, use_rslora=bias)
     plain, fused = both_ways(layer, torch.randn(*shape, IN))
     assert plain.keys() == fused.keys()
@@ -99,7 +102,7 @@ def test_float32_equals_peft(rank: int, bias: bool, shape: tuple[int, ...]) -> N
 
 @pytest.mark.parametrize("rank", [4, 64])
 def test_bfloat16_is_as_exact_as_peft(rank: int) -> None:
-    """Measured against float32 on the same dequantized weight, no result is further off than peft's own."""
+    """No result is further from float32 on the same dequantized weight than peft's own."""
     layer = adapted_layer(rank, torch.bfloat16)
     x = torch.randn(4, 128, IN).to(torch.bfloat16)
     weight = layer.base_layer.dequantized().float()
@@ -114,7 +117,7 @@ def test_bfloat16_is_as_exact_as_peft(rank: int) -> None:
 
 
 def test_other_input_types_come_back_as_they_came() -> None:
-    """Without autocast a float32 input is computed in bfloat16 and comes out in float32, as with peft."""
+    """Without autocast a float32 input gives float32, computed in bfloat16, as with peft."""
     layer = adapted_layer(dtype=torch.bfloat16)
     x = torch.randn(5, IN)
     plain = layer(x)
@@ -125,7 +128,7 @@ def test_other_input_types_come_back_as_they_came() -> None:
 
 
 def kept_for_backward(forward: Callable, x: torch.Tensor) -> list[torch.Tensor]:
-    """The tensors that autograd keeps of a forward."""
+    """Return the tensors that autograd keeps of a forward."""
     kept: list[torch.Tensor] = []
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -141,7 +144,7 @@ def kept_for_backward(forward: Callable, x: torch.Tensor) -> list[torch.Tensor]:
 
 
 def test_the_input_is_kept_once_and_weights_never() -> None:
-    """Two layers on one input keep its one copy and A x of each: nothing as large as a weight or an output."""
+    """Two layers on one input keep a single copy of it, and A x of each, and nothing else."""
     rank, x = 4, torch.randn(50, IN).to(torch.bfloat16).requires_grad_()
     layers = [adapted_layer(rank, torch.bfloat16) for _ in range(2)]
     for layer in layers:
@@ -155,7 +158,7 @@ def test_the_input_is_kept_once_and_weights_never() -> None:
 
 
 def test_gradients_that_nobody_asks_for_are_not_computed() -> None:
-    """The first layer's input needs no gradient, and its weight is not dequantized for one."""
+    """A layer whose input needs no gradient does not dequantize its weight in backward."""
     layer = adapted_layer()
     fuse_adapters(layer)
     expected = results(layer, torch.ones(3, IN))
@@ -168,7 +171,7 @@ def test_gradients_that_nobody_asks_for_are_not_computed() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_evaluation_computes_the_same_and_leaves_no_trace(dtype: torch.dtype) -> None:
-    """Without gradients the output has the same bits, and training afterwards has too, on any CPU."""
+    """Without gradients the output has the same bits, and so has training afterwards."""
     layer, x = adapted_layer(dtype=dtype, bias=True), torch.randn(3, IN).to(dtype)
     fuse_adapters(layer)
     before = results(layer, x)
@@ -181,7 +184,7 @@ def test_evaluation_computes_the_same_and_leaves_no_trace(dtype: torch.dtype) ->
 
 
 def test_adapters_can_be_switched_while_fused() -> None:
-    """Switched off, or with a second one active, the layer computes what peft does."""
+    """With its adapter off, or a second adapter active, the layer computes what peft does."""
     layer, x = adapted_layer(), torch.randn(3, IN)
     layer.update_layer(
         "second", 4, lora_alpha=8, config=LoraConfig(r=4, lora_alpha=8, init_lora_weights=False)
@@ -204,7 +207,7 @@ def test_adapters_can_be_switched_while_fused() -> None:
 
 @pytest.mark.parametrize("shape", [(2, 5), (9,)])
 def test_the_compiler_traces_it_whole(shape: tuple[int, ...]) -> None:
-    """Compiled without a break in the graph, it gives the same bits, and no weight is kept for backward."""
+    """Compiled code has no break in its graph, keeps the bits, and keeps no weight."""
     layer, x = adapted_layer(dtype=torch.bfloat16), torch.randn(*shape, IN).to(torch.bfloat16)
     fuse_adapters(layer)
     expected = results(layer, x)
@@ -228,7 +231,7 @@ def test_the_compiler_traces_it_whole(shape: tuple[int, ...]) -> None:
 def test_what_cannot_be_fused_is_left_to_peft_and_named(
     tiny_llama: Path, adapter: dict, quantization: str, reason: str
 ) -> None:
-    """Dropout, DoRA and 16-bit bases stay as peft composes them, which one sentence says."""
+    """Layers with dropout, DoRA or a 16-bit base stay as peft composes them; the log says so."""
     skeleton = build_skeleton(
         tiny_llama, ModelConfig(path=str(tiny_llama), quantization=quantization)
     )

@@ -1,4 +1,4 @@
-"""The loss of target tokens, made in chunks: it is the plain one, and so are its gradients, in far less memory."""
+"""The loss of target tokens in chunks: the plain loss and gradients, in far less memory."""
 
 import copy
 from collections.abc import Callable
@@ -79,7 +79,7 @@ FAMILIES = {
 
 
 def build(family: str) -> nn.Module:
-    """A tiny random float32 model with frozen ends: what learns is in its decoder layers."""
+    """Build a tiny random float32 model with frozen ends, whose decoder layers learn."""
     torch.manual_seed(0)
     config_class, arguments, _ = FAMILIES[family]
     model = transformers.AutoModelForCausalLM.from_config(
@@ -97,12 +97,12 @@ def build(family: str) -> nn.Module:
 
 @pytest.fixture(scope="module")
 def models() -> dict[str, nn.Module]:
-    """A model of each family."""
+    """Models by family."""
     return {family: build(family) for family in FAMILIES}
 
 
 def batch(*, num_targets: int | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Input ids, mask and labels, (2, 12): a padded row, and targets in part of both."""
+    """Return input ids, mask and labels, (2, 12): a padded row, and targets in part of both."""
     ids = torch.randint(3, VOCAB, (2, 12), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(ids)
     mask[1, 9:] = 0
@@ -116,7 +116,7 @@ def batch(*, num_targets: int | None = None) -> tuple[torch.Tensor, torch.Tensor
 def plain_loss(
     model: nn.Module, ids: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor
 ) -> torch.Tensor:
-    """Cross-entropy of all logits in float32, as every textbook has it."""
+    """Return the cross-entropy of all logits in float32, as every textbook has it."""
     logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()
     return nn.functional.cross_entropy(
         logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="sum"
@@ -124,35 +124,38 @@ def plain_loss(
 
 
 def gradient(model: nn.Module, loss: torch.Tensor) -> torch.Tensor:
-    """Of everything that learns, in one float64 vector."""
+    """Return the gradient of all that learns, in one float64 vector."""
     params = [param for param in model.parameters() if param.requires_grad]
     found = torch.autograd.grad(loss, params, allow_unused=True)
     return torch.cat([torch.zeros(0), *(g.flatten() for g in found if g is not None)]).double()
 
 
 def distance(one: torch.Tensor, other: torch.Tensor) -> float:
-    """Relative to the second."""
+    """Return the distance of two vectors relative to the second's norm."""
     return ((one - other).norm() / other.norm()).item()
 
 
 @pytest.fixture
 def tiny_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three rows of float32 logits fill a chunk, and two rows a piece of it."""
+    """Let three rows of float32 logits fill a chunk, and two rows a piece of it."""
     monkeypatch.setattr(loss_module, "_CHUNK_BYTES", 3 * VOCAB * 12)
     monkeypatch.setattr(cpu_loss, "_PIECE", 2 * VOCAB)
 
 
 @pytest.fixture(params=["as on a CPU", "as on a GPU"])
 def device_of_loss(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a GPU computes, a CPU can compute too."""
+    """Compute the loss as on a CPU or as on a GPU, both on the CPU."""
     monkeypatch.setattr(loss_module, "is_on_cpu", lambda _: request.param == "as on a CPU")
 
 
 @pytest.mark.usefixtures("tiny_chunks", "device_of_loss")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_loss_and_gradients_are_the_plain_ones(models: dict[str, nn.Module], family: str) -> None:
-    """In float32, in every family, within 1e-5: scaled and capped logits, tied heads and heads with a bias included,
-    with many targets, one and none; and what the model does to its logits was recognized."""
+    """Loss and gradients in float32 agree within 1e-5 in every family, and its transform is found.
+
+    Families have scaled and capped logits, tied heads and heads with a bias; batches have many
+    targets, one and none.
+    """
     model = models[family].train()
     assert logits_transform(model) == FAMILIES[family][2]
     assert model.training
@@ -172,7 +175,7 @@ def test_loss_and_gradients_are_the_plain_ones(models: dict[str, nn.Module], fam
 
 
 def test_the_cap_matters_here(models: dict[str, nn.Module]) -> None:
-    """Without its cap the Gemma of these tests has another loss: the comparison above would notice."""
+    """Without its cap the Gemma of these tests has a loss that differs by more than 1 %."""
     model, inputs = models["gemma2"], batch()
     uncapped = copy.copy(model.config)
     uncapped.final_logit_softcapping = None
@@ -187,8 +190,10 @@ def test_the_cap_matters_here(models: dict[str, nn.Module]) -> None:
 def test_bfloat16_loses_no_more_than_the_plain_way(
     models: dict[str, nn.Module], family: str
 ) -> None:
-    """Loss and gradients are no further from those of float32 logits of the same bfloat16 hidden states than the plain
-    way's are."""
+    """Loss and gradients are as near to those of float32 logits as in the plain way.
+
+    All are computed from bfloat16 hidden states.
+    """
     head = copy.deepcopy(models[family].get_output_embeddings()).bfloat16()
     form = FAMILIES[family][2]
     generator = torch.Generator().manual_seed(2)
@@ -225,7 +230,7 @@ def test_bfloat16_loses_no_more_than_the_plain_way(
 def test_the_size_of_chunks_does_not_matter(
     num_rows: int, chunk_rows: int, piece_rows: int, is_on_cpu: bool, seed: int, capped: bool
 ) -> None:
-    """Any number of rows, in chunks and pieces of any size: loss and gradient of one chunk, up to rounding."""
+    """Chunks and pieces of any size give the loss and gradient of one chunk, up to rounding."""
     generator = torch.Generator().manual_seed(seed)
     head = nn.Linear(8, 11).requires_grad_(False)
     hidden = torch.randn(1, 12, 8, generator=generator, requires_grad=True)
@@ -246,7 +251,7 @@ def test_the_size_of_chunks_does_not_matter(
 @pytest.mark.usefixtures("tiny_chunks")
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_a_head_that_learns_gets_its_gradients(models: dict[str, nn.Module], family: str) -> None:
-    """An adapter on the output head, and a head that is trained itself: loss and gradients are the plain ones."""
+    """With an adapter on the head, and with a trained head, loss and gradients are plain."""
     base = copy.deepcopy(models[family])
     adapted = get_peft_model(
         base, LoraConfig(r=4, target_modules=["lm_head", "q_proj"], init_lora_weights=False)
@@ -265,7 +270,7 @@ def test_a_head_that_learns_gets_its_gradients(models: dict[str, nn.Module], fam
 
 @pytest.mark.usefixtures("tiny_chunks")
 def test_evaluation_computes_the_same_loss_and_no_gradient(models: dict[str, nn.Module]) -> None:
-    """Without gradients: the same number, from the head's forward products only."""
+    """Evaluation gives the loss's bits from the head's forward products only."""
     products = []
     for family, model in models.items():
         inputs = batch()
@@ -280,7 +285,7 @@ def test_evaluation_computes_the_same_loss_and_no_gradient(models: dict[str, nn.
 
 
 def of_its_own(model: nn.Module) -> None:
-    """Let the model's logits depend on where in the vocabulary they are."""
+    """Let the model's logits depend on their places in the vocabulary."""
     forward = model.forward
 
     def shifted(*arguments: object, **keywords: object) -> object:
@@ -292,7 +297,10 @@ def of_its_own(model: nn.Module) -> None:
 
 
 def test_logits_of_another_form_are_left_to_the_model(models: dict[str, nn.Module]) -> None:
-    """Neither scaled nor capped: the model's own code computes the loss, and the user is told why it takes memory."""
+    """Logits that are neither scaled nor capped are left to the model's own code.
+
+    The user is told why the loss takes memory.
+    """
     model = copy.deepcopy(models["llama"]).train()
     assert loss_note(model) is None
     other = copy.deepcopy(model)
@@ -324,7 +332,7 @@ def train_a_model_of_its_own(folder: Path, model: Path, data: Path) -> None:
             patch.setattr(
                 logits_module,
                 "_transform_between",
-                lambda *_: None if is_said else LogitsTransform(),
+                lambda *_, none=is_said: None if none else LogitsTransform(),
             )
             assert train_here(folder / name, run)
             assert sum("of its own of the logits" in text for text in said) == is_said
@@ -333,12 +341,12 @@ def train_a_model_of_its_own(folder: Path, model: Path, data: Path) -> None:
 def test_a_run_says_once_that_the_model_computes_its_own_logits(
     tmp_path: Path, tiny_llama: Path, chat_file: Path
 ) -> None:
-    """One line in the log of such a run, none in any other's."""
+    """The log has one line about a model that computes its own logits, and none otherwise."""
     run_on_processes(train_a_model_of_its_own, 1, tmp_path, tiny_llama, chat_file)
 
 
 def test_asking_changes_nothing(models: dict[str, nn.Module]) -> None:
-    """A model is asked once, draws no random numbers for it, and is left in the mode in which it was."""
+    """A model is asked once, draws no random numbers for it, and stays in its mode."""
     model = copy.deepcopy(models["granite"]).train()
     torch.manual_seed(5)
     logits_transform(model)
@@ -353,8 +361,10 @@ def test_asking_changes_nothing(models: dict[str, nn.Module]) -> None:
 def peak_bytes(
     loss: Callable[[torch.Tensor, torch.Tensor, nn.Linear], torch.Tensor], num_tokens: int
 ) -> int:
-    """Peak of a loss and its backward over V = 131,072 and d = 4,096 in bfloat16, from shapes alone, beside what is
-    there with any loss: the head's weight, its input, and that one's gradient."""
+    """Return the peak of a loss and its backward over V = 131,072 and d = 4,096 in bfloat16.
+
+    It follows from shapes alone. The head's weight and input are left out: any loss has them.
+    """
     with FakeTensorMode():
         head = nn.Linear(4096, 131072, bias=False, dtype=torch.bfloat16).requires_grad_(False)
         hidden = torch.empty(1, num_tokens, 4096, dtype=torch.bfloat16, requires_grad=True)
@@ -368,8 +378,10 @@ def peak_bytes(
 def test_the_loss_takes_a_twentieth_of_full_logits(
     is_gpu: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """T = 4,096 target tokens, V = 131,072: at most 5 % of what cross-entropy of full logits takes at its peak, and
-    what the formula for users says, or less on a CPU."""
+    """The loss takes at most 5 % of the peak of full logits, for 4,096 targets and V = 131,072.
+
+    On a GPU that is the number of `loss_bytes`; on a CPU it is less than half of it.
+    """
     num_tokens, vocab = 4096, 131072
     monkeypatch.setattr(loss_module, "is_on_cpu", lambda _: not is_gpu)
 
@@ -393,6 +405,7 @@ def test_the_loss_takes_a_twentieth_of_full_logits(
 
 
 def test_a_cpu_makes_few_logits_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chunk has at most `MAX_ROWS` rows on a CPU."""
     monkeypatch.setattr(loss_module, "MAX_ROWS", 5)
     head = nn.Linear(8, 11).requires_grad_(False)
     loss = loss_module._HeadLoss(

@@ -1,4 +1,4 @@
-"""The useful arithmetic of a step: the formula counts what PyTorch's own counter counts."""
+"""Useful arithmetic of a step: the formula agrees with PyTorch's own counter."""
 
 import pytest
 import torch
@@ -27,7 +27,10 @@ MATRICES = {
 
 
 def tiny(family: str = "Qwen3", targets: tuple[str, ...] = tuple(MATRICES), **more: object):
-    """A model whose heads are wider than d / heads, with adapters; its attention makes every product as it is."""
+    """Build a model with adapters whose heads are wider than d / heads.
+
+    Its eager attention makes every product that the formula counts.
+    """
     config = getattr(transformers, f"{family}Config")(
         vocab_size=VOCAB,
         hidden_size=D,
@@ -58,8 +61,11 @@ def operations(model: torch.nn.Module, batch: MicroBatch) -> int:
 
 
 def test_the_formula_is_what_pytorch_counts() -> None:
-    """Forward and backward of one row: the counter of PyTorch, less the pairs that causality hides (eager attention
-    computes them), plus the input gradients that the first layer's first matrices are spared."""
+    """The formula is PyTorch's count of forward and backward of one row, up to two differences.
+
+    Eager attention computes the pairs that causality hides. The first layer's first matrices are
+    spared the gradients of their input.
+    """
     model, length = tiny(), 24
     batch = collate([sample(length, 7)], pad_token_id=0)
     logits_transform(model)  # asks the model, once
@@ -79,7 +85,10 @@ def test_the_formula_is_what_pytorch_counts() -> None:
 
 
 def test_the_formula_in_the_words_of_its_documentation() -> None:
-    """4 P + 6 P_lora per token, 4 d V per target, 12 w per pair and layer; an adapter on the head counts on targets."""
+    """The formula is 4 P + 6 P_lora per token, 4 d V per target, 12 w per pair and layer.
+
+    An adapter on the head counts per target.
+    """
     frozen = LAYERS * sum(i * o for i, o in MATRICES.values())
     adapters = LAYERS * sum(RANK * (i + o) for i, o in MATRICES.values())
     flops = flops_of(ModelParts(tiny()))
@@ -92,7 +101,7 @@ def test_the_formula_in_the_words_of_its_documentation() -> None:
 
 
 def test_samples_count_not_rows() -> None:
-    """Padding needs nothing, and packed samples need what they need alone."""
+    """Padding needs no operations, and packed samples need as many as alone."""
     model = tiny()
     samples = [sample(5, 2), sample(20, 6), sample(9, 3)]
     alone = sum(operations(model, collate([one], 0)) for one in samples)
@@ -114,8 +123,10 @@ def test_samples_count_not_rows() -> None:
 def test_nothing_is_counted_outside_of_a_window(
     family: str, more: dict, windows: list[int | None]
 ) -> None:
-    """A layer with a sliding window counts the pairs within it: in a row of six with a window of four, 1 + 2 + 3 and
-    three times 4, of 21."""
+    """A layer with a sliding window counts the pairs within it.
+
+    In a row of six with a window of four: 1 + 2 + 3 and three times 4, of 21.
+    """
     flops = flops_of(ModelParts(tiny(family, **more)))
     assert [window for _, window in flops.attention] == windows
     pairs = {None: 21, 4: 18}

@@ -1,4 +1,4 @@
-"""The 4-bit layer computes what bitsandbytes' own layer computes, and goes on training after evaluation."""
+"""The 4-bit layer has the results of bitsandbytes' own, and trains on after evaluation."""
 
 import bitsandbytes as bnb
 import pytest
@@ -22,7 +22,7 @@ FORMATS = [
 def filled_layer(
     weight: torch.Tensor, bias: torch.Tensor | None, fmt: QuantFormat, dtype: torch.dtype
 ):
-    """A QuantizedLinear that holds `weight` (out_features, in_features)."""
+    """Build a QuantizedLinear that holds `weight` (out_features, in_features)."""
     out_features, in_features = weight.shape
     layer = QuantizedLinear(in_features, out_features, bias is not None, fmt, dtype).to_empty(
         device="cpu"
@@ -44,7 +44,7 @@ def filled_layer(
 def test_bytes_equal_bitsandbytes(
     fmt: QuantFormat, block_size: int, shape: tuple[int, int]
 ) -> None:
-    """Packed weight and constants equal `quantize_4bit` of the whole bfloat16 matrix, odd sizes included."""
+    """Packed weight and constants equal those of `quantize_4bit`, odd sizes included."""
     fmt = QuantFormat(fmt.quant_type, fmt.double_quant, block_size)
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
     ours = quantize_matrix(matrix, fmt)
@@ -65,7 +65,7 @@ def test_bytes_equal_bitsandbytes(
 @pytest.mark.parametrize("fmt", FORMATS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_output_and_gradient_equal_bitsandbytes(fmt: QuantFormat, dtype: torch.dtype) -> None:
-    """Output and input gradient equal those of bitsandbytes' layer, exactly."""
+    """Output and input gradient have the bits of bitsandbytes' layer."""
     weight = torch.randn(96, 64).to(torch.bfloat16)
     bias = torch.randn(96).to(dtype)
     ours = filled_layer(weight, bias, fmt, dtype).train()
@@ -90,7 +90,7 @@ def test_output_and_gradient_equal_bitsandbytes(fmt: QuantFormat, dtype: torch.d
 
 
 def test_training_goes_on_after_evaluation() -> None:
-    """A forward in eval mode changes neither the packed bytes nor the gradient of later training."""
+    """A forward in eval mode changes neither packed bytes nor later gradients."""
     layer = filled_layer(torch.randn(96, 64), None, QuantFormat(), torch.bfloat16)
     x = torch.randn(5, 64, dtype=torch.bfloat16)
     packed = layer.weight.clone()
@@ -116,8 +116,10 @@ def test_dequantized_is_close_to_the_original() -> None:
 def test_blocks_of_zeros_get_the_code_of_zero(
     fmt: QuantFormat, block_size: int, numel: int
 ) -> None:
-    """Where another kernel has left some other code, those of the CPU come back, and nothing else changes; also in a
-    block at the end that is not full."""
+    """Blocks of zeros get the CPU's code in place of a wrong code, and nothing else changes.
+
+    A block at the end that is not full gets it too.
+    """
     fmt = QuantFormat(fmt.quant_type, fmt.double_quant, block_size)
     elements = torch.randn(numel, generator=torch.Generator().manual_seed(0)).bfloat16()
     is_zero = torch.zeros(numel, dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""The learning rate as a pure function, and AdamW over flat buffers against torch's own."""
+"""The learning rate as a function of the step, and AdamW over flat buffers against torch's."""
 
 import math
 
@@ -19,7 +19,7 @@ HALF = math.sqrt(0.5)
 @pytest.mark.parametrize(
     ("optim", "expected"),
     [
-        # Worked out by hand, for a peak of 1: warm-up by equal steps to the peak; then what is left, from 1 down.
+        # Worked out by hand, for a peak of 1: equal steps up to the peak, and then down from 1.
         ({"schedule": "constant"}, [1, 1, 1, 1]),
         ({"schedule": "constant", "warmup_steps": 2}, [1 / 3, 2 / 3, 1, 1]),
         ({"schedule": "linear"}, [1, 3 / 4, 2 / 4, 1 / 4]),
@@ -39,7 +39,7 @@ HALF = math.sqrt(0.5)
     ],
 )
 def test_learning_rate_of_a_run_of_four_steps(optim: dict, expected: list[float]) -> None:
-    """Each schedule, with and without warm-up, is the table made by hand, times the peak."""
+    """Each schedule, with and without warm-up, is the table made by hand, times the peak rate."""
     for peak in (1.0, 2e-4):
         rates = [lr_at(step, 4, OptimConfig(lr=peak, **optim)) for step in range(1, 5)]
         assert rates == pytest.approx([peak * value for value in expected], rel=1e-12)
@@ -51,7 +51,7 @@ def test_learning_rate_of_a_run_of_four_steps(optim: dict, expected: list[float]
 def test_learning_rate_rises_to_its_peak_and_falls_without_a_wasted_step(
     schedule: str, warmup: int, num_steps: int
 ) -> None:
-    """Strictly up to `optim.lr`, which is reached at step w + 1, strictly down after it, and never zero."""
+    """The rate rises strictly to `optim.lr` at step w + 1, then falls strictly, and is never 0."""
     optim = OptimConfig(lr=3e-4, schedule=schedule, warmup_steps=warmup)
     rates = [lr_at(step, num_steps, optim) for step in range(1, num_steps + 1)]
     rise, fall = rates[: warmup + 1], rates[warmup:]
@@ -66,7 +66,7 @@ def test_learning_rate_rises_to_its_peak_and_falls_without_a_wasted_step(
     [({}, 0), ({"warmup_steps": 7}, 7), ({"warmup_ratio": 0.1}, 10), ({"warmup_ratio": 0.999}, 99)],
 )
 def test_length_of_the_warm_up(optim: dict, expected: int) -> None:
-    """Steps as given, or the share of 100 steps, rounded down; none by default."""
+    """Warm-up has the given steps, or a share of 100 steps, rounded down; none by default."""
     assert warmup_steps(100, OptimConfig(**optim)) == expected
 
 
@@ -76,7 +76,7 @@ SHAPES = {"lora_A": (8, 32), "lora_B": (32, 8), "bias": (5,), "scalar": ()}
 
 
 def parameters(shapes: dict[str, tuple[int, ...]] = SHAPES) -> dict[str, nn.Parameter]:
-    """The same random parameters at every call, named as peft names them."""
+    """Return random parameters, equal at every call, named as peft names them."""
     generator = torch.Generator().manual_seed(0)
     return {
         f"layer.{name}.weight": nn.Parameter(torch.randn(s, generator=generator))
@@ -85,7 +85,7 @@ def parameters(shapes: dict[str, tuple[int, ...]] = SHAPES) -> dict[str, nn.Para
 
 
 def set_gradients(params: dict[str, nn.Parameter], step: int) -> None:
-    """Run a backward that leaves random gradients, different at each step, of very different sizes."""
+    """Run a backward that leaves random gradients of the step, of very different sizes."""
     generator = torch.Generator().manual_seed(step)
     weights = [
         torch.randn(p.shape, generator=generator) * 10.0**i for i, p in enumerate(params.values())
@@ -95,7 +95,7 @@ def set_gradients(params: dict[str, nn.Parameter], step: int) -> None:
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_flat_adamw_is_adamw(weight_decay: float) -> None:
-    """Over ten steps of changing rates, each value is the one torch.optim.AdamW gives the separate tensors."""
+    """Ten steps of changing rates give the values of torch.optim.AdamW on separate tensors."""
     ours, theirs = parameters(), parameters()
     flat = FlatAdamW(ours, OptimConfig(weight_decay=weight_decay))
     reference = torch.optim.AdamW(
@@ -115,7 +115,7 @@ def test_flat_adamw_is_adamw(weight_decay: float) -> None:
 
 
 def test_weight_decay_shrinks_what_has_no_gradient() -> None:
-    """Decoupled decay: without a gradient a value is multiplied by 1 - lr * weight_decay."""
+    """Without a gradient, decoupled decay multiplies a value by 1 - lr * weight_decay."""
     params = parameters()
     FlatAdamW(params, OptimConfig(weight_decay=0.5)).step(lr=0.1)
     for name, before in parameters().items():
@@ -123,7 +123,7 @@ def test_weight_decay_shrinks_what_has_no_gradient() -> None:
 
 
 def test_parameters_are_views_of_one_buffer() -> None:
-    """Building the optimizer keeps every value and puts all parameters into one piece of memory, nothing copied."""
+    """The optimizer puts all parameters into one piece of memory and keeps their values."""
     params = parameters()
     FlatAdamW(params, OptimConfig())
     for name, before in parameters().items():
@@ -137,7 +137,7 @@ def test_parameters_are_views_of_one_buffer() -> None:
 
 
 def test_backward_writes_into_the_flat_gradient() -> None:
-    """All gradients lie end to end in one tensor, add up over backward passes, and are cleared in place."""
+    """Gradients lie end to end in one tensor, add up over backward passes, and clear in place."""
     params, separate = parameters(), parameters()
     flat = FlatAdamW(params, OptimConfig())
     for step in (1, 2):
@@ -154,7 +154,7 @@ def test_backward_writes_into_the_flat_gradient() -> None:
 
 
 def test_what_is_done_to_the_flat_gradient_counts() -> None:
-    """Clipping and reduction act on `gradients`: zeroed there, nothing moves."""
+    """With `gradients` set to zero no parameter moves: clipping and reduction act there."""
     params = parameters()
     flat = FlatAdamW(params, OptimConfig())
     set_gradients(params, 1)
@@ -166,7 +166,7 @@ def test_what_is_done_to_the_flat_gradient_counts() -> None:
 
 
 def test_lora_plus_trains_b_matrices_faster() -> None:
-    """With lora_plus_ratio 16, B matrices move as under 16 times the rate and all others as under the rate itself."""
+    """With lora_plus_ratio 16, B moves as under 16 times the rate, and A as under the rate."""
     names = {
         "q_proj.lora_A.default": (8, 32),
         "q_proj.lora_B.default": (32, 8),
@@ -200,7 +200,7 @@ MANY_SMALL = {f"q{i}.lora_A": (8, 16) for i in range(64)}  # 128 elements each, 
 def distances(
     optimizer: str, num_steps: int = 60
 ) -> tuple[list[float], dict[str, nn.Parameter], FlatAdamW]:
-    """Minimize half the squared distance to zero; its value after each step."""
+    """Minimize half the squared distance to zero; return its value before each step."""
     params = parameters(MANY_SMALL)
     flat = FlatAdamW(params, OptimConfig(optimizer=optimizer))
     losses = []
@@ -216,7 +216,7 @@ def distances(
 @pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
 @pytest.mark.parametrize("optimizer", ["adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"])
 def test_bitsandbytes_optimizers_follow_adamw(optimizer: str) -> None:
-    """On CPU, too, each brings a quadratic down as float32 AdamW does, and within its precision the same way."""
+    """Optimizers of bitsandbytes bring a quadratic down as AdamW, within their precision."""
     losses, params, _ = distances(optimizer)
     expected, expected_params, _ = distances("adamw")
     assert losses[-1] < 0.05 * losses[0]
@@ -241,7 +241,7 @@ def test_bitsandbytes_optimizers_follow_adamw(optimizer: str) -> None:
 def test_small_tensors_get_8_bit_state_because_they_are_flat(
     optimizer: str, dtype: torch.dtype
 ) -> None:
-    """bitsandbytes keeps the state of tensors below 4,096 elements in 32 bits; laid end to end it need not."""
+    """Flat buffers get 8-bit state, which bitsandbytes refuses tensors below 4,096 elements."""
     _, params, flat = distances(optimizer, num_steps=1)
     assert max(p.numel() for p in params.values()) < 4096
     [state] = flat._optimizer.state.values()
@@ -252,12 +252,12 @@ def test_small_tensors_get_8_bit_state_because_they_are_flat(
 
 
 def test_warmup_ratio_is_not_one_less_by_rounding() -> None:
-    """29 % of 100 steps are 29, though 100 * 0.29 is a little less in floating point."""
+    """A warm-up of 29 % of 100 steps has 29, though 100 * 0.29 is less in floating point."""
     assert warmup_steps(100, OptimConfig(warmup_ratio=0.29)) == 29
 
 
 def test_a_warmup_as_long_as_the_run_is_refused() -> None:
-    """The peak comes one step after the warm-up, so the run must be longer."""
+    """A run as long as its warm-up is refused: the peak comes one step after the warm-up."""
     check_warmup(11, OptimConfig(warmup_steps=10))
     with pytest.raises(ConfigError, match=r"never reach optim\.lr"):
         check_warmup(10, OptimConfig(warmup_steps=10))

@@ -1,4 +1,4 @@
-"""Loss scaling: an overflow halves the scale and the step is taken again; what it cannot help is left to others."""
+"""Loss scaling: an overflow halves the scale and repeats the step, if that can help."""
 
 import dataclasses
 from pathlib import Path
@@ -21,7 +21,7 @@ from tests.support.rows import encode
 
 
 def scale_of(state: TrainState, dtype: torch.dtype = torch.float16) -> tuple[LossScale, list[str]]:
-    """A scale in a run of one process, and what it says."""
+    """Return a scale in a run of one process, and the list of its messages."""
     said: list[str] = []
     runtime = SimpleNamespace(compute_dtype=dtype, max_over_ranks=lambda value: value)
     return LossScale(state, runtime, said.append), said
@@ -36,7 +36,7 @@ FINE, OVERFLOW = sums(0.5), sums(float("inf"))
 
 
 def test_an_overflow_halves_the_scale_until_gradients_fit() -> None:
-    """The step is repeated each time, no row is lost, and the log has one line."""
+    """Each overflow halves the scale and repeats the step; the log has one line for all."""
     state = TrainState()
     scale, said = scale_of(state)
     assert scale.value == INITIAL
@@ -47,13 +47,16 @@ def test_an_overflow_halves_the_scale_until_gradients_fit() -> None:
     ]
     assert scale.value == state.loss_scale == INITIAL / 4
     assert said == [
-        "step 1: gradients exceeded float16's range, so the step was taken again; loss scale 65,536 -> 16,384"
+        "step 1: gradients exceeded float16's range, so the step was taken again; "
+        "loss scale 65,536 -> 16,384"
     ]
 
 
 def test_what_the_scale_cannot_help_is_a_skipped_step() -> None:
-    """A loss that is not finite, or gradients that are not at a scale of 1: the scale is what it was before the step,
-    or float16 would lose small gradients for the thousands of steps in which it grows back."""
+    """A loss or gradients that no scale makes finite skip the step, and the scale stays.
+
+    A smaller scale would lose small gradients for the thousands of steps in which it grows back.
+    """
     state = TrainState()
     scale, said = scale_of(state)
     assert not scale.is_to_repeat(sums(float("nan"), loss=float("nan")))
@@ -69,7 +72,7 @@ def test_what_the_scale_cannot_help_is_a_skipped_step() -> None:
 
 
 def test_the_scale_grows_after_many_good_steps_in_a_row() -> None:
-    """An overflow begins the count anew; the scale has an end."""
+    """The scale doubles after enough good steps in a row, up to its largest value."""
     state = TrainState(loss_scale=LARGEST / 2)
     scale, _ = scale_of(state)
     for _ in range(GROWTH_INTERVAL - 1):
@@ -87,7 +90,7 @@ def test_the_scale_grows_after_many_good_steps_in_a_row() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_other_types_need_no_scale(dtype: torch.dtype) -> None:
-    """Their range is float32's: nothing is repeated, nothing counted."""
+    """In bfloat16 and float32 no step is repeated and none counted."""
     state = TrainState(loss_scale=8.0)  # of a float16 run that this one branched off
     scale, _ = scale_of(state, dtype)
     assert scale.value == 1.0
@@ -106,7 +109,7 @@ def runtime() -> Runtime:
 def gradient(
     folder: Path, runtime: Runtime, batch, dtype: str, num_targets: float, scale: float
 ) -> torch.Tensor:
-    """Of all adapters, as the optimizer sees it."""
+    """Return the gradient of all adapters, as the optimizer sees it."""
     runtime = dataclasses.replace(runtime, compute_dtype=getattr(torch, dtype))
     model = build_adapted(folder, runtime)
     (micro_step(model, batch, torch.tensor(num_targets), runtime) * scale).backward()
@@ -126,7 +129,7 @@ def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
 def test_scaled_float32_gradients_have_the_bits_of_unscaled_ones(
     tiny_llama: Path, runtime: Runtime, batch
 ) -> None:
-    """The scale is a power of two, so that it changes nothing but float16's range."""
+    """A scale, being a power of two, changes no bit of a float32 gradient."""
     plain, scaled = (
         gradient(tiny_llama, runtime, batch, "float32", 12.0, scale) for scale in (1.0, INITIAL)
     )
@@ -134,8 +137,10 @@ def test_scaled_float32_gradients_have_the_bits_of_unscaled_ones(
 
 
 def test_the_scale_keeps_small_gradients(tiny_llama: Path, runtime: Runtime, batch) -> None:
-    """With the loss divided by ten million target tokens: unscaled, float16 loses much of the gradient; scaled, it is
-    nearer to float32's than bfloat16's is, which has three bits less."""
+    """Scaled, float16 is nearer to float32 than bfloat16, which has three bits less.
+
+    Unscaled, it loses much of a gradient whose loss is divided by ten million target tokens.
+    """
     sizes = {"batch": batch, "num_targets": 1e7}
     exact = gradient(tiny_llama, runtime, dtype="float32", scale=1.0, **sizes)
     scaled = distance(gradient(tiny_llama, runtime, dtype="float16", scale=INITIAL, **sizes), exact)
@@ -146,8 +151,7 @@ def test_the_scale_keeps_small_gradients(tiny_llama: Path, runtime: Runtime, bat
 
 
 def test_the_loss_of_confident_tokens_is_kept() -> None:
-    """Gradients of logits below 6e-8, which float16 does not know, still reach the hidden states."""
-
+    """Gradients of logits below 6e-8, float16's least number, still reach the hidden states."""
     hidden, weight = torch.eye(4, dtype=torch.float16), torch.zeros(4, 4, dtype=torch.float16)
     weight.fill_diagonal_(18.0)  # p = e^-18 = 1.5e-8 for the three others
     rows = targets = torch.arange(4)

@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 def trained(
     optimizer: str, seed: int = 0, num_updates: int = 5
 ) -> tuple[FlatAdamW, dict[str, nn.Parameter]]:
-    """An optimizer over three parameters after some updates with random gradients."""
+    """Return an optimizer over three parameters after some updates with random gradients."""
     generator = torch.Generator().manual_seed(seed)
     params = {
         name: nn.Parameter(torch.randn(shape, generator=generator)) for name, shape in SIZES.items()
@@ -42,7 +42,7 @@ def whole(flat: FlatAdamW) -> dict[str, torch.Tensor]:
     "optimizer", ["adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"]
 )
 def test_what_was_saved_goes_on_bit_for_bit(optimizer: str) -> None:
-    """An optimizer that takes up saved moments makes the same updates as the one that was saved."""
+    """An optimizer with saved moments makes the updates of the optimizer that they are from."""
     first, params = trained(optimizer)
     second, copies = trained(optimizer, seed=1, num_updates=0)
     for name, param in params.items():
@@ -59,7 +59,7 @@ def test_what_was_saved_goes_on_bit_for_bit(optimizer: str) -> None:
 
 
 def values(saved: dict[str, torch.Tensor], name: str, moment: str) -> torch.Tensor:
-    """The float32 values that saved state stands for: its codes' times the constants of their blocks."""
+    """Return the float32 values of saved state: those of codes times their blocks' constants."""
     if f"{name}.{moment}_code" not in saved:
         return saved[f"{name}.{moment}"]
     codes, starts = saved[f"{name}.{moment}_code"].long(), saved[f"{name}.block_start"]
@@ -70,7 +70,11 @@ def values(saved: dict[str, torch.Tensor], name: str, moment: str) -> torch.Tens
 def half_of(
     saved: dict[str, torch.Tensor], optimizer: str, half: int, padding: int = 0
 ) -> tuple[Moments, dict]:
-    """Saved state taken up by a buffer that has half of every parameter, in another order; and its state."""
+    """Load saved state into a buffer of half of every parameter, in a different order.
+
+    Returns:
+        the moments, and the state of the buffer.
+    """
     pieces, offset = [], 0
     for name in ("c", "a", "b"):
         pieces.append(BufferSlice(name, half * NUMELS[name] // 2, NUMELS[name] // 2, 0, offset))
@@ -83,12 +87,12 @@ def half_of(
 
 
 def in_halves(optimizer: str, saved: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
-    """Saved state taken up by two ranks' worth of buffers, and gathered from each."""
+    """Load saved state into the buffers of two ranks, and gather it from each."""
     return [half_of(saved, optimizer, half)[0].gather(NUMELS) for half in (0, 1)]
 
 
 def halves_of(parts: list[dict[str, torch.Tensor]], name: str, moment: str) -> torch.Tensor:
-    """The values of a parameter of which each part has one half."""
+    """Join the values of a parameter of which each part has one half."""
     numel = NUMELS[name] // 2
     first, second = (values(part, name, moment) for part in parts)
     return torch.cat([first[:numel], second[numel:]])
@@ -96,8 +100,10 @@ def halves_of(parts: list[dict[str, torch.Tensor]], name: str, moment: str) -> t
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
 def test_moments_are_found_in_any_layout(optimizer: str) -> None:
-    """Moments that were gathered from one buffer, scattered over two ranks' worth of buffers in another order and
-    gathered from these: float32 is unchanged; 8-bit state moves by at most a step of its code."""
+    """Moments survive the way from one buffer to those of two ranks, in a different order.
+
+    float32 is unchanged, and 8-bit state moves by at most a step of its code.
+    """
     flat, _ = trained(optimizer)
     saved = whole(flat)
     parts = in_halves(optimizer, saved)
@@ -121,8 +127,10 @@ def test_another_optimizer_takes_up_the_values() -> None:
 
 
 def test_8_bit_state_is_saved_as_it_is() -> None:
-    """Codes, constants of blocks and where these begin: 2.1 bytes an element for both moments, and the values of the
-    optimizer's own state."""
+    """Saved 8-bit state has the values of the optimizer's own, in 2.1 bytes an element.
+
+    It has codes, constants and beginnings of blocks, of both moments.
+    """
     flat, _ = trained("adamw_8bit")
     saved = whole(flat)
     of_moments = {
@@ -147,7 +155,7 @@ def test_8_bit_state_is_saved_as_it_is() -> None:
 
 
 def as_in_version_1(saved: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The same in the form that checkpoints of format version 1 have."""
+    """Return saved state in the form of checkpoints of format version 1."""
     old = {}
     for name, numel in NUMELS.items():
         lengths = saved[f"{name}.block_start"].diff(append=torch.tensor([numel]))
@@ -161,7 +169,7 @@ def as_in_version_1(saved: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def test_state_of_format_version_1_is_taken_up() -> None:
-    """Bit for bit in the same layout, and in another one as newer state is."""
+    """State of version 1 is taken up bit for bit in its layout, and as newer state elsewhere."""
     first, _ = trained("adamw_8bit")
     second, _ = trained("adamw_8bit", seed=1, num_updates=0)
     saved = whole(first)
@@ -176,7 +184,7 @@ def test_state_of_format_version_1_is_taken_up() -> None:
 
 
 def test_padding_does_not_change_the_blocks() -> None:
-    """State of buffers that are longer than what lies in them, as DeepSpeed's are, comes back to the bit."""
+    """State of padded buffers, such as DeepSpeed's, comes back to the bit."""
     saved = whole(trained("adamw_8bit")[0])
     for half in (0, 1):
         part = half_of(saved, "adamw_8bit", half, padding=1000)[0].gather(NUMELS)

@@ -1,7 +1,7 @@
-"""Memory that gathering the 8-bit optimizer state of a 65B model takes, counted.
+"""Memory for gathering the 8-bit optimizer state of a 65B model, counted.
 
-The meta device stands for a GPU: its tensors have sizes and no contents, and each of its storages is
-followed from when it is made until it is let go of. Nothing large is written to on the host either.
+The meta device stands for a GPU: its tensors have sizes and no contents, and each of its storages
+is followed until it is freed. Nothing large is written to on the host either.
 """
 
 import weakref
@@ -36,7 +36,7 @@ aten = torch.ops.aten
 
 
 class Device(TorchDispatchMode):
-    """Counts the bytes that are alive on the meta device; copies to and from it do nothing."""
+    """Counter of the bytes alive on the meta device, on which copies do nothing."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class Device(TorchDispatchMode):
 
 
 def state_of(num_shards: int, rank: int) -> tuple[dict[str, Any], list[BufferSlice]]:
-    """A rank's 8-bit state in one buffer, as bitsandbytes makes it, and what lies in it: equal shares of the rows."""
+    """Return a rank's 8-bit state in one buffer, and its pieces: equal shares of the rows."""
     pieces, offset = [], 0
     for name, (rows, columns) in SHAPES.items():
         numel = rows * columns // num_shards
@@ -89,7 +89,7 @@ def state_of(num_shards: int, rank: int) -> tuple[dict[str, Any], list[BufferSli
 
 @contextmanager
 def group_of(size: int, rank: int) -> Iterator[dist.ProcessGroup | None]:
-    """A group of which this process is one; collectives return at once."""
+    """Yield a group that this process is a rank of; collectives return at once."""
     if size == 1:
         yield None
         return
@@ -113,8 +113,10 @@ def _let_be(tensor: torch.Tensor, dst: int, group: dist.ProcessGroup) -> None:
 def test_gathering_takes_little_beside_what_is_held(
     num_ranks: int, rank: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Less than 64 MiB on the device for 800 million adapter elements, on one GPU and on each of eight; rank 0's host
-    comes to hold 2.1 bytes an element, that of the others nothing."""
+    """Gathering 800 million adapter elements takes less than 64 MiB on a GPU, or on each of eight.
+
+    Rank 0's host comes to hold 2.1 bytes an element, and the hosts of all other ranks nothing.
+    """
     moments_module._code_books()  # made once, from numbers
     with Device() as device, group_of(num_ranks, rank) as group:
         state, pieces = state_of(num_ranks, rank)
@@ -132,8 +134,9 @@ def test_gathering_takes_little_beside_what_is_held(
         extra, host = device.peak - held, sum(tensor.nbytes for tensor in whole.values())
     with capsys.disabled():
         print(  # noqa: T201
-            f"\n65B, r = {RANK}: {NUMEL:,} adapter elements, rank {rank} of {num_ranks}: {held / GIB:.2f} GiB held, "
-            f"{extra / GIB:.4f} GiB more on the device, {host / GIB:.2f} GiB on the host"
+            f"\n65B, r = {RANK}: {NUMEL:,} adapter elements, rank {rank} of {num_ranks}: "
+            f"{held / GIB:.2f} GiB held, {extra / GIB:.4f} GiB more on the device, "
+            f"{host / GIB:.2f} GiB on the host"
         )
     assert NUMEL == 799_539_200
     assert extra < GIB / 16

@@ -1,4 +1,4 @@
-"""Attention in blocks of queries: the values and gradients of SDPA, nearer to exact ones, for every kind of mask."""
+"""Attention in blocks of queries: SDPA's values and gradients, and nearer to exact ones."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +23,7 @@ HEADS, KV_HEADS, WIDTH, LENGTH = 4, 2, 16, 300
 def inputs(
     dtype: torch.dtype = torch.float32, kv_heads: int = KV_HEADS, value_width: int = WIDTH
 ) -> list[torch.Tensor]:
-    """Query, key, value of two rows, and the gradient of their output; values that bfloat16 can hold."""
+    """Return query, key, value and gradient of the output of two rows, exact in bfloat16."""
     torch.manual_seed(0)
     widths = ((HEADS, WIDTH), (kv_heads, WIDTH), (kv_heads, value_width), (HEADS, value_width))
     return [torch.randn(2, LENGTH, *width).bfloat16().to(dtype).transpose(1, 2) for width in widths]
@@ -32,7 +32,7 @@ def inputs(
 def sdpa(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
 ) -> torch.Tensor:
-    """What transformers computes."""
+    """Attend as transformers does."""
     groups = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
     return scaled_dot_product_attention(
@@ -43,14 +43,14 @@ def sdpa(
 def blocks(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
 ) -> torch.Tensor:
-    """What this program computes."""
+    """Attend as this program does."""
     return attend(query, key, value, mask, query.shape[-1] ** -0.5)
 
 
 def results(
     attention: Attention, tensors: list[torch.Tensor], mask: torch.Tensor | None
 ) -> list[torch.Tensor]:
-    """Output and gradients of query, key and value."""
+    """Return the output, and the gradients of query, key and value."""
     *leaves, grad = (x.detach().requires_grad_() for x in tensors)
     out = attention(*leaves, mask)
     out.backward(grad.detach().transpose(1, 2))
@@ -76,7 +76,10 @@ MASKS = {
 @pytest.mark.parametrize("name", MASKS)
 @pytest.mark.parametrize("shape", [{}, {"kv_heads": 1}, {"kv_heads": HEADS, "value_width": 24}])
 def test_float32_equals_sdpa(name: str, shape: dict[str, int]) -> None:
-    """Output and gradients to 1e-5, whatever sees what, with shared and separate keys and values of another width."""
+    """Output and gradients agree to 1e-5 for every mask.
+
+    Keys are shared or separate, and values may have a different width.
+    """
     tensors = inputs(**shape)
     for found, expected in zip(
         results(blocks, tensors, MASKS[name]), results(sdpa, tensors, MASKS[name]), strict=True
@@ -87,10 +90,10 @@ def test_float32_equals_sdpa(name: str, shape: dict[str, int]) -> None:
 @pytest.mark.parametrize("name", MASKS)
 @pytest.mark.parametrize("kv_heads", [1, KV_HEADS, HEADS])
 def test_bfloat16_is_at_least_as_exact_as_sdpa(name: str, kv_heads: int) -> None:
-    """Each of output and gradients is no farther from float32 than SDPA's, also under autocast.
+    """Output and gradients are no farther from float32 than SDPA's, also under autocast.
 
-    A CPU with units for bfloat16 rounds the probabilities in both to it before they meet the values. Outputs are then
-    equally far, but for chance: 0.4 % at most over these masks.
+    A CPU with units for bfloat16 rounds the probabilities to it in both, before they meet the
+    values. Outputs are then equally far, but for chance: 0.4 % at most over these masks.
     """
     exact = results(sdpa, inputs(kv_heads=kv_heads), MASKS[name])
     tensors = inputs(torch.bfloat16, kv_heads=kv_heads)
@@ -104,7 +107,7 @@ def test_bfloat16_is_at_least_as_exact_as_sdpa(name: str, kv_heads: int) -> None
 
 
 def test_the_setting_of_products_stays_as_it_was() -> None:
-    """Other parts of the program multiply float32 as before, also when attention fails."""
+    """The setting of float32 products is restored, also when attention fails."""
     before = torch.backends.mkldnn.matmul.fp32_precision
     results(blocks, inputs(torch.bfloat16), None)
     with pytest.raises(RuntimeError), cpu_attention._quick_products(torch.bfloat16):
@@ -113,7 +116,7 @@ def test_the_setting_of_products_stays_as_it_was() -> None:
 
 
 def test_a_block_never_looks_at_another_sample() -> None:
-    """A sample that begins with a block is not touched by what is not finite in the one before it."""
+    """A sample that begins with a block stays finite behind a sample of NaN and infinity."""
     query, key, value, grad = inputs()
     second = torch.arange(LENGTH).ge(cpu_attention.BLOCK)
     key[:, :, ~second], value[:, :, ~second] = torch.nan, torch.inf
@@ -125,7 +128,7 @@ def test_a_block_never_looks_at_another_sample() -> None:
 
 
 def test_blocks_are_made_once_for_a_mask_and_anew_for_another() -> None:
-    """Layers of a step share them; a mask that comes to lie where another one was has its own, and so has none."""
+    """Layers of a step share blocks; a mask at a former mask's address gets its own."""
     tensors = inputs()
     cpu_attention._remembered.clear()
     with mock.patch.object(
@@ -148,7 +151,7 @@ def test_blocks_are_made_once_for_a_mask_and_anew_for_another() -> None:
 
 @pytest.mark.parametrize("hidden", [slice(0, 20), slice(0, 2 * cpu_attention.BLOCK)])
 def test_a_query_that_sees_nothing_gets_nothing(hidden: slice) -> None:
-    """Zeros, and gradients that are finite: a part of a block, and blocks as a whole."""
+    """Queries that see nothing get zeros and finite gradients, in parts of blocks and in whole."""
     mask = CAUSAL.clone()
     mask[hidden] = False
     out, grad_q, grad_k, grad_v = results(blocks, inputs(), mask.expand(2, 1, LENGTH, LENGTH))
@@ -158,7 +161,7 @@ def test_a_query_that_sees_nothing_gets_nothing(hidden: slice) -> None:
 
 
 def test_it_is_one_operator_to_a_compiler() -> None:
-    """torch's own checks of an operator: its description on shapes alone, its derivative, no aliases."""
+    """torch's own checks of an operator pass: shapes, derivative, no aliases."""
     query, key, value, _ = inputs()
     leaves = [x[:, :, :40].detach().requires_grad_() for x in (query, key, value)]
     torch.library.opcheck(cpu_attention.cpu_attention, (*leaves, None, 0.25))
@@ -167,7 +170,7 @@ def test_it_is_one_operator_to_a_compiler() -> None:
     )
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Who attends so.
 
 
@@ -194,7 +197,7 @@ def test_it_is_one_operator_to_a_compiler() -> None:
     ids=lambda value: ", ".join(value) if isinstance(value, dict) else "",
 )
 def test_what_it_does_not_know_is_left_to_sdpa(changes: dict[str, object], is_ours: bool) -> None:
-    """Dropout, biases, sinks, masks of another kind: composed the slow way, never silently different."""
+    """Dropout, biases, sinks and unusual masks are left to SDPA, never silently different."""
     query, key, value, _ = inputs(torch.bfloat16)
     arguments = {"attention_mask": None, "dropout": 0.0, "scaling": None, **changes}
     with mock.patch.object(cpu_attention, "sdpa_attention_forward", return_value="sdpa") as theirs:
@@ -204,7 +207,7 @@ def test_what_it_does_not_know_is_left_to_sdpa(changes: dict[str, object], is_ou
 
 @pytest.mark.parametrize("change", ["float32", "cached keys", "one token"])
 def test_inputs_of_another_form_are_left_to_sdpa(change: str) -> None:
-    """float32, for which SDPA is exact and quick; and a query behind keys that are there already."""
+    """SDPA takes float32, for which it is exact and quick, and queries behind cached keys."""
     query, key, value, _ = inputs(torch.float32 if change == "float32" else torch.bfloat16)
     if change != "float32":
         query = query[:, :, -1:] if change == "one token" else query[:, :, -50:]
@@ -225,7 +228,7 @@ def test_inputs_of_another_form_are_left_to_sdpa(change: str) -> None:
 def test_it_is_chosen_on_a_cpu(
     attention: str, dtype: str, has_gpu: bool, expected: str, tmp_path: Path
 ) -> None:
-    """By `auto`, in 16 bits; a choice of the user's stands."""
+    """`auto` chooses blocks on a CPU, in bfloat16; a user's own choice stands."""
     llama = LlamaConfig(
         hidden_size=32,
         intermediate_size=64,
@@ -244,7 +247,7 @@ def test_it_is_chosen_on_a_cpu(
 
 
 def test_a_model_with_its_own_attention_keeps_it(tmp_path: Path) -> None:
-    """Falcon does not ask transformers which attention to call."""
+    """Falcon keeps its own attention: it does not ask transformers which to call."""
     falcon = FalconConfig(
         hidden_size=32,
         num_hidden_layers=1,
