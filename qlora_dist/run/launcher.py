@@ -62,7 +62,7 @@ class LauncherWatch:
         return self._is_gone
 
     def take_charge(self, last_words: Callable[[], None]) -> None:
-        """After a loss, wait for all ranks to stop together: from now on there is work to save.
+        """Make a later loss wait for all ranks to stop together: now there is work to save.
 
         Args:
             last_words: called before this process is ended because the ranks did not stop in time.

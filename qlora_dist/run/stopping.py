@@ -22,8 +22,8 @@ _LAUNCHER_GONE = 1001
 """Number that stands for a launcher that has ended."""
 _FILE_POLL_SECONDS = 1.0
 _DOUBLE_SECONDS = 1.0
-"""Time within which two SIGINT are one Ctrl-C: a launcher passes it on to processes that have got it
-from the terminal."""
+"""Time within which two SIGINT are one Ctrl-C: the terminal sends it to all processes, and their
+launcher passes it on."""
 
 
 class StopRequest:
