@@ -47,13 +47,13 @@ CONFIG = """\
 # Written by `qlora-dist demo`.
 output_dir: {output_dir}
 model:
-  path: {model}
+  path: {training.model}
 adapter:
   rank: 16
   alpha: 32
 data:
-  train: {train}
-  eval: {eval}
+  train: {training.files[0]}
+  eval: {training.files[1]}
   max_seq_len: 384
 optim:
   optimizer: paged_adamw_8bit
@@ -64,7 +64,7 @@ optim:
   micro_batch_size: 2
   grad_accum_steps: {grad_accum_steps}
 parallel:
-  backend: {backend}
+  backend: {training.backend}
 memory:
   recompute: none
 checkpoint:
@@ -172,14 +172,11 @@ class Training:
     def command(self, output_dir: str, max_steps: int) -> list[str]:
         """Write the configuration, and return the words of the command that trains with it."""
         text = CONFIG.format(
+            training=self,
             output_dir=output_dir,
-            model=self.model,
-            train=self.files[0],
-            eval=self.files[1],
             max_steps=max_steps,
             warmup_steps=max(1, max_steps * 3 // MAX_STEPS),
             grad_accum_steps=max(1, 2 // self.world_size),
-            backend=self.backend,
         )
         self.config_file.write_text(text, encoding="utf-8")
         load_config(self.config_file)  # refuses a path that YAML does not take for text

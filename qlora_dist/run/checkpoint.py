@@ -164,7 +164,7 @@ class Checkpoints:
     def poll(self) -> None:
         """Raise the error of the writing thread, if there was one, without waiting."""
         if self._error is not None:
-            error, self._error = self._error, None  # raised once
+            error, self._error = self._error, None  # raise it once
             raise error
 
     def _write_caught(self, *arguments: Any) -> None:
@@ -252,16 +252,15 @@ def choose_checkpoint(
     Raises:
         CheckpointError: there is something to go on from, but it cannot be used.
     """
-    chosen: str | None = None
+    found = None
     if runtime.is_main and resume != "never":
         clean_up(run_folder / "checkpoints")
         found = newest_checkpoint(run_folder / "checkpoints", log)
         if found is None and resume != "auto":
             found = read_checkpoint(Path(resume))
-        chosen = None if found is None else str(found.path)
-    chosen = runtime.from_main(chosen)
+    path = runtime.from_main(None if found is None else found.path)
     # Rank 0 has verified every byte; all ranks read the small files themselves.
-    return None if chosen is None else read_checkpoint(Path(chosen), verify=False)
+    return None if path is None else read_checkpoint(path, verify=False)
 
 
 def newest_checkpoint(folder: Path, log: Callable[[str], None]) -> Checkpoint | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 
 from qlora_dist.config.schema import TrainConfig
 from qlora_dist.errors import Stopped
@@ -54,12 +53,7 @@ class Session:
         if self.runtime.is_main:
             create_run_folder(self.folder, self._config, resumed_step, self._lock)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, Stopped) and self.runtime.is_main:
             mark_stopped(self.folder, str(error))
             self.reporter.log(f"stopped ({error}); the same command goes on from here")

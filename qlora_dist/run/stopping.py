@@ -13,8 +13,6 @@ from qlora_dist.run.folder import STOP
 from qlora_dist.run.launcher import GONE, watch_launcher
 from qlora_dist.runtime.processes import Runtime
 
-EXIT_INTERRUPTED = 130
-
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 _STOP_FILE = 1000
 """Number that stands for the file where other requests have their signal's number."""
@@ -76,7 +74,7 @@ class StopRequest:
         now = time.monotonic()
         if number == signal.SIGINT:
             if self._interrupted_at is not None and now - self._interrupted_at > _DOUBLE_SECONDS:
-                os._exit(EXIT_INTERRUPTED)
+                os._exit(130)  # as a shell reports a process that SIGINT ended
             self._interrupted_at = self._interrupted_at or now
         self._signal = number
 

@@ -60,16 +60,15 @@ class Runtime:
         """
         if self.world_size == 1:
             return make()
-        # Tokenizing may take hours, longer than the timeout of other collectives.
+        # Fetching or tokenizing may take hours, longer than the timeout of other collectives.
         patient = dist.new_group(backend="gloo", timeout=timedelta(days=30))
         made, error = _tried(make) if self.local_rank == 0 else (None, None)
         errors: list[Exception | None] = [None] * self.world_size
         dist.all_gather_object(errors, error, group=patient)
         if error is not None:
             raise error
-        for one in errors:
-            if one is not None:
-                raise PeerError(one)
+        if failed := next(filter(None, errors), None):
+            raise PeerError(failed)
         return make() if made is None else made
 
     def sum_over_ranks(self, tensor: torch.Tensor) -> torch.Tensor:
