@@ -19,8 +19,7 @@ class Options:
     """
 
     show: int = 3
-    """Training samples to show, with the tokens that count in the loss marked; with packing, rows
-    of several samples."""
+    """Training samples (with packing, whole rows) to show, with the tokens of the loss marked."""
     json: bool = False
     """Write the facts as one JSON object, without samples."""
 

@@ -1,7 +1,10 @@
 """The training configuration: one frozen dataclass per section, the only owner of every default.
 
 Neither torch nor any other heavy library is imported here: bad settings are refused in
-milliseconds. `qlora-dist train --help` prints the docstring of each field.
+milliseconds.
+
+`qlora-dist train --help` prints the docstring of each field, with its line breaks. Where there are
+several lines, each has at most 70 characters, which fit into a terminal of 80 columns.
 """
 
 from __future__ import annotations
@@ -53,14 +56,16 @@ class ModelConfig:
     double_quant: bool = True
     """Quantize the quantization constants too (0.37 bits per parameter less)."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """Compute type; `auto` takes the type that the hardware multiplies quickly: bfloat16, on GPUs
-    without it float16, on CPUs without it float32. The log and the run's config.yaml name the type
-    taken. Adapters are always float32."""
+    """Compute type; `auto` takes the type that the hardware multiplies
+    quickly: bfloat16, on GPUs without it float16, on CPUs without it
+    float32. The log and the run's config.yaml name the type taken.
+    Adapters are always float32."""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
-    """Attention implementation; `auto` takes flash_attention_2 on a GPU where its package is
-    installed, blocks of queries on a CPU in bfloat16, else the model's own choice: sdpa for most
-    models, eager for a model that soft-caps its attention scores (Gemma 2), which sdpa cannot do.
-    The log says which."""
+    """Attention implementation; `auto` takes flash_attention_2 on a GPU
+    where its package is installed, blocks of queries on a CPU in
+    bfloat16, else the model's own choice: sdpa for most models, eager for
+    a model that soft-caps its attention scores (Gemma 2), which sdpa
+    cannot do. The log says which."""
     trust_remote_code: bool = False
     """Allow Python code shipped with the model to run."""
 
@@ -74,19 +79,20 @@ class AdapterConfig:
     dropout: Annotated[float, FRACTION] = 0.0
     """Dropout on the adapters' input, in [0, 1)."""
     target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
-    """Linear layers that get an adapter: `all-linear`, or a list of module names such as
-    [q_proj, v_proj]."""
+    """Linear layers that get an adapter: `all-linear`, or a list of module
+    names such as [q_proj, v_proj]."""
     use_rslora: bool = False
     """Scale by alpha / sqrt(rank) instead (rank-stabilized LoRA)."""
     use_dora: bool = False
-    """Train the length of each row of the adapted weights as well (DoRA); each adapted layer then
-    dequantizes its base once more."""
+    """Train the length of each row of the adapted weights as well (DoRA);
+    each adapted layer then dequantizes its base once more."""
     init: Literal["default", "gaussian"] = "default"
-    """Initial A: uniform in +-1 / sqrt(in_features), or Gaussian with standard deviation 1 / rank.
-    B starts at zero."""
+    """Initial A: uniform in +-1 / sqrt(in_features), or Gaussian with
+    standard deviation 1 / rank. B starts at zero."""
     path: str | None = None
-    """Continue from this adapter, a folder in PEFT format. Keys of this section that are left out
-    then take the adapter's values (except `dropout`); keys that are given must agree with it."""
+    """Continue from this adapter, a folder in PEFT format. Keys of this
+    section that are left out then take the adapter's values (except
+    `dropout`); keys that are given must agree with it."""
 
 
 @dataclass(frozen=True)
@@ -102,41 +108,43 @@ class Source:
 @dataclass(frozen=True)
 class DataConfig:
     train: str | tuple[Source, ...] = ""
-    """Training data: a JSONL, JSON, CSV, Parquet or Arrow file, a folder or pattern of such files,
-    or a hub name (owner/name, or owner/name:split). Required. For several files give a list of
-    paths, or of {path: FILE, weight: W} where an epoch passes W times over the file instead of
-    once."""
+    """Training data: a JSONL, JSON, CSV, Parquet or Arrow file, a folder or
+    pattern of such files, or a hub name (owner/name, or
+    owner/name:split). Required. For several files give a list of paths,
+    or of {path: FILE, weight: W} where an epoch passes W times over the
+    file instead of once."""
     eval: str | tuple[str, ...] | None = None
-    """Held-out file in the same form, or a list of paths; without it `eval_fraction` may split data
-    off."""
+    """Held-out file in the same form, or a list of paths; without it
+    `eval_fraction` may split data off."""
     format: Literal["auto", "messages", "sharegpt", "prompt_completion", "alpaca", "text"] = "auto"
-    """Format of the rows, see docs/data.md; `auto` recognizes it by the columns and names it in the
-    log."""
+    """Format of the rows, see docs/data.md; `auto` recognizes it by the
+    columns and names it in the log."""
     max_seq_len: Annotated[int, AT_LEAST_ONE] = 1024
     """Longest sequence in tokens."""
     too_long: Literal["truncate_end", "truncate_start", "split", "drop"] = "truncate_end"
-    """Treatment of longer rows: cut off their end, or their start; `split` plain text into several
-    rows (other formats lose their end); or drop them. The log counts them."""
+    """Treatment of longer rows: cut off their end, or their start; `split`
+    plain text into several rows (other formats lose their end); or drop
+    them. The log counts them."""
     train_on: Literal["completions", "all"] = "completions"
-    """Tokens that count in the loss: the assistant's (or the completion's) only, or all. In `text`
-    rows all tokens count."""
+    """Tokens that count in the loss: the assistant's (or the completion's)
+    only, or all. In `text` rows all tokens count."""
     max_bad_fraction: Annotated[float, FRACTION] = 0.05
-    """Share of a source's rows that may be faulty, in [0, 1): up to this share they are left out
-    and counted, beyond it the run stops."""
+    """Share of a source's rows that may be faulty, in [0, 1): up to this
+    share they are left out and counted, beyond it the run stops."""
     eval_fraction: Annotated[float, FRACTION] = 0.0
     """Share of each training file's rows held out for evaluation, in [0, 1)."""
     chat_template: str | None = None
-    """A Jinja file, the name of one of the tokenizer's templates, or `chatml`, instead of the
-    tokenizer's usual template."""
+    """A Jinja file, the name of one of the tokenizer's templates, or
+    `chatml`, instead of the tokenizer's usual template."""
     cache_dir: str | None = None
-    """Folder for tokenized data, which later runs find there; null: `qlora_dist` in the user's
-    cache folder."""
+    """Folder for tokenized data, which later runs find there; null:
+    `qlora_dist` in the user's cache folder."""
     packing: bool = True
-    """Put several samples into each row, up to `max_seq_len`, instead of padding; they do not see
-    each other."""
+    """Put several samples into each row, up to `max_seq_len`, instead of
+    padding; they do not see each other."""
     group_by_length: bool = False
-    """Put rows of similar length into the same micro-batches, to pad less; the order stays the same
-    for any number of processes."""
+    """Put rows of similar length into the same micro-batches, to pad less;
+    the order stays the same for any number of processes."""
 
     @property
     def sources(self) -> tuple[Source, ...]:
@@ -154,8 +162,8 @@ class DataConfig:
 @dataclass(frozen=True)
 class OptimConfig:
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"] = "adamw"
-    """AdamW with float32 or block-wise 8-bit state; `paged_` state can move to host memory
-    (CUDA)."""
+    """AdamW with float32 or block-wise 8-bit state; `paged_` state can move
+    to host memory (CUDA)."""
     lr: Annotated[float, POSITIVE] = 2e-4
     """Peak learning rate."""
     schedule: Literal["linear", "cosine", "constant"] = "cosine"
@@ -171,8 +179,8 @@ class OptimConfig:
     max_steps: Annotated[int | None, AT_LEAST_ONE] = None
     """Optimizer steps of the run; excludes `epochs`."""
     epochs: Annotated[float | None, POSITIVE] = None
-    """Passes over the training data (all files, as weighted); 1 when `max_steps` is not given
-    either."""
+    """Passes over the training data (all files, as weighted); 1 when
+    `max_steps` is not given either."""
     micro_batch_size: Annotated[int, AT_LEAST_ONE] = 1
     """Sequences per rank in one forward pass."""
     grad_accum_steps: Annotated[int, AT_LEAST_ONE] = 1
@@ -186,54 +194,59 @@ class OptimConfig:
 @dataclass(frozen=True)
 class ParallelConfig:
     backend: Literal["auto", "single", "ddp", "fsdp", "zero2", "zero3"] = "auto"
-    """Distribution of the work over processes: `single` process, `ddp` (a copy each), `fsdp` (the
-    base sharded), `zero2` and `zero3` (DeepSpeed: a copy each with optimizer state sharded, or
-    everything sharded). `auto` follows the launcher: one process runs `single`, several run
+    """Distribution of the work over processes: `single` process, `ddp` (a
+    copy each), `fsdp` (the base sharded), `zero2` and `zero3` (DeepSpeed:
+    a copy each with optimizer state sharded, or everything sharded).
+    `auto` follows the launcher: one process runs `single`, several run
     `fsdp`."""
     replicas: Annotated[int, AT_LEAST_ONE, ReadBy("fsdp")] = 1
-    """Copies of the sharded base (`fsdp` only): the processes form that many groups of neighbors,
-    and each group shards within itself. With one copy per machine, only adapter gradients cross
-    between machines (HSDP)."""
+    """Copies of the sharded base (`fsdp` only): the processes form that many
+    groups of neighbors, and each group shards within itself. With one
+    copy per machine, only adapter gradients cross between machines
+    (HSDP)."""
     cpu_offload: Annotated[bool, ReadBy("fsdp", "zero3")] = False
     """Keep shards in host memory and copy each layer to the GPU when it runs (`fsdp`, `zero3`)."""
     deepspeed_config: str | None = None
-    """DeepSpeed JSON file with tuning options for `zero2` and `zero3`; it may repeat settings of
-    this configuration, not contradict them."""
+    """DeepSpeed JSON file with tuning options for `zero2` and `zero3`; it
+    may repeat settings of this configuration, not contradict them."""
     check_every: Annotated[int | None, AT_LEAST_ONE] = 100
-    """Every N optimizer steps, check that all processes have equal adapters and are at the same
-    position in the data."""
+    """Every N optimizer steps, check that all processes have equal adapters
+    and are at the same position in the data."""
     hang_timeout_seconds: Annotated[int, AT_LEAST_ONE] = 1800
-    """End a process that has made no progress for this long, and print the stack of each of its
-    threads."""
+    """End a process that has made no progress for this long, and print the
+    stack of each of its threads."""
 
 
 @dataclass(frozen=True)
 class MemoryConfig:
     recompute: Annotated[Literal["auto", "full", "selective", "none"] | int, NOT_NEGATIVE] = "auto"
-    """Activations that backward computes again: all of every layer (`full`), only quick ones, such
-    as those of norms and activation functions (`selective`), none (`none`), or all of the first N
-    layers. `auto` recomputes as little as memory allows."""
+    """Activations that backward computes again: all of every layer (`full`),
+    only quick ones, such as those of norms and activation functions
+    (`selective`), none (`none`), or all of the first N layers. `auto`
+    recomputes as little as memory allows."""
     budget_gib: Annotated[float | None, POSITIVE] = None
-    """Memory that a rank may use in total, in GiB, with `recompute: auto`; null: all that its
-    device has free."""
+    """Memory that a rank may use in total, in GiB, with `recompute: auto`;
+    null: all that its device has free."""
     offload_activations: bool = False
-    """Keep the activations that backward needs in host memory instead of GPU memory;
-    `recompute: auto` then means `full`, which leaves the least to copy."""
+    """Keep the activations that backward needs in host memory instead of GPU
+    memory; `recompute: auto` then means `full`, which leaves the least to
+    copy."""
     compile: Annotated[bool, ReadBy("single", "ddp", "fsdp", "zero2")] = False
-    """Let torch.compile generate one kernel sequence for each kind of decoder layer; the first
-    steps then take a minute longer."""
+    """Let torch.compile generate one kernel sequence for each kind of
+    decoder layer; the first steps then take a minute longer."""
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
     every: Annotated[int | None, AT_LEAST_ONE] = 100
-    """Write a checkpoint every N optimizer steps, and also when the run is stopped and at its end;
-    null: only when the run is stopped and at its end."""
+    """Write a checkpoint every N optimizer steps, and also when the run is
+    stopped and at its end; null: only when the run is stopped and at its
+    end."""
     keep: Annotated[int, AT_LEAST_ONE] = 2
     """Number of newest checkpoints to keep; the one with the best evaluation loss stays as well."""
     resume: str = "auto"
-    """`auto` continues from this run's newest complete checkpoint, `never` starts over, a PATH
-    continues from the checkpoint there."""
+    """`auto` continues from this run's newest complete checkpoint, `never`
+    starts over, a PATH continues from the checkpoint there."""
 
 
 @dataclass(frozen=True)
@@ -251,8 +264,8 @@ class LoggingConfig:
     tensorboard: bool = True
     """Write TensorBoard event files."""
     profile_steps: Annotated[int | None, AT_LEAST_ONE] = None
-    """Trace this many optimizer steps after the first two, on rank 0, into `output_dir/profile`;
-    null: none."""
+    """Trace this many optimizer steps after the first two, on rank 0, into
+    `output_dir/profile`; null: none."""
 
 
 @dataclass(frozen=True)
