@@ -1,3 +1,3 @@
-"""Multi-GPU QLoRA fine-tuning: a hand-written PyTorch loop over a 4-bit base that is sharded over all GPUs."""
+"""Multi-GPU QLoRA fine-tuning: a hand-written PyTorch loop over a sharded 4-bit base."""
 
 __version__ = "0.1.0"

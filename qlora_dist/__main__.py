@@ -1,4 +1,4 @@
-"""``python -m qlora_dist``, also what ``accelerate launch -m qlora_dist`` and ``torchrun -m qlora_dist`` run."""
+"""Entry point of ``python -m qlora_dist``, ``accelerate launch -m …`` and ``torchrun -m …``."""
 
 from qlora_dist.cli import main
 

@@ -1,4 +1,4 @@
-"""Files and folders that survive a crash: whole and on the disk, or not there; and JSON read from them."""
+"""Files and folders that a crash leaves whole and on the disk, or absent; and JSON read back."""
 
 from __future__ import annotations
 
@@ -14,26 +14,29 @@ from qlora_dist.errors import QloraDistError
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file so that it is either the old one or the whole new one, whatever happens meanwhile."""
+    """Replace a file as a whole: after a crash it has its old content or all of the new one."""
     partial = path.with_name(f".{path.name}.partial")
     with partial.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
-    sync_folder(path.parent)
+    sync_folder(path.parent)  # a rename is on the disk only once its folder is
 
 
 @contextmanager
 def whole_folder(final: Path, clear: Callable[[Path], None] | None = None) -> Iterator[Path]:
-    """Yield an empty folder beside `final` that takes its place when the body has filled it, or leaves no trace.
+    """Yield an empty folder that becomes `final` when the body ends without an error.
+
+    After an error in the body the new folder is removed, and `final` stays as it was.
 
     Args:
-        clear: removes what is at `final`, once the new folder is on the disk; :func:`remove` by default.
+        clear: removes an old folder at `final`, once the new one is on the disk;
+            :func:`remove` by default.
     """
     partial = final.with_name(f".{final.name}.partial")
     try:
-        remove(partial)
+        remove(partial)  # of a process that was killed
         partial.mkdir(parents=True)
         yield partial
         sync_tree(partial)
@@ -41,7 +44,7 @@ def whole_folder(final: Path, clear: Callable[[Path], None] | None = None) -> It
         os.replace(partial, final)
         sync_folder(final.parent)
     finally:
-        with suppress(OSError):
+        with suppress(OSError):  # the error of the body, such as a full disk, says more
             remove(partial)
 
 
@@ -49,7 +52,7 @@ def read_json(file: Path, error: type[QloraDistError], label: str = "") -> dict[
     """Read a file that holds a JSON object.
 
     Args:
-        error: raised when it does not, or cannot be read.
+        error: raised when the file cannot be read or holds anything else.
         label: put before the file's name in the message.
     """
     try:
@@ -70,13 +73,13 @@ def sync_tree(folder: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Bring the names in a folder to the disk, where its file system knows how."""
+    """Bring the names in a folder to the disk, where its file system supports that."""
     _sync(folder)
 
 
 def remove(path: Path) -> None:
     """Delete a file or a folder, if it is there."""
-    if path.is_dir() and not path.is_symlink():
+    if path.is_dir() and not path.is_symlink():  # of a link only the link goes
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)

@@ -1,4 +1,7 @@
-"""The command line: which commands there are, and how a process ends. A command's module is imported when it runs."""
+"""The command line: its commands, and the end of the process with the right exit code.
+
+The module of a command is imported when the command runs: `--help` loads no library in vain.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ COMMANDS = {
     "quantize": "write a model in 4 bits, to load it without quantizing",
     "demo": "the whole story on a small real model, on this machine",
 }
-"""Each is a module of `commands/` with a function `main(arguments)`, and what the list of commands says of it."""
+"""Modules of `commands/`, each with a function `main(arguments)`, and their lines in the usage."""
 
 USAGE = """\
 usage: qlora-dist COMMAND [ARGUMENTS]
@@ -37,60 +40,53 @@ commands:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one command and exit: 0 done, 2 the input cannot be used (one message, no traceback), 75 stopped on request
-    and ready to go on."""
+    """Run one command and exit.
+
+    Exit codes: 0 done; 1 a crash, with its traceback; 2 the input cannot be used, with one message
+    and no traceback; 75 stopped on request and ready to go on; 130 interrupted.
+    """
     argv = list(sys.argv[1:] if arguments is None else arguments)
-    _choose_allocator()
+    # Let blocks of GPU memory grow, so that gathered layers leave no gaps. torch reads the variable
+    # when it loads. A value that the user has set stays, under either name.
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     try:
         if not argv or argv[0] in ("-h", "--help", "help"):
-            sys.stdout.write(USAGE.format(commands=_command_list()))
+            lines = [f"  {name:<10} {text}" for name, text in COMMANDS.items()]
+            sys.stdout.write(USAGE.format(commands="\n".join(lines)))
         elif argv[0] in ("-V", "--version"):
             sys.stdout.write(f"qlora-dist {__version__}\n")
         elif argv[0] in COMMANDS:
             importlib.import_module(f"qlora_dist.commands.{argv[0]}").main(argv[1:])
             _leave(0)
         else:
-            near = difflib.get_close_matches(argv[0], COMMANDS, n=1)
-            hint = (
-                f"Did you mean {near[0]}?" if near else f"The commands are {', '.join(COMMANDS)}."
-            )
+            hint = f"The commands are {', '.join(COMMANDS)}."
+            for name in difflib.get_close_matches(argv[0], COMMANDS, n=1):
+                hint = f"Did you mean {name}?"
             raise ConfigError(f"unknown command {argv[0]!r}. {hint}")
     except Stopped as stopped:
         tell_launcher(
-            f"stopped ({stopped}) with a checkpoint: nothing failed, and the same command goes on from there"
+            f"stopped ({stopped}) with a checkpoint: nothing failed, and the same command goes on "
+            "from there"
         )
         _leave(EXIT_RESUME)
-    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+    except BrokenPipeError:  # the reader, such as `head`, has ended
+        # The interpreter flushes stdout at exit, which would fail once more and print that.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         streams.write(sys.stderr, "stopped\n")
         sys.exit(130)
-    except Exception as error:  # noqa: BLE001 - reported, with its traceback unless it is a user's mistake
+    except Exception as error:  # noqa: BLE001 - reported, with a traceback unless it is a mistake
         _leave(exit_code_after(error))
 
 
-def _choose_allocator() -> None:
-    """Let blocks of GPU memory grow, so that gathered layers leave no gaps; before torch loads.
-
-    What the user has set stays, under either name of the variable.
-    """
-    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
-        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-
-
 def _leave(exit_code: int) -> None:
-    """End this process; one of several ends at once, without tearing anything down.
-
-    Other processes may still wait in a collective with this one. And a gloo process that goes through the
-    interpreter's ordinary exit sometimes aborts ("terminate called without an active exception"), which would turn a
-    finished run into a failed one.
-    """
+    """End this process; as one of several, at once and without any cleanup of the interpreter."""
     streams.flush(sys.stdout)
     streams.flush(sys.stderr)
+    # Other processes may still wait in a collective with this one. And a gloo process on the
+    # interpreter's ordinary way out sometimes aborts ("terminate called without an active
+    # exception"), which turns a finished run into a failed one.
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         os._exit(exit_code)
     sys.exit(exit_code)
-
-
-def _command_list() -> str:
-    return "\n".join(f"  {name:<10} {text}" for name, text in COMMANDS.items())

@@ -1,8 +1,8 @@
-"""Errors that a user can mend: each message says what was wrong, the value, the rule and the remedy."""
+"""Errors that a user can mend: each message has the mistake, the value, the rule and the remedy."""
 
 EXIT_USER_ERROR = 2
 EXIT_RESUME = 75
-"""A run that stopped before its end and can go on: EX_TEMPFAIL of sysexits.h."""
+"""Exit code of a run that stopped before its end and can go on: EX_TEMPFAIL of sysexits.h."""
 
 
 class QloraDistError(Exception):
@@ -34,11 +34,14 @@ class LaunchError(QloraDistError):
 
 
 class Stopped(Exception):
-    """Not an error: all ranks agreed to stop because somebody asked, and the message says who."""
+    """Agreement of all ranks to stop, no error; the message is the signal or file that asked."""
 
 
 class PeerError(Exception):
-    """Another process of the run failed, and says of what; this one only has to end. `error` is what it failed of."""
+    """Failure of another process, which reports it; this process only has to end.
+
+    `error` is the other process's exception.
+    """
 
     def __init__(self, error: Exception) -> None:
         super().__init__(str(error))

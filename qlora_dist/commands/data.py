@@ -1,4 +1,4 @@
-"""Command `data`: what a run's data are like, and samples as the model sees them."""
+"""Command `data`: facts about a run's data, and samples as the model sees them."""
 
 from __future__ import annotations
 
@@ -12,27 +12,26 @@ from qlora_dist.errors import ConfigError
 
 @dataclass(frozen=True)
 class Options:
-    """Tell what the data of CONFIG.yaml are like, and show samples as the model sees them. Loads no weights.
+    """Tell what the data of CONFIG.yaml are like, and show samples as the model sees them.
 
-    Takes the same `--section.key VALUE` as `qlora-dist train`, and reads and tokenizes the data as it does; what is
-    tokenized is kept for it.
+    Loads no weights. Takes the same `--section.key VALUE` as `qlora-dist train`, and reads and
+    tokenizes the data in the same way; training then finds the tokenized data in the cache.
     """
 
     show: int = 3
-    """Training samples to show, with what counts in the loss marked; with packing, rows of several samples."""
+    """Training samples (with packing, whole rows) to show, with the tokens of the loss marked."""
     json: bool = False
-    """Write the same facts as one JSON object, without samples."""
+    """Write the facts as one JSON object, without samples."""
 
 
 def main(argv: list[str]) -> None:
-    """Print what the data of CONFIG.yaml are like."""
-    path, rest = (
-        (argv[0], argv[1:]) if argv and argv[0] not in ("-h", "--help") else ("", ["--help"])
-    )
-    options, overrides = parse_known(Options, rest, "qlora-dist data CONFIG.yaml")
+    """Print facts about the data of CONFIG.yaml."""
+    if not argv or argv[0] in ("-h", "--help"):
+        argv = ["", "--help"]
+    options, overrides = parse_known(Options, argv[1:], "qlora-dist data CONFIG.yaml")
     if options.show < 0:
         raise ConfigError(f"--show is {options.show}, but must be at least 0.")
-    config = load_config(path, overrides)
+    config = load_config(argv[0], overrides)
     check_sources(config)
     with loading_libraries(sys.stderr):
         from qlora_dist.inspection.inspect_data import inspect_data

@@ -1,4 +1,4 @@
-"""Command `demo`: the whole story on a small real model, on this machine."""
+"""Command `demo`: from a small real model to a trained adapter, on this machine."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from qlora_dist.errors import ConfigError
 
 @dataclass(frozen=True)
 class Options:
-    """Fine-tune a real 135M chat model on this machine and show what it learned, in a few minutes."""
+    """Fine-tune a real 135M chat model on this machine, in a few minutes, and show the result."""
 
     output_dir: str = "runs/demo"
     """Folder of the run."""
     model: str | None = None
     """Another chat model to use: a folder or hub name."""
     minutes: float = 4.0
-    """Time to train, its evaluations included: as many steps are taken as fit, 8 at least and 40 at most."""
+    """Time to train, evaluations included: as many steps as fit, but at least 8 and at most 40."""
     max_steps: int | None = None
-    """Take so many optimizer steps, however long they take."""
+    """Take this many optimizer steps, however long they take."""
 
 
 def main(argv: list[str]) -> None:

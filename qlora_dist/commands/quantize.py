@@ -1,4 +1,4 @@
-"""Command `quantize`: a 16-bit model to a 4-bit one."""
+"""Command `quantize`: a 4-bit copy of a 16-bit model."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ def main(argv: list[str]) -> None:
     options = parse(Options, argv, "qlora-dist quantize", positional=True)
     from qlora_dist.weights.files import check_new_folder, looks_like_hub_name, resolve_model_folder
 
+    # Both folders are checked before torch loads.
     check_new_folder(Path(options.out))
     if not looks_like_hub_name(options.model):
         resolve_model_folder(options.model)

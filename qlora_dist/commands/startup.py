@@ -1,4 +1,4 @@
-"""Start of a command: its options, and its heavy imports, once its settings are known to be good."""
+"""Start of a command: its options, and its heavy imports once its settings are known to be good."""
 
 from __future__ import annotations
 
@@ -17,18 +17,19 @@ _Options = TypeVar("_Options")
 def parse(
     options: type[_Options], argv: list[str], prog: str, positional: bool = False
 ) -> _Options:
-    """Read a command's options; with `positional`, those without a default are given by their place."""
+    """Read a command's options.
+
+    Args:
+        positional: options without a default are given by their position instead of their name.
+    """
     import tyro
 
-    config = (
-        tyro.conf.FlagCreatePairsOff,
-        *((tyro.conf.PositionalRequiredArgs,) if positional else ()),
-    )
+    config = [tyro.conf.FlagCreatePairsOff] + [tyro.conf.PositionalRequiredArgs] * positional
     return tyro.cli(options, args=argv, prog=prog, config=config, use_underscores=True)
 
 
 def parse_known(options: type[_Options], argv: list[str], prog: str) -> tuple[_Options, list[str]]:
-    """Read a command's options among others; returns the others as well, in their order."""
+    """Read a command's options; returns them and all other arguments, in their order."""
     import tyro
 
     config = (tyro.conf.FlagCreatePairsOff,)
@@ -38,14 +39,15 @@ def parse_known(options: type[_Options], argv: list[str], prog: str) -> tuple[_O
 
 
 def option_named(name: str) -> Any:
-    """Annotation with which help calls an option `name`; evaluated when tyro reads it, so it imports nothing before."""
+    """Return the annotation that makes help call an option `name`."""
+    # Annotations are text until tyro evaluates them: only then is tyro imported.
     import tyro
 
     return tyro.conf.arg(metavar=name)
 
 
 def check_sources(config: TrainConfig) -> None:
-    """Refuse data files that are not there, before anything slow is done."""
+    """Refuse data files that do not exist, before libraries load, which takes seconds."""
     from qlora_dist.data.sources import check_source
 
     for source in config.data.sources:
@@ -55,7 +57,10 @@ def check_sources(config: TrainConfig) -> None:
 
 
 def loading_libraries(file: TextIO) -> AbstractContextManager[object]:
-    """A context for a command's imports, which take up to half a minute on a busy machine."""
+    """Return a context that shows progress during a command's imports.
+
+    They take up to half a minute on a busy machine.
+    """
     from qlora_dist.metrics.console import Reporter
 
     quiet_third_parties()
@@ -63,19 +68,17 @@ def loading_libraries(file: TextIO) -> AbstractContextManager[object]:
 
 
 def quiet_third_parties() -> None:
-    """Silence banners, progress bars and deprecation warnings of the libraries; call before importing them."""
+    """Silence banners, progress bars and deprecation warnings of libraries not yet imported."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault(
-        "DATASETS_VERBOSITY", "critical"
-    )  # it logs, at length, the errors that it then raises
+    # At "error" datasets logs, at length, the errors that it then raises.
+    os.environ.setdefault("DATASETS_VERBOSITY", "critical")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")
+    # Devices of NVIDIA, AMD, Intel and WSL. Without any, DeepSpeed would warn that it found no GPU.
     if not any(os.path.exists(f"/dev/{name}") for name in ("nvidiactl", "kfd", "dri", "dxg")):
-        os.environ.setdefault(
-            "DS_ACCELERATOR", "cpu"
-        )  # else DeepSpeed, where installed, warns that it found no GPU
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     warnings.filterwarnings("ignore")
     for name in ("bitsandbytes", "accelerate", "peft", "torch.distributed", "datasets", "root"):

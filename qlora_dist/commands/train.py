@@ -1,4 +1,4 @@
-"""Command `train`: a training run as a YAML file says."""
+"""Command `train`: a training run with the settings of a YAML file."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def main(argv: list[str]) -> None:
     check_sources(config)
     if not looks_like_hub_name(config.model.path):
         resolve_model_folder(config.model.path)
-    # A signal such as SIGBUS (a weight file that shrinks while it is mapped) says where it struck.
+    # Print the stack at a fatal signal, such as SIGBUS when a mapped weight file shrinks.
     faulthandler.enable()
     with loading_libraries(sys.stdout):
         from qlora_dist.train import train
@@ -33,7 +33,7 @@ def main(argv: list[str]) -> None:
 
 
 def _show_help() -> None:
-    """Every key with its type, default and meaning, from the dataclasses; tyro draws it."""
+    """Print every key with its type, default and meaning, from the dataclasses."""
     import tyro
     from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
@@ -41,11 +41,11 @@ def _show_help() -> None:
 
     @registry.primitive_rule
     def sources(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
-        """A list of dataclasses is one value in YAML; tyro would make subcommands of it. It is shown, never parsed."""
+        """Show `data.train` as one value; for a list of dataclasses tyro would make subcommands."""
         if info.type != str | tuple[Source, ...]:
             return None
         return PrimitiveConstructorSpec(
-            nargs=1,
+            nargs=1,  # this and the conversions below are never used: only help is asked for
             metavar="STR|[STR|{path: STR, weight: FLOAT}, ...]",
             instance_from_str=lambda words: words[0],
             is_instance=lambda value: isinstance(value, (str, tuple)),
@@ -57,8 +57,9 @@ def _show_help() -> None:
             TrainConfig,
             args=["--help"],
             prog="qlora-dist train CONFIG.yaml",
-            description="Train as CONFIG.yaml says. Every key of the file can also be given here as --section.key "
-            "VALUE (VALUE in YAML: true, null, 2e-4, [a, b]); defaults < file < command line.",
+            description="Train as CONFIG.yaml says. Every key of the file can also be given here "
+            "as --section.key VALUE (VALUE in YAML: true, null, 2e-4, [a, b]); defaults < file < "
+            "command line.",
             config=(tyro.conf.FlagConversionOff,),
             use_underscores=True,
         )

@@ -1,7 +1,7 @@
 """Settings from a YAML file and the command line: ``defaults < file < command line``.
 
-YAML values and command-line values go through the same typed reader, so a mistake gets the same message wherever it was
-made.
+Values of the file and of the command line go through one typed reader, so that a mistake gets the
+same message in either place.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import difflib
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
@@ -25,34 +26,35 @@ from qlora_dist.errors import ConfigError
 
 @dataclass(frozen=True)
 class Setting:
-    """One value as the user wrote it, with the place to name in an error message."""
+    """One value as the user wrote it."""
 
     value: Any
-    where: str
+    where: str = ""
+    """FILE:LINE for error messages; empty for the command line."""
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """Read a YAML file, apply ``--section.key VALUE`` overrides and check everything.
 
     Raises:
-        ConfigError: the file is missing or not YAML, a key is unknown, or a value is of the wrong type, impossible,
-            or contradicts another one.
+        ConfigError: the file is missing or not YAML, a key is unknown, or a value is of the wrong
+            type, impossible, or contradicts another setting.
     """
-    settings: dict[str, Setting] = {}
-    for key, setting in _read_yaml(Path(path)):
-        if key in settings:
-            raise ConfigError(
-                f"{setting.where}: {key} is set twice, first at {settings[key].where}. Remove one."
-            )
-        settings[key] = setting
-    settings.update(_read_overrides(overrides))
-    config = _build(TrainConfig, {**_of_saved_adapter(settings), **settings})
+    settings = dict(_read_yaml(Path(path))) | dict(_read_overrides(overrides))
+    adapter = settings.get("adapter.path", Setting(None)).value
+    if isinstance(adapter, str):
+        # An adapter that training continues from brings its settings along. They rank above the
+        # defaults only: a contradicting setting of the user is kept here and refused by `validate`.
+        where = str(Path(adapter) / ADAPTER_CONFIG)
+        for key, value in read_saved_adapter(adapter).settings.items():
+            settings.setdefault(key, Setting(value, where))
+    config = _build(settings)
     validate(config)
     return config
 
 
 def dump_config(config: TrainConfig) -> str:
-    """The configuration as YAML text that :func:`load_config` reads back to an equal object."""
+    """Return the configuration as YAML that :func:`load_config` reads back to an equal object."""
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
 
 
@@ -66,41 +68,49 @@ def _read_yaml(path: Path) -> Iterator[tuple[str, Setting]]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"config file {path} cannot be read: {error}.") from None
     try:
+        # Nodes instead of values: nodes know their lines, and two equal keys are still two.
         root = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError as error:
         raise ConfigError(f"config file {path} is not valid YAML: {error}") from None
-    if root is None:
-        return
-    if not isinstance(root, yaml.MappingNode):
+    if isinstance(root, yaml.MappingNode):
+        yield from _walk_yaml(root, path, {})
+    elif root is not None:
         raise ConfigError(
             f"config file {path} must be a mapping of sections, such as `model:` and `data:`."
         )
-    yield from _walk_yaml(root, path, prefix="")
 
 
-def _walk_yaml(node: yaml.MappingNode, path: Path, prefix: str) -> Iterator[tuple[str, Setting]]:
-    """Yield (dotted key, setting) for each leaf; sections are the keys that hold a dataclass."""
-    seen: dict[str, str] = {}
+def _walk_yaml(
+    node: yaml.MappingNode, path: Path, seen: dict[str, str], prefix: str = ""
+) -> Iterator[tuple[str, Setting]]:
+    """Yield (dotted key, setting) for each leaf; sections are the keys that hold a dataclass.
+
+    Args:
+        seen: FILE:LINE of each key so far; one dict for the whole file, since `optim.lr: 1` and
+            `optim: {lr: 1}` set the same key.
+    """
     for key_node, value_node in node.value:
         where = f"{path}:{key_node.start_mark.line + 1}"
         key = prefix + str(_construct(key_node, where))
         if key in seen:
             raise ConfigError(f"{where}: {key} is set twice, first at {seen[key]}. Remove one.")
         seen[key] = where
-        if isinstance(value_node, yaml.MappingNode) and key in sections():
-            yield from _walk_yaml(value_node, path, prefix=key + ".")
-        elif key in sections():
-            if _construct(value_node, where) is None:
-                continue  # a section with nothing (or only comments) under it
+        if key not in sections():
+            yield key, Setting(_construct(value_node, where), where)
+        elif isinstance(value_node, yaml.MappingNode):
+            yield from _walk_yaml(value_node, path, seen, prefix=key + ".")
+        elif _construct(value_node, where) is not None:  # None: all keys are commented out
             raise ConfigError(
                 f"{where}: {key} is a section: write its keys indented below it, such as `{key}.…`."
             )
-        else:
-            yield key, Setting(_construct(value_node, where), where)
 
 
 def _construct(node: yaml.Node, where: str) -> Any:
-    """A YAML node as plain Python data; tags, merge keys and impossible dates are no settings."""
+    """Return a YAML node as plain Python data.
+
+    Raises:
+        ConfigError: the node has a tag, a merge key, a cycle or an impossible date.
+    """
     try:
         return yaml.SafeLoader("").construct_object(node, deep=True)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -110,223 +120,167 @@ def _construct(node: yaml.Node, where: str) -> Any:
 
 
 def _read_overrides(arguments: Sequence[str]) -> Iterator[tuple[str, Setting]]:
-    """Yield settings from ``--section.key VALUE`` or ``--section.key=VALUE``; VALUE is read as YAML."""
-    pending = list(arguments)
-    while pending:
-        argument = pending.pop(0)
+    """Yield settings from ``--section.key VALUE`` or ``--section.key=VALUE``; VALUE is YAML."""
+    usage = "Settings are given as --section.key VALUE."
+    pending = iter(arguments)
+    for argument in pending:
         if not argument.startswith("--"):
-            raise ConfigError(
-                f"unexpected argument {argument!r}. Settings are given as --section.key VALUE."
-            )
+            raise ConfigError(f"unexpected argument {argument!r}. {usage}")
         key, has_value, text = argument[2:].partition("=")
-        if not has_value:
-            if not pending:
-                raise ConfigError(
-                    f"--{key} has no value. Settings are given as --section.key VALUE."
-                )
-            text = pending.pop(0)
-        key = key.replace("-", "_")
         try:
+            text = text if has_value else next(pending)
             value = yaml.safe_load(text)
-        except (yaml.YAMLError, ValueError):
-            value = text  # not YAML, so it is meant as it stands
-        yield key, Setting(value, f"--{key}")
+        except StopIteration:
+            raise ConfigError(f"--{key} has no value. {usage}") from None
+        except (yaml.YAMLError, ValueError):  # such as the folder 2024-13-45, an impossible date
+            value = text
+        yield key.replace("-", "_"), Setting(value)
 
 
-def _of_saved_adapter(settings: Mapping[str, Setting]) -> dict[str, Setting]:
-    """The settings that come with the adapter that is continued from, if one is."""
-    path = settings["adapter.path"].value if "adapter.path" in settings else None
-    if not isinstance(path, str):
-        return {}
-    where = str(Path(path) / ADAPTER_CONFIG)
-    return {key: Setting(value, where) for key, value in read_saved_adapter(path).settings.items()}
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Building: from settings to typed dataclasses.
-
-
-def _build(cls: type[TrainConfig], settings: Mapping[str, Setting]) -> TrainConfig:
+def _build(settings: Mapping[str, Setting]) -> TrainConfig:
     known = known_keys()
     for key, setting in settings.items():
         if key not in known:
             raise ConfigError(_unknown_key(key, setting, known))
-    values: dict[str, Any] = {}
-    for name, section in sections().items():
-        hints = typing.get_type_hints(section)
-        keys = [
-            item.name for item in dataclasses.fields(section) if f"{name}.{item.name}" in settings
-        ]
-        values[name] = section(
-            **{key: _typed(f"{name}.{key}", settings[f"{name}.{key}"], hints[key]) for key in keys}
-        )
-    hints = typing.get_type_hints(cls)
-    for key, setting in settings.items():
-        if "." not in key:
-            values[key] = _typed(key, setting, hints[key])
-    return cls(**values)
+
+    def typed_fields(owner: type, prefix: str) -> dict[str, Any]:
+        return {
+            name: _typed(prefix + name, settings[prefix + name], hint)
+            for name, hint in typing.get_type_hints(owner).items()
+            if prefix + name in settings
+        }
+
+    values = {name: owner(**typed_fields(owner, f"{name}.")) for name, owner in sections().items()}
+    return TrainConfig(**values, **typed_fields(TrainConfig, ""))
 
 
 def _unknown_key(key: str, setting: Setting, known: list[str]) -> str:
-    where = "" if setting.where.startswith("--") else f"{setting.where}: "
-    # A user who writes `learning_rate` or forgets the section still means one of the keys that exist.
-    synonyms = {
-        "learning_rate": "lr",
-        "lora_r": "rank",
-        "r": "rank",
-        "batch_size": "micro_batch_size",
-    }
+    """Return the message about a key that does not exist, with the likeliest existing key."""
+    where = f"{setting.where}: " if setting.where else ""
+    listing = "`qlora-dist train --help` lists"
     if key in sections():
-        return f"{where}{key} is a section, not a key. `qlora-dist train --help` lists its keys."
+        return f"{where}{key} is a section, not a key. {listing} its keys."
+    # Names from other programs, and keys without their section, still mean one of the keys here.
+    alias = {"learning_rate": "lr", "lora_r": "rank", "r": "rank", "batch_size": "micro_batch_size"}
     leaf = key.rpartition(".")[2]
-    leaf = synonyms.get(leaf, leaf)
-    candidates = [k for k in known if k.rpartition(".")[2] == leaf] or difflib.get_close_matches(
-        key, known, n=1
-    )
+    leaf = alias.get(leaf, leaf)
+    near = difflib.get_close_matches
+    candidates = [k for k in known if k.rpartition(".")[2] == leaf] or near(key, known, n=1)
     if not candidates:
         leaves = {k.rpartition(".")[2]: k for k in known}
-        candidates = [leaves[match] for match in difflib.get_close_matches(leaf, leaves, n=1)]
-    hint = (
-        f" Did you mean {candidates[0]}?"
-        if candidates
-        else " `qlora-dist train --help` lists all keys."
-    )
-    return f"{where}unknown key {key}.{hint}"
+        candidates = [leaves[match] for match in near(leaf, leaves, n=1)]
+    hint = f"Did you mean {candidates[0]}?" if candidates else f"{listing} all keys."
+    return f"{where}unknown key {key}. {hint}"
 
 
 def _typed(key: str, setting: Setting, hint: Any) -> Any:
-    prefix = "" if setting.where.startswith("--") else f"{setting.where}: "
+    """Convert a setting to the type of its field, or refuse it by key, value and type."""
+    prefix = f"{setting.where}: " if setting.where else ""
     try:
         return _convert(setting.value, hint)
     except _BadEntry as error:
         raise ConfigError(f"{prefix}{key}, {error}") from None
     except TypeError:
-        reason = _REFUSED.get(f"{key}: {setting.value}", "")
+        name = _BASE_CHANGING_INITS.get(str(setting.value)) if key == "adapter.init" else None
+        reason = _WHY_REFUSED.format(name) if name else ""
         raise ConfigError(
             f"{prefix}{key} is {_show(setting.value)}, but must be {_describe(hint)}.{reason}"
         ) from None
 
 
-_CHANGES_BASE = (
-    " {} puts part of each base matrix into the adapter and quantizes the rest anew, but the base here keeps the bytes "
-    "of its checkpoint: that is what is checked on every rank, and what the saved adapter belongs to."
+_BASE_CHANGING_INITS = {"pissa": "PiSSA", "loftq": "LoftQ", "olora": "OLoRA"}
+"""Values of `adapter.init` in PEFT that are refused here, by the name of their method."""
+_WHY_REFUSED = (
+    " {} puts part of each base matrix into the adapter and quantizes the rest anew, but the base "
+    "here keeps the bytes of its checkpoint: that is what is checked on every rank, and what the "
+    "saved adapter belongs to."
 )
-_REFUSED = {
-    f"adapter.init: {name}": _CHANGES_BASE.format(title)
-    for name, title in (("pissa", "PiSSA"), ("loftq", "LoftQ"), ("olora", "OLoRA"))
-}
-"""Values that other programs know, and why they cannot be had here."""
-
-
-# --------------------------------------------------------------------------------------------------
-# Values: plain data, as YAML gives it, as values of a declared type.
 
 
 class _BadEntry(Exception):
-    """A mistake inside an entry of a list, where more can be said than which type the list must have."""
+    """A mistake inside an entry of a list; its message is about the entry, not about the list."""
 
 
 def _convert(value: Any, hint: Any) -> Any:
-    """`value` as type `hint`; raises TypeError when it is not one. YAML 1.1 reads 2e-4 as text: accept it as float."""
+    """Return `value`, plain data as YAML gives it, as type `hint`.
+
+    Raises:
+        TypeError: `value` is not of that type.
+        _BadEntry: an entry of a list is not of its type.
+    """
     origin = get_origin(hint)
     if origin in (Union, types.UnionType):
         for option in get_args(hint):
-            try:
+            with suppress(TypeError):
                 return _convert(value, option)
-            except TypeError:
-                continue
     elif origin is Literal:
-        if value is None and "none" in get_args(
-            hint
-        ):  # an unquoted `none` is text in YAML, but people write null
-            return "none"
+        if value is None and "none" in get_args(hint):
+            return "none"  # YAML reads an unquoted `none` as text, but people write null for it
         if isinstance(value, str) and value in get_args(hint):
             return value
     elif origin is tuple:
-        if isinstance(value, str):
-            value = [value]
-        if isinstance(value, (list, tuple)) and value:
+        items = [value] if isinstance(value, str) else value
+        if isinstance(items, (list, tuple)) and items:
             item_hint = get_args(hint)[0]
             if dataclasses.is_dataclass(item_hint):
-                return tuple(
-                    _convert_entry(item, item_hint, number)
-                    for number, item in enumerate(value, start=1)
-                )
-            return tuple(_convert(item, item_hint) for item in value)
-    elif hint is type(None):
-        if value is None:
-            return None
-    elif hint is bool:
-        if isinstance(value, bool):
+                return tuple(_convert_entry(item, item_hint, n) for n, item in enumerate(items, 1))
+            return tuple(_convert(item, item_hint) for item in items)
+    elif hint in (type(None), bool, int):
+        if type(value) is hint:  # not isinstance: a bool is an int as well
             return value
-    elif hint is int:
-        if isinstance(value, int) and not isinstance(value, bool):
-            return value
-    elif hint is float:
-        if isinstance(value, (int, float, str)) and not isinstance(value, bool):
-            try:
-                return float(value)
-            except (ValueError, OverflowError):
-                raise TypeError from None
-    elif hint is str and isinstance(value, (str, int, float)) and not isinstance(value, bool):
+    elif hint is float and type(value) in (int, float, str):
+        with suppress(ValueError, OverflowError):
+            return float(value)  # text included: YAML 1.1 reads 2e-4, without a dot, as text
+    elif hint is str and type(value) in (str, int, float):
         return str(value)
     raise TypeError
 
 
 def _convert_entry(value: Any, cls: Any, number: int) -> Any:
-    """A mapping, or the value of its first key alone, as dataclass `cls`; raises _BadEntry when it is not one."""
-    fields = {item.name: item for item in dataclasses.fields(cls)}
+    """Return a mapping as dataclass `cls`; any other value is that of the first field alone.
+
+    Raises:
+        _BadEntry: a key is unknown or missing, or a value has the wrong type.
+    """
     hints = typing.get_type_hints(cls)
-    entry = value if isinstance(value, Mapping) else {next(iter(fields)): value}
+    remedy = f"The keys of an entry are {' and '.join(hints)}."
+    entry = value if isinstance(value, Mapping) else {next(iter(hints)): value}
     values = {}
     for key, item in entry.items():
-        if key not in fields:
-            raise _BadEntry(
-                f"entry {number}: unknown key {key}. The keys of an entry are {' and '.join(fields)}."
-            )
+        if key not in hints:
+            raise _BadEntry(f"entry {number}: unknown key {key}. {remedy}")
         try:
             values[key] = _convert(item, hints[key])
         except TypeError:
             raise _BadEntry(
                 f"entry {number}: {key} is {_show(item)}, but must be {_describe(hints[key])}."
             ) from None
-    for name, item in fields.items():
-        if name not in values and item.default is dataclasses.MISSING:
-            raise _BadEntry(
-                f"entry {number}: {name} is missing. The keys of an entry are {' and '.join(fields)}."
-            )
+    for field in dataclasses.fields(cls):
+        if field.name not in values and field.default is dataclasses.MISSING:
+            raise _BadEntry(f"entry {number}: {field.name} is missing. {remedy}")
     return cls(**values)
 
 
 def _describe(hint: Any) -> str:
-    """What a value of type `hint` must be, in words."""
+    """Return in words which values have type `hint`."""
     origin = get_origin(hint)
     if origin in (Union, types.UnionType):
         return " or ".join(_describe(option) for option in get_args(hint))
     if origin is Literal:
-        return (
-            ", ".join(get_args(hint)[:-1])
-            + (" or " if len(get_args(hint)) > 1 else "")
-            + get_args(hint)[-1]
-        )
+        *others, last = get_args(hint)
+        return f"{', '.join(others)} or {last}" if others else last
     if origin is tuple:
         item_hint = get_args(hint)[0]
-        if dataclasses.is_dataclass(item_hint):
-            keys = ", ".join(f"{item.name}: …" for item in dataclasses.fields(item_hint))
-            return f"a list whose entries are names or {{{keys}}}"
-        return "a list of names"
-    names = {
-        int: "a whole number",
-        float: "a number",
-        bool: "true or false",
-        str: "text",
-        type(None): "null",
-    }
-    return names[hint]
+        if not dataclasses.is_dataclass(item_hint):
+            return "a list of names"
+        keys = ", ".join(f"{item.name}: …" for item in dataclasses.fields(item_hint))
+        return f"a list whose entries are names or {{{keys}}}"
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    return names.get(hint, "null")
 
 
 def _show(value: Any) -> str:
-    """A value as it is shown in a message, in the words of YAML."""
+    """Return a value as an error message shows it, in the words of YAML."""
     if isinstance(value, bool):
         return str(value).lower()
     return "empty (null)" if value is None else repr(value)

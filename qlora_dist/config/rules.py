@@ -1,4 +1,4 @@
-"""What a configuration may not be: values that have the right type and still cannot work, and keys that contradict."""
+"""Checks of a configuration: values of the right type that cannot work, and contradicting keys."""
 
 from __future__ import annotations
 
@@ -18,52 +18,55 @@ def validate(config: TrainConfig) -> None:
     Raises:
         ConfigError: with the key as it is spelled in YAML, its value, the rule and the remedy.
     """
+    settings = flatten(config)
     for key, what in (
         ("model.path", "a model folder or hub name"),
         ("data.train", "a data file"),
         ("output_dir", "a folder for the run"),
     ):
-        if not flatten(config)[key]:
+        if not settings[key]:
             raise ConfigError(f"{key} is missing. Set it to {what}, in the file or with --{key}.")
-    for key, value in flatten(config).items():
+    for key, value in settings.items():
         _check_range(key, value)
     _check_files("data.train", config.data.sources)
     _check_files("data.eval", [Source(path) for path in config.data.eval_files])
-    _check_contradictions(config)
+    _check_optim(config)
+    _check_contradictions(config, settings)
 
 
 def _check_range(key: str, value: Any) -> None:
-    """Hold a number against the range at its field."""
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
+    """Refuse a number that is not finite, or breaks a rule declared at its field."""
+    if type(value) not in (int, float):  # not isinstance: a bool is an int as well
         return
     hint, extras = declared(key)
-    broken = [extra.broken_rule(value) for extra in extras if isinstance(extra, Range)]
-    rule = next(filter(None, broken), None) if math.isfinite(value) else "must be a finite number"
-    if rule is not None:
+    broken = [extra.rule for extra in extras if isinstance(extra, Range) and not extra.holds(value)]
+    if isinstance(value, float) and not math.isfinite(value):
+        broken = ["must be a finite number"]  # NaN fails every rule, infinity hardly any
+    if broken:
         nullable = " (or null, to leave it out)" if type(None) in get_args(hint) else ""
-        raise ConfigError(f"{key} is {value}, but {rule}{nullable}.")
+        raise ConfigError(f"{key} is {value}, but {broken[0]}{nullable}.")
 
 
 def _check_files(key: str, sources: Sequence[Source]) -> None:
-    """Refuse an entry without a file, a weight that is no number of passes, and a file that comes twice."""
+    """Refuse an entry without a file, an impossible weight, and a file that is listed twice."""
     entries: dict[str, int] = {}
     for number, source in enumerate(sources, start=1):
         if not source.path:
             raise ConfigError(
                 f"{key}, entry {number}: path is empty. Give a data file, or remove the entry."
             )
-        if not 0 < source.weight < float("inf"):
+        if not 0 < source.weight < math.inf:  # NaN fails as well
             raise ConfigError(
-                f"{key}, entry {number}: weight is {source.weight:g}, but must be a finite number greater than 0. "
-                "To leave a file out, remove its entry."
+                f"{key}, entry {number}: weight is {source.weight:g}, but must be a finite number "
+                "greater than 0. To leave a file out, remove its entry."
             )
         first = entries.setdefault(os.path.abspath(source.path), number)
         if first != number:
-            hint = (
-                " A weight of 2 passes over a file twice per epoch." if key == "data.train" else ""
-            )
+            # Evaluation files have no weights.
+            hint = " A weight of 2 passes over a file twice per epoch." * (key == "data.train")
             raise ConfigError(
-                f"{key}, entries {first} and {number} are the same file, {source.path}. Keep one.{hint}"
+                f"{key}, entries {first} and {number} are the same file, {source.path}. "
+                f"Keep one.{hint}"
             )
 
 
@@ -83,69 +86,66 @@ def check_backend_reads(config: TrainConfig, backend: str) -> None:
                 )
 
 
-def _check_contradictions(config: TrainConfig) -> None:
-    optim, data = config.optim, config.data
-    if optim.max_steps is not None and optim.epochs is not None:
+def _check_optim(config: TrainConfig) -> None:
+    optim, steps, warmup = config.optim, config.optim.max_steps, config.optim.warmup_steps
+    if steps is not None and optim.epochs is not None:
         raise ConfigError(
-            f"optim.max_steps ({optim.max_steps}) and optim.epochs ({optim.epochs:g}) both say how long to train. "
-            "Keep one and set the other to null."
+            f"optim.max_steps ({steps}) and optim.epochs ({optim.epochs:g}) both say how long to "
+            "train. Keep one and set the other to null."
         )
-    if optim.warmup_steps is not None and optim.warmup_ratio is not None:
+    if warmup is not None and optim.warmup_ratio is not None:
         raise ConfigError(
-            f"optim.warmup_steps ({optim.warmup_steps}) and optim.warmup_ratio ({optim.warmup_ratio:g}) both set the "
-            "warm-up. Keep one and set the other to null."
+            f"optim.warmup_steps ({warmup}) and optim.warmup_ratio ({optim.warmup_ratio:g}) both "
+            "set the warm-up. Keep one and set the other to null."
         )
-    if (
-        optim.max_steps is not None
-        and optim.warmup_steps is not None
-        and optim.warmup_steps >= optim.max_steps
-    ):
+    # With epochs the number of steps is known only once the data are read.
+    if steps is not None and warmup is not None and warmup >= steps:
         raise ConfigError(
-            f"optim.warmup_steps ({optim.warmup_steps}) is not shorter than optim.max_steps ({optim.max_steps}): the "
+            f"optim.warmup_steps ({warmup}) is not shorter than optim.max_steps ({steps}): the "
             "learning rate would never reach optim.lr. Shorten the warm-up."
         )
+
+
+def _check_contradictions(config: TrainConfig, settings: dict[str, Any]) -> None:
+    data, memory, adapter = config.data, config.memory, config.adapter.path
     if data.packing and data.group_by_length:
         raise ConfigError(
-            "data.packing and data.group_by_length are both true, but packed rows are all of nearly the same length. "
-            "Set one of them to false."
+            "data.packing and data.group_by_length are both true, but packed rows are all of "
+            "nearly the same length. Set one of them to false."
         )
     if data.eval_files and data.eval_fraction > 0:
         raise ConfigError(
-            f"data.eval ({', '.join(data.eval_files)}) and data.eval_fraction ({data.eval_fraction:g}) both choose the "
-            "evaluation data. Keep one; data.eval_fraction: 0 splits nothing off."
+            f"data.eval ({', '.join(data.eval_files)}) and data.eval_fraction "
+            f"({data.eval_fraction:g}) both choose the evaluation data. Keep one; "
+            "data.eval_fraction: 0 splits nothing off."
         )
-    if config.adapter.path is not None:
-        check_agreement(
-            config.adapter.path, read_saved_adapter(config.adapter.path), flatten(config)
-        )
-    if config.parallel.backend != "auto":
+    if adapter is not None:
+        check_agreement(adapter, read_saved_adapter(adapter), settings)
+    if config.parallel.backend != "auto":  # `auto` is checked once the launcher is known
         check_backend_reads(config, config.parallel.backend)
-    memory = config.memory
     if memory.compile and memory.recompute == "selective":
         raise ConfigError(
-            "memory.recompute is selective and memory.compile is true, but the compiler decides by itself what is "
-            "quick enough to compute again. Set memory.recompute: none, which keeps as little then, or memory.compile: "
-            "false."
+            "memory.recompute is selective and memory.compile is true, but the compiler decides "
+            "by itself what is quick enough to compute again. Set memory.recompute: none, which "
+            "keeps as little then, or memory.compile: false."
         )
     if config.model.attention == "flash_attention_2" and config.model.dtype == "float32":
         raise ConfigError(
-            "model.attention is flash_attention_2 and model.dtype is float32, but its kernels know 16-bit types only. "
-            "Set model.dtype: bfloat16, or model.attention: sdpa."
+            "model.attention is flash_attention_2 and model.dtype is float32, but its kernels "
+            "know 16-bit types only. Set model.dtype: bfloat16, or model.attention: sdpa."
         )
     if memory.budget_gib is not None and (memory.recompute != "auto" or memory.offload_activations):
-        why = (
-            "memory.offload_activations is true"
-            if memory.recompute == "auto"
-            else f"memory.recompute is {memory.recompute}"
-        )
+        why = f"memory.recompute is {memory.recompute}"
+        if memory.recompute == "auto":
+            why = "memory.offload_activations is true"
         raise ConfigError(
-            f"memory.budget_gib is {memory.budget_gib:g}, but {why}, so nothing is chosen by it. Remove "
-            "memory.budget_gib, or set memory.recompute: auto and memory.offload_activations: false."
+            f"memory.budget_gib is {memory.budget_gib:g}, but {why}, so nothing is chosen by it. "
+            "Remove memory.budget_gib, or set memory.recompute: auto and "
+            "memory.offload_activations: false."
         )
-    if not config.has_eval and (
-        config.eval.every is not None or config.eval.max_batches is not None
-    ):
+    if not config.has_eval and config.eval != TrainConfig().eval:
         raise ConfigError(
             "eval.every or eval.max_batches is set, but there is nothing to evaluate on. "
-            "Set data.eval to a file or a list of files, or data.eval_fraction to the share to hold out."
+            "Set data.eval to a file or a list of files, or data.eval_fraction to the share to "
+            "hold out."
         )

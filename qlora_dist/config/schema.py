@@ -1,53 +1,47 @@
 """The training configuration: one frozen dataclass per section, the only owner of every default.
 
-Nothing here imports torch: bad settings are refused in milliseconds.
+Neither torch nor any other heavy library is imported here: bad settings are refused in
+milliseconds.
+
+`qlora-dist train --help` prints the docstring of each field, with its line breaks. Where there are
+several lines, each has at most 70 characters, which fit into a terminal of 80 columns.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
+from operator import attrgetter
 from typing import Annotated, Any, Literal
 
 BackendName = Literal["single", "ddp", "fsdp", "zero2", "zero3"]
-"""How processes share the model and the work."""
+"""Distribution of the model and the work over processes."""
 IGNORE_INDEX = -100
 """Label of a token that does not count in the loss; the default of PyTorch's cross-entropy."""
 
 
 @dataclass(frozen=True)
 class Range:
-    """Numbers that a setting may have; infinity and NaN are in none."""
+    """Rule for the finite numbers that a setting accepts; infinity and NaN are always refused."""
 
-    at_least: float | None = None
-    above: float | None = None
-    below: float | None = None
-
-    def broken_rule(self, value: float) -> str | None:
-        """The rule that `value` breaks, in words; None if it is within the range."""
-        if self == FRACTION:
-            return None if 0 <= value < 1 else "must be at least 0 and less than 1"
-        if self.at_least is not None and value < self.at_least:
-            return (
-                f"must be at least {self.at_least:g}" if self.at_least else "must not be negative"
-            )
-        if self.above is not None and value <= self.above:
-            return f"must be greater than {self.above:g}"
-        if self.below is not None and value >= self.below:
-            return f"must be below {self.below:.0f}"
-        return None
+    rule: str
+    """The rule in words, to follow "KEY is VALUE, but"."""
+    holds: Callable[[float], bool]
 
 
-AT_LEAST_ONE = Range(at_least=1)
-POSITIVE = Range(above=0)
-NOT_NEGATIVE = Range(at_least=0)
-FRACTION = Range(at_least=0, below=1)
+AT_LEAST_ONE = Range("must be at least 1", lambda value: value >= 1)
+POSITIVE = Range("must be greater than 0", lambda value: value > 0)
+NOT_NEGATIVE = Range("must not be negative", lambda value: value >= 0)
+FRACTION = Range("must be at least 0 and less than 1", lambda value: 0 <= value < 1)
+# Accelerate's set_seed hands the seed to NumPy, which refuses numbers from 2**32 on.
+SEED = Range(f"must be below {2**31}", lambda value: value < 2**31)
 
 
 class ReadBy:
-    """Backends that read a setting; with any other one it must keep its default."""
+    """Backends that read a setting; under any other backend the setting must keep its default."""
 
     def __init__(self, *backends: BackendName) -> None:
         self.backends = backends
@@ -62,12 +56,16 @@ class ModelConfig:
     double_quant: bool = True
     """Quantize the quantization constants too (0.37 bits per parameter less)."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """Compute type; `auto` takes what the hardware multiplies quickly: bfloat16, on GPUs without it float16, on CPUs
-    without it float32. What was taken is in the log and in the run's config.yaml. Adapters are always float32."""
+    """Compute type; `auto` takes the type that the hardware multiplies
+    quickly: bfloat16, on GPUs without it float16, on CPUs without it
+    float32. The log and the run's config.yaml name the type taken.
+    Adapters are always float32."""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
-    """Attention implementation; `auto` takes flash_attention_2 on a GPU where its package is installed, blocks of
-    queries on a CPU in bfloat16, else the model's own choice: sdpa for most, eager for one that soft-caps its attention
-    scores (Gemma 2), which sdpa cannot do. The log says which."""
+    """Attention implementation; `auto` takes flash_attention_2 on a GPU
+    where its package is installed, blocks of queries on a CPU in
+    bfloat16, else the model's own choice: sdpa for most models, eager for
+    a model that soft-caps its attention scores (Gemma 2), which sdpa
+    cannot do. The log says which."""
     trust_remote_code: bool = False
     """Allow Python code shipped with the model to run."""
 
@@ -81,16 +79,20 @@ class AdapterConfig:
     dropout: Annotated[float, FRACTION] = 0.0
     """Dropout on the adapters' input, in [0, 1)."""
     target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
-    """Linear layers that get an adapter: `all-linear`, or a list of module names such as [q_proj, v_proj]."""
+    """Linear layers that get an adapter: `all-linear`, or a list of module
+    names such as [q_proj, v_proj]."""
     use_rslora: bool = False
     """Scale by alpha / sqrt(rank) instead (rank-stabilized LoRA)."""
     use_dora: bool = False
-    """Train the length of each row of the adapted weights as well (DoRA); layers dequantize their base once more."""
+    """Train the length of each row of the adapted weights as well (DoRA);
+    each adapted layer then dequantizes its base once more."""
     init: Literal["default", "gaussian"] = "default"
-    """Initial A: uniform in +-1 / sqrt(in_features), or Gaussian with standard deviation 1 / rank. B starts at zero."""
+    """Initial A: uniform in +-1 / sqrt(in_features), or Gaussian with
+    standard deviation 1 / rank. B starts at zero."""
     path: str | None = None
-    """Continue from this adapter, a folder in PEFT format. Keys of this section that are left out are then the
-    adapter's (but for `dropout`), and those that are given must agree with it."""
+    """Continue from this adapter, a folder in PEFT format. Keys of this
+    section that are left out then take the adapter's values (except
+    `dropout`); keys that are given must agree with it."""
 
 
 @dataclass(frozen=True)
@@ -100,49 +102,58 @@ class Source:
     path: str
     """File, folder, pattern or hub name, as in `train`."""
     weight: float = 1.0
-    """Passes over it in one epoch; with 0.5 the two halves of the file take turns."""
+    """Passes over the file in one epoch; with 0.5 the two halves of the file take turns."""
 
 
 @dataclass(frozen=True)
 class DataConfig:
     train: str | tuple[Source, ...] = ""
-    """Training data: a JSONL, JSON, CSV, Parquet or Arrow file, a folder or pattern of them, or a hub name
-    (owner/name, or owner/name:split). Required. Several are a list of paths, or of {path: FILE, weight: W} where an
-    epoch is to pass W times over the file instead of once."""
+    """Training data: a JSONL, JSON, CSV, Parquet or Arrow file, a folder or
+    pattern of such files, or a hub name (owner/name, or
+    owner/name:split). Required. For several files give a list of paths,
+    or of {path: FILE, weight: W} where an epoch passes W times over the
+    file instead of once."""
     eval: str | tuple[str, ...] | None = None
-    """Held-out file in the same form, or a list of paths; without it `eval_fraction` may split one off."""
+    """Held-out file in the same form, or a list of paths; without it
+    `eval_fraction` may split data off."""
     format: Literal["auto", "messages", "sharegpt", "prompt_completion", "alpaca", "text"] = "auto"
-    """How rows are written, see docs/data.md; `auto` recognizes it by the columns and says so in the log."""
+    """Format of the rows, see docs/data.md; `auto` recognizes it by the
+    columns and names it in the log."""
     max_seq_len: Annotated[int, AT_LEAST_ONE] = 1024
     """Longest sequence in tokens."""
     too_long: Literal["truncate_end", "truncate_start", "split", "drop"] = "truncate_end"
-    """What becomes of longer rows: they lose their end, or their start; `split` makes several of plain text (others
-    lose their end); or they are dropped. The log counts them."""
+    """Treatment of longer rows: cut off their end, or their start; `split`
+    plain text into several rows (other formats lose their end); or drop
+    them. The log counts them."""
     train_on: Literal["completions", "all"] = "completions"
-    """Tokens that count in the loss: the assistant's (or the completion's) only, or all. Of `text` rows, always all."""
+    """Tokens that count in the loss: the assistant's (or the completion's)
+    only, or all. In `text` rows all tokens count."""
     max_bad_fraction: Annotated[float, FRACTION] = 0.05
-    """Share of a source's rows that may be faulty, in [0, 1): up to it they are left out and counted, beyond it the
-    run stops."""
+    """Share of a source's rows that may be faulty, in [0, 1): up to this
+    share they are left out and counted, beyond it the run stops."""
     eval_fraction: Annotated[float, FRACTION] = 0.0
     """Share of each training file's rows held out for evaluation, in [0, 1)."""
     chat_template: str | None = None
-    """A Jinja file, the name of one of the tokenizer's templates, or `chatml`, instead of the tokenizer's usual one."""
+    """A Jinja file, the name of one of the tokenizer's templates, or
+    `chatml`, instead of the tokenizer's usual template."""
     cache_dir: str | None = None
-    """Folder for tokenized data, which later runs find there; null: `qlora_dist` in the user's cache folder."""
+    """Folder for tokenized data, which later runs find there; null:
+    `qlora_dist` in the user's cache folder."""
     packing: bool = True
-    """Put several samples into each row, up to `max_seq_len`, instead of padding; they do not see each other."""
+    """Put several samples into each row, up to `max_seq_len`, instead of
+    padding; they do not see each other."""
     group_by_length: bool = False
-    """Put rows of like length into the same micro-batches, to pad less; the order stays the same for any number of
-    processes."""
+    """Put rows of similar length into the same micro-batches, to pad less;
+    the order stays the same for any number of processes."""
 
     @property
     def sources(self) -> tuple[Source, ...]:
-        """The training files and their weights."""
+        """The training files and their weights, also when one path was given."""
         return (Source(self.train),) if isinstance(self.train, str) else self.train
 
     @property
     def eval_files(self) -> tuple[str, ...]:
-        """The evaluation files; none when evaluation data are split off, or nothing is evaluated."""
+        """The evaluation files; empty when evaluation data are split off or there are none."""
         if self.eval is None:
             return ()
         return (self.eval,) if isinstance(self.eval, str) else self.eval
@@ -151,7 +162,8 @@ class DataConfig:
 @dataclass(frozen=True)
 class OptimConfig:
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"] = "adamw"
-    """AdamW with float32 or block-wise 8-bit state; `paged_` state can be evicted to host memory (CUDA)."""
+    """AdamW with float32 or block-wise 8-bit state; `paged_` state can move
+    to host memory (CUDA)."""
     lr: Annotated[float, POSITIVE] = 2e-4
     """Peak learning rate."""
     schedule: Literal["linear", "cosine", "constant"] = "cosine"
@@ -167,7 +179,8 @@ class OptimConfig:
     max_steps: Annotated[int | None, AT_LEAST_ONE] = None
     """Optimizer steps of the run; excludes `epochs`."""
     epochs: Annotated[float | None, POSITIVE] = None
-    """Passes over the training data (all its files, as weighted); 1 when `max_steps` is not given either."""
+    """Passes over the training data (all files, as weighted); 1 when
+    `max_steps` is not given either."""
     micro_batch_size: Annotated[int, AT_LEAST_ONE] = 1
     """Sequences per rank in one forward pass."""
     grad_accum_steps: Annotated[int, AT_LEAST_ONE] = 1
@@ -175,57 +188,71 @@ class OptimConfig:
     lora_plus_ratio: Annotated[float | None, POSITIVE] = None
     """LoRA+: learning rate of B matrices over that of A matrices; null means equal."""
     max_skipped_steps: Annotated[int, AT_LEAST_ONE] = 10
-    """Stop after this many steps in a row whose gradient was not finite; such a step updates nothing."""
+    """Stop after this many steps in a row whose gradient was not finite; they update nothing."""
 
 
 @dataclass(frozen=True)
 class ParallelConfig:
     backend: Literal["auto", "single", "ddp", "fsdp", "zero2", "zero3"] = "auto"
-    """How processes share the work: `single` process, `ddp` (a copy each), `fsdp` (the base sharded), `zero2` and
-    `zero3` (DeepSpeed: a copy each with optimizer state sharded, or everything sharded). `auto` follows the launcher:
-    one process runs `single`, several run `fsdp`."""
+    """Distribution of the work over processes: `single` process, `ddp` (a
+    copy each), `fsdp` (the base sharded), `zero2` and `zero3` (DeepSpeed:
+    a copy each with optimizer state sharded, or everything sharded).
+    `auto` follows the launcher: one process runs `single`, several run
+    `fsdp`."""
     replicas: Annotated[int, AT_LEAST_ONE, ReadBy("fsdp")] = 1
-    """Copies of the sharded base (`fsdp` only): the processes form that many groups of neighbors, each of which
-    shards within itself. With one per machine, only adapter gradients cross between machines (HSDP)."""
+    """Copies of the sharded base (`fsdp` only): the processes form that many
+    groups of neighbors, and each group shards within itself. With one
+    copy per machine, only adapter gradients cross between machines
+    (HSDP)."""
     cpu_offload: Annotated[bool, ReadBy("fsdp", "zero3")] = False
-    """Keep shards in host memory and copy each layer to the GPU when it runs (`fsdp` and `zero3`)."""
+    """Keep shards in host memory and copy each layer to the GPU when it runs (`fsdp`, `zero3`)."""
     deepspeed_config: str | None = None
-    """DeepSpeed JSON file with tuning options for `zero2` and `zero3`; it may repeat this file's settings, not
-    contradict them."""
+    """DeepSpeed JSON file with tuning options for `zero2` and `zero3`; it
+    may repeat settings of this configuration, not contradict them."""
     check_every: Annotated[int | None, AT_LEAST_ONE] = 100
-    """Every N optimizer steps, compare what all processes must have in common: adapters and position in the data."""
+    """Every N optimizer steps, check that all processes have equal adapters
+    and are at the same position in the data."""
     hang_timeout_seconds: Annotated[int, AT_LEAST_ONE] = 1800
-    """End a process that has made no progress for so long, with the stack of each of its threads."""
+    """End a process that has made no progress for this long, and print the
+    stack of each of its threads."""
 
 
 @dataclass(frozen=True)
 class MemoryConfig:
     recompute: Annotated[Literal["auto", "full", "selective", "none"] | int, NOT_NEGATIVE] = "auto"
-    """What backward computes again: all of every layer (`full`), only what is quick, such as norms and activation
-    functions (`selective`), nothing (`none`), or all of the first N layers. `auto` does as little as memory allows."""
+    """Activations that backward computes again: all of every layer (`full`),
+    only quick ones, such as those of norms and activation functions
+    (`selective`), none (`none`), or all of the first N layers. `auto`
+    recomputes as little as memory allows."""
     budget_gib: Annotated[float | None, POSITIVE] = None
-    """What a rank may use for everything, in GiB, with `recompute: auto`; null: what its device has free."""
+    """Memory that a rank may use in total, in GiB, with `recompute: auto`;
+    null: all that its device has free."""
     offload_activations: bool = False
-    """Keep in host memory what a GPU keeps for backward; `recompute: auto` then means `full`, which leaves the least to
+    """Keep the activations that backward needs in host memory instead of GPU
+    memory; `recompute: auto` then means `full`, which leaves the least to
     copy."""
     compile: Annotated[bool, ReadBy("single", "ddp", "fsdp", "zero2")] = False
-    """Let torch.compile make one code of each kind of decoder layer; the first steps then take a minute longer."""
+    """Let torch.compile generate one kernel sequence for each kind of
+    decoder layer; the first steps then take a minute longer."""
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
     every: Annotated[int | None, AT_LEAST_ONE] = 100
-    """Write a checkpoint every N optimizer steps, besides when the run is stopped and at its end; null: only then."""
+    """Write a checkpoint every N optimizer steps, and also when the run is
+    stopped and at its end; null: only when the run is stopped and at its
+    end."""
     keep: Annotated[int, AT_LEAST_ONE] = 2
-    """Newest checkpoints to keep; the one with the best evaluation loss stays as well."""
+    """Number of newest checkpoints to keep; the one with the best evaluation loss stays as well."""
     resume: str = "auto"
-    """`auto` goes on from this run's newest complete checkpoint, `never` starts over, a PATH goes on from that one."""
+    """`auto` continues from this run's newest complete checkpoint, `never`
+    starts over, a PATH continues from the checkpoint there."""
 
 
 @dataclass(frozen=True)
 class EvalConfig:
     every: Annotated[int | None, AT_LEAST_ONE] = None
-    """Evaluate every N optimizer steps besides at the start and at the end."""
+    """Evaluate every N optimizer steps, and also at the start and at the end."""
     max_batches: Annotated[int | None, AT_LEAST_ONE] = None
     """At most this many micro-batches per rank in one evaluation."""
 
@@ -237,16 +264,17 @@ class LoggingConfig:
     tensorboard: bool = True
     """Write TensorBoard event files."""
     profile_steps: Annotated[int | None, AT_LEAST_ONE] = None
-    """Trace this many optimizer steps after the first two, on rank 0, into `output_dir/profile`; null: none."""
+    """Trace this many optimizer steps after the first two, on rank 0, into
+    `output_dir/profile`; null: none."""
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything a run depends on. Section by section in the order in which the program uses it."""
+    """All settings of a run, by section in the order in which the program uses them."""
 
     output_dir: str = ""
     """Folder of the run. Required."""
-    seed: Annotated[int, NOT_NEGATIVE, Range(below=2**31)] = 0
+    seed: Annotated[int, NOT_NEGATIVE, SEED] = 0
     """Seed of data order, adapter initialization and dropout."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The frozen base model."""
@@ -259,43 +287,33 @@ class TrainConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """Distribution over processes."""
     memory: MemoryConfig = field(default_factory=MemoryConfig)
-    """Memory against speed."""
+    """Memory traded against speed."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    """What is kept of a run while it lasts."""
+    """Checkpoints that a run writes and goes on from."""
     eval: EvalConfig = field(default_factory=EvalConfig)
     """Evaluation during training."""
     logging: LoggingConfig = field(default_factory=LoggingConfig)
-    """What is recorded."""
+    """Records of the run."""
 
     @property
     def has_eval(self) -> bool:
-        """Whether some data is held out."""
+        """True if a file or a share of the training data is held out for evaluation."""
         return bool(self.data.eval_files) or self.data.eval_fraction > 0
 
 
 def flatten(config: TrainConfig) -> dict[str, Any]:
-    """All settings as one mapping from ``section.key`` to value."""
-    return {
-        key: getattr(owner, key.rpartition(".")[2])
-        for key, owner in (
-            (key, config if "." not in key else getattr(config, key.partition(".")[0]))
-            for key in known_keys()
-        )
-    }
+    """Return all settings as one mapping from ``section.key`` to value."""
+    return {key: attrgetter(key)(config) for key in known_keys()}
 
 
-def sections() -> dict[str, type]:
-    """The dataclass of each section, by its name."""
+def sections() -> dict[str, Any]:
+    """Return the dataclass of each section by the section's name."""
     hints = typing.get_type_hints(TrainConfig)
-    return {
-        name: hint
-        for name, hint in hints.items()
-        if dataclasses.is_dataclass(hint) and isinstance(hint, type)
-    }
+    return {name: hint for name, hint in hints.items() if dataclasses.is_dataclass(hint)}
 
 
 def known_keys() -> list[str]:
-    """All settings as ``section.key``."""
+    """Return the names of all settings as ``section.key``; those of no section come first."""
     of_section = sections()
     keys = [item.name for item in dataclasses.fields(TrainConfig) if item.name not in of_section]
     for name, section in of_section.items():
@@ -303,13 +321,12 @@ def known_keys() -> list[str]:
     return keys
 
 
-@cache
+@cache  # resolving the annotations of a section takes longer than all checks of its values
 def declared(key: str) -> tuple[Any, tuple[Any, ...]]:
-    """The type that a setting is declared with, as ``typing`` writes it, and what its annotation adds."""
+    """Return the type that a setting is declared with, and the `Range` and `ReadBy` beside it."""
     section, _, leaf = key.rpartition(".")
-    hint = typing.get_type_hints(
-        sections()[section] if section else TrainConfig, include_extras=True
-    )[leaf]
+    owner = sections()[section] if section else TrainConfig
+    hint = typing.get_type_hints(owner, include_extras=True)[leaf]
     if typing.get_origin(hint) is Annotated:
         return typing.get_args(hint)[0], typing.get_args(hint)[1:]
     return hint, ()

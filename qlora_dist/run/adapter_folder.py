@@ -1,4 +1,4 @@
-"""The adapter as users get it: a PEFT folder, written whole, reopened and checked, or not there at all."""
+"""The adapter as users get it: a PEFT folder that is written whole and verified, or absent."""
 
 from __future__ import annotations
 
@@ -14,7 +14,12 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
 from qlora_dist.atomic import read_json, whole_folder, write_text
-from qlora_dist.config.saved_adapter import ADAPTER_CONFIG, ADAPTER_RECORD, ADAPTER_WEIGHTS
+from qlora_dist.config.saved_adapter import (
+    ADAPTER_CONFIG,
+    ADAPTER_RECORD,
+    ADAPTER_WEIGHTS,
+    check_adapter_files,
+)
 from qlora_dist.config.schema import ModelConfig
 from qlora_dist.data.formats import PromptLayout
 from qlora_dist.errors import CheckpointError, ModelError
@@ -23,11 +28,11 @@ from qlora_dist.model.adapters import saved_name
 
 @dataclass(frozen=True)
 class AdapterRecord:
-    """How an adapter was trained, as far as using it depends on it."""
+    """Facts about an adapter's training that its use depends on."""
 
     base: ModelConfig
     layout: PromptLayout
-    """Form in which the model saw its training data: `generate` puts prompts into the same one."""
+    """Form in which the model saw its training data, and in which `generate` writes prompts."""
 
 
 def save_adapter(
@@ -37,21 +42,22 @@ def save_adapter(
     tokenizer: PreTrainedTokenizerBase,
     recipe: AdapterRecord,
 ) -> None:
-    """Write the adapter in PEFT format, reopen it, compare every value, and only then put it in place.
+    """Write the adapter in PEFT format, reopen it, compare every value, then put it in place.
 
     Args:
         folder: the final place; replaced as a whole.
         tensors: the whole adapter by parameter name, on the CPU.
 
     Raises:
-        CheckpointError: a value is not finite, the disk refused it, or what was read back is not what was written.
+        CheckpointError: a value is not finite, the disk refused it, or a value read back differs
+            from the one written.
     """
     weights = {saved_name(name): tensor.contiguous() for name, tensor in tensors.items()}
     for name, tensor in weights.items():
         if not bool(torch.isfinite(tensor).all()):
             raise CheckpointError(
-                f"the adapter holds values that are not finite in {name}, so it is not saved. Lower optim.lr or set "
-                "optim.max_grad_norm."
+                f"the adapter holds values that are not finite in {name}, so it is not saved. "
+                "Lower optim.lr or set optim.max_grad_norm."
             )
     try:
         with whole_folder(folder) as partial:
@@ -59,49 +65,46 @@ def save_adapter(
             peft_config = copy.copy(model.peft_config["default"])
             peft_config.inference_mode = True  # as PEFT itself writes it
             peft_config.save_pretrained(str(partial))
-            # safetensors writes files that only their owner may read; an adapter is as public as the files beside it.
+            # safetensors writes files that only their owner may read: copy the mode of another.
             (partial / ADAPTER_WEIGHTS).chmod((partial / ADAPTER_CONFIG).stat().st_mode)
             tokenizer.save_pretrained(str(partial))
             write_text(partial / ADAPTER_RECORD, json.dumps(asdict(recipe), indent=2) + "\n")
             _verify(partial, weights)
-    except (OSError, SafetensorError) as error:  # safetensors wraps those of its own writing
+    except (OSError, SafetensorError) as error:  # safetensors wraps the OSErrors of its writing
         raise CheckpointError(
-            f"the adapter cannot be written to {folder}: {error}. Free some space or fix the folder's permissions."
+            f"the adapter cannot be written to {folder}: {error}. "
+            "Free some space or fix the folder's permissions."
         ) from None
 
 
 def read_adapter_record(folder: Path) -> AdapterRecord:
-    """How the adapter in `folder` was trained; for an adapter from elsewhere, this program's defaults.
+    """Read how the adapter in `folder` was trained.
+
+    An adapter from another program has no record; it gets the defaults of this program.
 
     Raises:
-        CheckpointError: it is not an adapter folder, or names no base model.
+        CheckpointError: `folder` is not an adapter folder, or names no base model.
     """
     if not folder.is_dir():
         raise CheckpointError(
             f"adapter folder {folder} does not exist. Give the adapter/ folder of a finished run."
         )
-    for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
-        if not (folder / file).is_file():
-            nested = folder / "adapter"
-            hint = f" Did you mean {nested}?" if (nested / ADAPTER_CONFIG).is_file() else ""
-            raise CheckpointError(
-                f"adapter folder {folder} has no {file}, so it is not a PEFT adapter.{hint}"
-            )
+    check_adapter_files(folder, f"adapter folder {folder}", CheckpointError)
     base_path = read_json(folder / ADAPTER_CONFIG, ModelError).get("base_model_name_or_path")
     if not base_path:
         raise CheckpointError(
-            f"{folder / ADAPTER_CONFIG} names no base model (base_model_name_or_path). Add it there."
+            f"{folder / ADAPTER_CONFIG} names no base model (base_model_name_or_path). "
+            "Add it there."
         )
-    saved = (
-        read_json(folder / ADAPTER_RECORD, ModelError)
-        if (folder / ADAPTER_RECORD).is_file()
-        else {}
-    )
+    record = folder / ADAPTER_RECORD
+    saved = read_json(record, ModelError) if record.is_file() else {}
+    # PEFT's file decides on the path: users edit it when the base model has moved.
     base = ModelConfig(**{**saved.get("base", {}), "path": str(base_path)})
     return AdapterRecord(base, saved.get("layout", "messages"))
 
 
 def _verify(folder: Path, weights: dict[str, torch.Tensor]) -> None:
+    """Refuse a folder that does not read back as the adapter that was written."""
     try:
         reread = load_file(folder / ADAPTER_WEIGHTS)
     except SafetensorError as error:

@@ -1,12 +1,12 @@
-"""Checkpoints: adapter, optimizer and position of a run, complete and verified, or not there.
+"""Checkpoints: adapter, optimizer and position of a run, complete and verified, or absent.
 
     checkpoints/step-00000020/
         adapter/                  in PEFT format, usable as it is
         optimizer.safetensors     Adam's moments, whole, by parameter
-        state.json                position, and what the checkpoint belongs to
+        state.json                position, and identity of the run
         COMPLETE                  written last: size and SHA-256 of every file
 
-Tensors are whole and named by parameter, so that any backend on any number of ranks can go on from them.
+Tensors are whole and named by parameter, so that any backend on any number of ranks can continue.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from qlora_dist.errors import CheckpointError
 from qlora_dist.model.adapters import adapter_parameters, saved_name
 from qlora_dist.run.state import RunIdentity, TrainState
 from qlora_dist.runtime.processes import Runtime
-from qlora_dist.runtime.shards import local_part, local_range, whole_shape
+from qlora_dist.runtime.shards import keep_local, whole_shape
 
 FORMAT_VERSION = 2
 _READABLE_VERSIONS = (1, 2)
-"""Version 1 holds the 8-bit state of optimizers at greater length, see `moments.py`."""
+"""Version 1 has float32 values beside the optimizer's 8-bit state, see `moments.py`."""
 _COMPLETE = "COMPLETE"
 _STATE = "state.json"
 _OPTIMIZER = "optimizer.safetensors"
@@ -55,16 +55,17 @@ class Checkpoint:
         """Refuse to go on with another base model, other data or another adapter.
 
         Args:
-            is_same_run: other settings are refused as well.
+            is_same_run: refuse other settings as well.
 
         Raises:
-            CheckpointError: with what differs.
+            CheckpointError: with the differences.
         """
         differences = self.identity.differences(now, is_same_run)
         if differences:
             raise CheckpointError(
                 f"checkpoint {self.path} cannot be continued: {'; '.join(differences[:5])}. "
-                "Restore what it was made with, or give another output_dir and checkpoint.resume: never."
+                "Restore what it was made with, or give another output_dir and "
+                "checkpoint.resume: never."
             )
 
     @torch.no_grad()
@@ -72,21 +73,18 @@ class Checkpoint:
         """Copy this rank's parts of the saved adapter into the model."""
         with safe_open(self.path / "adapter" / ADAPTER_WEIGHTS, framework="pt") as file:
             for name, param in adapter_parameters(model).items():
-                first, stop = local_range(param)
-                local_part(param).view(-1).copy_(
-                    file.get_tensor(saved_name(name)).view(-1)[first:stop]
-                )
+                keep_local(param, file.get_tensor(saved_name(name)))
 
     def optimizer_tensors(self) -> Mapping[str, torch.Tensor]:
-        """The saved moments by name; each is read when it is asked for."""
+        """Return the saved moments by name; a tensor is read when it is looked up."""
         return _LazyTensors(self.path / _OPTIMIZER)
 
 
 class _LazyTensors(Mapping[str, torch.Tensor]):
-    """The tensors of a safetensors file, mapped into memory."""
+    """Tensors of a safetensors file, mapped into memory."""
 
     def __init__(self, path: Path) -> None:
-        self._file = safe_open(path, framework="pt").__enter__()
+        self._file = safe_open(path, framework="pt").__enter__()  # open as long as this object
         self._names = list(self._file.keys())
 
     def __getitem__(self, name: str) -> torch.Tensor:
@@ -101,10 +99,10 @@ class _LazyTensors(Mapping[str, torch.Tensor]):
 
 @dataclass
 class Checkpoints:
-    """Writes the checkpoints of a run, behind the training loop's back.
+    """Writer of a run's checkpoints, in a thread of rank 0 beside the training loop.
 
-    Tensors are gathered by all ranks before; what is left is file work, in a thread of rank 0. An error there is raised
-    at the next call.
+    All ranks gather the tensors before; the thread has only files to write. An error in it is
+    raised by the next call of :meth:`write`, :meth:`wait` or :meth:`poll`.
     """
 
     folder: Path
@@ -115,21 +113,21 @@ class Checkpoints:
     runtime: Runtime
     backend: str
     write_adapter: Callable[[Path, dict[str, torch.Tensor]], None]
-    """Writes an adapter folder from whole tensors."""
+    """Function that writes an adapter folder from whole tensors."""
     _written: set[int] = field(default_factory=set, init=False)
     _thread: threading.Thread | None = field(default=None, init=False)
     _error: BaseException | None = field(default=None, init=False)
 
     def path(self, step: int) -> Path:
-        """Where the checkpoint of a step is."""
+        """Return the folder of a step's checkpoint."""
         return step_folder(self.folder, step)
 
     def mark_written(self, step: int) -> None:
-        """There is a checkpoint of this step already: the one that the run goes on from."""
+        """Take note of a step's checkpoint on disk: the run goes on from it."""
         self._written.add(step)
 
     def has(self, step: int) -> bool:
-        """Whether the checkpoint of a step is written, or being written; the same on every rank."""
+        """True if the checkpoint of a step is written, or being written; alike on all ranks."""
         return step in self._written
 
     def write(
@@ -139,26 +137,24 @@ class Checkpoints:
         optimizer: dict[str, torch.Tensor],
         is_trial: bool,
     ) -> None:
-        """Begin to write a checkpoint of `state`; waits for the one before.
+        """Begin to write a checkpoint of `state`, once the previous one is written.
 
         Args:
-            is_trial: only shows that checkpoints can be written; the next regular one replaces it.
+            is_trial: only proves that checkpoints can be written; the next one replaces it.
         """
         self.wait()
         self._written.add(state.step)
-        if not self.runtime.is_main:
-            return
-        arguments = (replace(state), adapter, optimizer, is_trial)
-        self._thread = threading.Thread(
-            target=self._write_caught, args=arguments, name="checkpoint"
-        )
-        self._thread.start()
+        if self.runtime.is_main:
+            # A copy of the state: training goes on counting in the original.
+            work = (replace(state), adapter, optimizer, is_trial)
+            self._thread = threading.Thread(target=self._write_caught, args=work, name="checkpoint")
+            self._thread.start()
 
     def wait(self) -> None:
-        """Return when nothing is being written any more.
+        """Wait until the current checkpoint is written.
 
         Raises:
-            CheckpointError: what went wrong meanwhile.
+            CheckpointError: the checkpoint could not be written.
         """
         if self._thread is not None:
             self._thread.join()
@@ -166,18 +162,20 @@ class Checkpoints:
         self.poll()
 
     def poll(self) -> None:
-        """Raise what went wrong so far, without waiting."""
+        """Raise the error of the writing thread, if there was one, without waiting."""
         if self._error is not None:
-            error, self._error = self._error, None
+            error, self._error = self._error, None  # raise it once
             raise error
 
     def _write_caught(self, *arguments: Any) -> None:
+        """Write a checkpoint; keep its error for the training thread."""
         try:
             self._write(*arguments)
         except (OSError, SafetensorError) as error:
             self._error = CheckpointError(
-                f"the checkpoint cannot be written to {self.folder}: {error}. Free some space or fix the folder's "
-                "permissions, and start the same command again: it goes on from the last complete checkpoint."
+                f"the checkpoint cannot be written to {self.folder}: {error}. Free some space or "
+                "fix the folder's permissions, and start the same command again: it goes on from "
+                "the last complete checkpoint."
             )
         except Exception as error:  # noqa: BLE001 - raised again by the training thread
             self._error = error
@@ -190,6 +188,7 @@ class Checkpoints:
         is_trial: bool,
     ) -> None:
         path = self.path(state.step)
+        # An earlier folder of this step, such as a trial's, stays until the new one is on the disk.
         with whole_folder(path, clear=_delete) as partial:
             self.write_adapter(partial / "adapter", adapter)
             save_file(optimizer, partial / _OPTIMIZER)
@@ -208,11 +207,12 @@ class Checkpoints:
         self._rotate(state)
 
     def _mark_complete(self, path: Path, manifest: dict[str, dict[str, Any]]) -> None:
+        """Write the mark that makes a checkpoint count, after everything else is on the disk."""
         write_text(path / _COMPLETE, json.dumps(manifest, indent=2) + "\n")
         sync_folder(self.folder)
 
     def _rotate(self, state: TrainState) -> None:
-        """Keep the newest and the best; a trial goes as soon as there is another."""
+        """Delete all checkpoints but the `keep` newest and the best; earlier trials go as well."""
         steps = complete_steps(self.folder)
         regular = [step for step in steps if step == state.step or not _is_trial(self.folder, step)]
         keep = set(regular[-self.keep :]) | {state.best_step}
@@ -222,59 +222,52 @@ class Checkpoints:
 
 
 def step_folder(folder: Path, step: int) -> Path:
-    """Where the checkpoint of a step is."""
+    """Return the folder of a step's checkpoint below `checkpoints/`."""
     return folder / f"step-{step:08d}"
 
 
 def complete_steps(folder: Path) -> list[int]:
-    """Steps that have a complete checkpoint, ascending. Names decide, not the clock."""
-    if not folder.is_dir():
-        return []
-    names = [
-        re.fullmatch(r"step-(\d{8,})", path.name)
-        for path in folder.iterdir()
-        if (path / _COMPLETE).is_file()
-    ]
+    """Return the steps that have a complete checkpoint, ascending."""
+    # The names decide on the order, not the times: a copied folder keeps its names.
+    complete = folder.glob(f"step-*/{_COMPLETE}")
+    names = [re.fullmatch(r"step-(\d{8,})", file.parent.name) for file in complete]
     return sorted(int(match[1]) for match in names if match)
 
 
 def clean_up(folder: Path) -> None:
-    """Remove what a run that died left half-written."""
-    for path in folder.iterdir() if folder.is_dir() else ():
-        if path.name.endswith(".partial") or (
-            path.name.startswith("step-") and not (path / _COMPLETE).is_file()
-        ):
+    """Remove checkpoints that a run which died left half-written or half-deleted."""
+    for path in [*folder.glob("*.partial"), *folder.glob("step-*")]:
+        if not (path / _COMPLETE).is_file():
             remove(path)
 
 
 def choose_checkpoint(
     run_folder: Path, resume: str, runtime: Runtime, log: Callable[[str], None]
 ) -> Checkpoint | None:
-    """The checkpoint that a run goes on from, the same on every rank; a collective.
+    """Choose the checkpoint that a run goes on from, alike on all ranks; a collective.
 
     Args:
-        resume: `checkpoint.resume`. A path is where a new run begins; once it has checkpoints of its own, the newest of
-            these.
+        resume: `checkpoint.resume`. A path counts only until the run has a checkpoint of its own.
 
     Raises:
         CheckpointError: there is something to go on from, but it cannot be used.
     """
-    chosen: str | None = None
+    found = None
     if runtime.is_main and resume != "never":
         clean_up(run_folder / "checkpoints")
         found = newest_checkpoint(run_folder / "checkpoints", log)
         if found is None and resume != "auto":
             found = read_checkpoint(Path(resume))
-        chosen = None if found is None else str(found.path)
-    chosen = runtime.from_main(chosen)
-    return None if chosen is None else read_checkpoint(Path(chosen), verify=False)
+    path = runtime.from_main(None if found is None else found.path)
+    # Rank 0 has verified every byte; all ranks read the small files themselves.
+    return None if path is None else read_checkpoint(path, verify=False)
 
 
 def newest_checkpoint(folder: Path, log: Callable[[str], None]) -> Checkpoint | None:
-    """The newest checkpoint whose every byte is as it was written; None when there is none at all.
+    """Return the newest checkpoint whose bytes are all as written; None if there are none at all.
 
     Args:
-        say: is told of checkpoints that are passed over.
+        log: called with a line about each checkpoint that is passed over.
 
     Raises:
         CheckpointError: there are complete checkpoints, but none of them can be read any more.
@@ -296,10 +289,13 @@ def newest_checkpoint(folder: Path, log: Callable[[str], None]) -> Checkpoint | 
 
 
 def read_checkpoint(path: Path, verify: bool = True) -> Checkpoint:
-    """Read one checkpoint, and verify every byte of it unless another rank has.
+    """Read one checkpoint.
+
+    Args:
+        verify: compare size and SHA-256 of every file with the manifest.
 
     Raises:
-        CheckpointError: it is not there, not complete, of another format, or not as it was written.
+        CheckpointError: the checkpoint is missing, incomplete, of another format, or changed.
     """
     try:
         manifest = json.loads((path / _COMPLETE).read_text(encoding="utf-8"))
@@ -316,16 +312,11 @@ def read_checkpoint(path: Path, verify: bool = True) -> Checkpoint:
                 )
         if content["format_version"] not in _READABLE_VERSIONS:
             raise CheckpointError(
-                f"checkpoint {path} has format version {content['format_version']}, this program reads "
-                f"{' and '.join(map(str, _READABLE_VERSIONS))}."
+                f"checkpoint {path} has format version {content['format_version']}, this program "
+                f"reads {' and '.join(map(str, _READABLE_VERSIONS))}."
             )
-        return Checkpoint(
-            path,
-            TrainState(**content["state"]),
-            RunIdentity(**content["identity"]),
-            content["world_size"],
-            content["backend"],
-        )
+        state, run = TrainState(**content["state"]), RunIdentity(**content["identity"])
+        return Checkpoint(path, state, run, content["world_size"], content["backend"])
     except FileNotFoundError as error:
         raise CheckpointError(
             f"checkpoint {path} is not complete: {Path(error.filename).name} is missing."
@@ -335,7 +326,7 @@ def read_checkpoint(path: Path, verify: bool = True) -> Checkpoint:
 
 
 def adapter_shapes(model: nn.Module) -> dict[str, str]:
-    """Shapes of the adapter's tensors, such as `16x4096`, by their saved names."""
+    """Return the shapes of the adapter's tensors, such as `16x4096`, by their saved names."""
     return {
         saved_name(name): "x".join(map(str, whole_shape(param)))
         for name, param in adapter_parameters(model).items()
@@ -343,29 +334,28 @@ def adapter_shapes(model: nn.Module) -> dict[str, str]:
 
 
 def _is_trial(folder: Path, step: int) -> bool:
-    return bool(
-        json.loads((step_folder(folder, step) / _STATE).read_text(encoding="utf-8"))["is_trial"]
-    )
+    text = (step_folder(folder, step) / _STATE).read_text(encoding="utf-8")
+    return bool(json.loads(text)["is_trial"])
 
 
 def _delete(path: Path) -> None:
-    """Remove a checkpoint so that it is never seen half-removed."""
+    """Remove a checkpoint; first its mark, so that a half-removed one never counts as complete."""
     (path / _COMPLETE).unlink(missing_ok=True)
     remove(path)
 
 
 def _verify_tensors(path: Path, expected: dict[str, torch.Tensor]) -> None:
-    reread = _LazyTensors(path)
+    """Refuse a file whose tensors are not, byte for byte, the expected ones."""
+    reread, as_bytes = _LazyTensors(path), torch.uint8  # as bytes a NaN equals itself
     for name, tensor in expected.items():
-        if not torch.equal(
-            reread[name].view(torch.uint8), tensor.view(torch.uint8)
-        ):  # bytes: a NaN equals itself
+        if not torch.equal(reread[name].view(as_bytes), tensor.view(as_bytes)):
             raise CheckpointError(
                 f"{path}: {name} was read back differently from what was written. Check the disk."
             )
 
 
 def _manifest(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return size and SHA-256 of every file below `folder`, by its path in it."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {
         str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
@@ -374,8 +364,5 @@ def _manifest(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while piece := file.read(2**20):
-            digest.update(piece)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()

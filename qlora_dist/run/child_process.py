@@ -14,8 +14,8 @@ from typing import TextIO
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _PATIENCE_SECONDS = 40.0
-"""For a command that was asked to end; a launcher gives its ranks 30."""
-_PR_SET_PDEATHSIG = 1
+"""Time for a command that was asked to end; a launcher gives its ranks 30 s."""
+_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
 def run_child(
@@ -23,23 +23,22 @@ def run_child(
     patience_seconds: float = _PATIENCE_SECONDS,
     output: TextIO | None = None,
 ) -> tuple[int, int | None]:
-    """Run a command to its end; returns its exit code, and the signal that this process was told to end by, if any.
+    """Run a command to its end, and pass on SIGINT, SIGTERM and SIGHUP to it.
 
-    SIGINT, SIGTERM and SIGHUP are passed on, and the command is waited for. When this process is killed the command
-    gets SIGTERM (on Linux). Only for the main thread.
+    When this process is killed the command gets SIGTERM (on Linux). Only for the main thread.
 
     Args:
-        patience_seconds: from such a signal to SIGKILL.
-        output: a file for what it says; None: where this process speaks.
+        patience_seconds: time from a signal that is passed on to SIGKILL.
+        output: file for stdout and stderr of the command; None: those of this process.
+
+    Returns:
+        Exit code of the command, and the first signal that this process received, if any.
     """
-    # A session of its own: Ctrl-C at a terminal reaches the command through this process alone. A launcher that is told
-    # twice leaves its ranks behind.
+    die = _dying_with(os.getpid())
+    # A session of its own: Ctrl-C at a terminal reaches the command through this process alone. A
+    # launcher that gets it twice leaves its ranks behind.
     process = subprocess.Popen(
-        command,
-        start_new_session=True,
-        preexec_fn=_dying_with(os.getpid()),
-        stdout=output,
-        stderr=output,
+        command, start_new_session=True, preexec_fn=die, stdout=output, stderr=output
     )
     received: list[int] = []
     killer = threading.Timer(patience_seconds, process.kill)
@@ -51,9 +50,9 @@ def run_child(
             process.send_signal(number)
         received.append(number)
 
-    previous = {
-        number: signal.signal(number, pass_on) for number in _SIGNALS if not _is_ignored(number)
-    }
+    # An ignored signal, as under nohup, stays ignored.
+    heard = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    previous = {number: signal.signal(number, pass_on) for number in heard}
     try:
         code = process.wait()
     finally:
@@ -63,21 +62,15 @@ def run_child(
     return code, received[0] if received else None
 
 
-def _is_ignored(number: int) -> bool:
-    return signal.getsignal(number) is signal.SIG_IGN  # nohup
-
-
 def _dying_with(parent: int) -> Callable[[], None] | None:
-    """What the new process does before it becomes the command."""
+    """Return a function that ties a new process to `parent` before it becomes the command."""
     if not sys.platform.startswith("linux"):
         return None
-    prctl = ctypes.CDLL(
-        None
-    ).prctl  # found here: between fork and exec as little as possible may happen
+    prctl = ctypes.CDLL(None).prctl  # looked up here: little is safe between fork and exec
 
     def die_with_parent() -> None:
         prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:  # which has ended already
+        if os.getppid() != parent:  # it has ended before prctl was called
             os._exit(1)
 
     return die_with_parent

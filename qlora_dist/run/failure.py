@@ -1,4 +1,4 @@
-"""How a failing run ends: one process says why, the others leave quietly, and the launcher learns the reason."""
+"""End of a failing run: one process reports the reason, to its launcher too; others stay silent."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from qlora_dist.run.launcher import GONE, is_lost_to
 EXIT_CRASH = 1
 
 _PATIENCE_SECONDS = 10.0
-"""A launcher ends all processes as soon as one has ended: one with nothing to say leaves the others so much time."""
+"""Wait of a process with nothing to report: a launcher ends all others as soon as one has ended."""
 
 
 def exit_code_after(error: Exception) -> int:
-    """Report `error` unless another process of the run already reported one; returns this process's exit code.
+    """Report `error` unless another process of the run did; return this process's exit code.
 
-    When one process fails, the others soon fail too, in the collective where they waited for it. Only the first has
-    something to say.
+    When one process fails, the others soon fail too, in the collective where they waited for it.
+    Only the first error is the cause.
     """
     if isinstance(error, PeerError):
         _let_others_speak()
@@ -36,10 +36,8 @@ def exit_code_after(error: Exception) -> int:
     is_user_error = isinstance(error, QloraDistError)
     if _is_first_to_fail():
         streams.flush(sys.stdout)
-        streams.write(
-            sys.stderr,
-            f"error: {_rank_prefix()}{error}\n" if is_user_error else _crash_report(error),
-        )
+        report = f"error: {_rank_prefix()}{error}\n" if is_user_error else _crash_report(error)
+        streams.write(sys.stderr, report)
         tell_launcher(str(error) if is_user_error else f"{type(error).__name__}: {error}")
     return _exit_code(error)
 
@@ -49,16 +47,16 @@ def _exit_code(error: Exception) -> int:
 
 
 def _is_first_to_fail() -> bool:
-    """Ask the store that all processes share; before there is one, every process of a node meets the same mistake and
-    its first one speaks."""
+    """True in the process that is to report: the first to fail, as the shared store counts it."""
     if "torch.distributed" in sys.modules:
         from torch import distributed as dist
 
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             try:
                 return dist.distributed_c10d._get_default_store().add("qlora_dist/failures", 1) == 1
-            except RuntimeError:  # the store went with the process that held it
+            except RuntimeError:  # the store ended with the process that held it
                 return True
+    # Before there is a store every process of a node meets the same mistake: the first reports.
     if os.environ.get("LOCAL_RANK", "0") == "0":
         return True
     _let_others_speak()
@@ -66,9 +64,8 @@ def _is_first_to_fail() -> bool:
 
 
 def _let_others_speak() -> None:
-    signal.signal(
-        signal.SIGTERM, signal.SIG_DFL
-    )  # a launcher's, that all has been said; no request to stop any more
+    # SIGTERM now comes from the launcher, after the report of another rank: it shall end the wait.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     time.sleep(_PATIENCE_SECONDS)
 
 
@@ -76,8 +73,9 @@ def _crash_report(error: Exception) -> str:
     prefix = _rank_prefix()
     if "Connection closed by peer" in str(error) or "Connection reset by peer" in str(error):
         return (
-            f"error: {prefix}another process of this run ended without a word while this one waited for it. "
-            "The launcher's report below names it and its signal (SIGKILL: often the system was out of memory).\n"
+            f"error: {prefix}another process of this run ended without a word while this one "
+            "waited for it. The launcher's report below names it and its signal (SIGKILL: often "
+            "the system was out of memory).\n"
         )
     lines = "".join(traceback.format_exception(error))
     return "".join(f"{prefix}{line}\n" for line in lines.rstrip().splitlines())
@@ -88,12 +86,10 @@ def _rank_prefix() -> str:
 
 
 def tell_launcher(message: str) -> None:
-    """Leave the message where torchrun and accelerate look for it: they print it as the root cause."""
-    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if file:
+    """Write the message for torchrun and accelerate, which print it as the root cause."""
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        # The form of torch.distributed.elastic.multiprocessing.errors.ErrorHandler.
         details = {"py_callstack": message, "timestamp": str(int(time.time()))}
-        with suppress(OSError):  # it is the launcher's, and gone when that is
-            Path(file).write_text(
-                json.dumps({"message": {"message": message, "extraInfo": details}}),
-                encoding="utf-8",
-            )
+        text = json.dumps({"message": {"message": message, "extraInfo": details}})
+        with suppress(OSError):  # the launcher removes the file's folder when it ends
+            Path(file).write_text(text, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The folder of a run: whose it is, who is using it, and what is in it from before."""
+"""The folder of a run: its owner, its lock, and files of an earlier run in it."""
 
 from __future__ import annotations
 
@@ -18,56 +18,49 @@ from qlora_dist.errors import CheckpointError, ConfigError
 from qlora_dist.run.checkpoint import read_checkpoint
 
 STOP = "STOP"
-"""A user or a batch script makes this file to ask the run to stop; the run removes it when it does."""
+"""File by which a user or a batch script asks the run to stop; the run removes it when it does."""
 STOPPED = "STOPPED"
-"""The run leaves this file when it stopped before its end and can go on; its first line says why."""
+"""File that a run leaves when it stopped before its end and can go on; its first line says why."""
 _LOCK = ".lock"
 _WITHOUT_A_RUN = {STOP, STOPPED, _LOCK}
-"""What may lie in a folder before a run has written anything of its own."""
+"""Files that do not make a folder the folder of a run: they may come before its first own file."""
 
-_CHANGEABLE = (
-    "output_dir",
-    "parallel.",
-    "memory.",
-    "checkpoint.",
-    "eval.",
-    "logging.",
-    "optim.micro_batch_size",
-    "optim.grad_accum_steps",
-)
-"""Settings, or sections of them, that do not make another run: how it is computed, and what is recorded of it."""
+_CUTS = ("optim.micro_batch_size", "optim.grad_accum_steps")
+_CHANGEABLE = ("output_dir", "parallel.", "memory.", "checkpoint.", "eval.", "logging.", *_CUTS)
+"""Settings, or sections, that may change within a run: they only decide how it is computed and what
+is recorded."""
 
 
 def check_run_folder(config: TrainConfig) -> Path:
-    """Refuse an output folder that belongs to something else; creates nothing.
+    """Refuse an output folder that belongs to something else; create nothing.
 
     Raises:
-        CheckpointError: the folder holds another run (with the differing settings), or files that are no run.
+        CheckpointError: the folder holds another run (with the differing settings), or files that
+            are no run.
     """
     folder = Path(config.output_dir)
-    if not folder.exists():
-        _check_writable(folder)
-        return folder
-    if not folder.is_dir():
+    if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"output_dir {folder} is a file. Give a folder for the run.")
     _check_writable(folder)
-    there = {path.name for path in folder.iterdir()} - _WITHOUT_A_RUN
+    there = set(os.listdir(folder) if folder.exists() else ()) - _WITHOUT_A_RUN
     if not there:
         return folder
     if "config.yaml" not in there:
         raise CheckpointError(
-            f"output_dir {folder} is not empty and holds no run (it has {', '.join(sorted(there)[:3])}). "
-            "Give a new or empty folder."
+            f"output_dir {folder} is not empty and holds no run (it has "
+            f"{', '.join(sorted(there)[:3])}). Give a new or empty folder."
         )
     try:
         previous = identity(load_config(folder / "config.yaml"))
     except ConfigError as error:
         raise CheckpointError(
-            f"output_dir {folder} holds a run whose config.yaml cannot be read: {error} Give another output_dir."
+            f"output_dir {folder} holds a run whose config.yaml cannot be read: {error} "
+            "Give another output_dir."
         ) from None
     differing = [
         f"{key}: {previous[key]!r} there, {value!r} now"
         for key, value in identity(config).items()
+        # config.yaml has the type that `auto` stood for.
         if previous[key] != value and (key, value) != ("model.dtype", "auto")
     ]
     if differing:
@@ -79,15 +72,15 @@ def check_run_folder(config: TrainConfig) -> Path:
 
 
 def dtype_of_run(config: TrainConfig, folder: Path) -> tuple[str, bool]:
-    """`model.dtype`, and whether it is the one with which a run began that goes on now.
+    """Return the `model.dtype` to use, and True if a run that goes on began with it.
 
-    A run keeps its compute type on any machine: `auto` then stands for what was taken.
+    A run keeps its compute type on any machine: `auto` then stands for the type that it began with.
     """
     asked, began_with = config.model.dtype, None
     if config.checkpoint.resume != "never" and (folder / "config.yaml").is_file():
         began_with = load_config(folder / "config.yaml").model.dtype
     elif config.checkpoint.resume not in ("auto", "never"):
-        with suppress(CheckpointError):  # said later, when it is to be read
+        with suppress(CheckpointError):  # refused later, when the checkpoint is loaded
             saved = read_checkpoint(Path(config.checkpoint.resume), verify=False)
             began_with = saved.identity.settings.get("model.dtype")
     if began_with is None or asked not in ("auto", began_with):
@@ -96,19 +89,18 @@ def dtype_of_run(config: TrainConfig, folder: Path) -> tuple[str, bool]:
 
 
 def identity(config: TrainConfig) -> dict[str, Any]:
-    """The settings that tell one run from another, as plain data."""
-    settings = {
-        key: value for key, value in flatten(config).items() if not key.startswith(_CHANGEABLE)
-    }
-    # As a checkpoint's JSON will give them back: a tuple never equals the list that it becomes there.
-    plain: dict[str, Any] = json.loads(json.dumps(settings, default=asdict))
+    """Return the settings that tell one run from another, as plain data."""
+    settings = flatten(config).items()
+    kept = {key: value for key, value in settings if not key.startswith(_CHANGEABLE)}
+    # As a checkpoint's JSON gives them back: a tuple never equals the list that it becomes there.
+    plain: dict[str, Any] = json.loads(json.dumps(kept, default=asdict))
     return plain
 
 
 class RunLock:
-    """Keeps every other process from using a run's folder; for rank 0.
+    """Lock that keeps every other process from using a run's folder; for rank 0.
 
-    The operating system holds the lock, not the file: what a dead run leaves behind blocks nobody.
+    The operating system holds the lock, not the file: the file of a dead run blocks nobody.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -119,7 +111,7 @@ class RunLock:
         """Lock the folder, which must exist, unless this object has done so.
 
         Raises:
-            CheckpointError: another process holds it.
+            CheckpointError: another process holds the lock.
         """
         if self._descriptor is not None:
             return
@@ -130,7 +122,8 @@ class RunLock:
             owner = os.read(descriptor, 200).decode(errors="replace")
             os.close(descriptor)
             raise CheckpointError(
-                f"output_dir {self._file.parent} is in use by another run{f' ({owner})' if owner else ''}. "
+                f"output_dir {self._file.parent} is in use by another run"
+                f"{f' ({owner})' if owner else ''}. "
                 "Wait for it, stop it, or give another output_dir."
             ) from None
         except OSError:  # a file system without locks: better to train unguarded than not at all
@@ -141,7 +134,7 @@ class RunLock:
         self._descriptor = descriptor
 
     def release(self) -> None:
-        """Let others in; the end of the process does the same."""
+        """Unlock the folder; the end of the process does so as well."""
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
@@ -150,11 +143,11 @@ class RunLock:
 def create_run_folder(
     folder: Path, config: TrainConfig, resumed_step: int | None, lock: RunLock
 ) -> None:
-    """Make the run folder and write the resolved configuration; called by rank 0 once all input is known to be good.
+    """Make the run folder and write the resolved configuration; for rank 0, with good input.
 
     Args:
-        resumed_step: step after which the run goes on; None when it starts from nothing, and what an earlier one left
-            is removed.
+        resumed_step: step after which the run goes on; None when it starts from nothing: then the
+            files of an earlier run are removed.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -173,14 +166,15 @@ def create_run_folder(
 
 
 def mark_stopped(folder: Path, reason: str) -> None:
-    """Leave word that the run stopped before its end, for scripts behind a launcher, which hides exit codes."""
+    """Write the reason why the run stopped before its end into its folder."""
+    # For scripts around a launcher, which hides the exit code 75 of its processes.
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / STOPPED, f"{reason}\n")
     remove(folder / STOP)
 
 
 def _keep_metrics_until(folder: Path, step: int) -> None:
-    """Drop the rows of metrics.jsonl after `step`, which will be computed again, and a row that was cut off."""
+    """Drop the rows of metrics.jsonl after `step`, which will be computed again."""
     file = folder / "metrics.jsonl"
     if not file.is_file():
         return
@@ -188,7 +182,7 @@ def _keep_metrics_until(folder: Path, step: int) -> None:
     for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             row = json.loads(line)
-        except ValueError:
+        except ValueError:  # the last row, cut off when the run was killed
             continue
         if row["step"] <= step:
             kept.append(line + "\n")
@@ -196,9 +190,11 @@ def _keep_metrics_until(folder: Path, step: int) -> None:
 
 
 def _check_writable(folder: Path) -> None:
+    """Refuse a folder that cannot be written, or cannot be made in its nearest existing parent."""
     ancestor = folder.absolute()
     while not ancestor.exists():
         ancestor = ancestor.parent
+    # root passes `access` everywhere but on a read-only file system.
     if not ancestor.is_dir() or not os.access(ancestor, os.W_OK):
         raise CheckpointError(
             f"output_dir {folder} cannot be used: {ancestor} is not a writable folder."

@@ -1,7 +1,7 @@
 """The launcher of this process, and the end of a rank that has lost it.
 
-Ranks have a session of their own, so nothing ends them when their launcher is killed: they would train on for hours,
-seen by nobody. Nobody could start the run again either, since they hold its folder.
+Ranks have a session of their own, so nothing ends them when their launcher is killed: they would
+train on for hours, unnoticed. Nobody could start the run again either, since they hold its folder.
 """
 
 from __future__ import annotations
@@ -23,40 +23,24 @@ GONE = "the launcher is gone"
 
 _POLL_SECONDS = 0.5
 _PATIENCE_SECONDS = 45.0
-"""From the loss to the latest end, for a rank that reaches no place where all agree to stop."""
+"""Time from the loss to the end of a rank that reaches no point where all agree to stop."""
 _MARGIN_SECONDS = 5
-"""After which the kernel ends a process whose threads cannot."""
-_SIGNS = ("TORCHELASTIC_RUN_ID", "LOCAL_RANK", "ACCELERATE_MIXED_PRECISION")
-"""Variables that a launcher sets: torchrun and `accelerate launch`, others, `accelerate launch` for one process."""
-_NO_LAUNCHERS = {
-    "sh",
-    "bash",
-    "dash",
-    "zsh",
-    "fish",
-    "ksh",
-    "csh",
-    "tcsh",
-    "ash",
-    "busybox",
-    "sshd",
-    "screen",
-    "tmux: server",
-    "init",
-    "systemd",
-}
-"""Parents of processes that were started by hand, with nohup or over ssh: they may go while the run stays."""
+"""Further time after which the kernel ends a process whose threads cannot run."""
+_SIGNS = {"TORCHELASTIC_RUN_ID", "LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"}
+"""Variables set by torchrun, by other launchers, and by `accelerate launch` for one process."""
+_NO_LAUNCHERS = {"sh", "bash", "dash", "zsh", "fish", "ksh", "csh", "tcsh", "ash", "busybox"}
+_NO_LAUNCHERS |= {"sshd", "screen", "tmux: server", "init", "systemd"}
+"""Parents of processes started by hand, with nohup or over ssh: they may end while the run goes on.
+"""
 
 
 class LauncherWatch:
-    """Notices that the process which started this one is gone.
-
-    The parent's id tells: it changes when the parent's last thread ends, whoever adopts its children. A signal at the
-    parent's death (`PR_SET_PDEATHSIG`) would come when the thread ends that started this process.
+    """Thread that notices the end of the process which started this one, and then ends this one.
 
     Args:
-        poll_seconds: between two looks.
-        patience_seconds: from the loss to the end of this process, unless :meth:`stand_down` comes before.
+        poll_seconds: time between two looks.
+        patience_seconds: time from the loss to the end of this process, unless :meth:`stand_down`
+            is called before.
     """
 
     def __init__(
@@ -71,20 +55,22 @@ class LauncherWatch:
 
     @property
     def is_gone(self) -> bool:
-        """Whether the launcher has ended."""
+        """True if the launcher has ended."""
+        # The parent's id changes when the last thread of the parent ends. PR_SET_PDEATHSIG would
+        # send its signal too early: when that one thread ends which started this process.
         self._is_gone = self._is_gone or os.getppid() != self._parent
         return self._is_gone
 
     def take_charge(self, last_words: Callable[[], None]) -> None:
-        """From now on there is something to save: after a loss, wait for all ranks to stop together.
+        """Make a later loss wait for all ranks to stop together: now there is work to save.
 
         Args:
-            last_words: called before this process is ended because that did not happen in time.
+            last_words: called before this process is ended because the ranks did not stop in time.
         """
         self._last_words = last_words
 
     def stand_down(self) -> None:
-        """All ranks have agreed to stop, or this one ends by itself: do not end it meanwhile."""
+        """Never end this process: all ranks have agreed to stop, or it ends by itself."""
         self._stood_down.set()
 
     def _watch(self) -> None:
@@ -92,8 +78,8 @@ class LauncherWatch:
             if self._stood_down.wait(self._poll_seconds):
                 return
         if self._last_words is not None:
-            # A thread cannot act while another one holds the interpreter's lock, in a read that never returns. The
-            # kernel can: nobody handles this signal.
+            # While another thread holds the interpreter's lock, in a read that never returns, this
+            # thread cannot act. The kernel can: SIGALRM has no handler, so it ends the process.
             signal.alarm(int(self._patience_seconds) + _MARGIN_SECONDS)
             if self._stood_down.wait(self._patience_seconds):
                 signal.alarm(0)
@@ -108,7 +94,7 @@ _watch: LauncherWatch | None = None
 
 
 def watch_launcher() -> LauncherWatch | None:
-    """The watch of this process, begun at the first call; None when no launcher started it."""
+    """Return the watch of this process, begun at the first call; None without a launcher."""
     global _watch
     if _watch is None and _has_launcher():
         _watch = LauncherWatch()
@@ -116,12 +102,11 @@ def watch_launcher() -> LauncherWatch | None:
 
 
 def is_lost_to(error: BaseException) -> bool:
-    """Whether an error came of the launcher's end: the store in its process, or another rank, was gone with it."""
+    """True if the launcher's end caused an error: its store, or another rank, ended with it."""
     if _watch is None or not isinstance(error, RuntimeError):  # what torch.distributed raises
         return False
-    deadline = (
-        time.monotonic() + 2 * _POLL_SECONDS
-    )  # its connections end before the parent's id changes
+    # The launcher's connections end a little before the parent's id changes.
+    deadline = time.monotonic() + 2 * _POLL_SECONDS
     while not _watch.is_gone and time.monotonic() < deadline:
         time.sleep(0.05)
     return _watch.is_gone
@@ -130,28 +115,29 @@ def is_lost_to(error: BaseException) -> bool:
 def _has_launcher() -> bool:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return True
-    is_marked = int(os.environ.get("WORLD_SIZE", "1")) > 1 or any(
-        sign in os.environ for sign in _SIGNS
-    )
-    return is_marked and os.getppid() != 1 and _name(os.getppid()) not in _NO_LAUNCHERS
+    is_one_of_several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if not is_one_of_several and _SIGNS.isdisjoint(os.environ):
+        return False
+    # A script may have set the variables by hand.
+    return os.getppid() != 1 and _name(os.getppid()) not in _NO_LAUNCHERS
 
 
 def _name(pid: int) -> str:
-    with suppress(OSError):  # no Linux
+    """Return the name of a process's program; empty where there is no /proc."""
+    with suppress(OSError):
         return Path(f"/proc/{pid}/comm").read_text(encoding="utf-8").strip()
     return ""
 
 
 def _was_lost_before() -> bool:
-    """Whether the launcher ended before its id could be read: its store, which is there before any rank, is not."""
+    """True if the launcher ended before its id could be read: nobody answers as its store."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return False
-    try:
-        socket.create_connection(
-            (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), timeout=5
-        ).close()
-    except ConnectionRefusedError:
-        return True
-    except (OSError, KeyError, ValueError):
-        return False
+    # A launcher opens its store before it starts any rank.
+    with suppress(OSError, KeyError, ValueError):
+        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        try:
+            socket.create_connection(address, timeout=5).close()
+        except ConnectionRefusedError:
+            return True
     return False

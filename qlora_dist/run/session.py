@@ -1,10 +1,9 @@
-"""One process's part in a run, from its first word to its last: folder, lock, requests to stop, watchdog."""
+"""A process's part in a run from start to end: folder, lock, requests to stop, watchdog."""
 
 from __future__ import annotations
 
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 
 from qlora_dist.config.schema import TrainConfig
 from qlora_dist.errors import Stopped
@@ -17,7 +16,7 @@ from qlora_dist.runtime.processes import Runtime
 
 
 class Session:
-    """A context in which a run is worked on; leaving it by `Stopped` leaves word of that in the run's folder."""
+    """Context of the work on a run; when `Stopped` ends it, the reason is left in the folder."""
 
     def __init__(self, folder: Path, config: TrainConfig, runtime: Runtime) -> None:
         self.folder = folder
@@ -36,30 +35,25 @@ class Session:
         return self
 
     def watch(self) -> None:
-        """From now on, end this process when :meth:`check_in` is not called for too long."""
+        """Start to end this process when :meth:`check_in` is not called for too long."""
         self._watchdog = Watchdog(self._config.parallel.hang_timeout_seconds, self.runtime.rank)
 
     def check_in(self) -> None:
-        """What all ranks call together whenever there was progress.
+        """Report progress, and stop if asked to; a collective.
 
         Raises:
-            Stopped: on all of them alike, when any was asked to stop.
+            Stopped: on all ranks, when any of them was asked to stop.
         """
         if self._watchdog is not None:
             self._watchdog.feed()
         self._stop.check()
 
     def claim_folder(self, resumed_step: int | None) -> None:
-        """Make the run's folder, or what an earlier run left of it, ours; called when all input is known to be good."""
+        """Make the run's folder, or take over that of an earlier run; needs good input."""
         if self.runtime.is_main:
             create_run_folder(self.folder, self._config, resumed_step, self._lock)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, Stopped) and self.runtime.is_main:
             mark_stopped(self.folder, str(error))
             self.reporter.log(f"stopped ({error}); the same command goes on from here")
@@ -67,12 +61,13 @@ class Session:
             self.runtime.close()  # all ranks come here; after a failure they do not
         elif is_lost_to(error):
             self._mark_lost()
+        # The watchdog stays on while the runtime, above, waits for the other ranks.
         if self._watchdog is not None:
             self._watchdog.close()
         self._lock.release()
 
     def _mark_lost(self) -> None:
-        """Leave word that the run ends because its launcher did, and can go on from its last checkpoint."""
+        """Mark the run as stopped by its launcher's end: it can go on from its last checkpoint."""
         if self.runtime.is_main:
             with suppress(OSError):
                 mark_stopped(self.folder, GONE)

@@ -1,4 +1,4 @@
-"""Position of a run, and what it belongs to."""
+"""Position of a run, and identity of its base model, data, adapter and settings."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 
 @dataclass
 class TrainState:
-    """Where a run stands; everything that goes on from a checkpoint besides tensors.
+    """Position of a run: everything besides tensors that a checkpoint must keep.
 
-    Random numbers need no state: those of dropout are seeded by the position of each micro-batch in the stream of
-    samples, and the order of samples by the epoch.
+    Random generators have no state to keep: dropout is seeded by the position of each micro-batch
+    in the stream of samples, and the order of samples by the epoch.
     """
 
     step: int = 0
@@ -23,38 +23,40 @@ class TrainState:
     """Steps that updated nothing because the gradient was not finite."""
     num_skipped_in_a_row: int = 0
     evaluated_step: int | None = None
-    """Step after which the last evaluation was done."""
+    """Step after which the last evaluation ran."""
     best_eval_loss: float | None = None
     best_step: int | None = None
     loss_scale: float | None = None
-    """Factor of the loss before backward, see `loss_scale.py`; None: nothing yet."""
+    """Factor of the loss before backward, see `loss_scale.py`; None before the first step."""
     num_steps_at_scale: int = 0
     """Steps in a row that `loss_scale` held for."""
 
     @property
     def num_updates(self) -> int:
-        """Updates of the optimizer."""
+        """Steps that updated the adapters."""
         return self.step - self.num_skipped_steps
 
     def count_step(self, num_samples_seen: int, is_finite: bool) -> None:
-        """One more optimizer step is done, and has updated something or not."""
+        """Count one optimizer step, which updated nothing if its gradient was not finite."""
         self.step += 1
         self.num_samples_seen = num_samples_seen
         self.num_skipped_steps += not is_finite
         self.num_skipped_in_a_row = 0 if is_finite else self.num_skipped_in_a_row + 1
 
     def count_evaluation(self, eval_loss: float) -> None:
-        """An evaluation is done; it may be the best so far."""
+        """Record an evaluation after the current step, and keep it if it is the best so far."""
         self.evaluated_step = self.step
-        if math.isfinite(eval_loss) and (
-            self.best_eval_loss is None or eval_loss < self.best_eval_loss
-        ):
+        best = math.inf if self.best_eval_loss is None else self.best_eval_loss
+        if eval_loss < best:  # never true of inf and NaN
             self.best_eval_loss, self.best_step = eval_loss, self.step
 
 
 @dataclass(frozen=True)
 class RunIdentity:
-    """What a checkpoint belongs to; going on from it with anything else would not continue the same training."""
+    """Base model, data, adapter and settings that a checkpoint belongs to.
+
+    With any other of them, going on would not continue the same training.
+    """
 
     base: str
     """Fingerprint of the base model's files."""
@@ -66,7 +68,7 @@ class RunIdentity:
     """The settings that tell one run from another."""
 
     def differences(self, other: RunIdentity, with_settings: bool) -> list[str]:
-        """What differs in `other`, in words; empty when training can go on from it."""
+        """Return the differences of `other` in words; empty if it can go on from here."""
         found = []
         if self.base != other.base:
             found.append("the base model is another one (its files differ)")
@@ -80,7 +82,8 @@ class RunIdentity:
         if shapes:
             name, (mine, theirs) = next(iter(shapes.items()))
             found.append(
-                f"the adapter has other tensors ({len(shapes)} differ, such as {name}: {mine} there, {theirs} now)"
+                f"the adapter has other tensors ({len(shapes)} differ, such as {name}: {mine} "
+                f"there, {theirs} now)"
             )
         if with_settings:
             found += [

@@ -1,4 +1,4 @@
-"""Stopping in good order: signals, a STOP file or a lost launcher, agreed by all ranks before anyone acts on them."""
+"""Orderly stops, by signal, STOP file or loss of the launcher: all ranks agree before they act."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from qlora_dist.run.folder import STOP
 from qlora_dist.run.launcher import GONE, watch_launcher
 from qlora_dist.runtime.processes import Runtime
 
-EXIT_INTERRUPTED = 130
-
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 _STOP_FILE = 1000
-"""What a rank says instead of a signal's number when it found the file."""
+"""Number that stands for the file where other requests have their signal's number."""
 _LAUNCHER_GONE = 1001
-"""The same of a rank whose launcher has ended."""
+"""Number that stands for a launcher that has ended."""
 _FILE_POLL_SECONDS = 1.0
 _DOUBLE_SECONDS = 1.0
-"""A launcher passes Ctrl-C on to processes that the terminal has already told: within so short a time it is one."""
+"""Time within which two SIGINT are one Ctrl-C: the terminal sends it to all processes, and their
+launcher passes it on."""
 
 
 class StopRequest:
-    """Whether somebody wants this run to stop, on any rank.
+    """Requests to stop the run, to any of its ranks.
 
-    SIGTERM, SIGINT, SIGUSR1 and SIGHUP (a closed terminal) to any process, a file STOP in the run's folder, or the end
-    of a launcher. A second Ctrl-C ends the process at once: what is on disk is complete at any moment.
+    A request is SIGTERM, SIGINT, SIGUSR1 or SIGHUP (a closed terminal) to any process, a file STOP
+    in the run's folder, or the end of a launcher. A second Ctrl-C ends the process at once: the
+    files on disk are complete at any moment.
     """
 
     def __init__(self, folder: Path, runtime: Runtime) -> None:
@@ -39,18 +39,20 @@ class StopRequest:
         self._interrupted_at: float | None = None
         self._looked_at = float("-inf")
         self.launcher = watch_launcher()
-        # nohup has SIGHUP ignored. A launcher takes no notice of that: it passes the signal on, and SIGKILL 30 s later.
+        # nohup sets SIGHUP to be ignored. A launcher disregards that: it passes the signal on, and
+        # sends SIGKILL 30 s later.
         is_deaf = self.launcher is None and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
         for number in _SIGNALS:
             if number != signal.SIGHUP or not is_deaf:
                 signal.signal(number, self._on_signal)
 
     def check(self) -> None:
-        """Let all ranks look together; a collective on the host, which does not wait for the device.
+        """Look for requests on all ranks; a collective that does not wait for the device.
 
         Raises:
-            Stopped: on all ranks, when any was asked to stop.
+            Stopped: on all ranks, when any of them was asked to stop.
         """
+        # The largest number wins where ranks were asked in several ways.
         agreed = self._runtime.max_on_host(self._mine())
         if not agreed:
             return
@@ -60,7 +62,7 @@ class StopRequest:
         raise Stopped(reasons.get(agreed) or signal.Signals(agreed).name)
 
     def _mine(self) -> int:
-        """Why this rank would stop, as a number; 0 when nobody asked it to."""
+        """Return the request to this rank as a number; 0 if there is none."""
         if self._signal:
             return self._signal
         if self.launcher is not None and self.launcher.is_gone:
@@ -68,16 +70,18 @@ class StopRequest:
         return _STOP_FILE if self._runtime.is_main and self._is_file_there() else 0
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        """Take note of a signal; at a second Ctrl-C, end the process."""
         now = time.monotonic()
         if number == signal.SIGINT:
             if self._interrupted_at is not None and now - self._interrupted_at > _DOUBLE_SECONDS:
-                os._exit(EXIT_INTERRUPTED)
+                os._exit(130)  # as a shell reports a process that SIGINT ended
             self._interrupted_at = self._interrupted_at or now
         self._signal = number
 
     def _is_file_there(self) -> bool:
-        """Look at most once a second: a network file system takes its time."""
+        """True if there is a STOP file; looks at most once a second."""
         now = time.monotonic()
+        # A network file system takes milliseconds for each look.
         if now - self._looked_at < _FILE_POLL_SECONDS:
             return False
         self._looked_at = now

@@ -1,4 +1,4 @@
-"""Ends a process that hangs, and says where."""
+"""End of a process that hangs, with the stacks of its threads."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from qlora_dist.run.failure import EXIT_CRASH, tell_launcher
 
 
 class Watchdog:
-    """A thread that ends this process when :meth:`feed` was not called for `timeout_seconds`.
+    """Thread that ends this process when :meth:`feed` was not called for `timeout_seconds`.
 
-    When one process of a run hangs, the others wait for it in a collective and do not beat either: each prints the
-    stacks of its threads, and the one whose stack is no collective is the culprit.
+    When one process of a run hangs, the others wait for it in a collective, so the watchdogs of all
+    processes end them. Each prints the stacks of its threads: the process whose stack is in no
+    collective is the culprit.
     """
 
     def __init__(self, timeout_seconds: float, rank: int) -> None:
@@ -27,11 +28,11 @@ class Watchdog:
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def feed(self) -> None:
-        """Say that there is progress."""
+        """Start the time anew: there was progress."""
         self._last = time.monotonic()
 
     def close(self) -> None:
-        """Watch no longer."""
+        """End the watch."""
         self._closed.set()
 
     def _watch(self) -> None:
@@ -39,9 +40,10 @@ class Watchdog:
             if self._closed.wait(self._timeout - silence):
                 return
         message = (
-            f"[rank {self._rank}] no progress for {self._timeout:g} seconds (parallel.hang_timeout_seconds). "
-            "The stacks of all ranks show where each one waits; the one that is in no collective is what the others "
-            "wait for. The same command goes on from the last checkpoint."
+            f"[rank {self._rank}] no progress for {self._timeout:g} seconds "
+            "(parallel.hang_timeout_seconds). The stacks of all ranks show where each one waits; "
+            "the one that is in no collective is what the others wait for. The same command goes "
+            "on from the last checkpoint."
         )
         streams.write(sys.stderr, f"error: {message}\n")
         faulthandler.dump_traceback(all_threads=True)

@@ -16,104 +16,95 @@ GIB = 2**30
 
 
 def memory_limit(budget_gib: float | None, meter: MemoryMeter, runtime: Runtime) -> int:
-    """Bytes that this rank may take at its peak, what it holds already included."""
+    """Return how many bytes this rank may hold at its peak, including those that it holds now."""
+    # Ranks on one host share its memory.
     num_ranks = runtime.local_world_size if runtime.device.type == "cpu" else 1
     limit = meter.held() + (free_bytes(runtime.device) + meter.unused()) // num_ranks
     return limit if budget_gib is None else min(limit, int(budget_gib * GIB))
 
 
 class MemoryMeter:
-    """Memory of this process: allocated on its GPU, or resident on the host when it has none."""
+    """Meter of this process's memory: allocated on its GPU, or resident on the host without one."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
 
     def held(self) -> int:
-        """Bytes now."""
+        """Return the bytes held now."""
         if self._device.type == "cuda":
             return torch.cuda.memory_allocated(self._device)
-        return _status("VmRSS")
+        return _kib("/proc/self/status", "VmRSS")
 
     def unused(self) -> int:
-        """Bytes that the allocator has taken from the device and not given to anybody."""
+        """Return the bytes that the allocator keeps reserved but has given to no tensor."""
         if self._device.type == "cuda":
-            return torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(
-                self._device
-            )
+            return torch.cuda.memory_reserved(self._device) - self.held()
         return 0
 
     def restart(self) -> None:
-        """Look for the peak from here on."""
+        """Start a new measurement of the peak."""
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
             return
-        with suppress(
-            OSError
-        ):  # not allowed in every container: the peak is then that of the whole life
+        # 5 resets VmHWM (man 5 proc). Where a container forbids that, the old peak stays.
+        with suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
     def num_retries(self) -> int:
-        """Allocations that succeeded only after cached memory was given back; zero without a GPU."""
+        """Return how many allocations succeeded only once cached memory was freed; 0 on a CPU."""
         if self._device.type == "cuda":
             return int(torch.cuda.memory_stats(self._device).get("num_alloc_retries", 0))
         return 0
 
     def peak(self) -> int:
-        """Most bytes since the restart."""
+        """Return the highest number of bytes since the restart."""
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device)
-        return _status("VmHWM") or _highest_resident()
+        if peak := _kib("/proc/self/status", "VmHWM"):
+            return peak
+        # No /proc: the peak of the whole life. macOS counts bytes, others KiB.
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _highest_resident() -> int:
-    """Most resident bytes of this process in its life, where there is no /proc."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, others KiB
-
-
-def _status(key: str) -> int:
-    """A line of /proc/self/status, in bytes; zero where there is no such file."""
-    try:
-        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:")), 0)
+def _kib(file: str, key: str) -> int:
+    """Return in bytes the line `KEY: 123 kB` of a file in /proc; zero if there is no such line."""
+    lines = (line.split() for line in _lines(Path(file)) if line.startswith(f"{key}:"))
+    return next((int(words[1]) * 1024 for words in lines), 0)
 
 
 _VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
 _VERSION_2 = ("memory.max", "memory.current", "inactive_file")
-"""Files of a control group with its limit and what it uses, and what `memory.stat` calls its untouched cache."""
+"""Files of a control group with its limit and its use, and the entry of `memory.stat` for cached
+files that nobody has touched lately."""
 
 
 def total_bytes(device: torch.device) -> int:
-    """All memory of a GPU, or of this machine."""
+    """Return the bytes of a GPU's whole memory, or of this machine's."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that can still be allocated on `device`; on the host, within this process's control groups."""
+    """Return the bytes that can still be allocated; on the host, within its control groups."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    for line in _lines(
-        Path("/proc/meminfo")
-    ):  # counts reclaimable cache as free, which sysconf does not
-        if line.startswith("MemAvailable:"):
-            free = int(line.split()[1]) * 1024
+    # MemAvailable counts reclaimable cache as free, which sysconf does not.
+    free = _kib("/proc/meminfo", "MemAvailable")
+    free = free or os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return min([free, *free_in_control_groups(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))])
 
 
 def free_in_control_groups(membership: Path, mount: Path) -> list[int]:
-    """Bytes that each control group around this process still allows, where it has a limit: a container's, a job's.
+    """Return the bytes that each control group of this process with a limit still allows.
 
-    Cached files that nobody has touched lately count as free, as in the kubelet's working set: the kernel drops them
-    before it refuses memory, and a model that was just read leaves gigabytes of them.
+    Such groups are those of a container or of a job.
 
     Args:
-        membership: lists the groups of the process, as /proc/self/cgroup does (man 7 cgroups).
-        mount: where the control groups are, of version 1 or 2.
+        membership: file that lists the groups of the process, as /proc/self/cgroup does
+            (man 7 cgroups).
+        mount: folder of the control groups, of version 1 or 2.
     """
     free = []
     for line in _lines(membership):
@@ -123,9 +114,12 @@ def free_in_control_groups(membership: Path, mount: Path) -> list[int]:
         root = mount / "memory" if controllers else mount
         limit_name, used_name, cached_name = _VERSION_1 if controllers else _VERSION_2
         folder = root / group.lstrip("/")
-        for each in (folder, *folder.parents):
+        for each in (folder, *folder.parents):  # a limit of an outer group holds as well
             limit, used = _lines(each / limit_name), _lines(each / used_name)
             if limit and used and limit[0].isdigit():  # or "max"
+                # Cached files that nobody has touched lately count as free, as in the kubelet's
+                # working set: the kernel drops them before it refuses memory, and a model that was
+                # just read leaves gigabytes of them.
                 stat = dict(entry.split(maxsplit=1) for entry in _lines(each / "memory.stat"))
                 free.append(max(0, int(limit[0]) - int(used[0]) + int(stat.get(cached_name, 0))))
             if each == root:
@@ -134,6 +128,7 @@ def free_in_control_groups(membership: Path, mount: Path) -> list[int]:
 
 
 def _lines(path: Path) -> list[str]:
+    """Return the lines of a file; none if it cannot be read."""
     try:
         return path.read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -1,4 +1,7 @@
-"""Jobs under Slurm: `slurm/train.sbatch` on a real cluster of two nodes on this machine (`tests/slurm/cluster.sh`)."""
+"""Jobs of `slurm/train.sbatch` on a real Slurm cluster of two nodes on this machine.
+
+`tests/slurm/cluster.sh` makes the cluster.
+"""
 
 import os
 import re
@@ -51,7 +54,7 @@ def _cluster() -> None:
 
 
 def slurm(*command: str | Path) -> str:
-    """Output of a Slurm command, run from the repository's folder."""
+    """Run a Slurm command from the repository's folder; return its output."""
     done = subprocess.run(
         list(map(str, command)),
         cwd=ROOT,
@@ -114,7 +117,7 @@ class Job:
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, chat_file: Path) -> Path:
-    """A run of about six seconds after loading; each test gives it another output_dir."""
+    """Configuration of a run of about six seconds after loading; tests override output_dir."""
     return write_config(
         tmp_path_factory.mktemp("slurm") / "config.yaml",
         output_dir="given on the command line",
@@ -148,7 +151,7 @@ def num_steps(run_folder: Path) -> int:
 
 
 def test_the_cluster_has_two_nodes() -> None:
-    """One task runs on each."""
+    """One task runs on each node."""
     out = slurm("srun", "-N2", "-n2", "bash", "-c", "echo $SLURMD_NODENAME $SLURM_NODEID")
     assert sorted(out.splitlines()) == ["n1 0", "n2 1"]
 
@@ -156,14 +159,14 @@ def test_the_cluster_has_two_nodes() -> None:
 def test_a_mistake_in_the_configuration_ends_the_job_before_any_launcher(
     tmp_path: Path, config: Path
 ) -> None:
-    """The log holds the message and nothing else."""
+    """The log of a job with a mistake holds the message and nothing else."""
     job = Job(tmp_path, config, "--optim.learning_rate", "1")
     assert job.end() == ("FAILED", "2:0")
     assert job.text() == "error: unknown key optim.learning_rate. Did you mean optim.lr?\n"
 
 
 def test_one_process_on_each_node_train_together(uninterrupted: Path) -> None:
-    """Two ranks share the work: one run of all steps, one adapter."""
+    """Two ranks, one on each node, make one run of all steps and one adapter."""
     assert num_steps(uninterrupted) == MAX_STEPS
     assert weights(uninterrupted)
 
@@ -171,7 +174,8 @@ def test_one_process_on_each_node_train_together(uninterrupted: Path) -> None:
 def test_a_job_near_its_time_limit_goes_back_into_the_queue_and_on(
     tmp_path: Path, config: Path, uninterrupted: Path
 ) -> None:
-    """What Slurm does before the limit (USR1 to the batch script) costs no step and changes no bit of the adapter."""
+    """USR1 to the batch script, which Slurm sends before the limit, costs no step and changes no
+    bit of the adapter."""
     out = tmp_path / "out"
     job = Job(tmp_path, config, "--output_dir", out)
     job.wait_for(lambda: num_steps(out) >= MAX_STEPS // 4)
@@ -183,11 +187,12 @@ def test_a_job_near_its_time_limit_goes_back_into_the_queue_and_on(
 
 @pytest.mark.slow  # three jobs of a minute: Slurm counts limits in minutes
 def test_the_real_time_limit(tmp_path: Path, config: Path) -> None:
-    """A run that needs longer than its job may last ends as if it had been given the time."""
+    """A run longer than its job's time limit ends like a run without a limit."""
     longer = ("--optim.max_steps", "100", "--optim.grad_accum_steps", "16")
     whole = Job(tmp_path / "whole", config, *longer, "--output_dir", tmp_path / "whole" / "out")
     assert whole.end() == ("COMPLETED", "0:0"), whole.text()
-    # Slurm may send the signal up to a minute early: with less than this, a job could end before its first step.
+    # Slurm may send the signal up to a minute early: with a shorter limit a job could end before
+    # its first step.
     options = ("--time=2", "--signal=B:USR1@40")
     job = Job(tmp_path, config, *longer, "--output_dir", tmp_path / "out", options=options)
     assert job.end(seconds=500) == ("COMPLETED", "0:0"), job.text()
@@ -210,7 +215,7 @@ STOPS = {
 def test_a_job_stopped_by_hand_stays_stopped(
     tmp_path: Path, config: Path, uninterrupted: Path, how: str
 ) -> None:
-    """It writes a checkpoint and ends; submitted again it goes on."""
+    """A job stopped by hand writes a checkpoint and ends; submitted again it goes on."""
     out = tmp_path / "out"
     stop, expected = STOPS[how]
     first = Job(tmp_path, config, "--output_dir", out)
@@ -227,7 +232,7 @@ def test_a_job_stopped_by_hand_stays_stopped(
 def check_continued(
     job: Job, out: Path, uninterrupted: Path, num_expected: int = MAX_STEPS
 ) -> None:
-    """The run was taken up where it was, not from its start, and left what the undisturbed one left."""
+    """Check that a run went on, not from its start, and ended like the undisturbed run."""
     assert job.text().count(f"step 1/{num_expected} ") == 1
     assert num_steps(out) == num_expected
     assert weights(out) == weights(uninterrupted)

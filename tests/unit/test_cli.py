@@ -1,4 +1,4 @@
-"""Before a command imports anything heavy."""
+"""Environment that the command line sets before a command imports anything heavy."""
 
 import os
 import subprocess

@@ -55,19 +55,21 @@ def library(root: Path, modules: dict[str, str]) -> Path:
 
 
 def function(name: str) -> str:
-    """A function with a docstring, told apart by its name."""
-    return f'def {name}(limit):\n    """Add up the even numbers below the limit in {name}."""\n{BODY}\n'
+    """Source of a function whose docstring names it."""
+    docstring = f'"""Add up the even numbers below the limit in {name}."""'
+    return f"def {name}(limit):\n    {docstring}\n{BODY}\n"
 
 
 def pairs_of(file: Path) -> list[tuple[str, str]]:
-    """Question and answer of each row, as a chat model would see them."""
+    """Question and answer of each row of a file of chat messages."""
     rows = [json.loads(line)["messages"] for line in file.read_text().splitlines()]
     assert all([turn["role"] for turn in row] == ["user", "assistant"] for row in rows)
     return [(row[0]["content"], row[1]["content"]) for row in rows]
 
 
 def test_pairs_are_functions_and_their_first_paragraph(tmp_path: Path) -> None:
-    """Functions and methods with a docstring that is a sentence, long enough to be of interest, in any module."""
+    """Pairs come from functions and methods of any module, if the docstring is a sentence and the
+    code is long enough to be of interest."""
     root = library(tmp_path, {"a.py": MODULE, "package/b.py": function("second")})
     pairs = list(docstring_pairs(root))
     assert [(module, answer) for module, _, answer in pairs] == [
@@ -83,7 +85,7 @@ def test_pairs_are_functions_and_their_first_paragraph(tmp_path: Path) -> None:
 
 
 def test_the_answer_is_not_in_the_question(tmp_path: Path) -> None:
-    """The docstring is taken out of the code and the rest of the function stays."""
+    """The docstring is cut from the code, and the rest of the function stays."""
     for _, code, answer in docstring_pairs(library(tmp_path, {"a.py": MODULE})):
         [node] = ast.parse(code).body
         assert ast.get_docstring(node) is None
@@ -93,7 +95,8 @@ def test_the_answer_is_not_in_the_question(tmp_path: Path) -> None:
 
 
 def test_tests_and_broken_files_are_passed_over(tmp_path: Path) -> None:
-    """Test suites hold no documentation worth learning, and some of their files are broken on purpose."""
+    """Test suites, which hold no documentation worth learning, and files that are broken on purpose
+    give no pairs."""
     modules = {
         "test/a.py": function("a"),
         "x/tests/b.py": function("b"),
@@ -114,7 +117,7 @@ def standard_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_modules_are_split_not_functions(tmp_path: Path, standard_library: Path) -> None:
-    """No module has functions on both sides, so that the evaluation is on code the model has not seen."""
+    """No module has functions on both sides: the evaluation is on code that training never saw."""
     train_file, eval_file = write_docstring_rows(tmp_path / "cache")
 
     def modules(file: Path) -> set[str]:
@@ -128,7 +131,7 @@ def test_modules_are_split_not_functions(tmp_path: Path, standard_library: Path)
 
 
 def test_rows_ask_for_a_docstring(tmp_path: Path, standard_library: Path) -> None:
-    """The question is the prompt and the code in a fence; the answer is the docstring."""
+    """The question is the prompt with the code in a fence; the answer is the docstring."""
     for file in write_docstring_rows(tmp_path / "cache"):
         for question, answer in pairs_of(file):
             assert question.startswith(PROMPT + "```python\ndef f")
@@ -137,7 +140,7 @@ def test_rows_ask_for_a_docstring(tmp_path: Path, standard_library: Path) -> Non
 
 
 def test_rows_are_shuffled_by_the_seed_alone(tmp_path: Path, standard_library: Path) -> None:
-    """Everyone who runs the demo on the same Python trains on the same rows in the same order."""
+    """On one version of Python every demo trains on the same rows in the same order."""
     files = [
         write_docstring_rows(tmp_path / name, seed)[0]
         for name, seed in (("a", 0), ("b", 0), ("c", 1))
@@ -150,7 +153,8 @@ def test_rows_are_shuffled_by_the_seed_alone(tmp_path: Path, standard_library: P
 
 
 def test_a_second_call_reuses_the_files(tmp_path: Path, standard_library: Path) -> None:
-    """What is there is kept, byte for byte, even when the library has changed; nothing half-written is left."""
+    """Existing files are kept, byte for byte, even when the library has changed; no half-written
+    file is left."""
     files = write_docstring_rows(tmp_path / "cache")
     before = [(file.read_bytes(), file.stat().st_mtime_ns) for file in files]
     for module in standard_library.iterdir():
@@ -161,7 +165,8 @@ def test_a_second_call_reuses_the_files(tmp_path: Path, standard_library: Path) 
 
 
 def test_pythons_own_library_is_enough(tmp_path: Path) -> None:
-    """From the Python that runs this: a full evaluation set, and well over the 160 rows that 40 steps of 4 take."""
+    """The Python that runs this test gives a full evaluation set, and well over the 160 rows that
+    40 steps of 4 rows take."""
     train_file, eval_file = write_docstring_rows(tmp_path)
     assert len(pairs_of(eval_file)) == NUM_EVAL
     assert len(pairs_of(train_file)) > 1000

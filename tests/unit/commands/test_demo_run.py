@@ -1,4 +1,4 @@
-"""The demo takes as many steps as fit, scales its schedule with them, and prints commands that can be run."""
+"""The demo takes as many steps as fit, with a schedule of that length, by a usable command."""
 
 import shlex
 from pathlib import Path
@@ -15,19 +15,19 @@ from qlora_dist.optim.schedule import lr_at
     [
         (240, Pace(1.5, 40), 40),  # all of them fit
         (240, Pace(9.6, 60), 18),  # (240 - 60) / 9.6
-        (240, Pace(60, 100), 8),  # the least that learns something
+        (240, Pace(60, 100), 8),  # fewer would learn nothing
         (10, Pace(1, 100), 8),
         (600, Pace(9.6, 60), 40),
     ],
 )
 def test_as_many_steps_as_fit(seconds: float, pace: Pace, expected: int) -> None:
-    """Beside what is not a step: starting, loading, evaluating; between 8 and 40."""
+    """The time left after starting, loading and evaluating is filled with 8 to 40 steps."""
     assert steps_within(seconds, pace) == expected
 
 
 @pytest.mark.parametrize("max_steps", [2, 8, 18, 40])
 def test_the_schedule_is_that_of_the_steps(tmp_path: Path, max_steps: int) -> None:
-    """Warm-up is the same share of any number of steps, and the last one's learning rate is near zero."""
+    """Warm-up is a fixed share of any number of steps; the last learning rate is near zero."""
     for name in ("train.jsonl", "eval.jsonl"):
         (tmp_path / name).touch()
     training = Training(

@@ -1,4 +1,4 @@
-"""YAML files and the command line: what is read, what is refused, and where the message says that it stands."""
+"""Settings from YAML files and the command line: values read, and messages with FILE:LINE."""
 
 import os
 from pathlib import Path
@@ -28,12 +28,12 @@ _entries = st.builds(Source, _text, st.floats(min_value=0, exclude_min=True, all
 
 
 def test_settings_left_out_have_the_defaults_of_the_dataclasses(config_file: Path) -> None:
-    """A file with the required keys only is the dataclasses' own defaults: nothing else owns a default."""
+    """A file with only the required keys gives the dataclasses' defaults: nothing else has any."""
     assert load_config(config_file) == MINIMAL
 
 
 def test_file_overrides_defaults_and_command_line_overrides_file(tmp_path: Path) -> None:
-    """defaults < file < command line, setting by setting."""
+    """Each setting is taken from the command line, else from the file, else from the defaults."""
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump({**REQUIRED, "optim": {"lr": 1e-3, "max_steps": 7}}))
     config = load_config(path, ["--optim.lr", "3e-3"])
@@ -74,7 +74,7 @@ def test_file_overrides_defaults_and_command_line_overrides_file(tmp_path: Path)
 def test_command_line_values_are_yaml(
     config_file: Path, arguments: list[str], key: str, expected: object
 ) -> None:
-    """An override is read as the same YAML value in the file would be; of two the last one counts."""
+    """An override is read like a YAML value in the file; the last of two overrides counts."""
     value = flatten(load_config(config_file, arguments))[key]
     assert value == expected
     assert type(value) is type(expected)
@@ -126,7 +126,7 @@ _configs = st.builds(
 def test_a_dumped_config_reads_back_equal(
     tmp_path_factory: pytest.TempPathFactory, config: TrainConfig
 ) -> None:
-    """The config.yaml that a run leaves behind is valid input again, and means the same."""
+    """The config.yaml that a run leaves behind is valid input, and gives an equal configuration."""
     file = tmp_path_factory.getbasetemp() / "dumped.yaml"
     file.write_text(dump_config(config), encoding="utf-8")
     assert load_config(file) == config
@@ -147,7 +147,7 @@ def test_a_dumped_config_names_every_setting() -> None:
 @pytest.mark.parametrize(
     ("key", "suggestion"),
     [
-        ("optim.learning_rate", "optim.lr"),  # the name other programs use
+        ("optim.learning_rate", "optim.lr"),  # its name in other programs
         ("learning_rate", "optim.lr"),
         ("adapter.lora_r", "adapter.rank"),
         ("adapter.r", "adapter.rank"),
@@ -164,14 +164,14 @@ def test_a_dumped_config_names_every_setting() -> None:
 def test_an_unknown_key_suggests_the_one_that_was_meant(
     config_file: Path, key: str, suggestion: str
 ) -> None:
-    """A key that does not exist is refused, with the nearest one that does."""
+    """A key that does not exist is refused with the nearest existing key."""
     message = refusal(config_file, f"--{key}", "1")
     assert f"unknown key {key.replace('-', '_')}." in message
     assert f"Did you mean {suggestion}?" in message
 
 
 def test_an_unknown_key_like_no_other_points_to_the_list(config_file: Path) -> None:
-    """No suggestion is better than a wild one."""
+    """A key without a near one gets the way to the list of keys instead of a wild suggestion."""
     message = refusal(config_file, "--xyzzy", "1")
     assert "unknown key xyzzy." in message
     assert "Did you mean" not in message
@@ -198,7 +198,7 @@ def test_a_mistake_in_the_file_is_named_by_file_and_line(
 
 
 def test_a_mistake_on_the_command_line_names_no_file(config_file: Path) -> None:
-    """The file is not blamed for what an override said."""
+    """The message about an override names no file."""
     assert refusal(config_file, "--optim.lr", "fast") == "optim.lr is 'fast', but must be a number."
 
 
@@ -211,7 +211,7 @@ def test_a_mistake_on_the_command_line_names_no_file(config_file: Path) -> None:
     ],
 )
 def test_a_key_set_twice_is_refused(tmp_path: Path, text: str, line: int, key: str) -> None:
-    """YAML readers silently take the last of two equal keys; here both lines are named."""
+    """Both lines of a repeated key are named; YAML readers would silently take the last."""
     path = tmp_path / "run.yaml"
     path.write_text(text)
     assert refusal(path).startswith(f"{path}:{line}: {key} is set twice, first at {path}:")
@@ -230,7 +230,7 @@ def test_a_section_needs_keys_not_a_value(tmp_path: Path, value: str) -> None:
     "text", ["- a\n- b\n", "just text\n", "a: [\n", "a: b: c\n", "a: 1\n---\nb: 2\n", "\x00"]
 )
 def test_a_file_that_is_no_yaml_mapping_is_refused(tmp_path: Path, text: str) -> None:
-    """Broken YAML, and YAML that is something else, are user errors that name the file."""
+    """Broken YAML, and YAML that is no mapping, are user errors that name the file."""
     path = tmp_path / "run.yaml"
     path.write_text(text)
     assert str(path) in refusal(path)
@@ -255,7 +255,7 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
 def test_a_malformed_override_is_refused(
     config_file: Path, arguments: list[str], message: str
 ) -> None:
-    """A word that belongs to no setting is not skipped."""
+    """A word that belongs to no setting is refused, not skipped."""
     assert message in refusal(config_file, *arguments)
 
 
@@ -299,7 +299,7 @@ def test_a_malformed_override_is_refused(
 def test_a_value_of_the_wrong_type_is_refused(
     config_file: Path, key: str, value: str, rule: str
 ) -> None:
-    """The message says what the value is and what it must be; true and false are never numbers."""
+    """The message has the value and the type that it must have; true and false are no numbers."""
     message = refusal(config_file, f"--{key}", value)
     assert message.startswith(f"{key} is ")
     assert message.endswith(f"but must be {rule}.")
@@ -331,14 +331,13 @@ def test_a_value_of_the_wrong_type_is_refused(
 def test_a_mistake_in_one_of_several_files_names_the_entry(
     config_file: Path, entry: str, message: str
 ) -> None:
-    """Entries count from 1; the message says what is wrong with that one, not with the list."""
-    assert (
-        refusal(config_file, "--data.train", f"[a, {entry}]") == f"data.train, entry 2: {message}"
-    )
+    """The message is about the entry, counted from 1, not about the list."""
+    refused = refusal(config_file, "--data.train", f"[a, {entry}]")
+    assert refused == f"data.train, entry 2: {message}"
 
 
 def test_a_mistake_in_an_entry_is_named_by_file_and_line(tmp_path: Path) -> None:
-    """The line is that of the list's key."""
+    """The message names the line of the list's key."""
     path = tmp_path / "run.yaml"
     path.write_text(
         "output_dir: out\nmodel: {path: m}\ndata:\n  train:\n  - a.jsonl\n  - {file: b.jsonl}\n"
@@ -352,7 +351,7 @@ def test_a_mistake_in_an_entry_is_named_by_file_and_line(tmp_path: Path) -> None
 def test_numbers_that_yaml_reads_as_text_are_numbers(
     tmp_path: Path, text: str, expected: float
 ) -> None:
-    """YAML 1.1 takes 2e-4 for text since it has no dot; a learning rate written so is accepted as a float."""
+    """A learning rate of 2e-4 is a float, though YAML 1.1 takes it for text: it has no dot."""
     path = tmp_path / "run.yaml"
     path.write_text(
         f"output_dir: out\nmodel: {{path: m}}\ndata: {{train: t.jsonl}}\noptim:\n  lr: {text}\n"
@@ -363,7 +362,7 @@ def test_numbers_that_yaml_reads_as_text_are_numbers(
 
 
 def test_numeric_names_are_text(config_file: Path) -> None:
-    """`--output_dir 7` is the folder `7`."""
+    """`--output_dir 7` means the folder `7`."""
     assert load_config(config_file, ["--output_dir", "7"]).output_dir == "7"
 
 
@@ -373,7 +372,7 @@ def test_numeric_names_are_text(config_file: Path) -> None:
 def test_initializations_that_change_the_base_are_refused_by_name(
     config_file: Path, init: str, name: str
 ) -> None:
-    """The message says why, and what there is instead."""
+    """The message has the reason, and the initializations that exist instead."""
     message = refusal(config_file, "--adapter.init", init)
     assert message.startswith(f"adapter.init is {init!r}, but must be default or gaussian. {name} ")
     assert "keeps the bytes of its checkpoint" in message
@@ -394,7 +393,8 @@ def test_initializations_that_change_the_base_are_refused_by_name(
     ids=lambda line: line[:30],
 )
 def test_odd_yaml_is_refused_without_a_traceback(tmp_path: Path, line: str) -> None:
-    """Tags, cycles, merge keys, impossible dates, numbers beyond range, one key spelled in two ways."""
+    """Tags, cycles, merge keys, impossible dates, numbers out of range and a key spelled in two
+    ways are user errors."""
     file = tmp_path / "config.yaml"
     file.write_text(f"output_dir: o\nmodel: {{path: m}}\ndata: {{train: t}}\n{line}\n")
     with pytest.raises(ConfigError):
@@ -402,7 +402,7 @@ def test_odd_yaml_is_refused_without_a_traceback(tmp_path: Path, line: str) -> N
 
 
 def test_an_override_that_is_no_yaml_is_text(tmp_path: Path) -> None:
-    """A folder may be called like an impossible date."""
+    """An override such as an impossible date, which YAML refuses, is taken as text."""
     file = tmp_path / "config.yaml"
     file.write_text("model: {path: m}\ndata: {train: t}\n")
     assert load_config(file, ["--output_dir", "2024-13-45"]).output_dir == "2024-13-45"

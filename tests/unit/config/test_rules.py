@@ -1,4 +1,4 @@
-"""Settings of the right type that cannot work, and how their refusal is worded."""
+"""Settings of the right type that cannot work, and the wording of their refusal."""
 
 import dataclasses
 import json
@@ -21,7 +21,8 @@ from qlora_dist.config.schema import (
 from qlora_dist.errors import ConfigError
 from tests.support.settings import MINIMAL, refusal
 
-# Every numeric setting, with values of the right type that must be refused. A test holds that the table is complete.
+# Every numeric setting, with values of the right type that must be refused. A test checks that the
+# table is complete.
 IMPOSSIBLE = {
     "seed": (-1,),
     "adapter.rank": (0, -1),
@@ -69,7 +70,7 @@ def test_every_number_has_a_rule() -> None:
     ("key", "value"), [(key, value) for key, values in IMPOSSIBLE.items() for value in values]
 )
 def test_an_impossible_number_is_refused(config_file: Path, key: str, value: float) -> None:
-    """The message names key, value and rule, and offers null where null means to leave it out."""
+    """The message names key, value and rule, and offers null where null leaves the setting out."""
     text = yaml.safe_dump(value).splitlines()[0]
     with_eval = ["--data.eval", "e.jsonl"] if key.startswith("eval.") else []
     message = refusal(config_file, f"--{key}", text, *with_eval)
@@ -110,7 +111,7 @@ def test_the_edge_of_a_rule_is_allowed(config_file: Path, key: str, value: float
 def test_a_file_that_comes_twice_is_refused(
     config_file: Path, key: str, value: str, path: str
 ) -> None:
-    """Twice the same file is a slip, or meant as a weight."""
+    """A file given twice is refused, as a slip, or with the weight that was meant."""
     message = refusal(config_file, f"--{key}", value)
     assert message.startswith(f"{key}, entries 1 and 3 are the same file, {path}. Keep one.")
     assert ("weight of 2" in message) == (key == "data.train")
@@ -188,7 +189,7 @@ def test_a_file_that_comes_twice_is_refused(
 def test_settings_that_contradict_each_other_are_refused(
     config_file: Path, settings: dict[str, object], named: tuple[str, ...]
 ) -> None:
-    """Each setting alone is possible, together they are not, and the message names all of them."""
+    """Settings that are possible only one at a time are refused with the names of all."""
     message = refusal(
         config_file, *(word for key, value in settings.items() for word in (f"--{key}", str(value)))
     )
@@ -209,7 +210,7 @@ def test_evaluation_settings_are_allowed_with_something_to_evaluate_on(config_fi
 def test_settings_of_sharding_are_allowed_where_the_base_is_sharded(
     config_file: Path, backend: str
 ) -> None:
-    """Copies and offloading belong to `fsdp`, which `auto` may become."""
+    """`fsdp`, and `auto`, which may become `fsdp`, accept copies and offloading of shards."""
     arguments = [
         "--parallel.replicas",
         "2",
@@ -224,7 +225,7 @@ def test_settings_of_sharding_are_allowed_where_the_base_is_sharded(
 
 
 def write_adapter(folder: Path, base: Path, recipe: dict | None = None, **changes: object) -> Path:
-    """An adapter folder as far as its description goes: rank 8, alpha 16, on two kinds of layers of `base`."""
+    """Write the description of an adapter: rank 8, alpha 16, on two kinds of layers of `base`."""
     folder.mkdir(exist_ok=True)
     (folder / "adapter_model.safetensors").touch()
     config = {
@@ -248,8 +249,8 @@ def write_adapter(folder: Path, base: Path, recipe: dict | None = None, **change
 def test_an_adapter_that_is_continued_brings_its_settings(
     config_file: Path, tmp_path: Path
 ) -> None:
-    """Keys that are left out are the adapter's, except dropout; keys that agree with it may be given; and the dumped
-    configuration, which has them all, is valid input again."""
+    """Keys that are left out take the adapter's values, except dropout; keys that agree with it may
+    be given. The dumped configuration, which has them all, is valid input."""
     adapter = write_adapter(
         tmp_path / "adapter", base=Path("m").absolute(), recipe={"quantization": "nf4"}
     )
@@ -294,7 +295,7 @@ def test_an_adapter_that_is_continued_brings_its_settings(
 def test_a_setting_that_contradicts_the_adapter_is_refused(
     config_file: Path, tmp_path: Path, key: str, value: str, there: str
 ) -> None:
-    """With both values and what to set; in a configuration made in Python as well."""
+    """The message has both values and the remedy, also for a configuration made in Python."""
     recipe = {"quantization": "nf4", "double_quant": True}
     adapter = write_adapter(tmp_path / "adapter", base=Path("m").absolute(), recipe=recipe)
     message = refusal(config_file, "--adapter.path", str(adapter), f"--{key}", value)
@@ -320,13 +321,14 @@ def test_a_setting_that_contradicts_the_adapter_is_refused(
 def test_an_adapter_of_another_kind_is_refused(
     config_file: Path, tmp_path: Path, changes: dict, message: str
 ) -> None:
-    """What this program does not train is not dropped silently."""
+    """An adapter with options that this program does not train is refused, not cut down."""
     adapter = write_adapter(tmp_path / "adapter", base=Path("m").absolute(), **changes)
     assert message in refusal(config_file, "--adapter.path", str(adapter))
 
 
 def test_a_folder_without_an_adapter_is_refused(config_file: Path, tmp_path: Path) -> None:
-    """Missing, empty, one level too high (then the right one is suggested), or with a broken file."""
+    """A folder that is missing, empty, one level too high or with a broken file is refused; one
+    level too high, with a suggestion."""
     assert "is not a folder" in refusal(config_file, "--adapter.path", str(tmp_path / "none"))
     assert "has no adapter_config.json" in refusal(config_file, "--adapter.path", str(tmp_path))
     write_adapter(tmp_path / "adapter", base=Path("m"))
@@ -339,7 +341,7 @@ def test_a_folder_without_an_adapter_is_refused(config_file: Path, tmp_path: Pat
 
 @pytest.mark.parametrize("key", ["model.path", "data.train", "output_dir"])
 def test_a_missing_required_setting_is_named(config_file: Path, key: str) -> None:
-    """Without model, data or output folder there is no run; the message says where to set it."""
+    """A run without model, data or output folder is refused with the way to set it."""
     message = refusal(config_file, f"--{key}", "''")
     assert message.startswith(f"{key} is missing.")
     assert f"--{key}" in message

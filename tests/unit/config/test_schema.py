@@ -1,4 +1,4 @@
-"""The configuration as Python sees it."""
+"""The configuration as Python objects."""
 
 import dataclasses
 import subprocess
@@ -11,7 +11,7 @@ from tests.support.settings import MINIMAL
 
 
 def test_one_file_and_several_look_alike_to_their_readers() -> None:
-    """`sources` and `eval_files` are lists, whichever way the configuration was written."""
+    """`sources` and `eval_files` are tuples, however the configuration was written."""
     assert DataConfig(train="a").sources == (Source("a", 1.0),)
     assert DataConfig(train=(Source("a", 2.0), Source("b"))).sources == (
         Source("a", 2.0),
@@ -33,8 +33,11 @@ def test_every_section_is_frozen() -> None:
 
 
 def test_bad_settings_are_refused_without_loading_a_library() -> None:
-    """Reading a configuration and the command line pulls in neither torch nor transformers nor peft."""
+    """Modules of configuration and command line import neither torch nor transformers nor peft."""
     heavy = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets")
-    code = f"import sys, qlora_dist.config.load, qlora_dist.cli; print([m for m in {heavy} if m in sys.modules])"
+    code = (
+        "import sys, qlora_dist.config.load, qlora_dist.cli; "
+        f"print([m for m in {heavy} if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

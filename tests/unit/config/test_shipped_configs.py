@@ -1,4 +1,4 @@
-"""Every YAML that is shipped can be used as it is."""
+"""Every YAML file of the repository can be used unchanged."""
 
 import re
 from pathlib import Path
@@ -30,14 +30,14 @@ def test_run_file_is_complete(file: Path) -> None:
 
 @pytest.mark.parametrize("file", sorted(ROOT.glob("[cl][oa]*/*.yaml")), ids=lambda file: file.name)
 def test_files_named_in_a_comment_are_there(file: Path) -> None:
-    """The command that a file opens with can be copied."""
+    """The command at the top of a file names existing files: it can be copied."""
     for name in re.findall(r"\b(?:configs|launch)/\w+\.yaml", file.read_text()):
         assert (ROOT / name).is_file(), name
 
 
 @pytest.mark.parametrize("file", sorted(ROOT.glob("launch/*.yaml")), ids=lambda file: file.name)
 def test_launch_file_is_accepted_by_accelerate(file: Path) -> None:
-    """A launch file is one that accelerate reads, and chooses no backend of its own."""
+    """Accelerate reads a launch file, and the file chooses no backend of its own."""
     launch = load_config_from_file(str(file))
     assert launch.num_processes >= 1
     assert launch.distributed_type in ("NO", "MULTI_GPU")

@@ -1,4 +1,4 @@
-"""An adapter folder is whole and true, or it is not there."""
+"""An adapter folder holds the adapter as it was written, or it does not exist."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ ADAPTER_RECORD = AdapterRecord(
 
 @pytest.fixture(scope="module")
 def model(tiny_llama: Path):
-    """A described (meta) model with adapters of rank 2."""
+    """Model on the meta device with adapters of rank 2."""
     skeleton = build_skeleton(tiny_llama, ModelConfig(path=str(tiny_llama)))
     return add_adapters(skeleton, AdapterConfig(rank=2, target_modules=("q_proj",)), "base")
 
@@ -35,7 +35,7 @@ def tensors(model) -> dict[str, torch.Tensor]:
 def test_what_is_saved_comes_back(
     tmp_path: Path, model, tensors, tokenizer, tiny_llama: Path
 ) -> None:
-    """Every value and the recipe are read back equal; names are PEFT's; the files are as readable as any others."""
+    """All values and the record are read back equal; names are PEFT's; all files have one mode."""
     save_adapter(tmp_path / "adapter", model, tensors, tokenizer, ADAPTER_RECORD)
     saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert saved.keys() == {name.replace(".default", "") for name in tensors}
@@ -58,7 +58,7 @@ def test_what_is_saved_comes_back(
 def test_a_write_that_went_wrong_does_not_count(
     tmp_path: Path, model, tensors, tokenizer, monkeypatch
 ) -> None:
-    """If what is read back differs from what was written, the adapter that was there before stays as it was."""
+    """If a value read back differs from the one written, the previous adapter stays as it was."""
     save_adapter(tmp_path / "adapter", model, tensors, tokenizer, ADAPTER_RECORD)
     before = {path.name: path.read_bytes() for path in (tmp_path / "adapter").iterdir()}
 
@@ -76,7 +76,7 @@ def test_a_write_that_went_wrong_does_not_count(
 def test_values_that_are_not_finite_are_not_saved(
     tmp_path: Path, model, tensors, tokenizer
 ) -> None:
-    """An adapter of NaNs would be a model that answers nothing."""
+    """An adapter with NaNs, which would make a model without answers, is refused."""
     next(iter(tensors.values()))[0, 0] = float("nan")
     with pytest.raises(CheckpointError, match=r"not finite in .*q_proj"):
         save_adapter(tmp_path / "adapter", model, tensors, tokenizer, ADAPTER_RECORD)
@@ -84,7 +84,7 @@ def test_values_that_are_not_finite_are_not_saved(
 
 
 def test_a_folder_that_is_no_adapter_is_named(tmp_path: Path, model, tensors, tokenizer) -> None:
-    """Missing, without PEFT's files, or one level too high: then the right folder is suggested."""
+    """A missing folder is refused by name; one level too high, with the right folder suggested."""
     with pytest.raises(CheckpointError, match="does not exist"):
         read_adapter_record(tmp_path / "missing")
     save_adapter(tmp_path / "adapter", model, tensors, tokenizer, ADAPTER_RECORD)

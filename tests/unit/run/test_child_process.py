@@ -16,7 +16,7 @@ DEAF = 'trap "" HUP INT TERM; echo $$ > pid; while true; do sleep 0.05; done'
 
 
 def run_and_be_told(folder: Path, script: str, number: int, expected: tuple[int, int]) -> None:
-    """Run a script, and get a signal when it has begun."""
+    """Run a script, and send this process a signal once the script has begun."""
     os.chdir(folder)
 
     def tell() -> None:
@@ -29,7 +29,7 @@ def run_and_be_told(folder: Path, script: str, number: int, expected: tuple[int,
 
 
 def pid_in(folder: Path, seconds: float = 30) -> int:
-    """The process that the script runs as, once it has begun."""
+    """Wait for the script to begin; return its process id."""
     deadline = time.monotonic() + seconds
     while not (folder / "pid").exists() or not (folder / "pid").read_text().strip():
         assert time.monotonic() < deadline
@@ -44,17 +44,13 @@ def test_a_signal_is_passed_on(tmp_path: Path, number: signal.Signals) -> None:
 
 
 def test_a_command_that_does_not_listen(tmp_path: Path) -> None:
-    """It is killed after a while."""
-    assert (
-        exit_code_of(
-            run_and_be_told, tmp_path, DEAF, signal.SIGTERM, (-signal.SIGKILL, signal.SIGTERM)
-        )
-        == 0
-    )
+    """A command that ignores the signal is killed after `patience_seconds`."""
+    expected = (-signal.SIGKILL, signal.SIGTERM)
+    assert exit_code_of(run_and_be_told, tmp_path, DEAF, signal.SIGTERM, expected) == 0
 
 
 def test_without_a_signal() -> None:
-    """The exit code of the command, and nothing else."""
+    """Without a signal the result is the command's exit code and None."""
     assert run_child(["sh", "-c", "exit 3"]) == (3, None)
 
 
@@ -69,7 +65,7 @@ def kill_soon(folder: Path) -> None:
 
 
 def test_the_starter_is_killed(tmp_path: Path) -> None:
-    """The command is told to end, though nobody passes anything on."""
+    """The kernel ends the command of a starter that SIGKILL ended."""
     assert exit_code_of(kill_soon, tmp_path) == -signal.SIGKILL
     pid, deadline = pid_in(tmp_path), time.monotonic() + 10
     while is_running(pid) and time.monotonic() < deadline:
@@ -80,7 +76,7 @@ def test_the_starter_is_killed(tmp_path: Path) -> None:
 
 
 def is_running(pid: int) -> bool:
-    """Whether a process has not ended."""
+    """True if a process has not ended."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:

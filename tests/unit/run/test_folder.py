@@ -1,4 +1,4 @@
-"""A run folder is never someone else's, is used by one run at a time, and keeps what a run goes on from."""
+"""A run folder belongs to one run, is used by one process at a time, and keeps its checkpoints."""
 
 import json
 import os
@@ -34,7 +34,7 @@ from qlora_dist.run.folder import (
 
 
 def run_config(folder: Path, seed: int = 0, **sections: object) -> TrainConfig:
-    """A small configuration of a run in that folder."""
+    """Small configuration of a run in `folder`."""
     config = TrainConfig(
         str(folder), seed, model=ModelConfig(path="m"), data=DataConfig(train="t.jsonl")
     )
@@ -42,7 +42,7 @@ def run_config(folder: Path, seed: int = 0, **sections: object) -> TrainConfig:
 
 
 def create(config: TrainConfig, resumed_step: int | None = None) -> None:
-    """What a run does with its folder, whose lock ends with the run."""
+    """Make the folder of a run as the run does, and end the run."""
     lock = RunLock(Path(config.output_dir))
     create_run_folder(Path(config.output_dir), config, resumed_step, lock)
     lock.release()
@@ -52,7 +52,7 @@ def create(config: TrainConfig, resumed_step: int | None = None) -> None:
 
 
 def test_a_run_folder_takes_its_own_run_again_and_no_other(tmp_path: Path) -> None:
-    """The same configuration may come again, also from a folder that was moved; another one is refused."""
+    """A folder accepts its own configuration again, also after a move, and refuses any other."""
     create(run_config(tmp_path / "run"))
     (tmp_path / "run" / "metrics.jsonl").write_text("{}\n")
     assert check_run_folder(run_config(tmp_path / "run")) == tmp_path / "run"
@@ -72,7 +72,7 @@ def test_a_run_folder_takes_its_own_run_again_and_no_other(tmp_path: Path) -> No
     ],
 )
 def test_how_a_run_is_computed_may_change(tmp_path: Path, sections: dict[str, object]) -> None:
-    """Other ranks, another cut of the batch, more or fewer checkpoints: the same run goes on."""
+    """A run goes on with another backend, cut of the batch, or interval of checkpoints."""
     held_out = DataConfig(train="t.jsonl", eval="e.jsonl")
     create(run_config(tmp_path / "run", data=held_out))
     check_run_folder(run_config(tmp_path / "run", data=held_out, **sections))
@@ -89,14 +89,14 @@ def test_how_a_run_is_computed_may_change(tmp_path: Path, sections: dict[str, ob
 def test_what_is_trained_may_not_change(
     tmp_path: Path, sections: dict[str, object], named: str
 ) -> None:
-    """Going on with other settings would not be the run that the folder holds."""
+    """Settings that would make it another run are refused by name."""
     create(run_config(tmp_path / "run"))
     with pytest.raises(CheckpointError, match=named):
         check_run_folder(run_config(tmp_path / "run", **sections))
 
 
 def test_an_identity_survives_a_checkpoint(tmp_path: Path) -> None:
-    """What identifies a run equals itself after JSON, in which a checkpoint stores it, and after its config.yaml."""
+    """An identity survives a round trip through a checkpoint's JSON, or through config.yaml."""
     config = run_config(
         tmp_path / "run", adapter=AdapterConfig(target_modules=("q_proj", "v_proj"))
     )
@@ -106,7 +106,8 @@ def test_an_identity_survives_a_checkpoint(tmp_path: Path) -> None:
 
 
 def test_a_folder_of_other_things_is_refused(tmp_path: Path) -> None:
-    """Files that are no run, a file in the folder's place, and a config.yaml of something else are left alone."""
+    """A folder with other files, a file in the folder's place, and the config.yaml of another
+    program are refused."""
     (tmp_path / "thesis.tex").write_text("")
     with pytest.raises(CheckpointError, match=r"not empty and holds no run \(it has thesis\.tex\)"):
         check_run_folder(run_config(tmp_path))
@@ -121,14 +122,14 @@ def test_a_folder_of_other_things_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("names", [[], [STOP], [STOPPED, ".lock"]])
 def test_a_folder_without_a_run_is_free(tmp_path: Path, names: list[str]) -> None:
-    """An empty folder, or one that holds no more than what was left before the first step, takes any run."""
+    """An empty folder, or one with only the files that come before a run's own, accepts any run."""
     for name in names:
         (tmp_path / name).touch()
     assert check_run_folder(run_config(tmp_path)) == tmp_path
 
 
 def test_checking_makes_nothing(tmp_path: Path) -> None:
-    """Input is refused before anything is written."""
+    """The check of a folder writes nothing."""
     check_run_folder(run_config(tmp_path / "a" / "b"))
     assert list(tmp_path.iterdir()) == []
 
@@ -137,7 +138,7 @@ def test_checking_makes_nothing(tmp_path: Path) -> None:
 
 
 def fill(folder: Path, lines: list[str]) -> None:
-    """What an earlier run left."""
+    """Write the files that an earlier run left."""
     for name in ("adapter", "tensorboard", "checkpoints"):
         (folder / name).mkdir(parents=True)
     (folder / "metrics.jsonl").write_text("".join(lines))
@@ -147,14 +148,15 @@ ROWS = [json.dumps({"step": step, "loss": 1.0}) + "\n" for step in (1, 2, 3)]
 
 
 def test_starting_over_removes_the_earlier_run(tmp_path: Path) -> None:
-    """What an earlier run left is not mixed with the new one."""
+    """A run that starts from nothing removes the files of the earlier run."""
     fill(tmp_path, ROWS)
     create(run_config(tmp_path))
     assert {path.name for path in tmp_path.iterdir()} == {"config.yaml", ".lock"}
 
 
 def test_going_on_keeps_everything_up_to_the_checkpoint(tmp_path: Path) -> None:
-    """Rows of steps that will be computed again go, so that no step has two; so does a row that was cut off."""
+    """Rows of steps that will be computed again, and a row that was cut off, are removed from the
+    metrics; everything else stays."""
     fill(
         tmp_path,
         [*ROWS[:2], json.dumps({"step": 2, "eval_loss": 0.5}) + "\n", ROWS[2], '{"step": 4, "lo'],
@@ -166,7 +168,7 @@ def test_going_on_keeps_everything_up_to_the_checkpoint(tmp_path: Path) -> None:
 
 
 def test_a_stopped_run_leaves_word_until_it_goes_on(tmp_path: Path) -> None:
-    """STOPPED says why; the request that stopped it is gone, or it would stop the next start as well."""
+    """STOPPED has the reason; the STOP file is gone, or it would stop the next start as well."""
     (tmp_path / STOP).touch()
     mark_stopped(tmp_path, "signal SIGTERM")
     assert (tmp_path / STOPPED).read_text() == "signal SIGTERM\n"
@@ -179,7 +181,7 @@ def test_a_stopped_run_leaves_word_until_it_goes_on(tmp_path: Path) -> None:
 
 
 def test_a_folder_is_used_by_one_run_at_a_time(tmp_path: Path) -> None:
-    """A second run is refused with the process that holds the folder, until the first one is done."""
+    """A second run is refused, by the process that holds the folder, until the first run ends."""
     mine, other = RunLock(tmp_path), RunLock(tmp_path)
     create_run_folder(tmp_path, run_config(tmp_path), None, mine)
     mine.acquire()  # its own lock is no obstacle
@@ -193,7 +195,7 @@ def test_a_folder_is_used_by_one_run_at_a_time(tmp_path: Path) -> None:
 
 
 def test_a_run_that_is_refused_removes_nothing(tmp_path: Path) -> None:
-    """What another process is working on stays as it is."""
+    """A run that finds the folder locked leaves all files as they are."""
     fill(tmp_path, ROWS)
     mine = RunLock(tmp_path)
     mine.acquire()
@@ -204,10 +206,11 @@ def test_a_run_that_is_refused_removes_nothing(tmp_path: Path) -> None:
 
 
 def test_a_dead_run_holds_no_folder(tmp_path: Path) -> None:
-    """The lock of a process that was killed is gone with it, though its file is still there."""
+    """The lock of a killed process ends with it, though its file is still there."""
     code = (
         "import sys, time; from pathlib import Path; from qlora_dist.run.folder import RunLock\n"
-        "lock = RunLock(Path(sys.argv[1])); lock.acquire(); print('locked', flush=True); time.sleep(600)"
+        "lock = RunLock(Path(sys.argv[1])); lock.acquire(); print('locked', flush=True)\n"
+        "time.sleep(600)"
     )
     mine = RunLock(tmp_path)
     with subprocess.Popen(

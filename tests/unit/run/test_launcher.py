@@ -1,4 +1,4 @@
-"""Which processes watch the one that started them."""
+"""Processes that watch the process which started them."""
 
 import os
 import subprocess
@@ -28,7 +28,7 @@ BY_HAND = {
     ],
 )
 def test_who_watches(marks: dict[str, str], under_shell: bool, watches: bool) -> None:
-    """Ranks of a launcher do; a process that was started by hand from a shell, with nohup or over ssh, does not."""
+    """Ranks of a launcher watch it; a process started by hand from a shell watches nothing."""
     command = [sys.executable, "-c", LOOK]
     if under_shell:
         command = ["bash", "-c", f"'{sys.executable}' -c '{LOOK}'; exit $?"]

@@ -1,4 +1,4 @@
-"""Checkpoints of an earlier format are gone on from; those of a later one are refused."""
+"""Runs go on from checkpoints of an earlier format; those of a later format are refused."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def as_in_version_1(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """8-bit state with float32 values beside it, and a constant of each element."""
+    """8-bit state with float32 values beside it, and a constant for each element."""
     old = {}
     for name in [
         name.removesuffix(".block_start") for name in tensors if name.endswith(".block_start")
@@ -33,7 +33,7 @@ def as_in_version_1(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
 
 
 def rewrite(folder: Path, version: int) -> None:
-    """Give a checkpoint another format version, and of version 1 its optimizer state."""
+    """Give a checkpoint another format version, and the optimizer state of version 1."""
     state, optimizer = folder / "state.json", folder / "optimizer.safetensors"
     content = json.loads(state.read_text())
     assert content["format_version"] == 2
@@ -62,7 +62,7 @@ def run(tmp_path: Path, tiny_llama: Path, chat_file: Path) -> dict:
 
 
 def test_a_run_goes_on_from_version_1(run: dict, tmp_path: Path) -> None:
-    """Bit for bit, as from a checkpoint of today."""
+    """A run that goes on from version 1 ends bit for bit like an undisturbed run."""
     assert train_here(tmp_path / "whole", run)
     assert not train_here(tmp_path / "old", run, stop_after=3)
     (folder,) = (tmp_path / "old" / "checkpoints").glob("step-*")
@@ -73,7 +73,7 @@ def test_a_run_goes_on_from_version_1(run: dict, tmp_path: Path) -> None:
 
 
 def test_later_versions_are_refused(run: dict, tmp_path: Path) -> None:
-    """With the versions that can be read."""
+    """The message has the versions that can be read."""
     assert not train_here(tmp_path / "new", run, stop_after=3)
     (folder,) = (tmp_path / "new" / "checkpoints").glob("step-*")
     rewrite(folder, 3)

@@ -1,4 +1,4 @@
-"""The compute type: chosen by what the weakest device multiplies quickly, alike on all ranks, and told."""
+"""The compute type suits the weakest device, is alike on all ranks, and is named in the log."""
 
 import os
 import time
@@ -38,7 +38,7 @@ H100, T4 = Ability("H100", True), Ability("Tesla T4", True, has_bfloat16=False)
     ],
 )
 def test_the_weakest_device_decides(abilities: list[Ability], expected: str, why: str) -> None:
-    """A GPU takes a 16-bit type that it multiplies, a CPU what is quicker there; the log says why, with the rates."""
+    """A GPU takes a 16-bit type that it multiplies, a CPU the quicker type; the log says why."""
     chosen = choose("auto", abilities)
     assert chosen.name == expected
     assert chosen.dtype == getattr(torch, expected)
@@ -46,21 +46,20 @@ def test_the_weakest_device_decides(abilities: list[Ability], expected: str, why
 
 
 def test_at_equal_speed_half_the_memory_decides() -> None:
-    """Rates within a tenth of each other are no reason for 32 bits."""
-    assert (
-        choose("auto", [Ability("CPU", False, False, {"bfloat16": 95e9, "float32": 100e9})]).name
-        == "bfloat16"
-    )
+    """A CPU whose rates are within a tenth of each other takes bfloat16."""
+    equal = Ability("CPU", False, False, {"bfloat16": 95e9, "float32": 100e9})
+    assert choose("auto", [equal]).name == "bfloat16"
 
 
 def test_a_type_that_is_slow_here_is_taken_and_said_to_be() -> None:
-    """What was asked for, or begun with, is kept; the line has the factor on the worst rank and the remedy."""
+    """A slow type that was asked for, or that the run began with, is taken; the log has the factor
+    on the worst rank and the remedy."""
     emulating = Ability("Tesla T4", True, False, {"bfloat16": 3e12, "float16": 24e12})
     told = choose("bfloat16", [emulating])
     assert told.name == "bfloat16"
     assert told.note == (
-        "compute type: bfloat16. Tesla T4 only emulates it: products take 8.0 times as long as in float16 "
-        "(3.0 TFLOP/s against 24.0 TFLOP/s). model.dtype: auto avoids that."
+        "compute type: bfloat16. Tesla T4 only emulates it: products take 8.0 times as long as in "
+        "float16 (3.0 TFLOP/s against 24.0 TFLOP/s). model.dtype: auto avoids that."
     )
     assert "21.7 times as long as in float32" in choose("bfloat16", [AMX, AVX2]).note
     kept = choose("bfloat16", [AVX2], is_kept=True)
@@ -74,14 +73,15 @@ def test_a_type_that_is_slow_here_is_taken_and_said_to_be() -> None:
 
 
 def test_what_is_quick_is_taken_without_a_remark() -> None:
-    """No advice where there is nothing to gain."""
+    """The log has no advice where there is nothing to gain."""
     assert choose("bfloat16", [AMX]).note == "compute type: bfloat16"
     assert choose("float32", [Ability("CPU", False)]).note == "compute type: float32"
     assert choose("bfloat16", [H100]).note == "compute type: bfloat16"
 
 
 def test_the_three_products_of_a_step_are_timed() -> None:
-    """x W^T, g W and g^T x, with distinct layouts: on CPUs that emulate bfloat16 they differ by a factor of ten."""
+    """x W^T, g W and g^T x are timed in their own layouts: on CPUs that emulate bfloat16 their
+    speeds differ by a factor of ten."""
     seen: list[tuple[bool, bool]] = []
     matmul = torch.Tensor.__matmul__
 
@@ -96,7 +96,7 @@ def test_the_three_products_of_a_step_are_timed() -> None:
 
 
 def test_waiting_for_a_core_is_not_the_fault_of_a_type() -> None:
-    """On a CPU that others use as well, a product is charged for what it computes and not for how long it waited."""
+    """On a shared CPU the time of a product is the time it computes, without the time it waits."""
     ones = torch.ones(8, 8)
 
     def product() -> torch.Tensor:
@@ -112,7 +112,8 @@ def test_waiting_for_a_core_is_not_the_fault_of_a_type() -> None:
 def test_gpus_of_compute_capability_8_multiply_bfloat16(
     capability: tuple[int, int], expected: bool
 ) -> None:
-    """And older ones are timed, to say by how much they emulate it; the device is pretended."""
+    """GPUs of capability 8.0 multiply bfloat16; older ones are timed, for the note. No real device
+    is used."""
     properties = SimpleNamespace(name="GPU", major=capability[0], minor=capability[1])
     with (
         mock.patch.object(torch.cuda, "get_device_properties", return_value=properties),
@@ -126,7 +127,7 @@ def test_gpus_of_compute_capability_8_multiply_bfloat16(
 
 
 def of_unlike_ranks(expected: str) -> None:
-    """Rank 1 emulates bfloat16; only rank 0 knows what was asked for."""
+    """Start a rank: rank 1 emulates bfloat16, and only rank 0 knows `model.dtype`."""
     rank = int(os.environ["RANK"])
     rates = (AMX, AVX2)[rank].flops
     with mock.patch.object(
@@ -141,5 +142,5 @@ def of_unlike_ranks(expected: str) -> None:
 
 @pytest.mark.parametrize("expected", ["float32", "bfloat16"])
 def test_all_ranks_take_the_same_type(expected: str) -> None:
-    """Of two processes one is slow, or sees no folder of the run that goes on."""
+    """Two processes agree on the type when one is slow, or does not see the run's folder."""
     run_on_processes(of_unlike_ranks, 2, expected)

@@ -1,4 +1,4 @@
-"""Processes of a run: kernels that are kept away, waits for each other, and the network they talk over."""
+"""Processes of a run: kernels they avoid, waits for each other, and the network between them."""
 
 import socket
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from qlora_dist.runtime.processes import Runtime, start_runtime
 
 @pytest.fixture(scope="module")
 def runtime() -> Runtime:
-    """The one process of this test."""
+    """Runtime of this test's one process."""
     return replace(start_runtime(seed=0, dtype="float32"), device=torch.device("cpu"))
 
 
@@ -32,7 +32,7 @@ def kernels_of_pytorch() -> Iterator[None]:
 
 @pytest.mark.usefixtures("kernels_of_pytorch")
 def test_kernels_that_go_wrong_are_off() -> None:
-    """A run neither attends with cuDNN, whose gradients may be NaN, nor adds partial sums in 16 bits."""
+    """A run uses no cuDNN attention, whose gradients may be NaN, and no partial sums in 16 bits."""
     assert torch.backends.cuda.cudnn_sdp_enabled()
     start_runtime(seed=0, dtype="float32")
     assert not torch.backends.cuda.cudnn_sdp_enabled()
@@ -46,7 +46,7 @@ def test_kernels_that_go_wrong_are_off() -> None:
 def test_ranks_wait_on_the_device_that_they_have(
     device: str, expected: list[int] | None, runtime: Runtime
 ) -> None:
-    """The fourth process of a node that sees one GPU waits on number 0, though its local rank is 3."""
+    """The fourth process of a node, if it sees only one GPU, waits on GPU 0, not on GPU 3."""
     fourth = replace(runtime, device=torch.device(device), rank=3, local_rank=3, world_size=4)
     with mock.patch.object(dist, "barrier") as barrier:
         fourth.barrier()
@@ -55,7 +55,7 @@ def test_ranks_wait_on_the_device_that_they_have(
 
 
 def test_one_process_waits_for_nobody(runtime: Runtime) -> None:
-    """There may be no process group to wait in."""
+    """A single process, which may have no process group, waits for nothing."""
     with mock.patch.object(dist, "barrier") as barrier:
         runtime.barrier()
         runtime.close()
@@ -68,7 +68,8 @@ def test_one_process_waits_for_nobody(runtime: Runtime) -> None:
 def test_only_the_group_of_a_single_gpu_is_destroyed(
     device: str, world_size: int, is_left: bool, runtime: Runtime
 ) -> None:
-    """NCCL warns of one that is left; destroying gloo's, or one that others are in, makes processes abort."""
+    """NCCL warns of a group that is left; destroying one of gloo's, or of several processes, makes
+    processes abort."""
     alone = replace(runtime, device=torch.device(device, 0), world_size=world_size)
     for _ in range(2):  # a second run in the same process can make its own
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -98,10 +99,10 @@ def test_only_the_group_of_a_single_gpu_is_destroyed(
 def test_gloo_talks_over_the_network_of_nccl(
     nccl: str | None, gloo: str | None, expected: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first interface that NCCL may take, by the beginning of its name or, after `=`, by all of it; what excludes
-    interfaces says nothing, and what was set for gloo stays."""
+    """Gloo takes the first interface that NCCL may take: by the beginning of its name or, after
+    `=`, by its whole name. A list of excluded interfaces changes nothing; gloo's setting stays."""
     for name, value in (("NCCL_SOCKET_IFNAME", nccl), ("GLOO_SOCKET_IFNAME", gloo)):
-        monkeypatch.setenv(name, value or "")  # so that it is put back, whatever becomes of it
+        monkeypatch.setenv(name, value or "")  # also records the old value, to put it back
         if value is None:
             monkeypatch.delenv(name)
     there = [(1, "lo"), (2, "docker0"), (3, "eth1"), (4, "ib0"), (5, "ib1")]
