@@ -93,17 +93,17 @@ class LayerForward:
             return self._run(store.keep, args, kwargs)
 
     def _run(self, keep: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        is_survey = self.probed is not None and not self.is_compiled
-        if not is_survey and (
+        only_counts = self.probed is not None and not self.is_compiled
+        if not only_counts and (
             self.policy == "none" or (self.policy == "selective" and self.is_compiled)
         ):
             return self._plain(*args, **kwargs)
-        if not is_survey and self.policy == "full":
+        if not only_counts and self.policy == "full":
             # Non-reentrant: needs no input gradient, and hides nothing from autograd or the compiler.
             return checkpoint(self._plain, *args, use_reentrant=False, **kwargs)
-        with SelectiveForward(_tensors((args[1:], kwargs)), keep, is_survey) as forward:
+        with SelectiveForward(_tensors((args[1:], kwargs)), keep, only_counts) as forward:
             result = self._plain(*args, **kwargs)
-        if is_survey:
+        if only_counts:
             inputs = sum(tensor.untyped_storage().nbytes() for tensor in _tensors(args[:1]))
             self.probed = max(
                 self.probed, LayerBytes(*forward.kept, inputs), key=lambda found: found.none

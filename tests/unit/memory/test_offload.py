@@ -1,4 +1,4 @@
-"""Offloading of what layers keep, with a lane that copies on the CPU and remembers what it was asked to do."""
+"""Offloading of activations, with a stream that copies on the CPU and remembers its calls."""
 
 import dataclasses
 from pathlib import Path
@@ -84,8 +84,10 @@ def test_gradients_have_the_same_bits(
 def test_inputs_of_recomputed_layers_come_back_one_layer_ahead(
     tiny_llama: Path, runtime: Runtime
 ) -> None:
-    """Fully recomputed layers offload their inputs, one each; backward of a layer first begins to fetch what the layer
-    before it will need."""
+    """Fully recomputed layers offload one input each.
+
+    Backward of a layer first starts to fetch the input of the layer before it.
+    """
     model = build_adapted(tiny_llama, runtime)
     loss_and_gradient(model, runtime)
     set_recompute(ModelParts(model).layers, Recompute(3, 0, 3))

@@ -1,4 +1,4 @@
-"""Selective recomputation: which bytes it keeps, what it computes again, and that nobody can tell from the results."""
+"""Selective recomputation: the bytes it keeps, the operations it repeats, and equal results."""
 
 import dataclasses
 from pathlib import Path
@@ -42,7 +42,7 @@ def runtime() -> Runtime:
 def loss_and_gradient(
     model, runtime: Runtime, length: int = 40
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of one micro-batch of two rows; 0-dim, and one vector."""
+    """Train one micro-batch of two rows: loss, 0-dim, and all gradients in one vector."""
     model.zero_grad()
     rows = [
         torch.randint(3, 300, (length,), generator=torch.Generator().manual_seed(n)).tolist()
@@ -61,8 +61,10 @@ def loss_and_gradient(
 def test_every_family_has_the_same_bits_under_every_policy(
     families: dict[str, Path], runtime: Runtime, dtype: str, dropout: float
 ) -> None:
-    """Loss and gradients do not depend on what is recomputed, bit for bit, dropout included; and policies change from
-    step to step without building anything again."""
+    """Loss and gradients have the same bits under every policy, dropout included.
+
+    Policies change from step to step without building the model again.
+    """
     runtime = dataclasses.replace(runtime, compute_dtype=getattr(torch, dtype))
     for name, folder in families.items():
         model = build_adapted(folder, runtime, dropout=dropout)
@@ -76,7 +78,7 @@ def test_every_family_has_the_same_bits_under_every_policy(
 
 
 def test_eager_attention_has_the_same_bits(families: dict[str, Path], runtime: Runtime) -> None:
-    """Attention out of single operations is recomputed as far as it is quick: its products run once."""
+    """Attention made of single operations: its quick ones are recomputed, its products run once."""
     model = build_adapted(families["qwen3"], runtime, attention="eager")
     expected = loss_and_gradient(model, runtime)
     set_recompute(ModelParts(model).layers, Recompute(2, 2))
@@ -99,12 +101,14 @@ def test_products_run_once(tiny_llama: Path, runtime: Runtime) -> None:
 
 
 def test_what_is_kept_is_what_was_counted(tiny_llama: Path, runtime: Runtime) -> None:
-    """What a survey counts for each policy is, to the byte, what storages take that are alive after forward, and
-    selectively that is 0.7 of it in bfloat16 (0.5 of a layer whose norms and MLP are not one function each)."""
+    """Counted bytes are, to the byte, those of storages that are alive after forward.
+
+    Selectively they are 0.7 of all in bfloat16 (0.5 where norms and MLP are not one function each).
+    """
     runtime = dataclasses.replace(runtime, compute_dtype=torch.bfloat16)
     model = build_adapted(tiny_llama, runtime)
     ids = torch.arange(3, 259).reshape(2, 128)
-    with KeptBytesProbe(ModelParts(model).layers) as survey, runtime.autocast():
+    with KeptBytesProbe(ModelParts(model).layers) as probe, runtime.autocast():
         model(input_ids=ids, use_cache=False)
 
     outputs = []
@@ -117,7 +121,7 @@ def test_what_is_kept_is_what_was_counted(tiny_llama: Path, runtime: Runtime) ->
         outputs.clear()
         return now
 
-    layer = survey.result
+    layer = probe.result
     # Not the first layer: its input needs no gradient, and its norm keeps nothing.
     assert alive(1) - alive(3) == 2 * (layer.none - layer.selective)
     assert alive(0, 1) - alive(0, 3) == 2 * (layer.none - layer.full)
@@ -131,18 +135,20 @@ def test_what_is_kept_is_what_was_counted(tiny_llama: Path, runtime: Runtime) ->
 def test_the_formula_is_on_the_safe_side(
     families: dict[str, Path], runtime: Runtime, kind: dict
 ) -> None:
-    """What a layer is expected to keep before any step covers what it keeps, dropout and DoRA included, and is not
-    more than twice that."""
+    """The formula's bytes of a layer cover the counted ones, dropout and DoRA included.
+
+    They are at most twice as many.
+    """
     runtime = dataclasses.replace(runtime, compute_dtype=torch.bfloat16)
     model = build_adapted(families["qwen2"], runtime, **kind)
     ids = torch.arange(3, 259).reshape(2, 128)
     with runtime.autocast():
         model(input_ids=ids, use_cache=False)  # the first one asks the model for more
-        with KeptBytesProbe(ModelParts(model).layers) as survey:
+        with KeptBytesProbe(ModelParts(model).layers) as probe:
             model(input_ids=ids, use_cache=False)
     expected = layer_bytes(base_model(model).config, ids.numel(), 2, AdapterConfig(rank=4, **kind))
-    for found, formula in zip(vars(survey.result).values(), vars(expected).values(), strict=True):
-        assert 0.5 <= found / formula <= 1.05, (survey.result, expected)
+    for found, formula in zip(vars(probe.result).values(), vars(expected).values(), strict=True):
+        assert 0.5 <= found / formula <= 1.05, (probe.result, expected)
 
 
 def test_forward_without_gradients_keeps_nothing(tiny_llama: Path, runtime: Runtime) -> None:
@@ -200,7 +206,7 @@ def made_and_dropped(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     "function", [written_after_it_was_read, result_written_to, views, made_and_dropped]
 )
 def test_memory_that_is_written_to_shared_or_used_again(function) -> None:
-    """What is recomputed is what was there when it was computed first."""
+    """Recomputed values are those of the first computation."""
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(8, 8, generator=generator), torch.randn(8, 8, generator=generator)
     expected = gradient_of(function, *inputs, selectively=False)
