@@ -457,7 +457,7 @@ def test_a_data_set_of_the_hub_is_read_through_datasets(monkeypatch: pytest.Monk
         asked.append((args, kwargs))
         return Dataset.from_list(ROWS)
 
-    monkeypatch.setattr("datasets.load_data", load)
+    monkeypatch.setattr("datasets.load_dataset", load)
     assert values("owner/name:validation") == ROWS
     assert asked == [(("owner/name",), {"split": "validation"})]
 
@@ -468,7 +468,7 @@ def test_a_data_set_that_cannot_be_had_is_refused(monkeypatch: pytest.MonkeyPatc
     def fail(*_: object, **__: object) -> None:
         raise ConnectionError("no route to the hub\nmore")
 
-    monkeypatch.setattr("datasets.load_data", fail)
+    monkeypatch.setattr("datasets.load_dataset", fail)
     with pytest.raises(
         DataError,
         match=r"data\.eval owner/name is no file .*: no route to the hub\. Check the name",
