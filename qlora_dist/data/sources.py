@@ -88,7 +88,6 @@ def _find_files(path: str, key: str) -> tuple[Path, ...]:
             f"{key} {path} means files of several kinds ({' and '.join(map(str, kinds.values()))})."
             f" Name one kind with a pattern such as '*{next(iter(kinds))}', or list them one "
             "by one."
-
         )
     return tuple(files)
 
