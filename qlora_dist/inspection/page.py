@@ -18,9 +18,10 @@ _INDENT = 2
 def print_facts(console: Console, facts: Facts) -> None:
     """Print sources, lengths and batches."""
     _print_sources(console, facts)
-    _print_part(console, "Training samples", facts.train)
+    _print_totals(console, "Training samples", facts.train)
+    _print_lengths(console, facts.train)
     if facts.eval is not None:
-        _print_part(console, "Evaluation samples", facts.eval)
+        _print_totals(console, "Evaluation samples", facts.eval)
     _print_batches(console, facts)
 
 
@@ -94,7 +95,7 @@ def source_lines(source: SourceFacts, max_seq_len: int, is_one_of_several: bool)
     return lines
 
 
-def _print_part(console: Console, title: str, part: PartFacts) -> None:
+def _print_totals(console: Console, title: str, part: PartFacts) -> None:
     _print_heading(console, title)
     _print(
         console,
@@ -109,6 +110,9 @@ def _print_part(console: Console, title: str, part: PartFacts) -> None:
         )
     ]
     _print_table(console, [["", "median", "90%", "99%", "longest"], *rows])
+
+
+def _print_lengths(console: Console, part: PartFacts) -> None:
     console.print()
     for line in bars(part, console.width - 2 * _INDENT):
         _print(console, line)

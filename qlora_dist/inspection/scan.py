@@ -74,8 +74,8 @@ def scan(
         show: is called with a line about the progress, every now and then.
     """
     num = rows.num_samples
-    hashes, prompts, num_targets = (np.zeros(num, t) for t in (np.uint64, np.uint64, np.int64))
-    answers = Answers()
+    hashes, prompts = np.zeros((2, num), np.uint64)
+    num_targets, answers = np.zeros(num, np.int64), Answers()
     for number, (tokens, targets) in enumerate(rows.arrays()):
         is_target = np.array(targets, dtype=np.bool_)
         is_target[0] = False  # nothing comes before it that it could be predicted from
