@@ -77,9 +77,7 @@ def eval_batches(
     Micro-batches are dealt to the ranks in turn. All ranks get an equal number, since each forward
     of a sharded model is a collective; a batch for which no sample is left is empty.
     """
-    indices = range(num_samples)
-    groups = [
-        list(indices[i : i + micro_batch_size]) for i in range(0, num_samples, micro_batch_size)
-    ]
+    indices, size = range(num_samples), micro_batch_size
+    groups = [list(indices[i : i + size]) for i in range(0, num_samples, size)]
     groups += [[]] * (-len(groups) % world_size)
     yield from groups[rank::world_size]

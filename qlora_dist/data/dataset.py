@@ -70,9 +70,7 @@ def load_data(
     """
     limit = config.max_seq_len
     sources = [tokenized(s.path, "data.train", tokenizer, config, show) for s in config.sources]
-    eval_sources = [
-        tokenized(path, "data.eval", tokenizer, config, show) for path in config.eval_files
-    ]
+    eval_sources = [tokenized(p, "data.eval", tokenizer, config, show) for p in config.eval_files]
     reports = tuple(source.report for source in [*sources, *eval_sources])
     weights = tuple(source.weight for source in config.sources)
     notes = [report.sentence(limit) for report in reports]

@@ -287,11 +287,7 @@ def _calls(calls: Any, number: int) -> list[dict[str, Any]]:
             label = f"message {number}, arguments of {name}"
             arguments = _from_json(arguments or "{}", dict, label)
         # `name` and `arguments` stand here if the call is written without `function`.
-        rest = {
-            field: value
-            for field, value in call.items()
-            if field not in ("name", "arguments") and value is not None
-        }
+        rest = {k: v for k, v in call.items() if k not in ("name", "arguments") and v is not None}
         function = {"name": name, "arguments": arguments}
         checked.append({**rest, "type": "function", "function": function})
     return checked

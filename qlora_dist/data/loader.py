@@ -41,9 +41,7 @@ class StepLoader:
         pin_memory: bool,
     ) -> None:
         self._plan = plan
-        self._samples = samples
-        self._rank = rank
-        self._pad_token_id = pad_token_id
+        self._share = samples, rank, pad_token_id
         self._pin_memory = pin_memory
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="data")
         self._ahead: tuple[int, Future[list[MicroBatch]]] | None = None
@@ -66,9 +64,7 @@ class StepLoader:
         return num_samples_seen, self._pool.submit(self._make, num_samples_seen)
 
     def _make(self, num_samples_seen: int) -> list[MicroBatch]:
-        batches = step_batches(
-            self._plan, num_samples_seen, self._samples, self._rank, self._pad_token_id
-        )
+        batches = step_batches(self._plan, num_samples_seen, *self._share)
         return [batch.pinned() for batch in batches] if self._pin_memory else batches
 
     def __enter__(self) -> StepLoader:

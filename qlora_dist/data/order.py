@@ -153,9 +153,8 @@ class BatchPlan:
         """
         stream = self.order.between(num_seen, self.after_step(num_seen))
         size = self.micro_batch_size
-        groups = [
-            SampleGroup(stream[i : i + size], num_seen + i) for i in range(0, len(stream), size)
-        ]
+        starts = range(0, len(stream), size)
+        groups = [SampleGroup(stream[i : i + size], num_seen + i) for i in starts]
         while len(groups) % self.world_size:
             groups.append(SampleGroup([], num_seen + len(groups) * size))
         return groups[rank :: self.world_size]

@@ -25,14 +25,12 @@ def pack(lengths: Sequence[int], max_seq_len: int, seed: int) -> list[list[int]]
     order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(seed)).tolist()
     rows: list[list[int]] = []
     for start in range(0, len(order), _WINDOW):
-        rows += _best_fit_decreasing(order[start : start + _WINDOW], lengths, max_seq_len)
+        rows += _best_fit(order[start : start + _WINDOW], lengths, max_seq_len)
     return rows
 
 
-def _best_fit_decreasing(
-    indices: Sequence[int], lengths: Sequence[int], capacity: int
-) -> list[list[int]]:
-    """Return the indices in bins, of which each has lengths that sum to at most `capacity`."""
+def _best_fit(indices: Sequence[int], lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Return the indices in bins of lengths that sum to at most `capacity`; the longest first."""
     bins: list[list[int]] = []
     room: list[tuple[int, int]] = []  # (free, bin), ascending: the first with enough is the fullest
     for index in sorted(indices, key=lambda i: -lengths[i]):

@@ -102,9 +102,7 @@ class Report:
         """Return the report that `to_json` gave as plain data."""
         faulty = FaultyRows(**values["faulty"])
         # JSON makes lists of tuples.
-        faulty.reasons = {
-            reason: (count, where) for reason, (count, where) in faulty.reasons.items()
-        }
+        faulty.reasons = {reason: (n, where) for reason, (n, where) in faulty.reasons.items()}
         return cls(**{**values, "faulty": faulty})
 
     def check(self, config: DataConfig) -> None:

@@ -204,11 +204,9 @@ def _sources(data: RunData, stream: NDArray[np.int64]) -> tuple[SourceFacts, ...
     source_of_row = np.repeat(np.arange(num), data.sizes)
     tokens = np.bincount(source_of_row[stream], data.train.lengths[stream], minlength=num)
     shares = (tokens / tokens.sum()).tolist()
+    trained = zip(data.weights, shares, data.reports, strict=False)
     return (
-        *(
-            SourceFacts("data.train", weight, share, report)
-            for weight, share, report in zip(data.weights, shares, data.reports, strict=False)
-        ),
+        *(SourceFacts("data.train", *facts) for facts in trained),
         *(SourceFacts("data.eval", None, None, report) for report in data.reports[num:]),
     )
 

@@ -97,11 +97,8 @@ def source_lines(source: SourceFacts, max_seq_len: int, is_one_of_several: bool)
 
 def _print_totals(console: Console, title: str, part: PartFacts) -> None:
     _print_heading(console, title)
-    _print(
-        console,
-        f"{part.num_samples:,} samples, {part.num_tokens:,} tokens, {part.num_targets:,} of them "
-        "targets",
-    )
+    size = f"{part.num_samples:,} samples, {part.num_tokens:,} tokens"
+    _print(console, f"{size}, {part.num_targets:,} of them targets")
     rows = [
         [name, *(f"{value:,}" for value in (spread.p50, spread.p90, spread.p99, spread.max))]
         for name, spread in (
@@ -121,11 +118,8 @@ def _print_lengths(console: Console, part: PartFacts) -> None:
         f"{visible(repr(opening.text))} ({opening.num_samples / part.num_samples:.0%})"
         for opening in part.openings
     )
-    _print(
-        console,
-        f"{part.num_answers:,} answers, {part.num_answers_of_one_token:,} of them a single token. "
-        f"Most often they begin with {openings}.",
-    )
+    answers = f"{part.num_answers:,} answers, {part.num_answers_of_one_token:,} of them"
+    _print(console, f"{answers} a single token. Most often they begin with {openings}.")
 
 
 _MAX_BAR = 40
@@ -159,22 +153,17 @@ def bars(part: PartFacts, width: int) -> list[str]:
 def _print_batches(console: Console, facts: Facts) -> None:
     run, configured = facts.run, facts.configured
     _print_heading(console, "Batches")
-    _print(
-        console,
-        f"micro_batch_size {run.micro_batch_size:,} x grad_accum_steps {run.grad_accum_steps:,} "
-        f"x 1 process = {run.num_rows_per_step:,} rows a step",
-    )
+    sizes = f"micro_batch_size {run.micro_batch_size:,} x grad_accum_steps {run.grad_accum_steps:,}"
+    _print(console, f"{sizes} x 1 process = {run.num_rows_per_step:,} rows a step")
     head = ["", "padding", "rows an epoch", "steps an epoch", "tokens a step"]
     _print_table(console, [head, *map(_batching_cells, facts.batchings)])
     console.print()
     if configured.arrangement == "packing":
         fill = configured.num_tokens / (configured.num_rows * run.max_seq_len)
         _print(console, f"Packed rows are {fill:.1%} full.")
-    _print(
-        console,
-        f"An epoch has {configured.num_tokens:,} tokens, {run.num_targets_per_epoch:,} of them "
-        f"targets. The run takes {run.num_steps:,} steps, {run.epochs:.3g} epochs.",
-    )
+    epoch = f"{configured.num_tokens:,} tokens, {run.num_targets_per_epoch:,} of them targets"
+    length = f"{run.num_steps:,} steps, {run.epochs:.3g} epochs"
+    _print(console, f"An epoch has {epoch}. The run takes {length}.")
 
 
 _CHOSEN = "▸ "

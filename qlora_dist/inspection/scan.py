@@ -15,6 +15,8 @@ from qlora_dist.data.samples import Rows
 _HASH_BYTES = 8  # of ten million different samples, two collide with a probability of 3e-6
 _SHOW_EVERY = 10_000
 
+_Mask = NDArray[np.bool_]
+
 
 @dataclass
 class Answers:
@@ -33,12 +35,7 @@ class Answers:
     openings: Counter[int] = field(default_factory=Counter)
     """Number of samples that begin to answer with each token id."""
 
-    def count(
-        self,
-        tokens: NDArray[np.generic],
-        is_target: NDArray[np.bool_],
-        is_special: NDArray[np.bool_],
-    ) -> None:
+    def count(self, tokens: NDArray[np.generic], is_target: _Mask, is_special: _Mask) -> None:
         """Add a sample. Each array: (num_tokens,), except `is_special` by token id."""
         borders = np.flatnonzero(np.diff(is_target, prepend=False, append=False))
         firsts, ends = borders[::2], borders[1::2]  # (num_answers,) each
@@ -64,9 +61,7 @@ class Scan:
     answers: Answers
 
 
-def scan(
-    rows: Rows, is_special: NDArray[np.bool_], show: Callable[[str], None] = lambda text: None
-) -> Scan:
+def scan(rows: Rows, is_special: _Mask, show: Callable[[str], None] = lambda text: None) -> Scan:
     """Look at every sample once; a single sample is in memory at a time.
 
     Args:
