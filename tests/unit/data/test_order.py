@@ -246,7 +246,7 @@ def test_grouping_puts_like_lengths_together() -> None:
 
 
 def test_grouping_does_not_train_from_short_to_long() -> None:
-    """Chunks of like length come in random order: an eighth of an epoch has about the mean length."""
+    """Chunks of like length come in random order: each eighth of an epoch has the mean length."""
     lengths = tuple(range(1, 4097))
     epoch = SampleOrder((4096,), 0, lengths=lengths).between(0, 4096)
     means = [
