@@ -32,7 +32,7 @@ class FaultyRows:
         return [(reason, count, where) for reason, (count, where) in ordered]
 
     def __str__(self) -> str:
-        """Return the reasons: `no text: 3 (first: a.jsonl, row 7), empty row: 1 (a.jsonl, row 9)`."""
+        """Return the reasons: `no text: 3 (first: a.csv, row 7), empty row: 1 (a.csv, row 9)`."""
         return ", ".join(
             f"{reason}: {count:,} ({'first: ' if count > 1 else ''}{where})"
             for reason, count, where in self.most_frequent()
