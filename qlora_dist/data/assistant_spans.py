@@ -1,8 +1,9 @@
-"""Where the turns to learn stand in a rendered conversation, whatever the chat template does around them.
+"""Search for the turns to learn in a rendered conversation, for any chat template.
 
-The template is asked about a conversation of the same shape in which stand-ins take the place of what is said. There
-nothing but the template's own text surrounds them, so it shows where a turn begins and ends. A row is then rendered
-once, and matched against that outline: equal text has equal turns. Rows of a shape share its outline.
+The template is given a conversation of the same shape in which stand-ins take the place of what is
+said. Nothing but the template's own text surrounds the stand-ins, so the result shows the first and
+last character of each turn. A row is then rendered once and matched against that outline: equal
+text has equal turns. Rows of equal shape share an outline.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, chain
 
 from qlora_dist.data.chat_template import ChatTemplate
 from qlora_dist.data.formats import Conversation, RowFault
@@ -26,8 +27,7 @@ from qlora_dist.data.placeholders import (
     unmarked,
 )
 
-_MOST_OUTLINES = 4096
-"""Outlines that are kept, some kilobytes each."""
+_MOST_OUTLINES = 4096  # outlines in memory, some kilobytes each
 
 
 class TurnFinder:
@@ -38,14 +38,14 @@ class TurnFinder:
         self._outlines: dict[str, _Outline | None] = {}
 
     def render(self, content: Conversation) -> tuple[str, list[Span]]:
-        """The conversation as text, and the characters of each turn to learn, up to and with its end token.
+        """Return a conversation as text, and the span of each turn to learn with its end token.
 
-        A turn is what the model is asked to continue after its generation prompt; what the template cuts out of it is
-        not in it.
+        A turn is the text that the model is asked to write after its generation prompt. Text that
+        the template cuts out of a turn is not part of it.
 
         Raises:
-            RowFault: the template refuses the conversation, leaves something out, or changes a turn with what comes
-                later in a way that does not show where it stands.
+            RowFault: the template refuses the conversation, leaves a part out, or changes a turn
+                because of later turns in a way that hides the turn's position.
             DataError: see `ChatTemplate.render`.
         """
         text = self.template.render(content.messages, content.tools)
@@ -56,20 +56,26 @@ class TurnFinder:
             self._outlines[sketch.shape] = self._outline(sketch)
         outline = self._outlines[sketch.shape]
         spans = outline.fit(text, sketch.said) if outline is not None else None
-        return (text, spans) if spans is not None else (text, self._spans_by_content(content, text))
+        return text, self._spans_by_content(content, text) if spans is None else spans
 
     def _outline(self, sketch: MarkedConversation) -> _Outline | None:
-        """None if the template refuses stand-ins, leaves some of them out, or their turns cannot be found."""
+        """Return the outline of a sketch, or None if it cannot stand for all rows of its shape.
+
+        None if the template refuses stand-ins, leaves some of them out, or hides their turns.
+        """
         try:
             outline = self._locate(sketch)
-            _check_nothing_left_out(sketch.content, "".join(outline.parts()), missing=set())
+            _check_nothing_left_out(sketch.content, outline.text(), missing=set())
         except RowFault:
             return None
         there = set(outline.marks)
         return outline if all(there & set(words) for words in sketch.words if words) else None
 
     def _spans_by_content(self, content: Conversation, text: str) -> list[Span]:
-        """For a template that looks at what is said, or a row with which something is wrong: this row by itself."""
+        """Return the turns of a row that no outline fits.
+
+        Either the template looks at what is said, or the row has a fault.
+        """
         missing = set(range(len(content.messages)))
         spans = None
         fault: RowFault | None = None
@@ -80,9 +86,8 @@ class TurnFinder:
                 fault = error
                 continue
             if (spans := outline.fit(text, sketch.said)) is not None:
-                missing -= {
-                    number for number, mark in enumerate(sketch.marks) if mark in outline.marks
-                }
+                there = set(outline.marks)
+                missing -= {number for number, mark in enumerate(sketch.marks) if mark in there}
                 break
         _check_nothing_left_out(content, text, missing)
         if spans is None:
@@ -91,7 +96,7 @@ class TurnFinder:
         return spans
 
     def _locate(self, sketch: MarkedConversation) -> _Outline:
-        """The sketched conversation as text, with its turns."""
+        """Return the sketched conversation as text, with its turns."""
         messages, tools = sketch.content.messages, sketch.content.tools
         whole = self.template.render(messages, tools)
         spans = []
@@ -102,34 +107,35 @@ class TurnFinder:
             is_last = index + 1 == len(messages)
             through = whole if is_last else self.template.render(messages[: index + 1], tools)
             end = self._end(through, _place(through, sketch.marks[index]), len(before))
-            if through.startswith(before) and whole.startswith(through[:end]):
-                spans.append((len(before), end))
-            else:
+            span: Span | None = len(before), end
+            # Templates rewrite earlier turns, for example without their thoughts.
+            if not through.startswith(before) or not whole.startswith(through[:end]):
                 span = self._rewritten(sketch, index, whole, before, through[:end])
-                if span is None:
-                    raise RowFault(
-                        "earlier turns rewritten by the template",
-                        f"the chat template renders assistant turn {index + 1} differently once other turns "
-                        "surround it, so its tokens cannot be told apart. Give rows with one assistant turn each, "
-                        "or `prompt` and `completion` text.",
-                    )
-                spans.append(span)
+            if span is None:
+                raise RowFault(
+                    "earlier turns rewritten by the template",
+                    f"the chat template renders assistant turn {index + 1} differently once other "
+                    "turns surround it, so its tokens cannot be told apart. Give rows with one "
+                    "assistant turn each, or `prompt` and `completion` text.",
+                )
+            spans.append(span)
         return _Outline.of(whole, spans)
 
     def _end(self, through: str, mark: Span | None, len_before: int) -> int:
-        """Past the end token of the turn that a text ends with: the line break that many templates put after it is not
-        something to generate, nor is a token that ends the conversation."""
-        end_of_turn = self._end_of_turn
+        """Return the place past the end token of the turn that a text ends with."""
         first = mark[1] if mark else min(len_before, len(through))
-        stripped = through.rstrip()
+        end_of_turn = self._end_of_turn
         if end_of_turn and (at := through.rfind(end_of_turn, first)) >= 0:
+            # The line break that many templates put after it is not something to generate, nor is
+            # a token that ends the conversation.
             return at + len(end_of_turn)
+        stripped = through.rstrip()
         return len(stripped) if stripped.endswith(self.template.special_tokens) else len(through)
 
     def _rewritten(
         self, sketch: MarkedConversation, index: int, whole: str, before: str, through: str
     ) -> Span | None:
-        """Where a turn stands if what surrounds it is not what surrounded it when it was the last one.
+        """Return the span in `whole` of a turn that reads otherwise where it is the last turn.
 
         Args:
             before: the text up to the turn, with its generation prompt.
@@ -137,16 +143,15 @@ class TurnFinder:
         """
         mark = sketch.marks[index]
         own, own_through = _place(whole, mark), _place(through, mark)
-        if mark is None or own is None or own_through is None:
+        if own is None or own_through is None:
             return None
         start, end = self._start(sketch, index, whole, before, own), own[1]
         if start is None:
             return None
         closing = through[own_through[1] :]
-        if whole.startswith(closing, end):
-            end += len(closing)
-        elif follower := self._end_token_at(whole, end, sketch):
-            end += len(follower)
+        if not whole.startswith(closing, end):
+            closing = self._end_token_at(whole, end, sketch)
+        end += len(closing)
         generation = self._generation(sketch, index, whole, own)
         if generation is not None:
             start, end = max(start, generation[0]), max(end, generation[1])
@@ -155,16 +160,15 @@ class TurnFinder:
     def _start(
         self, sketch: MarkedConversation, index: int, whole: str, before: str, own: Span
     ) -> int | None:
-        """Past the generation prompt, which follows what was said last; else where the turn's own words begin."""
-        said_before = [
-            found for mark in filter(None, sketch.marks[:index]) if (found := _place(before, mark))
-        ]
+        """Return the place past the generation prompt, else the first of the turn's own words."""
+        # The prompt follows what was said last before the turn.
+        said_before = [place for mark in sketch.marks[:index] if (place := _place(before, mark))]
         last = max(said_before, default=(0, 0))
         at = _place(whole, before[slice(*last)] or None)
         if at is None or any(mark in whole[at[1] : own[0]] for mark in sketch.other(index)):
             return None
         prompt = before[last[1] :]
-        words = [found[0] for mark in sketch.words[index] if (found := _place(whole, mark))]
+        words = [place[0] for mark in sketch.words[index] if (place := _place(whole, mark))]
         # Prompts may open thoughts that are not there any more once the turn is an earlier one.
         for start, lead in (
             (at[1], prompt),
@@ -178,34 +182,32 @@ class TurnFinder:
     def _generation(
         self, sketch: MarkedConversation, index: int, whole: str, own: Span
     ) -> Span | None:
-        """The template's own word on where a turn stands, `{% generation %}`, with the end token right after it."""
+        """Return the template's `{% generation %}` part of a turn, with the end token after it."""
         parts = self.template.generations(sketch.content.messages, sketch.content.tools)
         holding = [(first, last) for first, last in parts if first <= own[0] and own[1] <= last]
-        if len(holding) != 1 or any(
-            mark in whole[slice(*holding[0])] for mark in sketch.other(index)
-        ):
+        if len(holding) != 1:
             return None
         first, last = holding[0]
+        if any(mark in whole[first:last] for mark in sketch.other(index)):
+            return None
         stripped = whole[first:last].rstrip()
         if stripped.endswith(self.template.special_tokens):
             return first, first + len(stripped)
-        end_of_turn = self._end_of_turn
-        return first, last + len(end_of_turn) if end_of_turn and whole.startswith(
-            end_of_turn, last
-        ) else last
+        end_of_turn = self._end_of_turn or ""
+        return first, last + len(end_of_turn) if whole.startswith(end_of_turn, last) else last
 
-    def _end_token_at(self, whole: str, at: int, sketch: MarkedConversation) -> str | None:
-        """A special token that stands here and ends other messages too, so that it does not open the next one."""
-        others = [
-            m
-            for m, msg in zip(sketch.marks, sketch.content.messages, strict=True)
-            if msg["role"] != "assistant"
+    def _end_token_at(self, whole: str, at: int, sketch: MarkedConversation) -> str:
+        """Return the special token at a place that ends other roles' messages too, else no text."""
+        # A token that ends no other message may be the one that opens the next message.
+        ends = [
+            place[1]
+            for mark, message in zip(sketch.marks, sketch.content.messages, strict=True)
+            if message["role"] != "assistant" and (place := _place(whole, mark))
         ]
-        ends = [found[1] for mark in filter(None, others) if (found := _place(whole, mark))]
         for token in self.template.special_tokens:
             if whole.startswith(token, at) and any(whole.startswith(token, end) for end in ends):
                 return token
-        return None
+        return ""
 
     @cached_property
     def _end_of_turn(self) -> str | None:
@@ -216,57 +218,45 @@ class TurnFinder:
 
 
 def _place(text: str, mark: str | None) -> Span | None:
-    """Where a mark stands, if it does so exactly once."""
+    """Return the span of a mark, or None if it occurs never or more than once."""
     if mark is None or (at := text.find(mark)) < 0 or text.find(mark, at + 1) >= 0:
         return None
     return at, at + len(mark)
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# From a sketch's text to a row's.
+# -- From a sketch's text to a row's.
 
 
 @dataclass(frozen=True)
 class _Outline:
-    """A rendered sketch: the template's text between marks, and where the turns are."""
+    """A rendered sketch: the template's text between marks, and the spans of the turns."""
 
-    pieces: list[str]
-    """Text before, between and after the marks."""
-    marks: list[str]
-    """In the order in which they stand there, possibly some of them more than once."""
-    ends: list[int]
-    """Past the last character of each of them."""
+    pieces: list[str]  # text before, between and after the marks
+    marks: list[str]  # in the order of the text; a template may write a mark more than once
+    ends: list[int]  # the place past each of the marks
     spans: list[Span]
 
     @classmethod
     def of(cls, text: str, spans: list[Span]) -> _Outline:
-        parts = MARK.split(text)
+        parts = MARK.split(text)  # pieces and marks in turn
         return cls(parts[::2], parts[1::2], list(accumulate(map(len, parts)))[1::2], spans)
 
-    def parts(self) -> Iterator[str]:
-        """The text it was made of, in parts."""
-        for piece, mark in zip(self.pieces, [*self.marks, ""], strict=True):
-            yield piece
-            yield mark
+    def text(self) -> str:
+        """Return the text that the outline was made of."""
+        return "".join(chain(*zip(self.pieces, [*self.marks, ""], strict=True)))
 
     def fit(self, text: str, said: dict[str, str]) -> list[Span] | None:
-        """The turns in a text that is this one with something said in place of each mark; None if it is not."""
+        """Return the turns in a text, or None if it is not this outline with words for marks."""
         at = 0
-        shifts = [0]
+        shifts = [0]  # shifts[i]: distance to the outline of the text that follows i marks
         for mark, end, piece, following in zip(
             self.marks, self.ends, self.pieces, self.pieces[1:], strict=False
         ):
             if not text.startswith(piece, at):
                 return None
             at += len(piece)
-            form = next(
-                (
-                    form
-                    for form in _forms(said.get(mark, mark))
-                    if text.startswith(form + following, at)
-                ),
-                None,
-            )
+            forms = _forms(said.get(mark, mark))
+            form = next((form for form in forms if text.startswith(form + following, at)), None)
             if form is None:
                 return None
             at += len(form)
@@ -281,50 +271,51 @@ class _Outline:
 
 
 def _forms(said: str) -> Iterator[str]:
-    """A text as templates write it: as it is, trimmed in one way or another, or quoted."""
+    """Yield a text in the ways that templates write it: as it is, trimmed, or quoted."""
     yield said
     yield said.strip()
     yield said.strip("\n")
     yield said.lstrip()
     yield said.rstrip()
     yield said.lstrip("\n")
-    yield json.dumps(said, ensure_ascii=False)[1:-1]
+    yield _quoted(said)
+
+
+def _quoted(said: str) -> str:
+    return json.dumps(said, ensure_ascii=False)[1:-1]
 
 
 def _check_nothing_left_out(content: Conversation, text: str, missing: set[int]) -> None:
-    """Refuse a conversation of which the template ignores a turn, a tool call or the tools, as many templates do.
+    """Refuse a conversation if the template ignores a turn, a tool call or the tools.
 
     Args:
-        missing: messages that do not show by their marks.
+        missing: indices of messages whose marks are not in the text.
     """
 
     def is_there(said: str) -> bool:
-        return (
-            said in text or json.dumps(said, ensure_ascii=False)[1:-1] in text
-        )  # some quote what a tool returns
+        return said in text or _quoted(said) in text  # some templates quote a tool's answer
 
     for number, message in enumerate(content.messages, start=1):
         calls = message.get("tool_calls", ())
-        for call in calls:
-            if not is_there(call["function"]["name"]):
-                raise RowFault(
-                    "tool call left out by the template",
-                    f"the chat template leaves out the tool call of message {number}. Use a model whose template knows "
-                    "tool calls, or write the call as text.",
-                )
+        if not all(is_there(call["function"]["name"]) for call in calls):
+            raise RowFault(
+                "tool call left out by the template",
+                f"the chat template leaves out the tool call of message {number}. Use a model "
+                "whose template knows tool calls, or write the call as text.",
+            )
         lines = [line.strip() for line in message["content"].splitlines() if line.strip()]
-        # Templates may trim a turn or cut thoughts out of it; one of which no line is left has been dropped.
+        # Templates may trim a turn or cut thoughts out; a turn without any of its lines is dropped.
         if number - 1 in missing and lines and not calls and not any(map(is_there, lines)):
             raise RowFault(
                 f"{message['role']} turn left out by the template",
-                f"the chat template leaves out message {number} ({message['role']}). Use a model whose template knows "
-                "such turns, or put the text into another turn.",
+                f"the chat template leaves out message {number} ({message['role']}). Use a model "
+                "whose template knows such turns, or put the text into another turn.",
             )
     for tool in content.tools or ():
         name = tool.get("function", tool).get("name")
         if isinstance(name, str) and not is_there(name):
             raise RowFault(
                 "tools left out by the template",
-                f"the chat template leaves out the tool {name!r}. Use a model whose template lists tools, or remove "
-                "the column `tools`.",
+                f"the chat template leaves out the tool {name!r}. Use a model whose template lists "
+                "tools, or remove the column `tools`.",
             )

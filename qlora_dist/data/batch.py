@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 
 import torch
 
@@ -18,42 +18,32 @@ class MicroBatch:
     input_ids: torch.Tensor  # (micro_batch_size, seq_len) int64
     attention_mask: torch.Tensor  # (micro_batch_size, seq_len) int64, 1 for real tokens
     labels: torch.Tensor  # (micro_batch_size, seq_len) int64, IGNORE_INDEX where there is no target
-    position_ids: (
-        torch.Tensor | None
-    )  # (micro_batch_size, seq_len) int64, from 0 in each sample; None: not packed
+    # (micro_batch_size, seq_len) int64, from 0 in each sample; None: not packed
+    position_ids: torch.Tensor | None
     num_tokens: int
     num_targets: int
     seed: int = 0
-    """Of the random numbers that its forward draws (dropout)."""
+    """Seed of the random numbers that its forward draws (dropout)."""
 
     def to(self, device: torch.device) -> MicroBatch:
-        """The same batch on another device."""
-        return MicroBatch(
-            self.input_ids.to(device, non_blocking=True),
-            self.attention_mask.to(device, non_blocking=True),
-            self.labels.to(device, non_blocking=True),
-            None if self.position_ids is None else self.position_ids.to(device, non_blocking=True),
-            self.num_tokens,
-            self.num_targets,
-            self.seed,
-        )
+        """Return the batch on a device; from pinned memory, the copy does not block the CPU."""
+        return self._with_tensors(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pinned(self) -> MicroBatch:
-        """The same batch in page-locked memory, from which a GPU copies while it computes."""
-        return replace(
-            self,
-            input_ids=self.input_ids.pin_memory(),
-            attention_mask=self.attention_mask.pin_memory(),
-            labels=self.labels.pin_memory(),
-            position_ids=None if self.position_ids is None else self.position_ids.pin_memory(),
-        )
+        """Return the batch in page-locked memory, from which a GPU copies while it computes."""
+        return self._with_tensors(torch.Tensor.pin_memory)
+
+    def _with_tensors(self, change: Callable[[torch.Tensor], torch.Tensor]) -> MicroBatch:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        tensors = {name: x for name, x in values.items() if isinstance(x, torch.Tensor)}
+        return replace(self, **{name: change(x) for name, x in tensors.items()})
 
 
 def collate(samples: Sequence[Sample], pad_token_id: int, seed: int = 0) -> MicroBatch:
     """Pad samples on the right to the longest of them.
 
-    No samples at all make one padding token without a target: a rank with nothing left to evaluate must still take
-    part in the collectives of a sharded forward.
+    Without samples the batch is one padding token without a target: a rank with nothing left to
+    evaluate must still take part in the collectives of a sharded forward.
     """
     rows = samples or [Sample([pad_token_id], [IGNORE_INDEX])]
     length = max(len(row.input_ids) for row in rows)
@@ -82,14 +72,12 @@ def collate(samples: Sequence[Sample], pad_token_id: int, seed: int = 0) -> Micr
 def eval_batches(
     num_samples: int, micro_batch_size: int, rank: int, world_size: int
 ) -> Iterator[list[int]]:
-    """Every sample once, in file order, micro-batches dealt round to the ranks.
+    """Yield a rank's micro-batches of sample indices; each sample comes once, in file order.
 
-    All ranks get the same number of batches, since each forward of a sharded model is a collective; a batch that has
-    no samples left is empty.
+    Micro-batches are dealt to the ranks in turn. All ranks get an equal number, since each forward
+    of a sharded model is a collective; a batch for which no sample is left is empty.
     """
-    groups = [
-        list(range(i, min(i + micro_batch_size, num_samples)))
-        for i in range(0, num_samples, micro_batch_size)
-    ]
+    indices, size = range(num_samples), micro_batch_size
+    groups = [list(indices[i : i + size]) for i in range(0, num_samples, size)]
     groups += [[]] * (-len(groups) % world_size)
     yield from groups[rank::world_size]

@@ -1,4 +1,4 @@
-"""Tokenized data on disk, found again by what it was made from: files, tokenizer, settings, and this program's code."""
+"""Tokenized data on disk, addressed by its origin: files, tokenizer, settings and this code."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _POLL_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class TokenizedSource:
-    """A source's samples, and what became of its rows."""
+    """A source's samples, and the account of its rows."""
 
     store: SampleStore
     report: Report
@@ -44,18 +44,20 @@ def tokenized(
     config: DataConfig,
     show: Callable[[str], None] = lambda text: None,
 ) -> TokenizedSource:
-    """The samples of a source, tokenized now or found where an earlier run left them.
+    """Return the samples of a source, from the cache or tokenized now.
 
-    Of several processes that want the same, one tokenizes and the others wait for it.
+    Of several processes that ask for equal samples, one tokenizes and the rest wait for it.
 
     Args:
         key: the setting that names the source, for messages.
-        show: is called with a line about how far things are, every now and then.
+        show: is called with a line about the progress, every now and then.
 
     Raises:
-        DataError: see `load_rows`, `encode_rows` and `Report.check`; or the cache folder cannot be written.
+        DataError: see `load_rows`, `encode_rows` and `Report.check`; or the cache folder cannot be
+            written.
     """
     show(f"looking for {path} among tokenized data")
+    # The stamp is taken before anything is read, so that a write during the reading shows.
     request = _Request(path, key, tokenizer, config, stamp(path, key))
     folder = cache_folder(config) / request.digest()
     try:
@@ -63,15 +65,16 @@ def tokenized(
         source = _open(folder) or _build(folder, request, show)
     except OSError as error:
         raise DataError(
-            f"tokenized data cannot be written to {folder.parent} ({error.strerror or error}). Set data.cache_dir to "
-            "a folder with room for it: about five bytes per token."
+            f"tokenized data cannot be written to {folder.parent} ({error.strerror or error}). Set "
+            "data.cache_dir to a folder with room for it: about five bytes per token."
         ) from None
+    # Cached data may be from a run that let more faulty rows pass: the digest lacks that limit.
     source.report.check(config)
     return source
 
 
 def cache_folder(config: DataConfig) -> Path:
-    """Where tokenized data is kept: `data.cache_dir`, or the place that the XDG convention gives."""
+    """Return `data.cache_dir`, or the cache folder that the XDG convention gives."""
     if config.cache_dir is not None:
         return Path(config.cache_dir)
     return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "qlora_dist"
@@ -79,25 +82,24 @@ def cache_folder(config: DataConfig) -> Path:
 
 @dataclass(frozen=True)
 class _Request:
-    """What somebody wants to have tokenized."""
+    """A source to tokenize, with everything that decides its samples."""
 
     path: str
     key: str
     tokenizer: PreTrainedTokenizerBase
     config: DataConfig
     stamp: object
-    """Of the files, from before anything was read."""
 
     def digest(self) -> str:
-        """Of all that decides what the samples are."""
+        """Return a digest of everything that decides the samples."""
         import tokenizers
         import transformers
 
-        # The code itself instead of a version number that somebody would have to remember to raise.
+        # The code itself, since a version number would have to be raised by hand.
         code = [(Path(__file__).parent / f"{name}.py").read_text("utf-8") for name in _CODE]
         tokenizer, config = self.tokenizer, self.config
         made_from = {
-            "path": self.path,  # messages name it
+            "path": self.path,  # the report's messages name it
             "data": fingerprint(self.path, self.key),
             "tokenizer": [
                 tokenizer.backend_tokenizer.to_str(),
@@ -116,27 +118,24 @@ class _Request:
         Raises:
             DataError: see `tokenized`; or the files changed while they were read.
         """
+        path, key, config = self.path, self.key, self.config
+
+        def tell(num_rows: int) -> None:
+            show(f"tokenizing {path}: {num_rows:,} rows")
+
         writer = SampleWriter(folder)
-        rows = load_rows(self.path, self.key)
-        report = encode_rows(
-            rows,
-            self.tokenizer,
-            self.config,
-            self.path,
-            writer.add,
-            lambda num_rows: show(f"tokenizing {self.path}: {num_rows:,} rows"),
-        )
-        digest = writer.close()
-        report.check(self.config)
-        if stamp(self.path, self.key) != self.stamp:
+        rows = load_rows(path, key)
+        report = encode_rows(rows, self.tokenizer, config, path, writer.add, tell)
+        values = {"digest": writer.close(), "report": report.to_json()}
+        report.check(config)
+        if stamp(path, key) != self.stamp:
             raise DataError(
-                f"{self.key} {self.path} changed while it was read. Start again when nothing writes to it."
+                f"{key} {path} changed while it was read. Start again when nothing writes to it."
             )
-        (folder / _REPORT).write_text(
-            json.dumps({"digest": digest, "report": report.to_json()}), "utf-8"
-        )
+        (folder / _REPORT).write_text(json.dumps(values), "utf-8")
 
 
+# The modules that decide the contents of the cache: `encode` and all that it imports from here.
 _CODE = (
     "sources",
     "formats",
@@ -149,27 +148,27 @@ _CODE = (
     "report",
     "samples",
 )
-"""The modules that decide what is in the cache."""
 
 
 def _open(folder: Path) -> TokenizedSource | None:
-    """What is in a folder of the cache; None when there is nothing, or something damaged."""
+    """Return the contents of a cache folder; None if there is none, or it is damaged."""
     try:
         values = json.loads((folder / _REPORT).read_text("utf-8"))
-        return TokenizedSource(
-            SampleStore(folder, values["digest"]), Report.from_json(values["report"])
-        )
+        store = SampleStore(folder, values["digest"])
+        return TokenizedSource(store, Report.from_json(values["report"]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
 def _build(folder: Path, request: _Request, show: Callable[[str], None]) -> TokenizedSource:
     with _locked(folder, request.path, show) as lock:
-        if (source := _open(folder)) is not None:  # somebody else has built it meanwhile
+        if (source := _open(folder)) is not None:  # another process has built it meanwhile
             return source
 
         def tell(text: str) -> None:
-            _leave_word(lock, text)
+            lock.truncate(0)  # opened to append, so the next write starts at 0
+            lock.write(text)
+            lock.flush()
             show(text)
 
         with whole_folder(folder) as partial:
@@ -181,7 +180,7 @@ def _build(folder: Path, request: _Request, show: Callable[[str], None]) -> Toke
 
 @contextmanager
 def _locked(folder: Path, path: str, show: Callable[[str], None]) -> Iterator[TextIO]:
-    """Hold the lock of a folder of the cache. Its file tells those who wait how far its holder is."""
+    """Hold the lock of a cache folder; its file tells waiting processes the holder's progress."""
     with folder.with_name(f".{folder.name}.lock").open("a+", encoding="utf-8") as lock:
         while True:
             try:
@@ -194,9 +193,3 @@ def _locked(folder: Path, path: str, show: Callable[[str], None]) -> Iterator[Te
             except OSError:  # a file system without locks: at worst the work is done twice
                 break
         yield lock
-
-
-def _leave_word(lock: TextIO, text: str) -> None:
-    lock.truncate(0)
-    lock.write(text)
-    lock.flush()

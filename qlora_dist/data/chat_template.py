@@ -1,4 +1,4 @@
-"""The chat template: which one a run uses, and conversations through it to text."""
+"""The chat template of a run: its choice, and the text that it makes of conversations."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 
 def set_chat_template(tokenizer: PreTrainedTokenizerBase, choice: str | None) -> None:
-    """Give the tokenizer the template that `data.chat_template` chooses, so that it is saved with the adapter.
+    """Give the tokenizer the template of `data.chat_template`; saved adapters then contain it.
 
     Args:
-        choice: one of the tokenizer's own templates by name, a built-in one, or a file; None leaves things as they are.
+        choice: a name of one of the tokenizer's own templates, a built-in name, or a file; None
+            keeps the tokenizer as it is.
 
     Raises:
         ConfigError: there is no such template, or it is not valid Jinja.
@@ -32,18 +33,16 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, choice: str | None) ->
         return
     own = _own_templates(tokenizer)
     built_in = {path.stem: path for path in _BUILT_IN.glob("*.jinja")}
-    if choice in own:
-        text = own[choice]
-    else:
-        path = built_in.get(choice, Path(choice))
-        try:
-            text = path.read_text("utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise ConfigError(
-                f"data.chat_template is {choice}: not the name of a template, and not a Jinja file that can be read "
-                f"({reason}). Give the path of one, or a name: {', '.join(sorted({*own, *built_in}))}."
-            ) from None
+    try:
+        text = (
+            own[choice] if choice in own else built_in.get(choice, Path(choice)).read_text("utf-8")
+        )
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"data.chat_template is {choice}: not the name of a template, and not a Jinja file "
+            f"that can be read ({getattr(error, 'strerror', None) or error}). Give the path of "
+            f"one, or a name: {', '.join(sorted({*own, *built_in}))}."
+        ) from None
     if fault := _syntax_fault(text):
         raise ConfigError(
             f"data.chat_template {choice}, {fault}. Mend the template, or choose another."
@@ -52,32 +51,34 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, choice: str | None) ->
 
 
 def check_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    """See that the tokenizer can turn conversations into text.
+    """Refuse a tokenizer that cannot turn conversations into text.
 
     Raises:
-        DataError: it has no template, several without a usual one, or a broken one.
+        DataError: it has no template, several without a default, or a broken one.
     """
     own = _own_templates(tokenizer)
     if not own:
         raise DataError(
-            "the model's tokenizer has no chat template to turn chat messages into text. Use an instruction-tuned "
-            "model, set data.chat_template (chatml, or a file), or give rows with `prompt` and `completion` text."
+            "the model's tokenizer has no chat template to turn chat messages into text. Use an "
+            "instruction-tuned model, set data.chat_template (chatml, or a file), or give rows "
+            "with `prompt` and `completion` text."
         )
     if "default" not in own:
         raise DataError(
-            f"the model's tokenizer has several chat templates and none of them is its default: "
+            "the model's tokenizer has several chat templates and none of them is its default: "
             f"{', '.join(sorted(own))}. Set data.chat_template to one of these names."
         )
     for name, text in own.items():
         if fault := _syntax_fault(text):
             raise DataError(
-                f"the tokenizer's chat template ({name}), {fault}. Choose another with data.chat_template."
+                f"the tokenizer's chat template ({name}), {fault}. Choose another with "
+                "data.chat_template."
             )
 
 
 def _own_templates(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     template = tokenizer.chat_template
-    if isinstance(template, Mapping):
+    if isinstance(template, Mapping):  # several, by name
         return {str(name): str(text) for name, text in template.items()}
     return {"default": template} if template else {}
 
@@ -93,8 +94,8 @@ def _syntax_fault(text: str) -> str | None:
     return None
 
 
+# Errors of a template besides Jinja's own, on a row with unusual values.
 _FAILURES = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
-"""What a template may raise besides Jinja's own errors."""
 
 
 class ChatTemplate:
@@ -106,7 +107,7 @@ class ChatTemplate:
     def render(
         self, messages: list[dict[str, Any]], tools: list[Any] | None, *, is_prompt: bool = False
     ) -> str:
-        """The conversation as text; with `is_prompt`, up to where the assistant speaks next.
+        """Return the conversation as text; with `is_prompt`, followed by the generation prompt.
 
         Raises:
             RowFault: the template refuses the conversation.
@@ -117,8 +118,9 @@ class ChatTemplate:
     def generations(
         self, messages: list[dict[str, Any]], tools: list[Any] | None
     ) -> list[tuple[int, int]]:
-        """The (first, past-last) characters of each `{% generation %}` part, with which a template may say itself what
-        the assistant's turns are; none if it does not.
+        """Return the (first, past-last) characters of each `{% generation %}` part.
+
+        With these parts a template marks the assistant's turns itself. Empty if it has none.
 
         Raises:
             RowFault, DataError: see `render`.
@@ -129,7 +131,7 @@ class ChatTemplate:
         return [(int(first), int(last)) for first, last in parts]
 
     def _render(
-        self, messages: list[dict[str, Any]], tools: list[Any] | None, **how: bool
+        self, messages: list[dict[str, Any]], tools: list[Any] | None, **options: bool
     ) -> tuple[str, list[Any]]:
         from jinja2 import TemplateError
         from jinja2.exceptions import SecurityError
@@ -138,32 +140,36 @@ class ChatTemplate:
         template = self.tokenizer.get_chat_template(tools=tools)
         try:
             [text], [*parts] = render_jinja_template(
-                [messages], tools, chat_template=template, **how, **self._special_tokens_map
+                [messages], tools, chat_template=template, **options, **self._special_tokens_map
             )
+        # The sandbox raises OverflowError for a large range; it is an ArithmeticError as well.
         except (SecurityError, OverflowError, MemoryError) as error:
             raise DataError(
-                f"the chat template does what its sandbox forbids ({str(error) or type(error).__name__}), whatever the "
-                "row says. Do not use this template; choose another one with data.chat_template."
+                "the chat template does what its sandbox forbids "
+                f"({str(error) or type(error).__name__}), whatever the row says. Do not use this "
+                "template; choose another one with data.chat_template."
             ) from None
         except (TemplateError, *_FAILURES) as error:
             roles = ", ".join(message["role"] for message in messages)
             raise RowFault(
                 "refused by the chat template",
-                f"the model's chat template refuses this conversation ({roles}): {str(error) or type(error).__name__}.",
+                f"the model's chat template refuses this conversation ({roles}): "
+                f"{str(error) or type(error).__name__}.",
             ) from None
         return text, parts[0] if parts else []
 
     @cached_property
     def _special_tokens_map(self) -> dict[str, Any]:
+        # Cached: the tokenizer builds its map anew on each access.
         return dict(self.tokenizer.special_tokens_map)
 
     @cached_property
     def special_tokens(self) -> tuple[str, ...]:
-        """Texts of all special tokens, the longest first: those with a role, and those that only the vocabulary has."""
+        """Texts of all special tokens, the longest first."""
+        # `all_special_tokens` are those with a role (bos, eos, pad); a vocabulary may have more.
         added = self.tokenizer.added_tokens_decoder.values()
-        texts = {str(token) for token in added if token.special} | set(
-            self.tokenizer.all_special_tokens
-        )
+        texts = {str(token) for token in added if token.special}
+        texts.update(self.tokenizer.all_special_tokens)
         return tuple(sorted(filter(None, texts), key=lambda text: (-len(text), text)))
 
     @cached_property
@@ -173,26 +179,24 @@ class ChatTemplate:
 
     @cached_property
     def end_of_turn(self) -> str | None:
-        """The special token that ends what the assistant says; None if nothing, or only ordinary text, ends it.
-
-        Some templates write another one at the end of a conversation, which the model need not learn: it is the first
-        one that counts.
+        """The special token that ends the assistant's turns; None if ordinary text or nothing does.
 
         Raises:
             RowFault: the template does not take a question and an answer.
         """
         question, answer = "zQaskedQz", "zQsaidQz"
-        text = self.render(
-            [{"role": "user", "content": question}, {"role": "assistant", "content": answer}], None
-        )
-        special = re.search(
-            "|".join(map(re.escape, self.special_tokens)) or "(?!)", text.rpartition(answer)[2]
-        )
+        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        after = self.render(turns, None).rpartition(answer)[2]
+        # The first one counts: a second one may end the conversation, which nothing has to learn.
+        special = re.search("|".join(map(re.escape, self.special_tokens)) or "(?!)", after)
         return special and special.group()
 
 
 def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Id of the token that ends the assistant's turns; None if the tokenizer has no template, or that no such token."""
+    """Return the id of the token that ends the assistant's turns.
+
+    None if the tokenizer has no template, or its template ends turns without a special token.
+    """
     try:
         token = ChatTemplate(tokenizer).end_of_turn if tokenizer.chat_template else None
     except RowFault:

@@ -1,4 +1,4 @@
-"""The rows of a source to samples on disk, and what became of each row."""
+"""Encoding of a source's rows as samples, with an account of each row."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, TypeAlias
 from qlora_dist.config.schema import DataConfig
 from qlora_dist.data.assistant_spans import TurnFinder
 from qlora_dist.data.chat_template import ChatTemplate, check_chat_template
-from qlora_dist.data.formats import Conversation, PlainText, RowFault, read_row
+from qlora_dist.data.formats import Conversation, PlainText, RowFault, read_row, recognize_format
+from qlora_dist.data.report import Report
 from qlora_dist.data.samples import Sample
 from qlora_dist.data.sources import Row
 from qlora_dist.data.tokenization import tokenize
@@ -16,12 +17,9 @@ from qlora_dist.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-from qlora_dist.data.formats import recognize_format
-from qlora_dist.data.report import Report
 
-_BATCH = 256
-"""Rows that are tokenized at once, or fewer where they are long."""
-_BATCH_CHARS = 2**22
+# Rows that are tokenized at once; fewer if they have more characters than this together.
+_BATCH, _BATCH_CHARS = 256, 2**22
 
 
 def encode_rows(
@@ -32,14 +30,14 @@ def encode_rows(
     add: Callable[[Sample], None],
     on_rows: Callable[[int], None] = lambda num_rows: None,
 ) -> Report:
-    """Tokenize all rows of a source, a few at a time.
+    """Tokenize all rows of a source, a few hundred at a time.
 
     Args:
         add: is called with each usable sample, in the order of the rows.
-        on_rows: is called with the number of rows so far, every now and then.
+        on_rows: is called with the number of rows so far, after each batch.
 
     Raises:
-        DataError: a file is broken, the columns form no format, or the tokenizer has no chat template.
+        DataError: a file is broken, the columns form no format, or the tokenizer has no template.
     """
     format, rows = recognize_format(rows, config.format)
     report = Report(path, format)
@@ -61,8 +59,7 @@ def encode_rows(
 
 
 _Content: TypeAlias = "Conversation | PlainText | RowFault"
-_Placed: TypeAlias = "tuple[str, _Content]"
-"""What a row says, after where it stands."""
+_Placed: TypeAlias = "tuple[str, _Content]"  # file and row number, and the row's content
 
 
 def _batches(contents: Iterable[_Placed]) -> Iterator[list[_Placed]]:
@@ -79,37 +76,36 @@ def _batches(contents: Iterable[_Placed]) -> Iterator[list[_Placed]]:
 
 
 def _num_needed(report: Report, config: DataConfig) -> int | None:
-    """Tokens at the start of a sample that decide what `_within_limit` makes of it; None: all."""
-    loses_end = config.too_long in ("truncate_end", "drop") or (
-        config.too_long == "split" and report.layout != "text"
-    )
-    return config.max_seq_len + 1 if loses_end else None
+    """Return how many first tokens of a sample decide the result of `_within_limit`; None: all."""
+    is_split = config.too_long == "split" and report.layout == "text"
+    # One more than the limit, to tell a sample that is too long.
+    return None if is_split or config.too_long == "truncate_start" else config.max_seq_len + 1
 
 
 def _content(row: Row, report: Report, template: ChatTemplate) -> _Content:
     try:
         content = read_row(row.values, report.format)
-        if report.layout is None:
+        if report.layout is None:  # the first usable row decides for all
             if content.layout == "messages":
                 report.is_open_ended = _is_open_ended(template, report.path)
             report.layout = content.layout
-        if content.layout != report.layout:
-            raise RowFault(
-                f"{content.layout} row among {report.layout} rows",
-                f"`prompt` and `completion` are {'messages' if report.layout != 'messages' else 'plain text'} here, "
-                "but not in the rows before. Split the file.",
-            )
     except RowFault as fault:
         return fault
     except RecursionError:
         return RowFault("nested too deep", "a value is nested too deep. Flatten or remove it.")
-    return content
+    if content.layout == report.layout:
+        return content
+    kind = "messages" if report.layout != "messages" else "plain text"
+    return RowFault(
+        f"{content.layout} row among {report.layout} rows",
+        f"`prompt` and `completion` are {kind} here, but not in the rows before. Split the file.",
+    )
 
 
 def _within_limit(
     sample: Sample, report: Report, config: DataConfig, start_token: int | None
 ) -> list[Sample]:
-    """What of a sample is used, as `data.too_long` says; counts what is lost."""
+    """Return the usable parts of a sample under `data.too_long`; count losses in `report`."""
     limit = config.max_seq_len
     num_tokens = len(sample.input_ids)
     if num_tokens <= limit:
@@ -120,13 +116,10 @@ def _within_limit(
     elif config.too_long == "split" and report.layout == "text":
         parts = [_part(sample, first, first + limit) for first in range(0, num_tokens, limit)]
     elif config.too_long == "truncate_start":
-        num_kept = int(
-            sample.input_ids[0] == start_token
-        )  # models expect it at the start, whatever follows
-        opening, rest = (
-            _part(sample, 0, num_kept),
-            _part(sample, num_tokens - limit + num_kept, num_tokens),
-        )
+        # Models expect the start token at the start, whatever follows it.
+        num_kept = int(sample.input_ids[0] == start_token)
+        opening = _part(sample, 0, num_kept)
+        rest = _part(sample, num_tokens - limit + num_kept, num_tokens)
         parts = [Sample(opening.input_ids + rest.input_ids, opening.labels + rest.labels)]
     else:
         parts = [_part(sample, 0, limit)]
@@ -145,7 +138,7 @@ def _part(sample: Sample, first: int, last: int) -> Sample:
 
 
 def _is_open_ended(template: ChatTemplate, path: str) -> bool:
-    """Whether no special token ends the assistant's turns; refuses a template that cannot be used at all."""
+    """True if no special token ends the assistant's turns; refuse a template that is unusable."""
     try:
         check_chat_template(template.tokenizer)
         return template.end_of_turn is None

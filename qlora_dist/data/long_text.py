@@ -1,6 +1,7 @@
-"""Tokens of a text that is too long to be tokenized at once: in blocks, and no further than they are needed.
+"""Tokens of a text that is too long to be tokenized at once: in blocks, as far as they are needed.
 
-Tokenizers take some 150 bytes a character, and most rows of megabytes are cut to a few thousand tokens anyway.
+Tokenizers take some 150 bytes a character, and most rows of megabytes are cut to a few thousand
+tokens anyway.
 """
 
 from __future__ import annotations
@@ -15,20 +16,18 @@ if TYPE_CHECKING:
 Span = tuple[int, int]
 """First and past-last character of a part of a text."""
 
-_BLOCK = 2**18
-"""Characters that are tokenized at once."""
-_SMALL_BLOCK = 2**14
-"""As many where only the first tokens of a text are needed, or 16 for each of them."""
+_BLOCK = 2**18  # characters that are tokenized at once
+_SMALL_BLOCK = 2**14  # the same if at most 1024 tokens are needed; 16 characters for each if more
+# Characters that two blocks share. Cutting the text changes tokens near the cut, since they depend
+# on the words around them. So the two must have equal tokens only in the inner half of the overlap.
 _OVERLAP = 2**12
-"""Characters that two blocks share. Their tokens must be the same there, but for the outer halves: what a tokenizer
-makes of a place depends on the words around it, and here the text was cut."""
 
 
 def is_long(text: str, num_tokens: int | None) -> bool:
-    """Whether a text has several blocks.
+    """True if a text has several blocks.
 
     Args:
-        num_tokens: so many are needed, from the start; None: all.
+        num_tokens: tokens that are needed, from the start; None: all.
     """
     return len(text) > _block(num_tokens) + _OVERLAP
 
@@ -36,10 +35,10 @@ def is_long(text: str, num_tokens: int | None) -> bool:
 def long_ids(
     text: str, tokenizer: PreTrainedTokenizerBase, num_tokens: int | None = None
 ) -> list[int]:
-    """The tokens of a text, without special ones around it.
+    """Return the tokens of a text, without special ones around it.
 
     Args:
-        num_tokens: the first so many of them are enough, though more may come; None: all.
+        num_tokens: tokens that are needed, from the start, though more may come; None: all.
     """
     return _collected(text, tokenizer, num_tokens, keep_spans=False)[0]
 
@@ -47,7 +46,7 @@ def long_ids(
 def long_ids_and_spans(
     text: str, tokenizer: PreTrainedTokenizerBase, num_tokens: int | None = None
 ) -> tuple[list[int], list[Span]]:
-    """As `long_ids`, with where each token stands in the text."""
+    """Return the tokens as `long_ids` does, and the span of each token in the text."""
     return _collected(text, tokenizer, num_tokens, keep_spans=True)
 
 
@@ -58,7 +57,7 @@ def _collected(
     spans: list[Span] = []
     for part in _blocks(text, tokenizer, _block(num_tokens)):
         if part is None:
-            return _encoded(text, tokenizer)
+            return _encoded(text, tokenizer)  # whole, whatever memory that takes
         input_ids += [token for token, _ in part]
         if keep_spans:
             spans += [span for _, span in part]
@@ -74,17 +73,19 @@ def _block(num_tokens: int | None) -> int:
 def _blocks(
     text: str, tokenizer: PreTrainedTokenizerBase, size: int
 ) -> Iterator[list[tuple[int, Span]] | None]:
-    """The tokens of each block from where those of the one before end; None, and no more, if the two do not agree."""
+    """Yield the tokens of each block past those of the block before; end with None on a conflict.
+
+    Two blocks conflict if they have different tokens in the inner half of their overlap.
+    """
     done = 0  # characters whose tokens have been given
     last: list[tuple[int, Span]] = []
     while done < len(text):
         first = max(0, done - _OVERLAP)
         is_end = first + size + _OVERLAP >= len(text)
+        # Beyond this, tokens may differ from those of the whole text: the block is cut there.
         sure_until = len(text) if is_end else first + size
         ids, spans = _encoded(text[first : first + size + _OVERLAP], tokenizer, first)
-        tokens = [
-            (token, span) for token, span in zip(ids, spans, strict=True) if span[1] <= sure_until
-        ]
+        tokens = [item for item in zip(ids, spans, strict=True) if item[1][1] <= sure_until]
         num_known = sum(span[1] <= done for _, span in tokens)
         known, new = tokens[:num_known], tokens[num_known:]
         inner = done - _OVERLAP // 2
@@ -101,6 +102,5 @@ def _encoded(
     text: str, tokenizer: PreTrainedTokenizerBase, first: int = 0
 ) -> tuple[list[int], list[Span]]:
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    return encoded["input_ids"], [
-        (start + first, end + first) for start, end in encoded["offset_mapping"]
-    ]
+    spans = [(start + first, end + first) for start, end in encoded["offset_mapping"]]
+    return encoded["input_ids"], spans

@@ -1,4 +1,4 @@
-"""Conversations in which marks take the place of what is said, to see what a chat template does with each part."""
+"""Conversations with marks in place of words, which show where a chat template puts each part."""
 
 from __future__ import annotations
 
@@ -9,39 +9,39 @@ from typing import Any
 
 from qlora_dist.data.formats import Conversation
 
+# Nine letters and digits: some templates want ids of that form, and no template changes it.
 MARK = re.compile(r"(zQ\d{5}Qz)")
-"""Nine letters and digits, which some templates want ids to be, and no template changes."""
 
 
 @dataclass(frozen=True)
 class MarkedConversation:
-    """A conversation in which marks stand for what is said, or after it."""
+    """A conversation in which marks stand for its words, or follow them."""
 
     content: Conversation
     said: dict[str, str]
-    """What each mark stands for; nothing for one that stands after it."""
+    """Words that each mark stands for; empty for a mark that follows them."""
     marks: list[str | None]
-    """The last one of each message; None: nothing is said there."""
+    """The last mark of each message; None: the message has no words."""
     words: list[list[str]]
-    """The marks within each message's `content`, where they stand for what is said there."""
+    """The marks that stand for words of each message's `content`."""
     shape: str = ""
-    """All but what the marks stand for."""
+    """The conversation but for the words that marks stand for."""
 
     def other(self, index: int) -> list[str]:
-        """Marks at the ends of other messages than this one."""
+        """Return the last marks of all messages but this one."""
         return [mark for number, mark in enumerate(self.marks) if mark and number != index]
 
 
+# Fields of messages with thoughts, which may stand in `content`, too.
 _THOUGHTS = ("reasoning_content", "thinking", "reasoning")
-"""Where conversations have thoughts besides in `content`."""
+# Templates search `content` for these to cut thoughts out, so no mark replaces them.
 _TAG = re.compile(r"(</?think>)")
-"""Templates look for these in `content` to cut thoughts out, so they stay what they are."""
 OPEN_THOUGHTS = re.compile(r"(</?think>\s*)+$")
-"""At the end of a generation prompt."""
+"""Tags at the end of a generation prompt."""
 
 
 class _Marks:
-    """Those of one conversation, and what each stands for."""
+    """The marks of one conversation, and the words that each stands for."""
 
     def __init__(self) -> None:
         self.said: dict[str, str] = {}
@@ -53,31 +53,45 @@ class _Marks:
         return mark
 
     def of_id(self, said: str) -> str:
-        """The same mark for the same id: answers of tools refer to calls."""
+        """Return an id's mark, always the same: a tool's answer refers to its call by the id."""
         if said not in self._ids:
             self._ids[said] = self.new(said)
         return self._ids[said]
 
     def of_text(self, said: str) -> str:
-        """Text with marks instead of all that is not a tag or white space."""
-        if "</think>" not in said:
-            return self.new(said) if said.strip() else said
-        return "".join(
+        """Return a text with marks instead of all that is not a tag or white space."""
+        # Without a closing tag, templates do not look for thoughts.
+        parts = _TAG.split(said) if "</think>" in said else [said]
+        return "".join(  # every second part is a tag
             part if number % 2 or not part.strip() else self.new(part)
-            for number, part in enumerate(_TAG.split(said))
+            for number, part in enumerate(parts)
         )
 
     def of_values(self, value: Any) -> Any:
-        """Data with marks instead of all texts."""
+        """Return data with marks instead of all texts."""
         if isinstance(value, str):
             return self.of_text(value)
         if isinstance(value, dict):
             return {name: self.of_values(item) for name, item in value.items()}
         return [self.of_values(item) for item in value] if isinstance(value, list) else value
 
+    def of_call(self, call: dict[str, Any]) -> dict[str, Any]:
+        """Return a tool call with marks instead of its id and the texts of its arguments."""
+        ids = {"id": self.of_id(call["id"])} if isinstance(call.get("id"), str) else {}
+        arguments = self.of_values(call["function"]["arguments"])
+        return {**call, **ids, "function": {**call["function"], "arguments": arguments}}
+
+    def after_last_name(self, calls: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], str]:
+        """Return tool calls with a mark after the last function's name, and the mark."""
+        # A turn ends soon after its last call, whose name is always there and always text.
+        mark = self.new("")
+        *others, last = calls
+        function = {**last["function"], "name": last["function"]["name"] + mark}
+        return [*others, {**last, "function": function}], mark
+
 
 def mark_conversation(content: Conversation) -> MarkedConversation:
-    """The conversation with a mark instead of each text."""
+    """Return the conversation with a mark instead of each text."""
     marks = _Marks()
     messages, ends, words = [], [], []
     for message in content.messages:
@@ -91,61 +105,34 @@ def mark_conversation(content: Conversation) -> MarkedConversation:
             sketched["tool_call_id"] = marks.of_id(message["tool_call_id"])
         end = own[-1] if own and sketched["content"].rstrip().endswith(own[-1]) else None
         if "tool_calls" in message:
-            calls = [_marked_call(call, marks) for call in message["tool_calls"]]
-            sketched["tool_calls"], end = _with_last_name_marked(calls, marks)
+            calls = list(map(marks.of_call, message["tool_calls"]))
+            sketched["tool_calls"], end = marks.after_last_name(calls)
         messages.append(sketched)
         ends.append(end)
         words.append(own)
     shape = json.dumps([messages, content.tools, content.num_given], default=repr)
-    sketched_content = Conversation(messages, content.tools, content.num_given)
-    return MarkedConversation(sketched_content, marks.said, ends, words, shape)
-
-
-def _marked_call(call: dict[str, Any], marks: _Marks) -> dict[str, Any]:
-    ids = {"id": marks.of_id(call["id"])} if isinstance(call.get("id"), str) else {}
-    function = call["function"]
-    return {
-        **call,
-        **ids,
-        "function": {**function, "arguments": marks.of_values(function["arguments"])},
-    }
-
-
-def _with_last_name_marked(
-    calls: list[dict[str, Any]], marks: _Marks
-) -> tuple[list[dict[str, Any]], str]:
-    """A turn ends soon after its last call, whose name is always there and always text."""
-    mark = marks.new("")
-    last = calls[-1]
-    return [
-        *calls[:-1],
-        {**last, "function": {**last["function"], "name": last["function"]["name"] + mark}},
-    ], mark
+    sketch = Conversation(messages, content.tools, content.num_given)
+    return MarkedConversation(sketch, marks.said, ends, words, shape)
 
 
 def marked(content: Conversation) -> MarkedConversation:
-    """The conversation as it is, with a mark after each message."""
+    """Return the conversation as it is, with a mark after each message."""
     marks = _Marks()
     messages, ends = [], []
     for message in content.messages:
         said, end = dict(message), None
         if "tool_calls" in message:
-            said["tool_calls"], end = _with_last_name_marked(message["tool_calls"], marks)
+            said["tool_calls"], end = marks.after_last_name(message["tool_calls"])
         elif text := message["content"].rstrip():
             end = marks.new("")
             said["content"] = text + end + message["content"][len(text) :]
         messages.append(said)
         ends.append(end)
-    return MarkedConversation(
-        Conversation(messages, content.tools, content.num_given),
-        marks.said,
-        ends,
-        [[] for _ in messages],
-    )
+    sketch = Conversation(messages, content.tools, content.num_given)
+    return MarkedConversation(sketch, marks.said, ends, [[] for _ in messages])
 
 
 def unmarked(content: Conversation) -> MarkedConversation:
-    """The conversation as it is."""
-    return MarkedConversation(
-        content, {}, [None for _ in content.messages], [[] for _ in content.messages]
-    )
+    """Return the conversation as it is."""
+    num = len(content.messages)
+    return MarkedConversation(content, {}, [None] * num, [[] for _ in range(num)])

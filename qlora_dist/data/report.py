@@ -1,27 +1,24 @@
-"""Account of what became of each row."""
+"""Account of each row of a source: used, cut, split, dropped or faulty."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qlora_dist.config.schema import DataConfig
 from qlora_dist.data.formats import Format, PromptLayout, RowFault
 from qlora_dist.data.samples import Sample
 from qlora_dist.errors import DataError
 
-if TYPE_CHECKING:
-    pass
-
 
 @dataclass
 class FaultyRows:
-    """The rows that were left out because they cannot be used, counted by reason."""
+    """Rows that were left out because they cannot be used, counted by reason."""
 
     num_rows: int = 0
     first_message: str = ""
     reasons: dict[str, tuple[int, str]] = field(default_factory=dict)
-    """How many, and where the first of them is."""
+    """Number of rows for each reason, and the place of the first of them."""
 
     def add(self, fault: RowFault, where: str) -> None:
         self.num_rows += 1
@@ -29,23 +26,27 @@ class FaultyRows:
         count, first = self.reasons.get(fault.reason, (0, where))
         self.reasons[fault.reason] = count + 1, first
 
-    def __str__(self) -> str:
-        """`unknown role: 3 (first: chat.jsonl, row 7), empty row: 1 (chat.jsonl, row 9)`, the most frequent first."""
+    def most_frequent(self) -> list[tuple[str, int, str]]:
+        """Return (reason, number of rows, place of the first), the most frequent first."""
         ordered = sorted(self.reasons.items(), key=lambda item: -item[1][0])
+        return [(reason, count, where) for reason, (count, where) in ordered]
+
+    def __str__(self) -> str:
+        """Return the reasons: `no text: 3 (first: a.csv, row 7), empty row: 1 (a.csv, row 9)`."""
         return ", ".join(
             f"{reason}: {count:,} ({'first: ' if count > 1 else ''}{where})"
-            for reason, (count, where) in ordered
+            for reason, count, where in self.most_frequent()
         )
 
 
 @dataclass
 class Report:
-    """What became of the rows of a source."""
+    """Account of the rows of a source."""
 
     path: str
     format: Format
     layout: PromptLayout | None = None
-    """Of the first usable row, and so of all; None: no row is usable."""
+    """Layout of the first usable row, and so of all; None: no row is usable."""
     num_rows: int = 0
     num_samples: int = 0
     num_tokens: int = 0
@@ -57,73 +58,71 @@ class Report:
     num_too_long: int = 0
     """Rows that were dropped for that reason."""
     num_without_targets: int = 0
-    """Rows that were dropped because none of their tokens (within `data.max_seq_len`) counts in the loss."""
+    """Rows that were dropped because none of their tokens within the limit counts in the loss."""
     max_token_id: int = -1
-    """The largest one of all samples."""
+    """The largest token id of all samples."""
     is_open_ended: bool = False
     """The chat template ends the assistant's turns without a special token."""
     faulty: FaultyRows = field(default_factory=FaultyRows)
 
     def count(self, sample: Sample) -> None:
-        """One more sample that is used."""
+        """Add a sample that is used."""
         self.num_samples += 1
         self.num_tokens += len(sample.input_ids)
         self.num_targets += sample.num_targets
         self.max_token_id = max(self.max_token_id, *sample.input_ids)
 
     def sentence(self, max_seq_len: int) -> str:
-        """All of this for a log."""
+        """Return the whole account as a sentence for a log."""
         text = (
-            f"{self.path}: format {self.format}, {self.num_samples:,} rows, {self.num_tokens:,} tokens, "
-            f"{self.num_targets / self.num_tokens:.0%} of them targets"
+            f"{self.path}: format {self.format}, {self.num_samples:,} rows, {self.num_tokens:,} "
+            f"tokens, {self.num_targets / self.num_tokens:.0%} of them targets"
         )
-        if self.num_cut:
-            text += f", {self.num_cut:,} rows cut to {max_seq_len}"
-        if self.num_split:
-            text += f", {self.num_split:,} rows split at {max_seq_len}"
-        if self.num_too_long:
-            text += f", {self.num_too_long:,} rows dropped (longer than {max_seq_len})"
-        if self.num_without_targets:
-            text += f", {self.num_without_targets:,} rows dropped (no target left)"
-        if self.faulty.num_rows:
-            text += f", {self.faulty.num_rows:,} faulty rows left out: {self.faulty}"
+        for count, fate in (
+            (self.num_cut, f"rows cut to {max_seq_len}"),
+            (self.num_split, f"rows split at {max_seq_len}"),
+            (self.num_too_long, f"rows dropped (longer than {max_seq_len})"),
+            (self.num_without_targets, "rows dropped (no target left)"),
+            (self.faulty.num_rows, f"faulty rows left out: {self.faulty}"),
+        ):
+            text += f", {count:,} {fate}" if count else ""
         if self.is_open_ended:
             text += (
-                "; the chat template ends the assistant's turns without a special token, so the model does not learn "
-                "to stop: choose another one with data.chat_template"
+                "; the chat template ends the assistant's turns without a special token, so the "
+                "model does not learn to stop: choose another one with data.chat_template"
             )
         return text
 
     def to_json(self) -> dict[str, Any]:
-        """As plain data."""
+        """Return the report as plain data."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Report:
-        """What `to_json` gave."""
+        """Return the report that `to_json` gave as plain data."""
         faulty = FaultyRows(**values["faulty"])
-        faulty.reasons = {
-            reason: (count, where) for reason, (count, where) in faulty.reasons.items()
-        }
+        # JSON makes lists of tuples.
+        faulty.reasons = {reason: (n, where) for reason, (n, where) in faulty.reasons.items()}
         return cls(**{**values, "faulty": faulty})
 
     def check(self, config: DataConfig) -> None:
         """Refuse a source of which too little can be used.
 
         Raises:
-            DataError: more than `data.max_bad_fraction` of the rows are faulty (with the number of the first), or no
-                row is left.
+            DataError: more than `data.max_bad_fraction` of the rows are faulty (with the number of
+                the first), or no row is left.
         """
         # Not a product: 0.29 * 100 is less than 29.
         if self.num_rows and self.faulty.num_rows / self.num_rows > config.max_bad_fraction:
             raise DataError(
-                f"{self.faulty.first_message} In all, {self.faulty.num_rows:,} of {self.num_rows:,} rows are faulty, "
-                f"more than data.max_bad_fraction ({config.max_bad_fraction:g}) lets pass: {self.faulty}."
+                f"{self.faulty.first_message} In all, {self.faulty.num_rows:,} of "
+                f"{self.num_rows:,} rows are faulty, more than data.max_bad_fraction "
+                f"({config.max_bad_fraction:g}) lets pass: {self.faulty}."
             )
         if not self.num_samples:
             dropped = f", {self.num_too_long} are longer" if self.num_too_long else ""
             raise DataError(
-                f"{self.path}: none of its {self.num_rows - self.faulty.num_rows} rows has a target token within "
-                f"data.max_seq_len ({config.max_seq_len}){dropped}. Raise data.max_seq_len, or check that the rows "
-                "hold answers."
+                f"{self.path}: none of its {self.num_rows - self.faulty.num_rows} rows has a "
+                f"target token within data.max_seq_len ({config.max_seq_len}){dropped}. Raise "
+                "data.max_seq_len, or check that the rows hold answers."
             )

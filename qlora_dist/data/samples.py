@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import BinaryIO, Final, overload
+from typing import overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,66 +18,68 @@ from qlora_dist.config.schema import IGNORE_INDEX
 
 @dataclass(frozen=True)
 class Sample:
-    """One tokenized row; `labels[i]` is `input_ids[i]` where that token is a target, else IGNORE_INDEX."""
+    """A tokenized row.
+
+    `labels[i]` is `input_ids[i]` if token i is a target, else IGNORE_INDEX.
+    """
 
     input_ids: list[int]
     labels: list[int]
     starts: tuple[int, ...] = (0,)
-    """Where each sample of a packed row begins."""
+    """Index of the first token of each sample of a packed row."""
 
     @property
     def num_targets(self) -> int:
-        """Tokens that count in the loss. The first token of a row is never predicted."""
-        labels = self.labels[1:]
+        """Tokens that count in the loss."""
+        labels = self.labels[1:]  # nothing precedes the first token of a row, so it has no loss
         return len(labels) - labels.count(IGNORE_INDEX)
 
 
 def join(samples: Sequence[Sample]) -> Sample:
-    """One row from several samples. The first token of each is no target: there is nothing that it follows."""
+    """Return one row made of several samples; the first token of each sample is no target."""
     input_ids: list[int] = []
     labels: list[int] = []
     starts: list[int] = []
     for sample in samples:
         starts.append(len(input_ids))
         input_ids += sample.input_ids
+        # Its neighbor in the row is the end of an unrelated sample, which does not predict it.
         labels += [IGNORE_INDEX, *sample.labels[1:]]
     return Sample(input_ids, labels, tuple(starts))
 
 
-_TOKENS: Final = "tokens.int32"
-_TARGETS: Final = "targets.uint8"
-_ENDS: Final = "ends.int64"
+# Little-endian on every machine, as the type codes "<i4" and "<i8" below say.
+_TOKENS, _TARGETS, _ENDS = "tokens.int32", "targets.uint8", "ends.int64"
 
 
 class SampleWriter:
-    """Writes samples to a folder, one after the other; nothing but their lengths is kept in memory."""
+    """Writes samples to a folder, one after the other, and keeps no sample in memory."""
 
     def __init__(self, folder: Path) -> None:
-        self._tokens: BinaryIO = (folder / _TOKENS).open("wb")
-        self._targets: BinaryIO = (folder / _TARGETS).open("wb")
-        self._ends: BinaryIO = (folder / _ENDS).open("wb")
+        self._files = [(folder / name).open("wb") for name in (_TOKENS, _TARGETS, _ENDS)]
         self._digest = hashlib.sha256()
         self._end = 0
 
     def add(self, sample: Sample) -> None:
-        """Append one."""
+        """Append a sample."""
         self._end += len(sample.input_ids)
-        tokens = np.array(sample.input_ids, dtype="<i4").tobytes()
-        targets = (np.array(sample.labels) != IGNORE_INDEX).astype("u1").tobytes()
-        end = np.array(self._end, dtype="<i8").tobytes()
-        for file, data in ((self._tokens, tokens), (self._targets, targets), (self._ends, end)):
+        tokens = np.array(sample.input_ids, dtype="<i4")
+        targets = (np.array(sample.labels) != IGNORE_INDEX).astype("u1")
+        ends = np.array(self._end, dtype="<i8")
+        for file, values in zip(self._files, (tokens, targets, ends), strict=True):
+            data = values.tobytes()
             file.write(data)
             self._digest.update(data)
 
     def close(self) -> str:
-        """Finish the files; returns a digest of all samples in their order."""
-        for file in (self._tokens, self._targets, self._ends):
+        """Finish the files, and return a digest of all samples in their order."""
+        for file in self._files:
             file.close()
         return self._digest.hexdigest()
 
 
 class SampleStore:
-    """The samples that a `SampleWriter` wrote, mapped into memory: only those that are looked at are read."""
+    """Samples that a `SampleWriter` wrote, mapped into memory and read from disk on access."""
 
     def __init__(self, folder: Path, digest: str) -> None:
         """Open a folder.
@@ -92,7 +94,7 @@ class SampleStore:
             self._targets = _mapped(folder / _TARGETS, "u1")
         except OSError as error:
             raise ValueError(str(error)) from None
-        self._bounds = np.concatenate([np.zeros(1, dtype=np.int64), ends])
+        self._bounds = np.insert(ends, 0, 0)
         if not len(self._tokens) == len(self._targets) == self._bounds[-1]:
             raise ValueError(f"{folder}: its files do not belong together")
 
@@ -109,71 +111,64 @@ class SampleStore:
         return Sample(tokens.tolist(), np.where(targets, tokens, IGNORE_INDEX).tolist())
 
     def arrays(self, index: int) -> tuple[NDArray[np.generic], NDArray[np.generic]]:
-        """A sample's tokens, and 1 where a token is a target, else 0; as they lie on the disk. (num_tokens,) each"""
+        """Return a sample's token ids, and 1 for each target, else 0. (num_tokens,) each
+
+        The arrays are views of the files on disk.
+        """
         span = slice(self._bounds[index], self._bounds[index + 1])
         return self._tokens[span], self._targets[span]
 
 
 def _mapped(file: Path, dtype: str) -> NDArray[np.generic]:
-    # An empty file cannot be mapped.
-    return (
-        np.memmap(file, dtype=dtype, mode="r") if file.stat().st_size else np.empty(0, dtype=dtype)
-    )
+    if file.stat().st_size == 0:  # an empty file cannot be mapped
+        return np.empty(0, dtype=dtype)
+    return np.memmap(file, dtype=dtype, mode="r")
 
 
 class Rows(Sequence[Sample]):
-    """Rows of one or several samples each, out of one or several stores; each is made when it is looked at."""
+    """Rows of one or several samples each, from one or several stores; made on access."""
 
     def __init__(
         self, stores: Sequence[SampleStore], members: NDArray[np.int64], counts: NDArray[np.int64]
     ) -> None:
-        """Use `Rows.of` and what follows it.
+        """Make rows from parts; elsewhere, begin with `Rows.of`.
 
         Args:
-            members: the samples in the rows, numbered through the stores one after the other. (num_samples,)
-            counts: how many of them each row has, at least one. (num_rows,)
+            members: the samples in the rows, numbered through all stores in turn. (num_samples,)
+            counts: samples of each row, at least one. (num_rows,)
         """
         self._stores = tuple(stores)
-        self._firsts = [0, *accumulate(map(len, self._stores))]
+        self._firsts = [0, *accumulate(map(len, self._stores))]  # number of each store's first
         self._members = members
         self._bounds = _bounds_of(counts)
 
     @classmethod
     def of(cls, store: SampleStore) -> Rows:
-        """Each sample of a store as a row of its own."""
+        """Return rows of one sample each, in the order of a store."""
         return cls([store], np.arange(len(store)), np.ones(len(store), dtype=np.int64))
 
     @classmethod
     def concatenated(cls, parts: Sequence[Rows]) -> Rows:
-        """The rows of one, then those of the next, and so on."""
+        """Return the rows of all parts, one part after the other."""
         stores = [store for part in parts for store in part._stores]
         firsts = accumulate((part._firsts[-1] for part in parts), initial=0)
         members = [part._members + first for part, first in zip(parts, firsts, strict=False)]
-        counts = [np.diff(part._bounds) for part in parts]
-        empty = [np.empty(0, dtype=np.int64)]
-        return cls(stores, np.concatenate(empty + members), np.concatenate(empty + counts))
+        return cls(stores, _joined(members), _joined([part.counts for part in parts]))
 
     def grouped(self, groups: Sequence[Sequence[int]]) -> Rows:
-        """A row for each group of this object's rows, made of their samples. A group of one only chooses."""
+        """Return a row for each group of row indices, made of the samples of those rows.
+
+        Groups of one index choose and order rows.
+        """
         members = [self._samples_of(index) for group in groups for index in group]
-        counts = [
-            sum(self._bounds[index + 1] - self._bounds[index] for index in group)
-            for group in groups
-        ]
-        return Rows(
-            self._stores,
-            np.concatenate([np.empty(0, dtype=np.int64), *members]),
-            np.array(counts, dtype=np.int64),
-        )
+        counts = self.counts
+        grouped = [sum(counts[index] for index in group) for group in groups]
+        return Rows(self._stores, _joined(members), np.array(grouped, dtype=np.int64))
 
     @property
     def lengths(self) -> NDArray[np.int64]:
         """Tokens of each row. (num_rows,)"""
-        lengths = (
-            np.concatenate([store.lengths for store in self._stores])
-            if self._stores
-            else np.empty(0, np.int64)
-        )
+        lengths = _joined([store.lengths for store in self._stores])
         return np.diff(_bounds_of(lengths[self._members])[self._bounds])
 
     @property
@@ -187,17 +182,17 @@ class Rows(Sequence[Sample]):
         return np.diff(self._bounds)
 
     def apart(self) -> Rows:
-        """The same samples in the same order, each as a row of its own."""
+        """Return the same samples in the same order, each as a row of its own."""
         return Rows(self._stores, self._members, np.ones(len(self._members), dtype=np.int64))
 
     def arrays(self) -> Iterator[tuple[NDArray[np.generic], NDArray[np.generic]]]:
-        """What `SampleStore.arrays` gives, of one sample after the other."""
+        """Yield `SampleStore.arrays` of each sample."""
         for number in self._members.tolist():
-            store = bisect_right(self._firsts, number) - 1
-            yield self._stores[store].arrays(number - self._firsts[store])
+            store, index = self._place(number)
+            yield store.arrays(index)
 
     def digest(self) -> str:
-        """Of the samples, and of which are in which row."""
+        """Return a digest of the samples and of their distribution over rows."""
         digest = hashlib.sha256("".join(store.digest for store in self._stores).encode())
         digest.update(self._members.astype("<i8").tobytes())
         digest.update(self._bounds.astype("<i8").tobytes())
@@ -215,17 +210,24 @@ class Rows(Sequence[Sample]):
             return [self[i] for i in range(*index.indices(len(self)))]
         if not 0 <= index < len(self):
             raise IndexError(index)
-        samples = [self._sample(number) for number in self._samples_of(index).tolist()]
+        places = map(self._place, self._samples_of(index).tolist())
+        samples = [store[number] for store, number in places]
+        # `join` would make the first token no target; alone, a sample stays as it was written.
         return samples[0] if len(samples) == 1 else join(samples)
 
     def _samples_of(self, index: int) -> NDArray[np.int64]:
         return self._members[self._bounds[index] : self._bounds[index + 1]]
 
-    def _sample(self, number: int) -> Sample:
+    def _place(self, number: int) -> tuple[SampleStore, int]:
+        """Return the store of a sample, and its index there."""
         store = bisect_right(self._firsts, number) - 1
-        return self._stores[store][number - self._firsts[store]]
+        return self._stores[store], number - self._firsts[store]
+
+
+def _joined(arrays: list[NDArray[np.int64]]) -> NDArray[np.int64]:
+    return np.concatenate([np.empty(0, dtype=np.int64), *arrays])  # also of no arrays
 
 
 def _bounds_of(counts: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Where each of consecutive parts begins, and the last one ends. (len(counts) + 1,)"""
-    return np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(counts, dtype=np.int64)])
+    """Return the first index of each of consecutive parts, and their total. (len(counts) + 1,)"""
+    return np.insert(np.cumsum(counts, dtype=np.int64), 0, 0)

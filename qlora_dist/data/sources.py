@@ -1,7 +1,8 @@
-"""Rows from files and from the hub, one at a time, with faults named by file and line.
+"""Rows from files and from the hub, read singly, with faults named by file and line.
 
-JSON is parsed here, line by line, instead of being made into an Arrow table: a table gives all rows one set of nested
-columns, and so fills the arguments of one row's tool call with the names, empty, of every other row's.
+JSON is parsed here, line by line, not by way of an Arrow table. A table gives all rows one set of
+nested columns, so the arguments of one row's tool call would get the names, with empty values,
+that occur in any other row's call.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ import re
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -29,21 +31,22 @@ _HUB_NAME = re.compile(r"^\w[\w.-]*/[\w.-]+(:[\w.-]+)?$")
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a source, by column."""
+    """A row of a source, by column."""
 
     where: str
-    """File and number, as messages name it: `chat.jsonl, row 3`."""
+    """File and row number, as messages name them: `chat.jsonl, row 3`."""
     values: dict[str, Any]
 
 
 def find_files(path: str, key: str) -> tuple[Path, ...]:
-    """The files that a path means: itself, those of a folder, or those that match a pattern; sorted, all of one kind.
+    """Find the files that `path` means: the file itself, a folder's files, or a pattern's matches.
 
-    A path that exists is never read as a pattern. Cheap, reads nothing.
+    The files are sorted and all of one kind. A path that exists is never read as a pattern. No file
+    is opened.
 
     Raises:
-        DataError: naming the config key `key` and the path: nothing is there, or it is empty, of an unknown kind, of
-            several kinds, or not ours to look at.
+        DataError: names the config key `key` and the path. There is no file, or a file is empty, of
+            an unknown kind, of another kind than the rest, or not permitted to be looked at.
     """
     try:
         return _find_files(path, key)
@@ -54,45 +57,44 @@ def find_files(path: str, key: str) -> tuple[Path, ...]:
 def _find_files(path: str, key: str) -> tuple[Path, ...]:
     place = Path(path)
     if place.is_dir():
-        files = [
-            file
-            for file in sorted(place.iterdir())
-            if _kind(file) and file.name not in _BESIDE_DATA
-        ]
-        missing = (
-            f"{key} {path} is a folder without data files. Put {_kinds()} files directly into it."
-        )
+        inside = sorted(place.iterdir())
+        files = [file for file in inside if _kind(file) and file.name not in _BESIDE_DATA]
+        missing = f"is a folder without data files. Put {_KINDS} files directly into it."
     elif place.exists():
-        files = [place]
+        files, missing = [place], ""
     else:
         matches = _matches(path) if glob.has_magic(path) else set()
         files = [file for file in map(Path, sorted(matches)) if file.is_file()]
-        missing = f"{key} {path} does not exist. Give the path of a {_kinds()} file, a folder of them, or a pattern."
+        missing = (
+            f"does not exist. Give the path of a {_KINDS} file, a folder of them, or a pattern."
+        )
     if not files:
-        raise DataError(missing)
+        raise DataError(f"{key} {path} {missing}")
     for file in files:
         if not _kind(file):
             suffix = "".join(file.suffixes[-2:]) if file.suffix.lower() in _OPENERS else file.suffix
             raise DataError(
-                f"{key} {file} has the suffix {suffix!r}, which is not known. Give a {_kinds()} file; those of text "
-                f"may be compressed ({', '.join(_OPENERS)})."
+                f"{key} {file} has the suffix {suffix!r}, which is not known. Give a {_KINDS} "
+                f"file; those of text may be compressed ({', '.join(_OPENERS)})."
             )
         if not file.is_file():
-            raise DataError(f"{key} {file} is not a regular file. Give a {_kinds()} file.")
+            raise DataError(f"{key} {file} is not a regular file. Give a {_KINDS} file.")
         if file.stat().st_size == 0:
             raise DataError(f"{key} {file} is empty. It must hold at least one row.")
+    # Reversed, so that the first file of each kind is the one that remains.
     kinds = {str(_kind(file)): file for file in reversed(files)}
     if len(kinds) > 1:
-        names = " and ".join(str(file) for file in kinds.values())
         raise DataError(
-            f"{key} {path} means files of several kinds ({names}). Name one kind with a pattern such as "
-            f"'*{next(iter(kinds))}', or list them one by one."
+            f"{key} {path} means files of several kinds ({' and '.join(map(str, kinds.values()))})."
+            f" Name one kind with a pattern such as '*{next(iter(kinds))}', or list them one "
+            "by one."
         )
     return tuple(files)
 
 
 def _matches(pattern: str) -> set[str]:
-    """As `glob.glob`, but `**` does not go through links to folders, which may lead in circles."""
+    """Return the paths that match, as `glob.glob` does, but `**` enters no linked folder."""
+    # `glob.glob` follows such links, which may lead in circles; `os.walk` does not.
     stars = re.search(r"(^|(?<=/))\*\*(/|$)", pattern)
     if stars is None:
         return set(glob.glob(pattern))
@@ -100,13 +102,13 @@ def _matches(pattern: str) -> set[str]:
     found: set[str] = set()
     for top in glob.glob(before) if before else ["."]:
         for folder, inner, _ in os.walk(top):
-            inner[:] = [name for name in inner if not name.startswith(".")]
+            inner[:] = [name for name in inner if not name.startswith(".")]  # prunes the walk
             found |= _matches(os.path.join(glob.escape(folder), after or "*"))
     return found
 
 
 def check_source(path: str, key: str) -> None:
-    """Refuse a source that is not there, before anything slow is done; the hub is not asked.
+    """Refuse a source that is not on this machine, before anything slow; the hub is not asked.
 
     Raises:
         DataError: see `find_files`.
@@ -116,24 +118,25 @@ def check_source(path: str, key: str) -> None:
 
 
 def is_hub_name(path: str) -> bool:
-    """Whether a source is a data set of the hub, `owner/name` or `owner/name:split`, and nothing on this machine."""
+    """True if `path` is `owner/name` or `owner/name:split` and names nothing on this machine."""
     name = path.partition(":")[0]
     return (
         _HUB_NAME.match(path) is not None
         and _kind(Path(name)) is None
         and Path(name).suffix.lower() not in _OPENERS
         and not os.path.exists(path)
-        and not Path(name).parent.exists()  # then it is a file's name with a mistake in it
+        # In a folder that exists, the name is more likely a mistyped file.
+        and not Path(name).parent.exists()
     )
 
 
 def load_rows(path: str, key: str) -> Iterator[Row]:
-    """The rows of a source, in the order of its files and of the rows in them; only one is held in memory.
+    """Yield the rows of a source, in the order of its files and of the rows in each file.
 
-    (But for a file that is one JSON array, which is parsed as a whole.)
+    A single row is held in memory, except for a file that is one JSON array: that is parsed whole.
 
     Raises:
-        DataError: while reading: a file cannot be parsed (with the line), or none has a row.
+        DataError: while reading: a file cannot be parsed (with the line), or no file has a row.
     """
     num_rows = 0
     for name, rows in _tables(path, key):
@@ -145,7 +148,7 @@ def load_rows(path: str, key: str) -> Iterator[Row]:
 
 
 def fingerprint(path: str, key: str) -> str:
-    """Of the contents of a source: the bytes of its files, or what `datasets` says of a data set of the hub.
+    """Return a digest of a source's contents: the bytes of its files, or the hub table's own.
 
     Raises:
         DataError: see `find_files`; or the data set cannot be loaded.
@@ -155,54 +158,50 @@ def fingerprint(path: str, key: str) -> str:
     digest = hashlib.sha256()
     for file in find_files(path, key):
         try:
-            contents = hashlib.sha256()
             with file.open("rb") as stream:
-                while block := stream.read(2**20):
-                    contents.update(block)
-            digest.update(contents.digest() + str(file).encode())
+                contents = hashlib.file_digest(stream, "sha256")
         except OSError as error:
             raise DataError(_unreadable(str(file), key, error)) from None
+        digest.update(contents.digest() + str(file).encode())
     return digest.hexdigest()
 
 
 def stamp(path: str, key: str) -> object:
-    """What differs when a file of a source is written to, added or taken away; cheap.
+    """Return a value that changes when a file of a source is written, added or removed.
+
+    Reads no contents. None for a data set of the hub.
 
     Raises:
         DataError: see `find_files`.
     """
     if is_hub_name(path):
         return None
-    found = [(file, file.stat()) for file in find_files(path, key)]
-    return [
-        (str(file), status.st_ino, status.st_size, status.st_mtime_ns) for file, status in found
-    ]
+    files = find_files(path, key)
+    return [(str(f), (s := f.stat()).st_ino, s.st_size, s.st_mtime_ns) for f in files]
 
 
 def _unreadable(path: str, key: str, error: OSError) -> str:
     return (
-        f"{key} {path} cannot be read ({error.strerror or error}). See that the file is there, and that it and the "
-        "folders around it may be read by you."
+        f"{key} {path} cannot be read ({error.strerror or error}). See that the file is there, and "
+        "that it and the folders around it may be read by you."
     )
 
 
 def _tables(path: str, key: str) -> Iterator[tuple[str, Iterator[dict[str, Any]]]]:
     if is_hub_name(path):
-        yield path, _hub_rows(path, key)
+        yield path, map(_unfilled, _hub_table(path, key))
         return
     for file in find_files(path, key):
-        kind = _kind(file)
-        assert kind is not None
-        yield str(file), _READERS[kind](file, key)
+        yield str(file), _READERS[str(_kind(file))](file, key)
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Text: JSON, JSONL and CSV, plain or compressed.
+# -- Text: JSON, JSONL and CSV, plain or compressed.
 
 
 def _open_zst(file: Path) -> BinaryIO:
     import pyarrow
 
+    # Arrow's stream yields no lines; the buffered reader around it does.
     return io.BufferedReader(pyarrow.input_stream(str(file), compression="zstd"))
 
 
@@ -210,81 +209,84 @@ _OPENERS: dict[str, Callable[[Path], Any]] = {".gz": gzip.open, ".zst": _open_zs
 
 
 def _lines(file: Path, key: str) -> Iterator[tuple[int, str]]:
-    """The lines of a text file with their numbers, each with its line feed; nothing else ends a line."""
+    """Yield the number and the text of each line, with its line feed; nothing else ends a line."""
     number = 0
     try:
-        with _OPENERS.get(file.suffix.lower(), _open_plain)(file) as stream:
+        with _OPENERS.get(file.suffix.lower(), partial(open, mode="rb"))(file) as stream:
+            # Bytes, since text mode would also end lines at a lone carriage return.
             for number, line in enumerate(stream, start=1):
                 try:
                     text = line.decode("utf-8-sig" if number == 1 else "utf-8")
                 except UnicodeDecodeError as error:
                     raise DataError(
-                        f"{key} {file}, line {number}: not UTF-8 text ({error.reason}). Save the file as UTF-8."
+                        f"{key} {file}, line {number}: not UTF-8 text ({error.reason}). "
+                        "Save the file as UTF-8."
                     ) from None
                 if "\0" in text:
                     raise DataError(
-                        f"{key} {file}, line {number}: a NUL byte, which text does not have. The file may have been "
-                        "damaged by a crash or a full disk, or be UTF-16: write it again, as UTF-8."
+                        f"{key} {file}, line {number}: a NUL byte, which text does not have. The "
+                        "file may have been damaged by a crash or a full disk, or be UTF-16: write "
+                        "it again, as UTF-8."
                     )
                 yield number, text
     except (EOFError, OSError, zlib.error) as error:
         raise DataError(
-            f"{key} {file}, after line {number}: cannot be read on ({error}). The file may have been cut off or "
-            "damaged. Write it, or copy it, again."
+            f"{key} {file}, after line {number}: cannot be read on ({error}). The file may have "
+            "been cut off or damaged. Write it, or copy it, again."
         ) from None
 
 
-def _open_plain(file: Path) -> BinaryIO:
-    return file.open("rb")
+def _repeated(names: Iterable[str]) -> list[str]:
+    return [name for name, count in Counter(names).items() if count > 1]
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
-        twice = next(
-            name for name, count in Counter(name for name, _ in pairs).items() if count > 1
-        )
+        twice = _repeated(name for name, _ in pairs)[0]
         raise ValueError(f"an object has more than one {twice!r:.40}, keep one")
     return values
 
 
+# By default `json` silently keeps the last of several equal names.
 _DECODER = json.JSONDecoder(object_pairs_hook=_object)
 
 
 def _json_fault(error: ValueError | RecursionError) -> tuple[int, str, str]:
-    """The line, the column in words, and what is wrong."""
+    """Return the line, the column in words, and the fault."""
     if isinstance(error, json.JSONDecodeError):
         return error.lineno, f", column {error.colno}", error.msg
-    # Besides names that come twice: a number of more digits than Python reads.
-    return (
-        1,
-        "",
-        "nested too deep" if isinstance(error, RecursionError) else str(error).partition(":")[0],
-    )
+    if isinstance(error, RecursionError):
+        return 1, "", "nested too deep"
+    # From `_object`; or from `int`, for a number of more than 4300 digits.
+    return 1, "", str(error).partition(":")[0]
 
 
 def _json_rows(file: Path, key: str) -> Iterator[dict[str, Any]]:
-    """Objects of a JSON array, or one a line; whatever the suffix says, people swap them."""
+    """Yield the objects of a JSON array, or of lines that hold one object each."""
+    # The suffix does not decide: .json files often hold lines, and .jsonl files an array.
     lines = _lines(file, key)
     is_first = True
     for number, line in lines:
         if not line.strip():
             continue
         if is_first and line.lstrip().startswith("["):
-            yield from _array_rows(
-                "\n" * (number - 1) + line + "".join(rest for _, rest in lines), file, key
-            )
+            rest = "".join(text for _, text in lines)
+            # The line feeds make the parser's line numbers those of the file.
+            yield from _array_rows("\n" * (number - 1) + line + rest, file, key)
             return
         try:
             row = _DECODER.decode(line)
         except (ValueError, RecursionError) as error:
-            _, column, what = _json_fault(error)
+            _, column, fault = _json_fault(error)
             raise DataError(
-                f"{key} {file}, line {number}: not valid JSON ({what}{column}). Each line must be one JSON object."
+                f"{key} {file}, line {number}: not valid JSON ({fault}{column}). Each line must be "
+                "one JSON object."
             ) from None
         if not isinstance(row, dict):
             raise DataError(
-                f"{key} {file}, line {number}: {line.strip()[:40]!r} is not a JSON object with named columns."
+                f"{key} {file}, line {number}: {line.strip()[:40]!r} is not a JSON object with "
+                "named columns."
             )
         yield row
         is_first = False
@@ -294,10 +296,11 @@ def _array_rows(text: str, file: Path, key: str) -> Iterator[dict[str, Any]]:
     try:
         rows = _DECODER.decode(text)
     except (ValueError, RecursionError) as error:
-        line, _, what = _json_fault(error)
+        line, _, fault = _json_fault(error)
         raise DataError(
-            f"{key} {file}, line {line}: the JSON array that starts the file is broken here ({what}). "
-            "The file may have been cut off. Write it again, or one object a line (.jsonl)."
+            f"{key} {file}, line {line}: the JSON array that starts the file is broken here "
+            f"({fault}). The file may have been cut off. Write it again, or one object a line "
+            "(.jsonl)."
         ) from None
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict):
@@ -308,104 +311,101 @@ def _array_rows(text: str, file: Path, key: str) -> Iterator[dict[str, Any]]:
 
 
 def _csv_rows(file: Path, key: str) -> Iterator[dict[str, Any]]:
-    """Each cell as text, also where it looks like a number or says NA."""
-    csv.field_size_limit(
-        min(sys.maxsize, 2**31 - 1)
-    )  # the default refuses a cell of more than 128 KiB
-    # Strictly, because a quotation mark that is never closed would make the rest of the file one cell.
+    """Yield rows whose cells are all text, also a cell that looks like a number or says NA."""
+    # The default refuses a cell of more than 128 KiB; a C long holds 32 bits on some systems.
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+    # Strict: a quotation mark that is never closed would make the rest of the file one cell.
     reader = csv.reader((line for _, line in _lines(file, key)), strict=True)
-    header: list[str] | None = None
+    rows = filter(None, reader)  # without blank lines
     try:
-        for cells in reader:
-            if not cells:
-                continue
-            if header is None:
-                header = cells
-                _check_columns(header, file, key)
-            elif len(cells) != len(header):
+        header = next(rows, [])
+        _check_columns(header, file, key)
+        for cells in rows:
+            if len(cells) != len(header):
                 raise DataError(
-                    f"{key} {file}, line {reader.line_num}: {len(cells)} cells, but the header has {len(header)}. "
-                    "Put quotation marks around cells that hold commas or line breaks."
+                    f"{key} {file}, line {reader.line_num}: {len(cells)} cells, but the header has "
+                    f"{len(header)}. Put quotation marks around cells that hold commas or line "
+                    "breaks."
                 )
-            else:
-                yield dict(zip(header, cells, strict=True))
+            yield dict(zip(header, cells, strict=True))
     except csv.Error as error:
         raise DataError(
-            f"{key} {file}, line {reader.line_num}: not valid CSV ({error}). The file may have been cut off; quotation "
-            "marks within a cell are written twice."
+            f"{key} {file}, line {reader.line_num}: not valid CSV ({error}). The file may have "
+            "been cut off; quotation marks within a cell are written twice."
         ) from None
 
 
 def _check_columns(names: list[str], file: Path, key: str) -> None:
-    twice = sorted(name for name, count in Counter(names).items() if count > 1)
-    if twice:
+    if twice := sorted(_repeated(names)):
         others = f" (and {len(twice) - 1:,} others)" if len(twice) > 1 else ""
         raise DataError(
             f"{key} {file} has more than one column {twice[0]!r:.40}{others}. Rename or remove one."
         )
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Tables: Parquet, Arrow, and data sets of the hub.
+# -- Tables: Parquet, Arrow, and data sets of the hub.
+
+_BATCH_ROWS = 256  # rows that are Python objects at a time
 
 
-def _parquet_rows(file: Path, key: str) -> Iterator[dict[str, Any]]:
-    from pyarrow import ArrowException, parquet
+def _table_rows(file: Path, key: str) -> Iterator[dict[str, Any]]:
+    from pyarrow import ArrowException
 
+    is_parquet = file.suffix.lower() == ".parquet"
     try:
-        with parquet.ParquetFile(file) as table:
-            _check_columns(table.schema_arrow.names, file, key)
-            for batch in table.iter_batches(batch_size=_BATCH_ROWS):
-                yield from map(_unfilled, batch.to_pylist())
+        for batch in _parquet_batches(file, key) if is_parquet else _arrow_batches(file, key):
+            yield from map(_unfilled, batch.to_pylist())
     except (ArrowException, OSError) as error:
-        raise DataError(_damaged(file, key, "Parquet", error)) from None
+        reason = str(error).strip().split("\n")[0]
+        raise DataError(
+            f"{key} {file}: not a whole {'Parquet' if is_parquet else 'Arrow'} file ({reason}). "
+            "It may have been cut off: write it, or copy it, again."
+        ) from None
 
 
-def _arrow_rows(file: Path, key: str) -> Iterator[dict[str, Any]]:
-    """A stream, as `datasets` writes, or a file, as Feather is."""
-    from pyarrow import ArrowException, ipc, memory_map
+def _parquet_batches(file: Path, key: str) -> Iterator[Any]:
+    from pyarrow import parquet
 
-    try:
-        with memory_map(str(file)) as source:
-            if source.read(6) == b"ARROW1":
-                table = ipc.open_file(source)
-                batches = (table.get_batch(i) for i in range(table.num_record_batches))
-            else:
-                source.seek(0)
-                table = batches = ipc.open_stream(source)
-            _check_columns(table.schema.names, file, key)
-            for batch in batches:
-                for start in range(0, batch.num_rows, _BATCH_ROWS):
-                    yield from map(_unfilled, batch.slice(start, _BATCH_ROWS).to_pylist())
-    except (ArrowException, OSError) as error:
-        raise DataError(_damaged(file, key, "Arrow", error)) from None
+    with parquet.ParquetFile(file) as table:
+        _check_columns(table.schema_arrow.names, file, key)
+        yield from table.iter_batches(batch_size=_BATCH_ROWS)
 
 
-def _hub_rows(path: str, key: str) -> Iterator[dict[str, Any]]:
-    yield from map(_unfilled, _hub_table(path, key))
+def _arrow_batches(file: Path, key: str) -> Iterator[Any]:
+    from pyarrow import ipc, memory_map
+
+    with memory_map(str(file)) as source:
+        if source.read(6) == b"ARROW1":  # the file format, which Feather is
+            table = ipc.open_file(source)
+            batches = map(table.get_batch, range(table.num_record_batches))
+        else:  # a stream, which `datasets` writes
+            source.seek(0)
+            table = batches = ipc.open_stream(source)
+        _check_columns(table.schema.names, file, key)
+        for batch in batches:
+            for start in range(0, batch.num_rows, _BATCH_ROWS):
+                yield batch.slice(start, _BATCH_ROWS)
 
 
 def _hub_table(path: str, key: str) -> Any:
-    """A split of a data set of the hub. `datasets` 4 and later execute no script of a data set; nor is one asked to."""
     from datasets import load_dataset
 
     name, _, split = path.partition(":")
     try:
+        # `datasets` 4 and later run no script of a data set, and no argument here asks for it.
         return load_dataset(name, split=split or "train")
     except Exception as error:  # noqa: BLE001 - network, hub and parser each have their own
+        text = str(error).strip()
         raise DataError(
-            f"{key} {path} is no file or folder here, and as a data set of the hub it cannot be loaded: "
-            f"{str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}. "
+            f"{key} {path} is no file or folder here, and as a data set of the hub it cannot be "
+            f"loaded: {text.splitlines()[0] if text else type(error).__name__}. "
             "Check the name (owner/name, or owner/name:split), or give a file."
         ) from None
 
 
-_BATCH_ROWS = 256
-"""Rows of a table that are made Python objects at a time."""
-
-
 def _unfilled(row: dict[str, Any]) -> dict[str, Any]:
-    """A row without the names, within its columns, that only other rows have: tables fill those with None."""
+    """Return a row without the names, within its columns, whose value is None."""
+    # Tables fill with None the names that only other rows have.
     return {column: _without_none(value) for column, value in row.items()}
 
 
@@ -415,31 +415,22 @@ def _without_none(value: Any) -> Any:
     return [_without_none(item) for item in value] if isinstance(value, list) else value
 
 
-def _damaged(file: Path, key: str, kind: str, error: Exception) -> str:
-    first = str(error).strip().split("\n")[0]
-    return f"{key} {file}: not a whole {kind} file ({first}). It may have been cut off: write it, or copy it, again."
-
-
 _READERS: dict[str, Callable[[Path, str], Iterator[dict[str, Any]]]] = {
     ".jsonl": _json_rows,
     ".json": _json_rows,
-    ".parquet": _parquet_rows,
-    ".arrow": _arrow_rows,
+    ".parquet": _table_rows,
+    ".arrow": _table_rows,
     ".csv": _csv_rows,
 }
-_TEXT = (".jsonl", ".json", ".csv")
+_KINDS = " or ".join(", ".join(_READERS).rsplit(", ", 1))
+# Files that `datasets` writes into a folder beside its Arrow files.
 _BESIDE_DATA = ("dataset_info.json", "dataset_dict.json", "state.json")
-"""What `datasets` writes into a folder beside its Arrow files."""
 
 
 def _kind(file: Path) -> str | None:
-    """The suffix that says how to read a file, without that of its compression; None when it is not known."""
+    """Return the suffix that decides the reader, without a compression's; None if unknown."""
     suffix = file.suffix.lower()
     if suffix in _OPENERS:
         inner = file.with_suffix("").suffix.lower()
-        return inner if inner in _TEXT else None
+        return inner if inner in (".jsonl", ".json", ".csv") else None
     return suffix if suffix in _READERS else None
-
-
-def _kinds() -> str:
-    return ", ".join(list(_READERS)[:-1]) + f" or {list(_READERS)[-1]}"

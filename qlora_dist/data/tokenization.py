@@ -1,4 +1,7 @@
-"""Conversations and texts to tokens and labels: the model's chat template, the loss on what the assistant says only."""
+"""Tokens and labels of conversations and texts, by the model's chat template.
+
+In a conversation, the loss is on what the assistant says only.
+"""
 
 from __future__ import annotations
 
@@ -24,10 +27,11 @@ def tokenize(
     train_on: Literal["completions", "all"],
     num_tokens: int | None = None,
 ) -> list[Sample | RowFault]:
-    """The sample of each content, or why there is none. Tokenizers work in parallel on what they get at once.
+    """Return the sample of each content, or its fault.
 
     Args:
-        num_tokens: the first so many of a sample are all that matters: what lies far beyond them may be missing.
+        num_tokens: the tokens at the start of a sample that are needed, though more may come; None:
+            all.
     """
     tokenizer = turns.template.tokenizer
     drafts: list[_Draft | RowFault] = []
@@ -37,6 +41,7 @@ def tokenize(
         except RowFault as fault:
             drafts.append(fault)
     good = [draft for draft in drafts if isinstance(draft, _Draft)]
+    # All texts in one call each: the tokenizer works on them in parallel.
     openings = iter(_opening_ids([draft.opening for draft in good], tokenizer, num_tokens))
     texts = iter(_ids_and_offsets([draft.text for draft in good], tokenizer, num_tokens))
     return [
@@ -49,14 +54,11 @@ def tokenize(
 
 @dataclass(frozen=True)
 class _Draft:
-    """A row as text that only has to be tokenized: a beginning, and what follows it."""
+    """A row as text that only has to be tokenized: a beginning, and the text that follows it."""
 
-    opening: str
-    """Gets the start token where the tokenizer sets one. It is tokenized apart, so that the border is exact."""
-    text: str
-    """Is tokenized as it stands."""
-    spans: list[Span] | None = None
-    """Parts of the text that are targets; None for plain text, where all that is not a prompt is."""
+    opening: str  # gets the start token; tokenized by itself, so that the border is exact
+    text: str  # tokenized as it stands
+    spans: list[Span] | None = None  # the targets in `text`; None: all plain text but the prompt
 
 
 def _draft(content: Conversation | PlainText, turns: TurnFinder) -> _Draft:
@@ -91,13 +93,13 @@ def _sample(
 def _labels(
     input_ids: list[int], offsets: list[Span], draft: _Draft, special_ids: frozenset[int]
 ) -> list[int]:
-    """Each token that lies within a target part of the text, or is an end token that some tokenizers (Phi-3's) let
-    swallow the white space after it."""
+    """Return the id of each token that lies within a target part of the text, else IGNORE_INDEX."""
     labels = [IGNORE_INDEX] * len(input_ids)
     starts = [start for start, _ in offsets]
     for first, last in draft.spans or ():
         for i in range(bisect_left(starts, first), bisect_left(starts, last)):
             end = offsets[i][1]
+            # Some tokenizers (Phi-3's) let an end token swallow the white space after it.
             if first < end and (
                 end <= last or (input_ids[i] in special_ids and not draft.text[last:end].strip())
             ):
@@ -106,7 +108,7 @@ def _labels(
 
 
 def plain_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens of a text that something follows: with the start token, if the tokenizer sets one, and no end."""
+    """Return the tokens of a text to continue: after a start token if the tokenizer sets one."""
     return _opening_ids([text], tokenizer)[0]
 
 
@@ -117,34 +119,27 @@ def _opening_ids(
         return [[] for _ in texts]
     whole = [text for text in texts if not is_long(text, num_tokens)]
     ids = iter(tokenizer(whole, verbose=False).input_ids if whole else [])
-    return [
-        _opened(
-            _long_opening(text, tokenizer, num_tokens)
-            if is_long(text, num_tokens)
-            else list(next(ids)),
-            tokenizer,
-        )
-        for text in texts
-    ]
+    found = []
+    for text in texts:
+        if is_long(text, num_tokens):
+            input_ids = _long_opening(text, tokenizer, num_tokens)
+        else:
+            input_ids = list(next(ids))
+        if input_ids and input_ids[-1] == tokenizer.eos_token_id:  # some close every text
+            input_ids.pop()
+        if len(input_ids) > 1 and input_ids[0] == input_ids[1] == tokenizer.bos_token_id:
+            input_ids.pop(0)  # the text has a start token of its own
+        found.append(input_ids)
+    return found
 
 
 def _long_opening(
     text: str, tokenizer: PreTrainedTokenizerBase, num_tokens: int | None
 ) -> list[int]:
-    """With the special tokens that the tokenizer puts around any text."""
+    """Return the tokens of a text, with the special tokens that the tokenizer puts around it."""
     around, alone = tokenizer("a").input_ids, tokenizer("a", add_special_tokens=False).input_ids
     first = next(i for i in range(len(around)) if around[i : i + len(alone)] == alone)
     return [*around[:first], *long_ids(text, tokenizer, num_tokens), *around[first + len(alone) :]]
-
-
-def _opened(input_ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    if input_ids and input_ids[-1] == tokenizer.eos_token_id:  # some tokenizers close every text
-        input_ids.pop()
-    if (
-        len(input_ids) > 1 and input_ids[0] == input_ids[1] == tokenizer.bos_token_id
-    ):  # the text brings its own
-        input_ids.pop(0)
-    return input_ids
 
 
 def _ids_and_offsets(
@@ -152,9 +147,8 @@ def _ids_and_offsets(
 ) -> list[tuple[list[int], list[Span]]]:
     if not any(texts):
         return [([], []) for _ in texts]
-    whole = [text for text in texts if not is_long(text, num_tokens)]
     encoded = tokenizer(
-        whole or [""],
+        [text for text in texts if not is_long(text, num_tokens)] or [""],
         add_special_tokens=False,
         return_offsets_mapping=True,
         verbose=False,
@@ -176,9 +170,10 @@ def _check_characters(text: str) -> None:
             "NUL character", "the text has a NUL character, which no text should. Remove it."
         )
     try:
-        text.encode()
+        text.encode()  # fails for one half of a surrogate pair, which JSON can write
     except UnicodeEncodeError as error:
         raise RowFault(
             "half a character",
-            f"the text has half a character ({error.object[error.start]!r}), as of an emoji cut in two. Remove it.",
+            f"the text has half a character ({error.object[error.start]!r}), as of an emoji cut in "
+            "two. Remove it.",
         ) from None

@@ -22,7 +22,7 @@ from qlora_dist.weights.files import resolve_model_folder
 
 
 def inspect_data(config: TrainConfig, num_shown: int, as_json: bool) -> None:
-    """Read and tokenize the data as training would, and tell what it is like; loads no weights.
+    """Read and tokenize the data as training would, and print facts about it; loads no weights.
 
     Args:
         num_shown: training rows to show with their mask.
@@ -47,27 +47,28 @@ def inspect_data(config: TrainConfig, num_shown: int, as_json: bool) -> None:
     print_warnings(console, facts)
 
 
-_MAX_WIDTH = 120
+_MAX_WIDTH = 120  # longer lines are hard to read
 
 
 def page_console() -> Console:
-    """Standard output, in lines that are not too long to read."""
+    """Return a console on standard output, with lines of at most 120 characters."""
     if isinstance(sys.stdout, TextIOWrapper):
-        sys.stdout.reconfigure(
-            errors="replace"
-        )  # data hold characters that not every terminal can show
+        # Data hold characters that not every terminal can show.
+        sys.stdout.reconfigure(errors="replace")
     console = Console(file=sys.stdout, highlight=False, emoji=False, markup=False)
     console.width = min(console.width, _MAX_WIDTH)
     return console
 
 
 def choose_rows(data: RunData, num_rows: int, seed: int) -> list[tuple[str, Sample]]:
-    """Training rows to show, each with its source, the same for the same seed; sources take turns."""
+    """Return training rows to show, each with its source; sources take turns.
+
+    The rows are a function of the data and the seed.
+    """
     piles = []
-    for report, first, size in zip(
-        data.reports, accumulate(data.sizes, initial=0), data.sizes, strict=False
-    ):
+    firsts = accumulate(data.sizes, initial=0)
+    for report, first, size in zip(data.reports, firsts, data.sizes, strict=False):
         chosen = random.Random(seed).sample(range(first, first + size), min(size, num_rows))
         piles.append([(report.path, index) for index in chosen])
-    in_turn = [one for turn in zip_longest(*piles) for one in turn if one is not None]
+    in_turn = [item for turn in zip_longest(*piles) for item in turn if item is not None]
     return [(path, data.train[index]) for path, index in in_turn[:num_rows]]

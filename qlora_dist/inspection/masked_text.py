@@ -14,43 +14,35 @@ from qlora_dist.config.schema import IGNORE_INDEX
 from qlora_dist.data.samples import Sample
 
 TARGET, CONTEXT, REMARK = "bold green", "dim", "cyan"
-"""Styles of tokens that count in the loss, of the others, and of what is no token."""
-_HEAD, _TAIL = 48, 24
-"""Tokens that are shown at either end of a run of like tokens."""
-_RUNS = 12
-"""Runs that are shown at either end of a row."""
-_FOREIGN = "⟦⟧⟨↵"
-"""Characters that mean something here, and so cannot stand for themselves."""
-_JOINERS = "\u200c\u200d"
-"""Invisible, but part of how some languages and emojis are written."""
+"""Styles of tokens that count in the loss, of the other tokens, and of text that is no token."""
+_HEAD, _TAIL = 48, 24  # tokens that are shown at either end of a run of like tokens
+_RUNS = 12  # runs that are shown at either end of a row
+_FOREIGN = "⟦⟧⟨↵"  # characters with a meaning on the page, which cannot stand for themselves
+_JOINERS = "\u200c\u200d"  # invisible, but part of how some languages and emojis are written
 
 
 def legend(in_color: bool) -> Text:
-    """What the marks mean."""
-    if in_color:
-        return Text.assemble(
-            ("counts in the loss", TARGET),
-            "  ",
-            ("context", CONTEXT),
-            "  ",
-            ("⟨remark⟩", REMARK),
-            "  ↵ end of a line",
-        )
-    return Text("⟦counts in the loss⟧  context  ⟨remark⟩  ↵ end of a line")
+    """Return the meaning of the marks."""
+    if not in_color:
+        return Text("⟦counts in the loss⟧  context  ⟨remark⟩  ↵ end of a line")
+    target, context = ("counts in the loss", TARGET), ("context", CONTEXT)
+    return Text.assemble(target, "  ", context, "  ", ("⟨remark⟩", REMARK), "  ↵ end of a line")
 
 
 def masked_text(sample: Sample, tokenizer: PreTrainedTokenizerBase, in_color: bool) -> Text:
-    """All that is in a row, with the borders of its mask and of the samples in it; long runs lose their middle.
+    """Return a row's text, with the borders of its mask and of its samples.
+
+    Long runs of like tokens, and rows of many runs, lose their middle.
 
     Args:
         in_color: targets have the style TARGET; else they stand between ⟦ and ⟧.
     """
     runs = list(_runs(sample))
+    left_out = runs[_RUNS:-_RUNS]
     text = Text()
     for number, run in enumerate(runs):
         if _RUNS <= number < len(runs) - _RUNS:
             if number == _RUNS:
-                left_out = runs[_RUNS:-_RUNS]
                 num_tokens = left_out[-1].end - left_out[0].first
                 text.append(f"⟨… {len(left_out)} parts, {num_tokens:,} tokens …⟩\n", REMARK)
             continue
@@ -61,18 +53,18 @@ def masked_text(sample: Sample, tokenizer: PreTrainedTokenizerBase, in_color: bo
 
 
 def visible(text: str) -> str:
-    """Text that a terminal cannot take for a command, and in which all that is there can be seen."""
-    return "".join(_visible(character) for character in text)
+    """Return a text with signs for hidden characters, which no terminal takes for a command."""
+    return "".join(map(_visible, text))
 
 
 def _visible(character: str) -> str:
     if character == "\n":
         return "↵\n"
-    is_hidden = (
-        unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp")
-        and character not in "\t" + _JOINERS
-    )
-    return f"⟨U+{ord(character):04X}⟩" if is_hidden or character in _FOREIGN else character
+    # Control, format and surrogate characters, and separators of lines and paragraphs.
+    is_hidden = unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp")
+    if character in _FOREIGN or (is_hidden and character not in "\t" + _JOINERS):
+        return f"⟨U+{ord(character):04X}⟩"
+    return character
 
 
 @dataclass(frozen=True)
@@ -90,9 +82,8 @@ def _runs(sample: Sample) -> Iterator[_Run]:
     keys = []
     for index, label in enumerate(sample.labels):
         number += index in starts
-        keys.append(
-            (number, index > 0 and label != IGNORE_INDEX)
-        )  # nothing comes before the first one
+        # The first token is never predicted: nothing comes before it.
+        keys.append((number, index > 0 and label != IGNORE_INDEX))
     first = 0
     for (_, is_target), members in groupby(keys):
         end = first + len(list(members))
@@ -103,8 +94,8 @@ def _runs(sample: Sample) -> Iterator[_Run]:
 def _border(sample: Sample, first: int) -> str:
     number = sample.starts.index(first)
     end = (*sample.starts[1:], len(sample.input_ids))[number]
-    line_break = "\n" if number else ""
-    return f"{line_break}⟨sample {number + 1} of {len(sample.starts)} in this row: {end - first:,} tokens⟩\n"
+    label = f"sample {number + 1} of {len(sample.starts)} in this row: {end - first:,} tokens"
+    return ("\n" if number else "") + f"⟨{label}⟩\n"
 
 
 def _append(
@@ -124,22 +115,23 @@ def _append(
 
 
 _CONTEXT_TOKENS = 4
-"""Decoded together with what follows them: some tokenizers drop the space that a text begins with."""
 
 
 def decoded(ids: list[int], first: int, end: int, tokenizer: PreTrainedTokenizerBase) -> str:
-    """What the tokens from `first` to `end` (exclusive) add to the text before them; special tokens by their names."""
+    """Return the text that tokens `first` to `end` (exclusive) add to the text before them.
+
+    Special tokens are there by their names.
+    """
+    # With some tokens before: some tokenizers drop the space that a text begins with.
     start = max(0, first - _CONTEXT_TOKENS)
     before, through = _decode(ids[start:first], tokenizer), _decode(ids[start:end], tokenizer)
-    # A character may be cut in two by the border; then its first part alone is no text.
-    return (
-        through[len(before) :] if through.startswith(before) else _decode(ids[first:end], tokenizer)
-    )
+    if through.startswith(before):
+        return through[len(before) :]
+    # The border cuts a character in two; then its first part alone is no text.
+    return _decode(ids[first:end], tokenizer)
 
 
 def _decode(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
-    return (
-        str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
-        if ids
-        else ""
-    )
+    if not ids:
+        return ""
+    return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))

@@ -1,4 +1,4 @@
-"""The page that `qlora-dist data` prints: for a terminal, and as well for a log file."""
+"""The page that `qlora-dist data` prints, for a terminal and for a log file."""
 
 from __future__ import annotations
 
@@ -16,21 +16,19 @@ _INDENT = 2
 
 
 def print_facts(console: Console, facts: Facts) -> None:
-    """Sources, lengths, batches."""
+    """Print sources, lengths and batches."""
     _print_sources(console, facts)
-    _print_heading(console, "Training samples")
-    _print_totals(console, facts.train)
+    _print_totals(console, "Training samples", facts.train)
     _print_lengths(console, facts.train)
     if facts.eval is not None:
-        _print_heading(console, "Evaluation samples")
-        _print_totals(console, facts.eval)
+        _print_totals(console, "Evaluation samples", facts.eval)
     _print_batches(console, facts)
 
 
 def print_samples(
     console: Console, rows: Sequence[tuple[str, Sample]], tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """Rows, each with the source that it is from, and their mask; what is data stands right of a line."""
+    """Print rows with their mask, each below its source; the data are right of a vertical line."""
     if not rows:
         return
     in_color = console.color_system is not None and not console.no_color
@@ -45,24 +43,22 @@ def print_samples(
         if text.plain.endswith("\n"):
             text.right_crop()
         for line in text.wrap(console, console.width - 2 * _INDENT, overflow="fold"):
+            # `soft_wrap`: the line is wrapped already, so rich must neither wrap nor crop it.
             console.print(Text.assemble("  ", ("│ ", "cyan"), line), soft_wrap=True)
 
 
 def print_warnings(console: Console, facts: Facts) -> None:
-    """What may be a mistake, or that nothing was found."""
+    """Print likely mistakes, or that nothing was found."""
     _print_heading(console, "Worth a look")
+    nothing = "Nothing: no sample twice, none both trained and evaluated on, no empty answer."
     found = warnings(facts)
     for sentence in found:
         _print(console, sentence, mark="! ")
     if not found:
-        _print(
-            console,
-            "Nothing: no sample twice, none both trained and evaluated on, no empty answer.",
-        )
+        _print(console, nothing)
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Sections.
+# -- Sections.
 
 
 def _print_sources(console: Console, facts: Facts) -> None:
@@ -75,44 +71,34 @@ def _print_sources(console: Console, facts: Facts) -> None:
             _print(console, line, indent=2 * _INDENT)
 
 
-_FAULTY = "left out as faulty"
-
-
 def source_lines(source: SourceFacts, max_seq_len: int, is_one_of_several: bool) -> list[str]:
-    """What became of a source's rows, a sentence each."""
-    report = source.report
+    """Return the account of a source's rows, a sentence a line."""
+    report, weight, share = source.report, source.weight, source.epoch_share
     lines = [
         f"{report.num_rows:,} rows of format {report.format} → {report.num_samples:,} samples",
-        f"{report.num_tokens:,} tokens, {report.num_targets / report.num_tokens:.1%} of them targets",
+        f"{report.num_tokens:,} tokens, {report.num_targets / report.num_tokens:.1%} of them "
+        "targets",
     ]
-    if (
-        source.weight is not None
-        and source.epoch_share is not None
-        and (is_one_of_several or source.weight != 1)
+    if weight is not None and share is not None and (is_one_of_several or weight != 1):
+        lines.append(f"weight {weight:g}: {share:.1%} of an epoch's tokens")
+    for count, fate, end in (
+        (report.num_cut, f"cut to {max_seq_len:,} tokens", ""),
+        (report.num_split, f"split into samples of {max_seq_len:,} tokens", ""),
+        (report.num_too_long, f"dropped: longer than {max_seq_len:,} tokens", ""),
+        (report.num_without_targets, f"dropped: no target within {max_seq_len:,} tokens", ""),
+        (report.faulty.num_rows, "left out as faulty", ":"),  # the reasons follow
     ):
-        lines.append(f"weight {source.weight:g}: {source.epoch_share:.1%} of an epoch's tokens")
-    lines += [
-        f"{count:,} {what} ({count / report.num_rows:.1%})" + (":" if what == _FAULTY else "")
-        for count, what in (
-            (report.num_cut, f"cut to {max_seq_len:,} tokens"),
-            (report.num_split, f"split into samples of {max_seq_len:,} tokens"),
-            (report.num_too_long, f"dropped: longer than {max_seq_len:,} tokens"),
-            (report.num_without_targets, f"dropped: no target within {max_seq_len:,} tokens"),
-            (report.faulty.num_rows, _FAULTY),
-        )
-        if count
-    ]
-    ordered = sorted(report.faulty.reasons.items(), key=lambda item: -item[1][0])
-    return lines + [
-        f"  {n:,} x {visible(reason)}, first: {visible(where)}" for reason, (n, where) in ordered
-    ]
+        if count:
+            lines.append(f"{count:,} {fate} ({count / report.num_rows:.1%}){end}")
+    for reason, count, where in report.faulty.most_frequent():
+        lines.append(f"  {count:,} x {visible(reason)}, first: {visible(where)}")
+    return lines
 
 
-def _print_totals(console: Console, part: PartFacts) -> None:
-    _print(
-        console,
-        f"{part.num_samples:,} samples, {part.num_tokens:,} tokens, {part.num_targets:,} of them targets",
-    )
+def _print_totals(console: Console, title: str, part: PartFacts) -> None:
+    _print_heading(console, title)
+    size = f"{part.num_samples:,} samples, {part.num_tokens:,} tokens"
+    _print(console, f"{size}, {part.num_targets:,} of them targets")
     rows = [
         [name, *(f"{value:,}" for value in (spread.p50, spread.p90, spread.p99, spread.max))]
         for name, spread in (
@@ -132,11 +118,8 @@ def _print_lengths(console: Console, part: PartFacts) -> None:
         f"{visible(repr(opening.text))} ({opening.num_samples / part.num_samples:.0%})"
         for opening in part.openings
     )
-    _print(
-        console,
-        f"{part.num_answers:,} answers, {part.num_answers_of_one_token:,} of them a single token. "
-        f"Most often they begin with {openings}.",
-    )
+    answers = f"{part.num_answers:,} answers, {part.num_answers_of_one_token:,} of them"
+    _print(console, f"{answers} a single token. Most often they begin with {openings}.")
 
 
 _MAX_BAR = 40
@@ -144,20 +127,24 @@ _EIGHTHS = " ▏▎▍▌▋▊▉"
 
 
 def bars(part: PartFacts, width: int) -> list[str]:
-    """The histogram of lengths as lines of at most `width` characters; what is at the limit has one of its own."""
+    """Return the histogram of lengths as lines of at most `width` characters.
+
+    A last line counts the samples at the limit, if there are any.
+    """
     limit = part.histogram[-1].last
     rows = [(f"{bin.first:,}-{bin.last:,}", bin.num_samples) for bin in part.histogram]
     labels = max(len(label) for label, _ in rows)
-    numbers = max(len(f"{count:,}") for _, count in rows)
-    longest = max(1, min(_MAX_BAR, width - labels - numbers - 10))
     most = max(count for _, count in rows)
+    numbers = len(f"{most:,}")
+    # Ten characters for the rule, the percentage and the spaces.
+    longest = max(1, min(_MAX_BAR, width - labels - numbers - 10))
     lines = []
     for label, count in rows:
+        # At least an eighth of a character, so that no sample is invisible.
         eighths = max(round(8 * longest * count / most), 1 if count else 0)
         bar = ("█" * (eighths // 8) + _EIGHTHS[eighths % 8]).strip()
-        lines.append(
-            f"{label:>{labels}} │{bar:<{longest}} {count:>{numbers},} {count / part.num_samples:>6.1%}".rstrip()
-        )
+        share = f"{count / part.num_samples:>6.1%}"
+        lines.append(f"{label:>{labels}} │{bar:<{longest}} {count:>{numbers},} {share}")
     if part.num_at_limit:
         lines.append(f"at the limit of {limit:,} tokens: {part.num_at_limit:,}")
     return lines
@@ -166,37 +153,27 @@ def bars(part: PartFacts, width: int) -> list[str]:
 def _print_batches(console: Console, facts: Facts) -> None:
     run, configured = facts.run, facts.configured
     _print_heading(console, "Batches")
-    _print(
-        console,
-        f"micro_batch_size {run.micro_batch_size:,} x grad_accum_steps {run.grad_accum_steps:,} x 1 process = "
-        f"{run.num_rows_per_step:,} rows a step",
-    )
-    cells = [_batching_cells(batching) for batching in facts.batchings]
-    _print_table(
-        console, [["", "padding", "rows an epoch", "steps an epoch", "tokens a step"], *cells]
-    )
+    sizes = f"micro_batch_size {run.micro_batch_size:,} x grad_accum_steps {run.grad_accum_steps:,}"
+    _print(console, f"{sizes} x 1 process = {run.num_rows_per_step:,} rows a step")
+    head = ["", "padding", "rows an epoch", "steps an epoch", "tokens a step"]
+    _print_table(console, [head, *map(_batching_cells, facts.batchings)])
     console.print()
     if configured.arrangement == "packing":
         fill = configured.num_tokens / (configured.num_rows * run.max_seq_len)
         _print(console, f"Packed rows are {fill:.1%} full.")
-    _print(
-        console,
-        f"An epoch has {configured.num_tokens:,} tokens, {run.num_targets_per_epoch:,} of them targets. "
-        f"The run takes {run.num_steps:,} steps, {run.epochs:.3g} epochs.",
-    )
+    epoch = f"{configured.num_tokens:,} tokens, {run.num_targets_per_epoch:,} of them targets"
+    length = f"{run.num_steps:,} steps, {run.epochs:.3g} epochs"
+    _print(console, f"An epoch has {epoch}. The run takes {length}.")
 
 
 _CHOSEN = "▸ "
-_ARRANGEMENTS = {
-    "shuffled": "one sample a row",
-    "group_by_length": "group_by_length",
-    "packing": "packing",
-}
 
 
 def _batching_cells(batching: Batching) -> list[str]:
+    name = batching.arrangement
     return [
-        (_CHOSEN if batching.is_configured else "  ") + _ARRANGEMENTS[batching.arrangement],
+        (_CHOSEN if batching.is_configured else "  ")
+        + ("one sample a row" if name == "shuffled" else name),
         f"{batching.padding:.1%}",
         f"{batching.num_rows:,}",
         f"{batching.num_steps:,}",
@@ -204,24 +181,23 @@ def _batching_cells(batching: Batching) -> list[str]:
     ]
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# What may be a mistake.
+# -- Likely mistakes.
 
-_MANY_CUT = 0.05
-_MUCH_PADDING = 0.2
+_MANY_CUT = 0.05  # share of a source's rows
+_MUCH_PADDING = 0.2  # share of computed tokens that the best arrangement would save
 
 
 def warnings(facts: Facts) -> list[str]:
-    """Sentences about what is often a mistake in the data, with what to do."""
+    """Return sentences about likely mistakes in the data, each with a remedy."""
     found = [
         _about_repeats(facts.train),
         _about_leak(facts),
         _about_answers("training", facts.train),
+        _about_answers("evaluation", facts.eval) if facts.eval is not None else "",
+        *(_about_cuts(source, facts.run.max_seq_len) for source in facts.sources),
+        _about_padding(facts),
+        _about_short_epoch(facts),
     ]
-    if facts.eval is not None:
-        found.append(_about_answers("evaluation", facts.eval))
-    found += [_about_cuts(source, facts.run.max_seq_len) for source in facts.sources]
-    found += [_about_padding(facts), _about_short_epoch(facts)]
     return [sentence for sentence in found if sentence]
 
 
@@ -229,9 +205,9 @@ def _about_repeats(part: PartFacts) -> str:
     if part.most_repeated is None:
         return ""
     return (
-        f"{part.num_repeats:,} training samples ({part.num_repeats / part.num_samples:.1%}) are copies of others, "
-        f"token for token. One comes {part.most_repeated_times:,} times; its answer: "
-        f"{visible(repr(part.most_repeated))}. Remove the copies, unless they are meant."
+        f"{part.num_repeats:,} training samples ({part.num_repeats / part.num_samples:.1%}) are "
+        f"copies of others, token for token. One comes {part.most_repeated_times:,} times; its "
+        f"answer: {visible(repr(part.most_repeated))}. Remove the copies, unless they are meant."
     )
 
 
@@ -239,8 +215,8 @@ def _about_leak(facts: Facts) -> str:
     if facts.leak is None or facts.eval is None:
         return ""
     sentences = [
-        f"{count:,} of {facts.eval.num_samples:,} evaluation samples {what}."
-        for count, what in (
+        f"{count:,} of {facts.eval.num_samples:,} evaluation samples {fault}."
+        for count, fault in (
             (facts.leak.num_samples, "are training samples as well, token for token"),
             (facts.leak.num_prompts, "have the prompt of a training sample, with another answer"),
         )
@@ -254,13 +230,13 @@ def _about_answers(name: str, part: PartFacts) -> str:
     sentences = []
     if part.num_empty_answers:
         sentences.append(
-            f"{part.num_empty_answers:,} of {part.num_answers:,} answers in {name} samples are empty, which teaches "
-            "to say nothing. Remove these rows."
+            f"{part.num_empty_answers:,} of {part.num_answers:,} answers in {name} samples are "
+            "empty, which teaches to say nothing. Remove these rows."
         )
     if 2 * part.num_open > part.num_samples:
         sentences.append(
-            f"{part.num_open:,} of {part.num_samples:,} {name} samples end without an end token, which teaches to go "
-            "on and on. Check the chat template, or raise data.max_seq_len."
+            f"{part.num_open:,} of {part.num_samples:,} {name} samples end without an end token, "
+            "which teaches to go on and on. Check the chat template, or raise data.max_seq_len."
         )
     return " ".join(sentences)
 
@@ -271,8 +247,8 @@ def _about_cuts(source: SourceFacts, max_seq_len: int) -> str:
     if num_lost < _MANY_CUT * report.num_rows:
         return ""
     return (
-        f"{num_lost:,} of {report.num_rows:,} rows of {visible(report.path)} lose tokens or are dropped at "
-        f"data.max_seq_len ({max_seq_len:,}). Raise it, unless that is meant."
+        f"{num_lost:,} of {report.num_rows:,} rows of {visible(report.path)} lose tokens or are "
+        f"dropped at data.max_seq_len ({max_seq_len:,}). Raise it, unless that is meant."
     )
 
 
@@ -280,13 +256,13 @@ def _about_padding(facts: Facts) -> str:
     configured, best = facts.configured, min(facts.batchings, key=lambda batching: batching.padding)
     if configured.padding - best.padding < _MUCH_PADDING:
         return ""
+    # A packed row holds the tokens of several samples, so it takes the memory of several rows.
     hint = "; lower optim.micro_batch_size with it" if best.arrangement == "packing" else ""
-    instead = (
-        "" if configured.arrangement == "shuffled" else f" instead of data.{configured.arrangement}"
-    )
+    is_plain = configured.arrangement == "shuffled"
+    instead = "" if is_plain else f" instead of data.{configured.arrangement}"
     return (
-        f"{configured.padding:.0%} of what is computed is padding. data.{best.arrangement}: true{instead} makes that "
-        f"{best.padding:.0%}{hint}."
+        f"{configured.padding:.0%} of what is computed is padding. data.{best.arrangement}: "
+        f"true{instead} makes that {best.padding:.0%}{hint}."
     )
 
 
@@ -300,8 +276,7 @@ def _about_short_epoch(facts: Facts) -> str:
     )
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Drawing.
+# -- Drawing.
 
 
 def _print_heading(console: Console, title: str) -> None:
@@ -312,7 +287,7 @@ def _print_heading(console: Console, title: str) -> None:
 def _print(
     console: Console, text: str | Text, style: str = "", indent: int = _INDENT, mark: str = ""
 ) -> None:
-    """Print below a heading, in lines that all begin where the first one does."""
+    """Print below a heading, in lines that all begin at the same column."""
     whole = Text(text, style) if isinstance(text, str) else text
     for line in whole.wrap(console, console.width - indent - len(mark) - _INDENT):
         line.rstrip()
@@ -321,11 +296,9 @@ def _print(
 
 
 def _print_table(console: Console, rows: list[list[str]]) -> None:
-    """Print rows of cells; the first row is a heading, and the row that is marked stands out."""
+    """Print rows of cells; the first row is a heading, and the row of _CHOSEN stands out."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for number, cells in enumerate(rows):
-        padded = [cells[0].ljust(widths[0])] + [
-            cell.rjust(n) for cell, n in zip(cells[1:], widths[1:], strict=True)
-        ]
-        style = "dim" if number == 0 else "bold" if cells[0].startswith(_CHOSEN) else ""
-        _print(console, "  ".join(padded), style)
+    for number, (name, *cells) in enumerate(rows):
+        aligned = [cell.rjust(n) for cell, n in zip(cells, widths[1:], strict=True)]
+        style = "dim" if number == 0 else "bold" if name.startswith(_CHOSEN) else ""
+        _print(console, "  ".join([name.ljust(widths[0]), *aligned]), style)

@@ -1,4 +1,4 @@
-"""One pass over tokenized samples: what only their tokens tell, in a few bytes per sample."""
+"""A single pass over tokenized samples, with a few bytes of results per sample."""
 
 from __future__ import annotations
 
@@ -12,36 +12,35 @@ from numpy.typing import NDArray
 
 from qlora_dist.data.samples import Rows
 
-_HASH_BYTES = 8
-"""Of each sample: among ten million different ones, two get the same with a probability of 3e-6."""
+_HASH_BYTES = 8  # of ten million different samples, two collide with a probability of 3e-6
 _SHOW_EVERY = 10_000
+
+_Mask = NDArray[np.bool_]
 
 
 @dataclass
 class Answers:
-    """Runs of targets, in a chat the assistant's turns; tokens such as the one that ends a turn are special."""
+    """Counts of answers: runs of targets, which in a chat are the assistant's turns.
+
+    Special tokens, such as the token that ends a turn, are no text of an answer.
+    """
 
     num_answers: int = 0
     num_empty: int = 0
-    """Those that hold special tokens only."""
+    """Answers of special tokens only."""
     num_of_one_token: int = 0
-    """Those that hold one other token."""
+    """Answers with exactly one other token."""
     num_open: int = 0
     """Samples whose last target is no special token, so that they do not teach to stop."""
     openings: Counter[int] = field(default_factory=Counter)
-    """How many samples begin to answer with this token."""
+    """Number of samples that begin to answer with each token id."""
 
-    def count(
-        self,
-        tokens: NDArray[np.generic],
-        is_target: NDArray[np.bool_],
-        is_special: NDArray[np.bool_],
-    ) -> None:
-        """One more sample. Each array: (num_tokens,), but `is_special` is by token id."""
+    def count(self, tokens: NDArray[np.generic], is_target: _Mask, is_special: _Mask) -> None:
+        """Add a sample. Each array: (num_tokens,), except `is_special` by token id."""
         borders = np.flatnonzero(np.diff(is_target, prepend=False, append=False))
-        firsts, ends = borders[::2], borders[1::2]
+        firsts, ends = borders[::2], borders[1::2]  # (num_answers,) each
         ordinary = ~is_special[tokens]
-        num_ordinary = np.add.reduceat(ordinary & is_target, firsts)
+        num_ordinary = np.add.reduceat(ordinary & is_target, firsts)  # (num_answers,)
         self.num_answers += len(firsts)
         self.num_empty += int((num_ordinary == 0).sum())
         self.num_of_one_token += int((num_ordinary == 1).sum())
@@ -51,44 +50,40 @@ class Answers:
 
 @dataclass(frozen=True)
 class Scan:
-    """What a pass over samples found."""
+    """Results of a pass over samples."""
 
     hashes: NDArray[np.uint64]
-    """Of the tokens of each sample: equal samples have equal ones. (num_samples,)"""
+    """Hash of the tokens of each sample: equal samples have equal hashes. (num_samples,)"""
     prompt_hashes: NDArray[np.uint64]
-    """Of what stands before the first target, 0 where that is less than two tokens. (num_samples,)"""
+    """Hash of the tokens before the first target, 0 if these are less than two. (num_samples,)"""
     num_targets: NDArray[np.int64]
-    """Of each sample. (num_samples,)"""
+    """Targets of each sample. (num_samples,)"""
     answers: Answers
 
 
-def scan(
-    rows: Rows, is_special: NDArray[np.bool_], show: Callable[[str], None] = lambda text: None
-) -> Scan:
-    """Look at every sample once; only one is in memory at a time.
+def scan(rows: Rows, is_special: _Mask, show: Callable[[str], None] = lambda text: None) -> Scan:
+    """Look at every sample once; a single sample is in memory at a time.
 
     Args:
-        is_special: by token id. (vocab_size,)
-        show: is called with a line about how far things are, every now and then.
+        is_special: mask of the special tokens by token id. (vocab_size,)
+        show: is called with a line about the progress, every now and then.
     """
     num = rows.num_samples
-    found = Scan(
-        np.zeros(num, np.uint64), np.zeros(num, np.uint64), np.zeros(num, np.int64), Answers()
-    )
+    hashes, prompts = np.zeros((2, num), np.uint64)
+    num_targets, answers = np.zeros(num, np.int64), Answers()
     for number, (tokens, targets) in enumerate(rows.arrays()):
         is_target = np.array(targets, dtype=np.bool_)
         is_target[0] = False  # nothing comes before it that it could be predicted from
         first = int(is_target.argmax())
-        found.hashes[number] = _hash(tokens)
-        found.prompt_hashes[number] = _hash(tokens[:first]) if first > 1 else 0
-        found.num_targets[number] = is_target.sum()
-        found.answers.count(tokens, is_target, is_special)
+        hashes[number] = _hash(tokens)
+        prompts[number] = _hash(tokens[:first]) if first > 1 else 0  # a lone start token is none
+        num_targets[number] = is_target.sum()
+        answers.count(tokens, is_target, is_special)
         if number % _SHOW_EVERY == 0:
             show(f"looking at samples: {number:,} of {num:,}")
-    return found
+    return Scan(hashes, prompts, num_targets, answers)
 
 
 def _hash(tokens: NDArray[np.generic]) -> int:
-    return int.from_bytes(
-        hashlib.blake2b(tokens.tobytes(), digest_size=_HASH_BYTES).digest(), "little"
-    )
+    digest = hashlib.blake2b(tokens.tobytes(), digest_size=_HASH_BYTES).digest()
+    return int.from_bytes(digest, "little")

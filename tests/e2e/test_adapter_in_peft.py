@@ -1,4 +1,4 @@
-"""The saved adapter is an ordinary PEFT adapter: a stock transformers model gives this program's logits with it."""
+"""The saved adapter is an ordinary PEFT adapter: stock transformers gives this program's logits."""
 
 import dataclasses
 from pathlib import Path
@@ -18,7 +18,7 @@ from tests.support.command import run_command, run_rows, write_config
 
 
 def config_of_run(root: Path, model: Path, data: Path, adapter: dict, max_steps: int) -> Path:
-    """The config file of a float32 run with a held-out part; it writes to `root`/out."""
+    """Write the config file of a float32 run with a held-out part; it writes to `root`/out."""
     return write_config(
         root / "config.yaml",
         output_dir=str(root / "out"),
@@ -42,8 +42,10 @@ def run(request, tmp_path_factory, tiny_llama: Path, chat_file: Path) -> Path:
 
 
 def test_stock_peft_gives_the_same_logits(run: Path, tiny_llama: Path, tokenizer) -> None:
-    """`PeftModel.from_pretrained` on a stock 4-bit transformers model gives our logits to 1e-3 in float32, and they
-    are not the base model's."""
+    """Our logits, to 1e-3 in float32, are those of the adapter on a stock 4-bit transformers model.
+
+    It is loaded with `PeftModel.from_pretrained`, and its logits are not the base model's.
+    """
     ids = tokenizer("the quick brown fox jumps over the lazy dog", return_tensors="pt").input_ids
     runtime = start_runtime(seed=0, dtype="float32")
     reporter = Reporter(is_main=False)
@@ -80,8 +82,10 @@ def test_evaluation_improved_and_is_reproduced(run: Path) -> None:
 def test_a_run_continues_from_an_adapter(
     run: Path, tmp_path: Path, tiny_llama: Path, chat_file: Path
 ) -> None:
-    """Its first evaluation is the last one of the run that made the adapter, on another number of ranks; it has that
-    adapter's settings, and goes on from there."""
+    """A run from an adapter begins with the last evaluation of the run that made the adapter.
+
+    It has another number of ranks, takes the adapter's settings, and improves from there.
+    """
     before = [row for row in run_rows(run) if "eval_loss" in row][-1]["eval_loss"]
     continued = {"path": str(run / "adapter")}
     train(load_config(config_of_run(tmp_path, tiny_llama, chat_file, continued, max_steps=3)))

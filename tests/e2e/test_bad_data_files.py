@@ -1,4 +1,4 @@
-"""Bad data files through the command line: one message that names file, line and remedy, and nothing is written."""
+"""Bad data files on the command line: a message with file, line and remedy, nothing written."""
 
 import gzip
 import json
@@ -190,7 +190,7 @@ BAD_FILES: dict[str, tuple[str, bytes, tuple[str, ...]]] = {
 
 @pytest.mark.parametrize("what", BAD_FILES)
 def test_a_broken_file_is_explained(tmp_path: Path, run: dict, what: str) -> None:
-    """The message names the setting, the file, the line where there are lines, and the remedy."""
+    """The message names the setting, the file, the line if there are lines, and the remedy."""
     name, content, words = BAD_FILES[what]
     (tmp_path / name).write_bytes(content)
     check_refused(
@@ -199,7 +199,7 @@ def test_a_broken_file_is_explained(tmp_path: Path, run: dict, what: str) -> Non
 
 
 def test_a_broken_evaluation_file_is_explained(tmp_path: Path, run: dict) -> None:
-    """Under its own setting; what was tokenized before it stays for the next run."""
+    """Its own setting is named; data tokenized before it stays for the next run."""
     (tmp_path / "d.jsonl").write_bytes(ROW + b"\n{\n")
     done = train(run, eval=str(tmp_path / "d.jsonl"))
     check_cache(run, num_entries=1)
@@ -207,7 +207,7 @@ def test_a_broken_evaluation_file_is_explained(tmp_path: Path, run: dict) -> Non
     check_refused(done, run, f"data.eval {tmp_path / 'd.jsonl'}, line 2: not valid JSON")
 
 
-# -- files that are there, but are no data
+# -- paths that are no data files
 
 
 def pipe(folder: Path) -> str:
@@ -274,7 +274,7 @@ NO_FILES: dict[Callable[[Path], str], tuple[str, ...]] = {
 def test_what_cannot_be_opened_is_explained(
     tmp_path: Path, run: dict, make: Callable[[Path], str]
 ) -> None:
-    """Pipes and devices are not waited for, and links and permissions are told apart."""
+    """Pipes and devices are not waited for; links and permissions have messages of their own."""
     (tmp_path / "data").mkdir()
     done = train(run, obey_permissions, train=make(tmp_path / "data"))
     (tmp_path / "data").chmod(0o755)
@@ -282,7 +282,7 @@ def test_what_cannot_be_opened_is_explained(
 
 
 def test_folders_that_contain_themselves(tmp_path: Path, run: dict) -> None:
-    """Links in circles, of which there are two here, are not followed: each file is read once."""
+    """Two links in circles are not followed: each file is read once."""
     folder = tmp_path / "data"
     (folder / "inner").mkdir(parents=True)
     (folder / "inner" / "d.jsonl").write_bytes(lines(*PLAIN))
@@ -299,7 +299,7 @@ def append(file: Path) -> None:
 
 
 def swap(file: Path) -> None:
-    """Another file of the same size and time under the same name."""
+    """Replace a file by another of equal size, time and name."""
     status = file.stat()
     file.with_suffix(".new").write_bytes(file.read_bytes()[::-1].replace(b"\n", b" "))
     os.utime(file.with_suffix(".new"), ns=(status.st_atime_ns, status.st_mtime_ns))
@@ -320,7 +320,7 @@ def swap(file: Path) -> None:
 def test_a_file_that_changes_meanwhile(
     tmp_path: Path, run: dict, action: Callable[[Path], None], function: str, words: tuple[str, ...]
 ) -> None:
-    """Rows that were read while somebody wrote them are not trained on, nor kept under the name of what was there."""
+    """Rows read while the file is written are not trained on, nor cached as earlier contents."""
     file = tmp_path / "d.jsonl"
     file.write_bytes(lines(*PLAIN))
     owner, _, name = f"qlora_dist.data.cache.{function}".rpartition(".")
@@ -334,7 +334,7 @@ def test_a_file_that_changes_meanwhile(
 
 
 def test_as_a_command(tmp_path: Path, run: dict) -> None:
-    """A process of its own, as a user starts it, says the same and ends alike."""
+    """A process of its own, as a user starts it, gives the message and the exit code."""
     (tmp_path / "d.parquet").write_bytes(half(table("parquet")))
     run["data"]["train"] = str(tmp_path / "d.parquet")
     done = run_command("train", write_config(tmp_path / "config.yaml", **run))

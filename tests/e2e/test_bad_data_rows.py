@@ -1,4 +1,4 @@
-"""Rows that cannot be used, through the command line: left out and counted, or too many of them; long ones are cut."""
+"""Rows that cannot be used, through the command line: left out and counted, cut, or refused."""
 
 import json
 import resource
@@ -86,8 +86,11 @@ BAD_ROWS: dict[str, tuple[dict, str, str]] = {
 
 @pytest.mark.parametrize("what", BAD_ROWS)
 def test_a_faulty_row_is_counted_or_stops_the_run(tmp_path: Path, run: dict, what: str) -> None:
-    """Two of 42 rows: within a max_bad_fraction of 0.05 they are left out, and shown with the reason, their number and
-    the first one; within 0.04 they are too many, and the message is about the first."""
+    """Two faulty rows of 42 pass a max_bad_fraction of 0.05, and stop a run with 0.04.
+
+    Those that pass are shown with reason, number and first place; the message of a stop is
+    about the first one.
+    """
     row, reason, words = BAD_ROWS[what]
     file = tmp_path / "d.jsonl"
     text = "".join(json.dumps(row) + "\n" for row in [*CHATS[:4], row, *CHATS[4:], row])
@@ -101,16 +104,19 @@ def test_a_faulty_row_is_counted_or_stops_the_run(tmp_path: Path, run: dict, wha
 
 
 def test_several_reasons_are_counted_apart(tmp_path: Path, run: dict) -> None:
-    """The most frequent first."""
+    """Reasons are counted apart, the most frequent first."""
     file = tmp_path / "d.jsonl"
     bad = [BAD_ROWS[what][0] for what in ("no answer", "nothing", "an empty list")]
     file.write_bytes(lines(*CHATS * 2, *bad))
-    shown = f"3 faulty rows left out: empty row: 2 (first: {file}, row 82), no assistant turn: 1 ({file}, row 81)"
+    shown = (
+        f"3 faulty rows left out: empty row: 2 (first: {file}, row 82), "
+        f"no assistant turn: 1 ({file}, row 81)"
+    )
     check_trained(train(run, train=str(file)), run, shown)
 
 
 def test_only_faulty_rows(tmp_path: Path, run: dict) -> None:
-    """There is nothing to train on, whatever may be faulty."""
+    """A file of faulty rows only is refused, whatever share of faulty rows may pass."""
     file = tmp_path / "d.jsonl"
     file.write_bytes(lines(*[chat(ASKED)] * 3))
     check_refused(
@@ -127,7 +133,10 @@ def test_only_faulty_rows(tmp_path: Path, run: dict) -> None:
 def test_exactly_as_many_as_may_be(
     tmp_path: Path, run: dict, fraction: float, num_bad: int, num_rows: int
 ) -> None:
-    """`max_bad_fraction` means the decimal number that was written: 0.29 of 100 rows are 29, and 30 are too many."""
+    """`max_bad_fraction` is the decimal number as written: of 100 rows, 0.29 lets 29 pass.
+
+    With 30, the run is refused.
+    """
     file = tmp_path / "d.jsonl"
     file.write_bytes(lines(*[CHATS[0]] * (num_rows - num_bad), *[chat(ASKED)] * num_bad))
     check_trained(
@@ -144,7 +153,7 @@ def test_exactly_as_many_as_may_be(
 
 
 def test_numbers_instead_of_text(tmp_path: Path, run: dict) -> None:
-    """JSON numbers are no text; in a CSV file all cells are."""
+    """JSON numbers are no text; CSV cells always are."""
     (tmp_path / "d.jsonl").write_bytes(lines({"prompt": 1, "completion": 2}))
     (tmp_path / "d.csv").write_text("prompt,completion\n1,2\n")
     done = train(run, train=str(tmp_path / "d.jsonl"))
@@ -170,13 +179,13 @@ def test_numbers_instead_of_text(tmp_path: Path, run: dict) -> None:
     ],
 )
 def test_what_is_unusual_but_right(tmp_path: Path, run: dict, name: str, content: bytes) -> None:
-    """Byte order marks and CRLF are how editors on Windows write; columns that nothing needs do not matter."""
+    """Byte order marks, CRLF, as of editors on Windows, and columns without a use do not matter."""
     (tmp_path / name).write_bytes(content)
     check_trained(train(run, train=str(tmp_path / name)), run, "prompt_completion, 40 rows")
 
 
 def test_rows_without_a_target_left(tmp_path: Path, run: dict) -> None:
-    """Where the question alone fills the row, nothing is left to learn: counted; if it is so in all rows, refused."""
+    """Rows filled by their question are counted, and refused if all rows are."""
     file = tmp_path / "d.jsonl"
     long = chat(("user", "why? " * 100), ANSWERED)
     file.write_bytes(lines(*CHATS, long, long))
@@ -191,7 +200,7 @@ def test_rows_without_a_target_left(tmp_path: Path, run: dict) -> None:
     check_refused(train(run, train=str(file)), run, *words)
 
 
-# -- templates that do not do what they should
+# -- templates that do not fit
 
 MESSAGES = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -221,7 +230,7 @@ TEMPLATES: dict[str, tuple[str, str]] = {
 
 @pytest.mark.parametrize("what", TEMPLATES)
 def test_a_template_that_does_not_fit(tmp_path: Path, run: dict, what: str) -> None:
-    """One message about the first row, not a traceback out of Jinja and not an adapter that learned something else."""
+    """A template that refuses the rows gives one message, on the first of them, and no adapter."""
     template, words = TEMPLATES[what]
     model = shutil.copytree(run["model"]["path"], tmp_path / "model")
     (model / "chat_template.jinja").write_text(template)
@@ -234,7 +243,7 @@ def test_a_template_that_does_not_fit(tmp_path: Path, run: dict, what: str) -> N
 
 
 def test_a_template_that_is_no_jinja(tmp_path: Path, run: dict) -> None:
-    """Found before any row is looked at, with its line."""
+    """A template with a syntax error is refused with its line before any row is read."""
     model = shutil.copytree(run["model"]["path"], tmp_path / "model")
     (model / "chat_template.jinja").write_text("{% for m in messages %}")
     run["model"]["path"] = str(model)
@@ -252,7 +261,7 @@ def test_a_template_that_is_no_jinja(tmp_path: Path, run: dict) -> None:
 
 
 def limit(num_bytes: int, seconds: int) -> None:
-    """Let this process have so much address space more than it has now, and take so much processor time in all."""
+    """Let this process have `num_bytes` more address space, and `seconds` of processor time."""
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, resource.RLIM_INFINITY))
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     resource.setrlimit(
@@ -263,8 +272,10 @@ def limit(num_bytes: int, seconds: int) -> None:
 @pytest.mark.parametrize("layout", ["chat", "text"])
 @pytest.mark.parametrize("too_long", ["truncate_end", "drop"])
 def test_a_row_of_fifty_megabytes(tmp_path: Path, run: dict, layout: str, too_long: str) -> None:
-    """It is one long row: cut or dropped, and counted, within 10 s of processor time and a gigabyte; whole, its tokens
-    would take nine."""
+    """A row of 50 MB is cut or dropped, and counted, within 10 s of processor time and 1 GB.
+
+    Tokenized whole, it would take nine.
+    """
     text = "the quick brown fox " * 2_500_000
     row = chat(ASKED, ("assistant", text)) if layout == "chat" else {"text": text}
     file = tmp_path / "d.jsonl"
@@ -280,7 +291,7 @@ def test_a_row_of_fifty_megabytes(tmp_path: Path, run: dict, layout: str, too_lo
 
 
 def test_a_tokenizer_of_another_model(tmp_path: Path, run: dict) -> None:
-    """Tokens that the model has no embedding for are found before training, with how many there are and it has."""
+    """Tokens without an embedding are found before training; the message has both sizes."""
     from transformers import AutoTokenizer
 
     model = shutil.copytree(run["model"]["path"], tmp_path / "model")

@@ -1,4 +1,4 @@
-"""Each mistake gets one message that says what, where and what to do; exit code 2, no traceback, nothing written."""
+"""Mistakes get one message each (fault, place, remedy), exit code 2, no traceback and no files."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ Case = Callable[[Path, dict], None]
 
 @pytest.fixture
 def good(tmp_path: Path, tiny_llama: Path, chat_file: Path) -> dict:
-    """Settings that would train for one step."""
+    """Return settings that would train for one step."""
     return {
         "output_dir": str(tmp_path / "out"),
         "model": {"path": str(tiny_llama)},
@@ -173,7 +173,7 @@ def adapter_missing(root: Path, settings: dict) -> None:
     settings["adapter"] = {"path": str(root / "no-such-adapter")}
 
 
-# case: (what makes the settings bad, words that the message must hold)
+# (function that spoils the settings, words that the message must hold)
 CASES: list[tuple[Case, tuple[str, ...]]] = [
     (missing_model, ("model.path", "no-such-model", "does not exist", "hub name")),
     (no_safetensors, ("no *.safetensors", "pytorch_model.bin", "save_pretrained")),
@@ -216,7 +216,7 @@ CASES: list[tuple[Case, tuple[str, ...]]] = [
 def test_mistake_is_explained(
     tmp_path: Path, good: dict, spoil: Case, words: tuple[str, ...]
 ) -> None:
-    """The command ends with code 2 and one message that names the place and the remedy; no run folder appears."""
+    """The command ends with code 2 and a message with place and remedy; no run folder appears."""
     spoil(tmp_path, good)
     done = run_forked("train", write_config(tmp_path / "config.yaml", **good))
     assert done.returncode == 2, done.stderr
@@ -233,7 +233,7 @@ def check_message(stderr: str, words: tuple[str, ...]) -> None:
 
 
 def test_output_folder_of_a_different_run_is_refused(tmp_path: Path, good: dict) -> None:
-    """A folder that holds another configuration's run, or other files, is refused and left as it was."""
+    """A folder with another configuration's run, or other files, is refused and left alone."""
     out = Path(good["output_dir"])
     assert run_forked("train", write_config(tmp_path / "config.yaml", **good)).returncode == 0
     before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
@@ -255,7 +255,7 @@ def test_output_folder_of_a_different_run_is_refused(tmp_path: Path, good: dict)
 
 
 def test_two_processes_report_a_mistake_once(tmp_path: Path, good: dict) -> None:
-    """Under a launcher, one process speaks for all."""
+    """Under a launcher, one process writes the message for all."""
     single_on_two(tmp_path, good)
     done = run_command("train", write_config(tmp_path / "config.yaml", **good), processes=2)
     assert done.returncode != 0
@@ -274,7 +274,7 @@ def test_two_processes_report_a_mistake_once(tmp_path: Path, good: dict) -> None
     ],
 )
 def test_wrong_command_line(arguments: list[str], words: tuple[str, ...]) -> None:
-    """Commands that do not exist, or cannot do what they are asked, say so."""
+    """Unknown commands, and impossible arguments of a command, are refused with a message."""
     done = run_command(*arguments)
     assert done.returncode == 2
     check_message(done.stderr, words)

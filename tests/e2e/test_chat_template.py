@@ -12,7 +12,7 @@ from tests.support.command import run_forked, write_config
 def test_the_chosen_template_goes_with_the_adapter(
     tmp_path: Path, tiny_llama: Path, chat_file: Path
 ) -> None:
-    """What the run was trained with is what the adapter's tokenizer writes, and what prompts are written with."""
+    """The template of the run is the template of the adapter's tokenizer, and formats prompts."""
     template = "{% for m in messages %}{{ m.role + '>' + m.content + '<|endoftext|>' }}{% endfor %}"
     template += "{% if add_generation_prompt %}{{ 'assistant>' }}{% endif %}"
     (tmp_path / "own.jinja").write_text(template)

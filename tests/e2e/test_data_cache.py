@@ -1,4 +1,4 @@
-"""What may happen to the cache of tokenized data, to runs that share it, and to the processes of one run."""
+"""Faults of the cache of tokenized data, seen by the runs and processes that share it."""
 
 import os
 import shutil
@@ -65,7 +65,7 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path, run: dict, place: str) -
 
 
 def test_a_full_disk(tmp_path: Path, run: dict, small_disk: Path) -> None:
-    """Nothing half-written is left to fill the disk; a smaller file fits."""
+    """No half-written file is left to fill the disk; a smaller file fits."""
     run["data"]["cache_dir"] = str(small_disk / "cache")
     file = tmp_path / "d.jsonl"
     file.write_bytes(lines(*[chat(ASKED, ("assistant", f"Four, {i}.")) for i in range(2000)]))
@@ -78,7 +78,7 @@ def test_a_full_disk(tmp_path: Path, run: dict, small_disk: Path) -> None:
 
 
 def test_a_disk_that_may_only_be_read(run: dict, small_disk: Path) -> None:
-    """It is refused for what is not in it, and serves what is."""
+    """A read-only disk serves what is in the cache, and is refused for anything else."""
     run["data"]["cache_dir"] = str(small_disk / "cache")
     check_trained(train(run), run)
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
@@ -90,7 +90,7 @@ def test_a_disk_that_may_only_be_read(run: dict, small_disk: Path) -> None:
 
 
 def entry_of(run: dict) -> Path:
-    """The only entry of the cache."""
+    """Return the only entry of the cache."""
     [entry] = [path for path in Path(run["data"]["cache_dir"]).iterdir() if path.is_dir()]
     return entry
 
@@ -120,7 +120,7 @@ def write(text: str, file: Path) -> None:
     ids=range(10),
 )
 def test_a_damaged_entry_is_made_anew(run: dict, name: str, damage: Callable[[Path], None]) -> None:
-    """What is in the cache can always be had again, so a fault in it is never the user's problem."""
+    """A damaged entry is made again without a message, since the data is still there."""
     first = train(run)
     check_trained(first, run)
     entry = entry_of(run)
@@ -148,7 +148,7 @@ def kill_this_process() -> None:
     ],
 )
 def test_kill_9_while_tokenizing(run: dict, owner: str, function: str, call: int) -> None:
-    """The next run succeeds, and what the killed one left is gone."""
+    """After `kill -9`, the next run succeeds, and no file of the killed run is left."""
     done = train(run, partial(when_called, owner, function, kill_this_process, call))
     assert done.returncode == -signal.SIGKILL
     assert not Path(run["output_dir"]).exists()
@@ -157,12 +157,12 @@ def test_kill_9_while_tokenizing(run: dict, owner: str, function: str, call: int
 
 
 def speak_at_once() -> None:
-    """Say how far things are all the time, not every ten seconds."""
+    """Show progress at every step, not every ten seconds."""
     mock.patch("qlora_dist.metrics.console._SAY_EVERY_SECONDS", 0).start()
 
 
 def tokenize_slowly(log: Path) -> None:
-    """Take more than a second, and leave a line."""
+    """Take more than a second, and leave a line in a file."""
     speak_at_once()
     when_called("qlora_dist.data.cache", "encode_rows", partial(note_and_sleep, log))
 
@@ -174,7 +174,7 @@ def note_and_sleep(log: Path) -> None:
 
 
 def test_two_runs_that_want_the_same(tmp_path: Path, run: dict) -> None:
-    """One tokenizes; the other says that it waits, and trains on the same."""
+    """One of two runs tokenizes; the other says that it waits, and trains on equal data."""
     log = tmp_path / "log"
     runs = []
     for name in ("one", "two"):
@@ -200,7 +200,7 @@ def test_two_runs_that_want_the_same(tmp_path: Path, run: dict) -> None:
 
 
 def train_on_two(run: dict, before: Callable[[], None] | None = None, **data: object) -> list[Done]:
-    """`train` on two processes, which wait a second for each other's failures."""
+    """Run `train` on two processes, which wait a second for each other's failures."""
     root = Path(run["output_dir"]).parent
     config = write_config(root / "config.yaml", **{**run, "data": {**run["data"], **data}})
     return run_ranks("train", config, processes=2, before=partial(be_impatient, before))
@@ -221,7 +221,7 @@ TWO = {
 
 @pytest.mark.parametrize("where", TWO)
 def test_every_process_ends(tmp_path: Path, run: dict, where: str) -> None:
-    """All of them with exit code 2, and one speaks for all."""
+    """All processes end with exit code 2, and one writes the message."""
     content, words = TWO[where]
     file = tmp_path / "d.jsonl"
     file.write_bytes(content)
@@ -234,7 +234,7 @@ def test_every_process_ends(tmp_path: Path, run: dict, where: str) -> None:
 
 
 def test_two_processes_tokenize_once(tmp_path: Path, run: dict) -> None:
-    """The others find what the first one made."""
+    """Other processes find the data that the first one tokenized."""
     log = tmp_path / "log"
     both = train_on_two(run, partial(tokenize_slowly, log))
     assert [done.returncode for done in both] == [0, 0], both
@@ -243,7 +243,7 @@ def test_two_processes_tokenize_once(tmp_path: Path, run: dict) -> None:
 
 
 def test_under_a_launcher(tmp_path: Path, run: dict) -> None:
-    """The launcher ends too, and repeats the message in its report; nothing else is said."""
+    """The launcher ends too, and repeats the message in its report; nothing else is written."""
     (tmp_path / "d.jsonl").write_bytes(lines(*PLAIN) + b"{\n")
     run["data"]["train"] = str(tmp_path / "d.jsonl")
     done = run_command(

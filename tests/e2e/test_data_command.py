@@ -1,4 +1,4 @@
-"""`qlora-dist data` on a real folder: a page, the same as JSON, and what a run says of the same data."""
+"""`qlora-dist data` on a real folder: a page, the facts as JSON, and agreement with a run."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ from tests.support.training import train_here
 
 @pytest.fixture
 def settings(tmp_path: Path, tiny_llama: Path, chat_file: Path) -> dict:
-    """A run of one epoch over packed rows."""
+    """Return the settings of a run of one epoch over packed rows."""
     return {
         "output_dir": str(tmp_path / "out"),
         "model": {"path": str(tiny_llama)},
@@ -29,8 +29,10 @@ def settings(tmp_path: Path, tiny_llama: Path, chat_file: Path) -> dict:
 
 
 def test_the_page(tmp_path: Path, settings: dict, tiny_llama: Path) -> None:
-    """Plain text of at most 80 columns on standard output, nothing on the other; it needs no weights, takes the
-    overrides of `train`, and writes no run."""
+    """The page is plain text of at most 80 columns on standard output; standard error is empty.
+
+    The command needs no weights, takes the overrides of `train`, and writes no run.
+    """
     (folder := tmp_path / "no-weights").mkdir()
     for file in tiny_llama.iterdir():
         if file.suffix != ".safetensors":
@@ -56,8 +58,11 @@ def test_the_page(tmp_path: Path, settings: dict, tiny_llama: Path) -> None:
 def test_json_agrees_with_the_run(
     tmp_path: Path, settings: dict, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The object alone on standard output; a run over the same configuration says the same of its data, takes as many
-    steps, and counts as many tokens and targets."""
+    """Standard output is the JSON object alone, and a run agrees with it.
+
+    The run describes its data in equal words, takes as many steps, and counts as many tokens
+    and targets.
+    """
     done = run_command("data", write_config(tmp_path / "config.yaml", **settings), "--json")
     assert done.returncode == 0, done.stderr
     facts = json.loads(done.stdout)
@@ -91,7 +96,7 @@ def test_json_agrees_with_the_run(
 def test_mistakes_are_explained(
     tmp_path: Path, settings: dict, arguments: list[str], message: str
 ) -> None:
-    """One message and exit code 2, as of every command."""
+    """A mistake gives one message and exit code 2, as with every command."""
     done = run_command("data", write_config(tmp_path / "config.yaml", **settings), *arguments)
     assert done.returncode == 2
     assert done.stderr.startswith(f"error: {message}")

@@ -1,4 +1,4 @@
-"""Help is there at once: it imports nothing heavy."""
+"""Help is quick: it imports nothing heavy."""
 
 import resource
 import subprocess
@@ -17,13 +17,13 @@ LIGHT = {
     "yaml",
     "cython_runtime",
 }
-"""Top-level modules outside the standard library that help may import: tyro, PyYAML and what they import."""
+"""Top-level modules that help may import: tyro, PyYAML and their imports."""
 
 IMPORT_TYRO = ["-c", "import tyro"]
 
 
 def processor_seconds(arguments: list[str]) -> float:
-    """Of one Python process, from its start to its end."""
+    """Return the processor time of one Python process, from its start to its end."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
         [sys.executable, *arguments], stdout=subprocess.DEVNULL, cwd=ROOT, check=False
@@ -39,8 +39,9 @@ def processor_seconds(arguments: list[str]) -> float:
 def test_help_is_there_at_once(arguments: list[str], limit: float) -> None:
     """Help takes at most `limit` times as long as an interpreter that starts and imports tyro.
 
-    That is 0.1 s on a quick machine, where the commands take 0.5, 1.6 and 3.4 times as long. Processor time, and the
-    least of seven runs of each, by turns: what other work on the machine adds is no part of it.
+    That is 0.1 s on a quick machine, where the commands take 0.5, 1.6 and 3.4 times as long.
+    Processor time, and the least of seven runs of each in turn, leave out most of the load of
+    other programs.
     """
     seconds = [
         (processor_seconds(["-m", "qlora_dist", *arguments]), processor_seconds(IMPORT_TYRO))
@@ -64,13 +65,16 @@ def test_help_is_there_at_once(arguments: list[str], limit: float) -> None:
     ids=" ".join,
 )
 def test_help_and_config_errors_import_nothing_heavy(arguments: list[str]) -> None:
-    """Neither the help nor a refused setting waits for torch, numpy or anything else but what draws help and reads
-    YAML."""
+    """Help and refused settings import only modules that draw help and read YAML.
+
+    In particular, neither torch nor numpy.
+    """
     code = (
         "import sys; before = set(sys.modules); from qlora_dist.cli import main\n"
         "try: main(sys.argv[1:])\n"
         "except SystemExit: pass\n"
-        "names = {name.partition('.')[0] for name in sys.modules.keys() - before} - sys.stdlib_module_names\n"
+        "names = {name.partition('.')[0] for name in sys.modules.keys() - before}\n"
+        "names -= sys.stdlib_module_names\n"
         "print('imported', *(name for name in names if not name.startswith('_')))"
     )
     done = subprocess.run(

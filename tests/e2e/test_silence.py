@@ -1,4 +1,4 @@
-"""Nothing goes on for long without a word, in a log file."""
+"""A log file gets a line whenever work takes long."""
 
 import os
 import threading
@@ -33,12 +33,12 @@ SLOW = {
 
 
 def run_slowly(config: Path, out: Path) -> None:
-    """`train`, in which much takes seconds, with little patience for silence."""
+    """Run `train` with slow parts and little patience for silence."""
     from qlora_dist.cli import main
 
     mock.patch("qlora_dist.metrics.console._SAY_EVERY_SECONDS", INTERVAL).start()
     for function, owner in SLOW.items():
-        # The first checkpoint is written beside the second step, the last one while nothing else is left to do.
+        # The first checkpoint is written beside the second step, the last one after all steps.
         call = 2 if function == "_verify_tensors" else 1
         when_called(owner, function, partial(time.sleep, LONG), call)
     os.dup2(os.open(out, os.O_WRONLY), 1)
@@ -47,7 +47,7 @@ def run_slowly(config: Path, out: Path) -> None:
 
 
 def test_the_longest_silence(tmp_path: Path, tiny_llama: Path, chat_file: Path) -> None:
-    """Whatever takes long, a line comes before it is over; each says what is being done, and there are not many."""
+    """Before long work ends, a line says what is being done; there are not many such lines."""
     run = settings(tiny_llama, chat_file)
     run["optim"]["max_steps"] = 2
     run["logging"] = {"tensorboard": False, "every": 2}

@@ -1,4 +1,4 @@
-"""Tokenized data: found again, it is what it was made of; and all of it reaches the model, once an epoch."""
+"""Cached tokenized data equals its source, and all of it reaches the model, once an epoch."""
 
 import json
 import os
@@ -38,7 +38,7 @@ words = st.lists(
 
 @st.composite
 def rows(draw: st.DrawFn, layout: str | None = None) -> list[dict]:
-    """A few rows of one format, among them empty ones, long ones, and such without an answer."""
+    """Return a few rows of one format; some are empty, long or without an answer."""
     kind = layout or draw(st.sampled_from(["messages", "prompt_completion", "text"]))
     made: list[dict] = []
     for _ in range(draw(st.integers(1, 12))):
@@ -70,7 +70,7 @@ data_settings = st.fixed_dictionaries(
 
 
 def contents(data: RunData) -> tuple:
-    """All that a run takes from its data."""
+    """Return all that a run takes from its data."""
     return (
         list(data.train),
         list(data.eval),
@@ -87,7 +87,7 @@ def write_rows(file: Path, values: list[dict]) -> str:
     return str(file)
 
 
-# -- found again
+# -- cache hits
 
 
 @quick
@@ -95,7 +95,10 @@ def write_rows(file: Path, values: list[dict]) -> str:
 def test_what_is_found_is_what_was_made(
     tokenizer, first: list[dict], second: list[dict], config: dict, seed: int
 ) -> None:
-    """A hit equals a miss: samples, what became of the rows, notes, fingerprint; and no row is tokenized for it."""
+    """A hit equals a miss, and tokenizes no row.
+
+    Samples, the account of the rows, notes and fingerprint are equal.
+    """
     with tempfile.TemporaryDirectory() as folder:
         paths = [
             write_rows(Path(folder) / f"{i}.jsonl", values)
@@ -129,7 +132,7 @@ BASE = {
 
 @pytest.fixture
 def made(tmp_path: Path, tokenizer):
-    """A function that says whether something had to be tokenized, after the settings BASE were."""
+    """A function that tells whether a row was tokenized, after the settings BASE were tokenized."""
     path = write_rows(tmp_path / "d.jsonl", CHAT)
 
     def load(settings: dict, tokenizer=tokenizer, path: str = path, seed: int = 0) -> bool:
@@ -157,7 +160,7 @@ def made(tmp_path: Path, tokenizer):
     ids=str,
 )
 def test_settings_that_decide_the_samples(made, change: dict) -> None:
-    """With any of them changed, data are tokenized anew; changed back, they are found."""
+    """Each of these settings, changed, tokenizes data anew; changed back, it hits the cache."""
     assert made(change)
     assert not made(change)
     assert not made({})
@@ -175,7 +178,7 @@ def test_settings_that_decide_the_samples(made, change: dict) -> None:
     ids=str,
 )
 def test_settings_that_do_not(made, change: dict) -> None:
-    """What only chooses among samples, or orders them, needs no tokenizer."""
+    """A setting that only chooses among samples, or orders them, tokenizes nothing."""
     seed = change.get("seed", 0)
     assert not made({key: value for key, value in change.items() if key != "seed"}, seed=seed)
 
@@ -190,7 +193,7 @@ def test_every_setting_is_one_or_the_other() -> None:
 def test_bytes_and_tokenizer_that_decide_the_samples(
     tmp_path: Path, made, tokenizer_folder: Path
 ) -> None:
-    """Another byte in the file, template, end token or word of the tokenizer."""
+    """A change of the file, template, end token or vocabulary tokenizes data anew."""
     from transformers import AutoTokenizer
 
     path = tmp_path / "d.jsonl"
@@ -234,7 +237,7 @@ samples = st.lists(
 def test_rows_from_disk_are_those_of_memory(
     first: list[Sample], second: list[Sample], data: st.DataObject
 ) -> None:
-    """One after the other, side by side, grouped, sliced: as lists would be."""
+    """Rows equal lists of samples: one after the other, concatenated, grouped and sliced."""
     with tempfile.TemporaryDirectory() as folder:
         parts = [stored(part, Path(folder) / str(i)) for i, part in enumerate((first, second))]
         both, expected = Rows.concatenated([*parts, parts[0]]), [*first, *second, *first]
@@ -262,13 +265,16 @@ def test_rows_from_disk_are_those_of_memory(
             both[len(expected)]
 
 
-# -- what becomes of rows
+# -- the account of rows
 
 
 @quick
 @given(rows("prompt_completion") | rows("text") | rows("messages"), data_settings)
 def test_every_row_is_accounted_for(tokenizer, values: list[dict], config: dict) -> None:
-    """Rows = used + faulty + without targets + too long; of used ones, some are cut and some are several samples."""
+    """Rows = used + faulty + without targets + too long.
+
+    Of the used rows, some are cut and some are several samples.
+    """
     try:
         made = encode(values, tokenizer, **config)
     except DataError:
@@ -301,7 +307,7 @@ def test_every_row_is_accounted_for(tokenizer, values: list[dict], config: dict)
 
 @pytest.fixture(scope="module")
 def starting_tokenizer(tokenizer_folder: Path):
-    """Texts that begin with an `a` begin with its start token."""
+    """Texts that begin with an `a` begin with the start token of this tokenizer."""
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(tokenizer_folder, bos_token="a")
@@ -316,7 +322,10 @@ def starting_tokenizer(tokenizer_folder: Path):
 def test_what_too_long_rows_become(
     starting_tokenizer, too_long: str, texts: list[str], limit: int
 ) -> None:
-    """The first tokens, the last ones behind the start token, all of them in pieces, or nothing."""
+    """A long row becomes its first tokens, its last ones after the start token, or pieces.
+
+    With `drop`, nothing is left of it.
+    """
     values = [{"text": text} for text in texts]
     whole = encode(values, starting_tokenizer, max_seq_len=10**6, max_bad_fraction=0.99).samples
     expected = []
@@ -367,8 +376,11 @@ def test_every_token_is_seen_once_an_epoch(
     accum: int,
     seed: int,
 ) -> None:
-    """Each token of each usable row, as often and with the same targets as it has alone, over all ranks and steps of
-    an epoch; rows are never over-full; the same seed gives the same order, another one another."""
+    """Each token of each usable row is seen once an epoch, over all ranks and steps.
+
+    It has the targets that it has alone. Rows are never over-full. An equal seed gives an equal
+    order, another seed another order.
+    """
     with tempfile.TemporaryDirectory() as folder:
         paths = tuple(
             Source(write_rows(Path(folder) / f"{i}.jsonl", values))
@@ -407,12 +419,15 @@ def test_every_token_is_seen_once_an_epoch(
 
 
 def targets(sample: Sample) -> list[int]:
-    """Labels; the first token of a sample is none, wherever it stands."""
+    """Return the labels; the first token of a sample has none, wherever the sample stands."""
     return [IGNORE_INDEX, *sample.labels[1:]]
 
 
 def pairs_of(batch) -> list[tuple[int, int]]:
-    """Tokens with their labels, but for padding and the row that only keeps a rank without data company."""
+    """Return tokens with their labels.
+
+    Padding, and rows that only keep ranks in step, are left out.
+    """
     if not batch.num_tokens:
         return []
     labels = batch.labels.clone()
@@ -425,7 +440,7 @@ def pairs_of(batch) -> list[tuple[int, int]]:
 
 
 def plan_and_samples(tmp_path: Path) -> tuple[BatchPlan, Rows]:
-    """Eleven samples, in steps of four."""
+    """Return eleven samples, in steps of four."""
     rows = stored(
         [Sample([i + 1] * (i % 4 + 2), [i + 1] * (i % 4 + 2)) for i in range(11)],
         tmp_path / "store",
@@ -434,7 +449,7 @@ def plan_and_samples(tmp_path: Path) -> tuple[BatchPlan, Rows]:
 
 
 def same(left: list, right: list) -> bool:
-    """Whether micro-batches are equal in all they hold."""
+    """True if micro-batches are equal in all fields."""
     assert len(left) == len(right)
     for one, other in zip(left, right, strict=True):
         assert one.seed == other.seed
@@ -444,7 +459,10 @@ def same(left: list, right: list) -> bool:
 
 
 def test_the_loader_makes_the_batches_of_each_step(tmp_path: Path) -> None:
-    """In order up to the short last step, and after a jump back or ahead, as a resumed run makes one."""
+    """The loader follows the plan to its short last step.
+
+    It also follows jumps back or ahead, as of a resumed run.
+    """
     plan, rows = plan_and_samples(tmp_path)
     in_order, position = [], 0
     while position < 22:
@@ -456,7 +474,7 @@ def test_the_loader_makes_the_batches_of_each_step(tmp_path: Path) -> None:
 
 
 class Slow(list):
-    """Samples that take a while to read, and of which one cannot be read."""
+    """Samples that take a while to read; one of them cannot be read."""
 
     bad = -1
     seconds = 0.0
@@ -469,7 +487,7 @@ class Slow(list):
 
 
 def test_a_fault_in_the_background_reaches_the_caller(tmp_path: Path) -> None:
-    """Where the step with that sample is taken, not before; the thread ends with the context."""
+    """The error is raised where its step is taken, not before; the thread ends with the context."""
     plan, rows = plan_and_samples(tmp_path)
     slow = Slow(rows)
     slow.bad = plan.micro_batches(4, 0)[0].indices[0]
@@ -480,7 +498,7 @@ def test_a_fault_in_the_background_reaches_the_caller(tmp_path: Path) -> None:
 
 
 def test_no_thread_outlives_the_loader(tmp_path: Path) -> None:
-    """Even when it is left in the middle of a step's work, by an exception."""
+    """The thread ends even if an exception leaves the context in the middle of a step's work."""
     plan, rows = plan_and_samples(tmp_path)
     slow = Slow(rows)
     slow.seconds = 0.05
@@ -496,12 +514,12 @@ def test_no_thread_outlives_the_loader(tmp_path: Path) -> None:
 
 
 def loader_threads() -> set[threading.Thread]:
-    """Those that live now; other tests' are about to end."""
+    """Return the loader threads that are alive; threads of other tests may be among them."""
     return {thread for thread in threading.enumerate() if thread.name.startswith("data")}
 
 
 def test_waiting_is_counted(tmp_path: Path) -> None:
-    """What the caller does meanwhile is no waiting; what is left of the work is."""
+    """Work done ahead while the caller computes is no waiting; the work still left is."""
     plan, rows = plan_and_samples(tmp_path)
     slow = Slow(rows)
     slow.seconds = 0.1  # two samples of each step are this rank's
@@ -523,11 +541,11 @@ _MEASURE = """
 import resource, sys, time
 from transformers import AutoTokenizer
 from qlora_dist.config.schema import DataConfig
-from qlora_dist.data.dataset import load_dataset
+from qlora_dist.data.dataset import load_data
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 def load(name):
     config = DataConfig(train=f"{sys.argv[1]}/{name}", cache_dir=f"{sys.argv[1]}/cache")
-    return load_dataset(config, tokenizer, 0)
+    return load_data(config, tokenizer, 0)
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[2])
 load("small.jsonl")
 before, started = peak(), time.perf_counter()
@@ -538,7 +556,7 @@ print(peak() - before, num_rows / (time.perf_counter() - started), num_rows)
 
 @pytest.mark.slow  # it tokenizes 300 MB
 def test_memory_does_not_grow_with_the_file(tmp_path: Path, tokenizer_folder: Path) -> None:
-    """A file of 300 MB of chat rows is tokenized and opened with less than 100 MiB on top of what a small one takes."""
+    """Chat rows of 300 MB take less than 100 MiB more than a small file, tokenized and opened."""
     turns = [
         {
             "role": role,
@@ -559,5 +577,6 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path, tokenizer_folder: Pa
     )
     assert done.returncode == 0, done.stderr
     grown, rows_per_second, num_rows = map(float, done.stdout.split())
-    print(f"{num_rows:,.0f} rows at {rows_per_second:,.0f} a second, {grown:.0f} MiB more")  # noqa: T201
+    speed = f"{rows_per_second:,.0f} a second"
+    print(f"{num_rows:,.0f} rows at {speed}, {grown:.0f} MiB more")  # noqa: T201
     assert grown < 100

@@ -1,7 +1,8 @@
-"""Chat templates of real models: which tokens are learned, from what their formats say. And choosing a template.
+"""Targets under the chat templates of real models, by their published formats.
 
-Expected texts are written by hand after the formats that the models' authors publish; the templates are in
-tests/fixtures/templates. A target is what the model is to generate: its words and the token that ends its turn.
+Expected texts are written by hand after the formats that the models' authors publish; the templates
+are in tests/fixtures/templates. A target is the text that the model is to generate: the words of a
+turn and the token that ends it. The choice of a template is tested here, too.
 """
 
 import json
@@ -52,8 +53,10 @@ PHI3 = (
     "<|endoftext|>",
 )
 PHI4 = ("bytes", ("<|im_start|>", "<|im_end|>", "<|im_sep|>", "<|endoftext|>"), None, "<|im_end|>")
-R1 = ("bytes", ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>"),  # noqa: RUF001
-      "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>")  # fmt: skip # noqa: RUF001
+# DeepSeek's special tokens have fullwidth bars, U+FF5C.
+R1_BOS, R1_EOS = "<\uff5cbegin▁of▁sentence\uff5c>", "<\uff5cend▁of▁sentence\uff5c>"
+R1_USER, R1_ASSISTANT = "<\uff5cUser\uff5c>", "<\uff5cAssistant\uff5c>"
+R1 = ("bytes", (R1_BOS, R1_EOS, R1_USER, R1_ASSISTANT), R1_BOS, R1_EOS)
 FAMILIES: dict[str, tuple[Kind, tuple[str, ...], str | None, str]] = {
     "smollm2": CHATML,
     "qwen2.5": CHATML,
@@ -73,7 +76,7 @@ FAMILIES: dict[str, tuple[Kind, tuple[str, ...], str | None, str]] = {
 
 
 def chat(*contents: str, system: str | None = None) -> dict:
-    """A row of user and assistant turns in alternation."""
+    """Return a row of user and assistant turns in alternation."""
     messages = [
         {"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)
     ]
@@ -119,18 +122,24 @@ class Golden:
     family: str
     row: dict
     text: str
-    """The whole of it; its end only, if it begins with "…"."""
+    """The rendered text; only its end, if it begins with "…"."""
     targets: tuple[str, ...]
 
 
-QWEN_SYSTEM = "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n"
-SMOL_SYSTEM = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
+QWEN_SYSTEM = (
+    "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant."
+    "<|im_end|>\n"
+)
+SMOL_SYSTEM = (
+    "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face"
+    "<|im_end|>\n"
+)
 LLAMA_DATES = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
 CALL = '{"name": "weather", "arguments": {"city": "Rome"}}'
 
 
 def chatml(*turns: str) -> str:
-    """user, assistant, user, ... as ChatML."""
+    """Write user, assistant, user, ... as ChatML."""
     return "".join(
         f"<|im_start|>{('user', 'assistant')[i % 2]}\n{text}<|im_end|>\n"
         for i, text in enumerate(turns)
@@ -138,14 +147,14 @@ def chatml(*turns: str) -> str:
 
 
 def llama3(*turns: tuple[str, str]) -> str:
-    """(role, text) pairs as Llama 3 writes them."""
+    """Write (role, text) pairs as Llama 3 does."""
     return "<|begin_of_text|>" + "".join(
         f"<|start_header_id|>{role}<|end_header_id|>\n\n{text}<|eot_id|>" for role, text in turns
     )
 
 
 def gemma(*turns: str) -> str:
-    """user, model, user, ... as Gemma writes them."""
+    """Write user, model, user, ... as Gemma does."""
     return "<bos>" + "".join(
         f"<start_of_turn>{('user', 'model')[i % 2]}\n{text}<end_of_turn>\n"
         for i, text in enumerate(turns)
@@ -296,14 +305,15 @@ GOLDEN = [
         "<s>[INST] 2+2?[/INST] 4</s>[INST] 3+3?[/INST] 6</s>",
         (" 4</s>", " 6</s>"),
     ),
-    # The tools stand before the last thing that the user said: not where they stood when the first call was made.
+    # The tools precede the user's last message, not the message before the first call.
     Golden(
         "mistral-v0.3",
         TOOLS,
         f'<s>[INST] rain?[/INST][TOOL_CALLS] [{CALL[:-1]}, "id": "call00001"}}]</s>'
         '[TOOL_RESULTS] {"content": dry, "call_id": "call00001"}[/TOOL_RESULTS] no rain</s>'
-        '[AVAILABLE_TOOLS] [{"type": "function", "function": {"name": "weather", "description": "d", '
-        '"parameters": {"type": "object"}}}][/AVAILABLE_TOOLS][INST] thanks[/INST] bye</s>',
+        '[AVAILABLE_TOOLS] [{"type": "function", "function": {"name": "weather", '
+        '"description": "d", "parameters": {"type": "object"}}}][/AVAILABLE_TOOLS]'
+        "[INST] thanks[/INST] bye</s>",
         (f'[TOOL_CALLS] [{CALL[:-1]}, "id": "call00001"}}]</s>', " no rain</s>", " bye</s>"),
     ),
     Golden("llama2", SINGLE, "<s>[INST] 2+2? [/INST] 4 </s>", (" 4 </s>",)),
@@ -331,24 +341,24 @@ GOLDEN = [
     Golden(
         "phi3.5",
         SYSTEM,
-        "<|system|>\nbe brief<|end|>\n<|user|>\n2+2?<|end|>\n<|assistant|>\n4<|end|>\n<|user|>\n3+3?<|end|>\n"
-        "<|assistant|>\n6<|end|>\n<|endoftext|>",
+        "<|system|>\nbe brief<|end|>\n<|user|>\n2+2?<|end|>\n<|assistant|>\n4<|end|>\n"
+        "<|user|>\n3+3?<|end|>\n<|assistant|>\n6<|end|>\n<|endoftext|>",
         ("4<|end|>", "6<|end|>"),
     ),
     Golden(
         "phi4",
         SYSTEM,
-        "<|im_start|>system<|im_sep|>be brief<|im_end|><|im_start|>user<|im_sep|>2+2?<|im_end|><|im_start|>assistant"
-        "<|im_sep|>4<|im_end|><|im_start|>user<|im_sep|>3+3?<|im_end|><|im_start|>assistant<|im_sep|>6<|im_end|>",
+        "<|im_start|>system<|im_sep|>be brief<|im_end|><|im_start|>user<|im_sep|>2+2?<|im_end|>"
+        "<|im_start|>assistant<|im_sep|>4<|im_end|><|im_start|>user<|im_sep|>3+3?<|im_end|>"
+        "<|im_start|>assistant<|im_sep|>6<|im_end|>",
         ("4<|im_end|>", "6<|im_end|>"),
     ),
-    # Thoughts are cut out of every turn, so what is left is learned, without the tag that opens thoughts.
+    # Thoughts are cut out of every turn: the rest is learned, without the tag that opens thoughts.
     Golden(
         "deepseek-r1-distill",
         THOUGHTS,
-        "<｜begin▁of▁sentence｜><｜User｜>2+2?<｜Assistant｜>\n\n4<｜end▁of▁sentence｜><｜User｜>3+3?<｜Assistant｜>\n\n6"  # noqa: RUF001
-        "<｜end▁of▁sentence｜>",  # noqa: RUF001
-        ("\n\n4<｜end▁of▁sentence｜>", "\n\n6<｜end▁of▁sentence｜>"),  # noqa: RUF001
+        f"{R1_BOS}{R1_USER}2+2?{R1_ASSISTANT}\n\n4{R1_EOS}{R1_USER}3+3?{R1_ASSISTANT}\n\n6{R1_EOS}",
+        (f"\n\n4{R1_EOS}", f"\n\n6{R1_EOS}"),
     ),
 ]
 
@@ -358,7 +368,7 @@ WITHOUT_BOS = ("zephyr", "phi3.5")
 
 
 def tokenizer_of(family: str, template: str | None = None):
-    """A small tokenizer of a model family, with its template or another."""
+    """Return a small tokenizer of a model family, with its template or another."""
     kind, special, bos, eos = FAMILIES[family]
     tokenizer = build_tokenizer(
         kind, special, bos, eos, adds_bos=bos is not None, rstrip=family == "phi3.5"
@@ -368,7 +378,7 @@ def tokenizer_of(family: str, template: str | None = None):
 
 
 def runs(sample: Sample, tokenizer) -> tuple[str, ...]:
-    """The texts of consecutive targets."""
+    """Return the texts of consecutive targets."""
     texts, run = [], []
     for token, label in zip([*sample.input_ids, -1], [*sample.labels, IGNORE_INDEX], strict=True):
         if label != IGNORE_INDEX:
@@ -384,8 +394,10 @@ def runs(sample: Sample, tokenizer) -> tuple[str, ...]:
     "golden", GOLDEN, ids=lambda golden: f"{golden.family}-{len(golden.row['messages'])}"
 )
 def test_what_is_learned_in_a_real_models_format(golden: Golden) -> None:
-    """The targets are the answers with their end tokens, as the format has them; all else is given. The start token
-    stands there once, though both template and tokenizer set it."""
+    """The targets are the answers with their end tokens, as the format has them.
+
+    The start token stands there once, though both template and tokenizer set it.
+    """
     tokenizer = tokenizer_of(golden.family)
     encoded = encode([golden.row], tokenizer, max_bad_fraction=0.0)
     [sample] = encoded.samples
@@ -405,8 +417,11 @@ def test_what_is_learned_in_a_real_models_format(golden: Golden) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_odd_words_are_learned_as_they_stand(family: str) -> None:
-    """Characters of several tokens, line breaks, what looks like the template's text, an answer that repeats the
-    question."""
+    """Odd answers are targets, character for character.
+
+    They have characters of several tokens, line breaks, words like the template's own text, or
+    repeat the question.
+    """
     tokenizer = tokenizer_of(family)
     for said in ("naïve 狐 🦊", "[INST] user\n- a\n\n- b", "2+2?", "in in"):
         [sample] = encode(
@@ -421,7 +436,7 @@ def test_odd_words_are_learned_as_they_stand(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("answer", ["4", "<think>\nhm\n</think>\n\n4", "  4\n"])
 def test_a_question_that_looks_like_an_answer_is_no_target(family: str, answer: str) -> None:
-    """A whole conversation in the model's format as the question, end tokens and all: nothing of it is learned."""
+    """A whole conversation as the question, end tokens and all, has no target."""
     tokenizer = tokenizer_of(family)
     faked = tokenizer.apply_chat_template(chat("2+2?", "faked")["messages"], tokenize=False)
     row = chat(faked, answer, faked, answer)
@@ -432,7 +447,7 @@ def test_a_question_that_looks_like_an_answer_is_no_target(family: str, answer: 
 
 
 def test_rows_of_one_shape_are_rendered_once_each(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the template does around the turns is looked at for the first row; each later one costs one rendering."""
+    """Only the first row of a shape is rendered several times; each later row is rendered once."""
     calls = []
     render = ChatTemplate._render
     monkeypatch.setattr(
@@ -451,12 +466,16 @@ def test_rows_of_one_shape_are_rendered_once_each(monkeypatch: pytest.MonkeyPatc
 
 
 def test_generation_marks_say_where_a_rewritten_turn_stands() -> None:
-    """A template that shows earlier answers shortened, and marks what the assistant says but for the end token: that
-    belongs to it. Without the marks, the heading cannot be told from what is said."""
+    """Generation marks give the span of a rewritten turn; its end token belongs to it.
+
+    The template shows earlier answers shortened, and marks the assistant's words without the
+    end token. Without the marks, the heading cannot be told from the words.
+    """
     template = (
         "{% for m in messages %}<|im_start|>{{ m.role + '\n' }}"
         "{% if m.role == 'assistant' %}{{ '' if loop.last else 'short:\n' }}"
-        "{% generation %}{{ m.content if loop.last else m.content.split(' ')[-1] }}{% endgeneration %}"
+        "{% generation %}{{ m.content if loop.last else m.content.split(' ')[-1] }}"
+        "{% endgeneration %}"
         "{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
@@ -479,7 +498,7 @@ def test_generation_marks_say_where_a_rewritten_turn_stands() -> None:
 
 @pytest.mark.parametrize("family", ["llama3", "gemma2", "llama2"])
 def test_start_and_end_token_stand_once_in_plain_text(family: str) -> None:
-    """Text rows, prompts and completions, with or without the start and end token in the text itself."""
+    """Plain text has one start and one end token, whether or not the text brings them itself."""
     tokenizer = tokenizer_of(family)
     bos, eos = tokenizer.bos_token, tokenizer.eos_token
     rows = [{"text": text} for text in ("no rain", f"{bos}no rain", f"no rain{eos}")]
@@ -509,7 +528,10 @@ def test_start_and_end_token_stand_once_in_plain_text(family: str) -> None:
 
 
 def test_chatml_is_built_in() -> None:
-    """`chatml` gives a base model a format for chats, with tools: the calls are targets, the tools are listed once."""
+    """`chatml` gives a base model a chat format with tools.
+
+    The calls are targets, the tools are listed once.
+    """
     tokenizer = tokenizer_of("qwen2.5", "no template of its own")
     set_chat_template(tokenizer, "chatml")
     [sample] = encode([SYSTEM], tokenizer, max_bad_fraction=0.0).samples
@@ -533,7 +555,10 @@ def test_chatml_is_built_in() -> None:
 
 
 def test_a_template_is_chosen_by_name_or_file_and_saved(tmp_path: Path) -> None:
-    """A name of the tokenizer's own templates comes first; what was chosen is the tokenizer's only one from then on."""
+    """A name of the tokenizer's own templates has precedence.
+
+    The chosen template is the tokenizer's only one from then on.
+    """
     line = "{% for m in messages %}{{ m.role + ': ' + m.content + eos_token }}{% endfor %}"
     file = tmp_path / "line.jinja"
     file.write_text(line)
@@ -553,7 +578,7 @@ def test_a_template_is_chosen_by_name_or_file_and_saved(tmp_path: Path) -> None:
 
 
 def test_a_template_that_is_not_there_or_broken_is_refused(tmp_path: Path) -> None:
-    """With the value, what is wrong, and the names that there are."""
+    """The message has the value, the fault, and the possible names."""
     tokenizer = tokenizer_of("qwen2.5")
     tokenizer.chat_template = {"default": "a", "rag": "b"}
     with pytest.raises(
@@ -572,7 +597,7 @@ def test_a_template_that_is_not_there_or_broken_is_refused(tmp_path: Path) -> No
 
 
 def test_a_tokenizer_whose_templates_cannot_be_used_is_refused_for_chats_only() -> None:
-    """Several without a default, and a broken one; plain text needs none."""
+    """Broken templates, or several without a default, are refused for chats but not for text."""
     tokenizer = tokenizer_of("qwen2.5")
     tokenizer.chat_template = {"rag": "a", "tools": "b"}
     with pytest.raises(
@@ -587,7 +612,10 @@ def test_a_tokenizer_whose_templates_cannot_be_used_is_refused_for_chats_only() 
 
 
 def test_a_format_that_does_not_end_turns_is_pointed_out() -> None:
-    """The model would not learn to stop; so it is with an end token that is ordinary text to the tokenizer."""
+    """The notes point out a format without an end token, or with one that is ordinary text.
+
+    With it, the model would not learn to stop.
+    """
     lines = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
     for family, template, is_open in (("llama2", lines, True), ("qwen2.5", None, False)):
         report = encode([SINGLE], tokenizer_of(family, template)).report
@@ -602,7 +630,7 @@ def test_a_format_that_does_not_end_turns_is_pointed_out() -> None:
     assert encode([SINGLE], foreign).report.is_open_ended
 
 
-# -- templates that want to do harm
+# -- malicious templates
 
 
 @pytest.mark.parametrize(
@@ -621,7 +649,7 @@ def test_a_format_that_does_not_end_turns_is_pointed_out() -> None:
     ],
 )
 def test_a_template_cannot_reach_python(template: str, told: str) -> None:
-    """Jinja's sandbox refuses, and that ends the run at once: no share of faulty rows makes such a template good."""
+    """A template that the sandbox refuses ends the run, whatever share of faulty rows may pass."""
     with pytest.raises(DataError, match="what its sandbox forbids") as caught:
         encode([SINGLE] * 3, tokenizer_of("qwen2.5", template), max_bad_fraction=0.99)
     assert told in str(caught.value)
@@ -637,7 +665,7 @@ def test_a_template_cannot_reach_python(template: str, told: str) -> None:
     ],
 )
 def test_a_template_that_fails_for_every_row_is_an_error(template: str) -> None:
-    """Whatever share of faulty rows may pass."""
+    """A template that fails for every row is refused, whatever share of faulty rows may pass."""
     with pytest.raises(
         DataError,
         match=r"row 1: the model's chat template refuses .* In all, 3 of 3 rows are faulty",

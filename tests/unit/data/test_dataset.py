@@ -1,4 +1,4 @@
-"""From the `data` section to training and evaluation samples."""
+"""Training and evaluation samples from the `data` section."""
 
 import json
 from functools import partial
@@ -12,11 +12,11 @@ from qlora_dist.data.samples import Sample
 from qlora_dist.errors import DataError
 
 padded = partial(DataConfig, packing=False)
-"""A sample a row; packed ones are in test_packing.py and test_cache.py."""
+"""Settings of one sample a row; packed rows are in test_packing.py and test_cache.py."""
 
 
 def chat_rows(file: Path, answers: list[str]) -> str:
-    """Write one conversation per answer; returns the path as the config has it."""
+    """Write one conversation per answer; return the path as the config has it."""
     turns = [
         [{"role": "user", "content": "go"}, {"role": "assistant", "content": answer}]
         for answer in answers
@@ -26,7 +26,7 @@ def chat_rows(file: Path, answers: list[str]) -> str:
 
 
 def answers_of(samples: list[Sample], tokenizer) -> list[str]:
-    """What the samples teach."""
+    """Return the texts that the samples teach."""
     return [
         tokenizer.decode([i for i in sample.labels if i >= 0], skip_special_tokens=True).strip()
         for sample in samples
@@ -65,7 +65,10 @@ def test_eval_fraction_splits_the_rows(
 
 
 def test_the_split_is_a_function_of_the_seed(tmp_path: Path, tokenizer) -> None:
-    """All ranks, and a resumed run, hold out the same rows; another seed holds out others, not just the last ones."""
+    """All ranks, and a resumed run, hold out the same rows.
+
+    Another seed holds out other rows, not just the last ones.
+    """
     path = chat_rows(tmp_path / "t.jsonl", [chr(ord("a") + i) for i in range(20)])
     config = padded(train=path, eval_fraction=0.3)
     splits = [
@@ -105,12 +108,10 @@ def test_the_layout_may_be_fixed(tmp_path: Path, tokenizer) -> None:
 
 
 def test_notes_say_what_became_of_the_rows(tmp_path: Path, tokenizer) -> None:
-    """Rows, tokens and their share of targets, rows cut and rows dropped are told for each file."""
+    """The notes count rows, tokens, share of targets, and rows cut and dropped, file by file."""
     rows = [
-        {
-            "prompt": "1",
-            "completion": "2",
-        },  # a token each, and the end token: 3 tokens, 2 of them targets
+        # A token each, and the end token: 3 tokens, 2 of them targets.
+        {"prompt": "1", "completion": "2"},
         {"prompt": "1", "completion": "2345678901"},  # cut to 8, 7 of them targets
         {"prompt": "1234567890", "completion": "2"},  # cut to 8, no target left
     ]
@@ -118,13 +119,13 @@ def test_notes_say_what_became_of_the_rows(tmp_path: Path, tokenizer) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     [note] = load_data(padded(train=str(path), max_seq_len=8), tokenizer, seed=0).notes
     assert note == (
-        f"{path}: format prompt_completion, 2 rows, 11 tokens, 82% of them targets, 1 rows cut to 8, "
-        "1 rows dropped (no target left)"
+        f"{path}: format prompt_completion, 2 rows, 11 tokens, 82% of them targets, "
+        "1 rows cut to 8, 1 rows dropped (no target left)"
     )  # 9 / 11
 
 
 def test_faulty_rows_are_left_out_and_told(tmp_path: Path, tokenizer) -> None:
-    """Up to data.max_bad_fraction, faulty rows are left out, and the notes say why and where the first ones are."""
+    """Up to data.max_bad_fraction, faulty rows are left out; notes give reasons and places."""
     path = Path(chat_rows(tmp_path / "t.jsonl", ["a", "b"]))
     path.write_text(
         '{"messages": []}\n'
@@ -134,7 +135,8 @@ def test_faulty_rows_are_left_out_and_told(tmp_path: Path, tokenizer) -> None:
     data = load_data(padded(train=str(path), max_bad_fraction=0.6), tokenizer, seed=0)
     assert answers_of(data.train, tokenizer) == ["a", "b"]
     assert data.notes[0].endswith(
-        f", 3 faulty rows left out: empty row: 2 (first: {path}, row 1), unknown role: 1 ({path}, row 5)"
+        f", 3 faulty rows left out: empty row: 2 (first: {path}, row 1), "
+        f"unknown role: 1 ({path}, row 5)"
     )
     with pytest.raises(
         DataError,
@@ -146,7 +148,7 @@ def test_faulty_rows_are_left_out_and_told(tmp_path: Path, tokenizer) -> None:
 def test_formats_are_told_and_the_layout_is_how_the_model_sees_them(
     tmp_path: Path, tokenizer
 ) -> None:
-    """Whatever a conversation was written as, the model sees chat; the notes name what was recognized."""
+    """The model sees chat in whatever format a conversation was written; notes name the format."""
     rows = {
         "sharegpt": {
             "conversations": [{"from": "human", "value": "go"}, {"from": "gpt", "value": "a"}]
@@ -169,7 +171,10 @@ def test_formats_are_told_and_the_layout_is_how_the_model_sees_them(
 
 
 def test_several_files_follow_each_other(tmp_path: Path, tokenizer) -> None:
-    """Each file's samples are one source, with its size and weight; layouts may differ, the first one counts."""
+    """Each file's samples are one source, with a size and a weight.
+
+    Layouts may differ; the first source's layout counts.
+    """
     chat = chat_rows(tmp_path / "c.jsonl", ["a", "b", "c"])
     plain = tmp_path / "p.jsonl"
     plain.write_text('{"prompt": "go", "completion": "d"}\n{"prompt": "go", "completion": "e"}\n')
@@ -181,7 +186,7 @@ def test_several_files_follow_each_other(tmp_path: Path, tokenizer) -> None:
 
 
 def test_one_file_is_one_source(tmp_path: Path, tokenizer) -> None:
-    """A plain path is a source of weight 1, of which the notes need not speak."""
+    """A plain path is a source of weight 1, and the notes do not mention the weight."""
     data = load_data(padded(train=chat_rows(tmp_path / "t.jsonl", ["a", "b"])), tokenizer, seed=0)
     assert (data.sizes, data.weights) == ((2,), (1.0,))
     assert "weight" not in data.notes[0]
@@ -197,8 +202,10 @@ def test_several_evaluation_files_are_one_set(tmp_path: Path, tokenizer) -> None
 
 
 def test_each_file_gives_its_share_to_evaluation(tmp_path: Path, tokenizer) -> None:
-    """`eval_fraction` is of every file, whatever its size and weight, and at least a row of each; what is held out of
-    a file does not depend on the files beside it."""
+    """`eval_fraction` is of every file, whatever its size and weight, and at least one row of each.
+
+    The rows held out of a file do not depend on other files.
+    """
     words = {"large": [chr(ord("a") + i) for i in range(20)], "small": list("uvwx")}
     paths = {name: chat_rows(tmp_path / f"{name}.jsonl", rows) for name, rows in words.items()}
     together = padded(
@@ -218,7 +225,7 @@ def test_each_file_gives_its_share_to_evaluation(tmp_path: Path, tokenizer) -> N
 
 
 def test_a_fault_in_one_of_several_files_names_it(tmp_path: Path, tokenizer) -> None:
-    """A missing file, a faulty row, and a file too small to hold anything out of."""
+    """The message names a missing file, a faulty row, and a file too small to hold a row out."""
     good = chat_rows(tmp_path / "good.jsonl", ["a", "b", "c"])
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"messages": []}\n')
@@ -239,8 +246,10 @@ def test_a_fault_in_one_of_several_files_names_it(tmp_path: Path, tokenizer) -> 
 def test_the_fingerprint_is_of_everything_that_decides_the_stream(
     tmp_path: Path, tokenizer
 ) -> None:
-    """The same configuration has the same fingerprint; other rows, files, weights, cuts or borders between files have
-    another one."""
+    """Equal configurations have equal fingerprints.
+
+    Other rows, files, weights, cuts or borders between files change the fingerprint.
+    """
     ab, cd = (chat_rows(tmp_path / f"{name}.jsonl", list(name)) for name in ("ab", "cd"))
     abc, d = (chat_rows(tmp_path / f"{name}.jsonl", list(name)) for name in ("abc", "d"))
     abcd = chat_rows(tmp_path / "abcd.jsonl", list("abcd"))

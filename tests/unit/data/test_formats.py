@@ -1,4 +1,4 @@
-"""Rows of the common formats to conversations or plain text; each fault of a row has a reason."""
+"""Rows of the common formats as conversations or plain text; each fault of a row has a reason."""
 
 import contextlib
 
@@ -19,12 +19,12 @@ USER, ANSWER = {"role": "user", "content": "hi"}, {"role": "assistant", "content
 
 
 def recognized(columns: list[str], asked: str) -> str:
-    """The format of rows with these columns."""
+    """Return the format of rows with these columns."""
     return recognize_format([Row("rows.jsonl, row 1", dict.fromkeys(columns, "x"))], asked)[0]
 
 
 def reason(row: dict, format: str) -> str:
-    """Why a row cannot be used, in few words."""
+    """Return the short reason for which a row cannot be used."""
     with pytest.raises(RowFault) as caught:
         read_row(row, format)
     return caught.value.reason
@@ -53,7 +53,7 @@ def reason(row: dict, format: str) -> str:
     ],
 )
 def test_the_columns_say_the_format(columns: list[str], asked: str, expected: str) -> None:
-    """Other columns do not matter; where several formats are there, conversations win unless data.format says more."""
+    """Conversations win over other formats unless data.format decides; more columns are allowed."""
     assert recognized(columns, asked) == expected
 
 
@@ -73,7 +73,7 @@ def test_the_columns_say_the_format(columns: list[str], asked: str, expected: st
 def test_missing_columns_are_refused(
     columns: list[str], asked: str, needed: tuple[str, ...]
 ) -> None:
-    """The message names the row, the columns it has, and those that data.format needs."""
+    """The message names the row, its columns, and the columns that data.format needs."""
     with pytest.raises(DataError) as caught:
         recognized(columns, asked)
     message = str(caught.value)
@@ -100,7 +100,7 @@ def test_missing_columns_are_refused(
     ],
 )
 def test_speakers_of_sharegpt(speaker: str, role: str) -> None:
-    """All names under which users, models and system prompts go in files of that name."""
+    """All common names of users, models and system prompts in files of that format are read."""
     turns = [
         {"from": "human", "value": "a"},
         {"from": "gpt", "value": "b"},
@@ -113,7 +113,7 @@ def test_speakers_of_sharegpt(speaker: str, role: str) -> None:
 
 @pytest.mark.parametrize("speaker", ["tool", "function_response", "observation"])
 def test_tools_of_sharegpt(speaker: str) -> None:
-    """What a tool returns is a tool turn, and a function call one of the assistant."""
+    """A tool's return is a tool turn, and a function call an assistant turn."""
     turns = [
         {"from": "human", "value": "a"},
         {"from": "function_call", "value": '{"name": "f", "arguments": {"x": 1}}'},
@@ -154,7 +154,7 @@ def test_the_input_of_alpaca_follows_its_instruction() -> None:
 
 
 def test_plain_text_keeps_its_white_space() -> None:
-    """Text is taken as it stands."""
+    """Plain text is taken as it stands."""
     assert read_row({"text": " a\n"}, "text") == PlainText(" a\n")
     assert read_row({"prompt": "a ", "completion": " b"}, "prompt_completion") == PlainText(
         " b", prompt="a "
@@ -248,7 +248,7 @@ CALL = {"function": {"name": "f", "arguments": "{}"}}
     ],
 )
 def test_each_fault_has_its_reason(format: str, row: dict, expected: str) -> None:
-    """By reasons, rows are counted; a fault is never an exception of another kind."""
+    """Every fault has the reason by which rows are counted; no other exception comes out."""
     assert reason(row, format) == expected
 
 
@@ -258,7 +258,7 @@ WRONG = [None, 3, 1.5, True, "", "x", [], {}, [None], [3], [[]], [{}], {"a": 1},
 @pytest.mark.parametrize("value", WRONG)
 @pytest.mark.parametrize("format", list(COLUMNS))
 def test_any_value_is_read_or_faulty(format: str, value: object) -> None:
-    """Wrong types in any column that a format knows raise RowFault, or are read; nothing else comes out."""
+    """Any value in any column that a format knows is read, or raises RowFault and nothing else."""
     good = {
         "messages": [USER, ANSWER],
         "conversations": [USER, ANSWER],

@@ -22,7 +22,7 @@ SENTENCES = [
 
 
 def sentencepiece():
-    """Merges across the whole text, which has no words for it, as Llama 2 does: spaces are letters."""
+    """Return a tokenizer that merges across spaces, as Llama 2's: a space is a letter."""
     from tokenizers import Tokenizer, decoders, models, normalizers, trainers
 
     raw = Tokenizer(models.BPE(byte_fallback=False, unk_token="<unk>"))
@@ -36,7 +36,7 @@ def sentencepiece():
 
 
 def unigram():
-    """Chooses the likeliest of all ways to cut a word, as T5 and Gemma's kin do."""
+    """Return a tokenizer that chooses the likeliest cut of a word, as those of T5 and Gemma."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
     raw = Tokenizer(models.Unigram())
@@ -51,7 +51,7 @@ def unigram():
 
 
 def wordpiece():
-    """Gives up on words of more than a hundred letters, and drops spaces, as BERT does."""
+    """Return a tokenizer that drops spaces, and words of more than 100 letters, as BERT's."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
     raw = Tokenizer(models.WordPiece(unk_token="<unk>"))
@@ -68,7 +68,7 @@ def wordpiece():
 
 @pytest.fixture(scope="module", params=["byte level", "sentencepiece", "unigram", "wordpiece"])
 def any_tokenizer(request: pytest.FixtureRequest, tokenizer):
-    """One of each family of tokenizers."""
+    """A tokenizer of each family."""
     from transformers import PreTrainedTokenizerFast
 
     make = {"sentencepiece": sentencepiece, "unigram": unigram, "wordpiece": wordpiece}.get(
@@ -98,7 +98,7 @@ texts = st.builds(
 def test_blocks_make_the_tokens_of_the_whole(
     any_tokenizer, text: str, num_tokens: int | None
 ) -> None:
-    """The same tokens at the same places, in blocks of 512 characters: all of them, or at least as many as asked."""
+    """Blocks of 512 characters give the tokens and places of the whole, or of a part."""
     whole = any_tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     with mock.patch.multiple(long_text, _BLOCK=512, _SMALL_BLOCK=512, _OVERLAP=256):
         ids, spans = long_ids_and_spans(text, any_tokenizer, num_tokens)
@@ -127,7 +127,7 @@ def test_blocks_make_the_tokens_of_the_whole(
 def test_long_samples_are_those_of_the_whole(
     tokenizer, content, train_on, num_tokens: int | None
 ) -> None:
-    """Tokens and labels, start and end token included, whatever the part that is long."""
+    """Tokens and labels, start and end token included, do not depend on the part that is long."""
     turns = TurnFinder(ChatTemplate(tokenizer))
     [expected] = tokenize([content], turns, train_on)
     with mock.patch.multiple(long_text, _BLOCK=512, _SMALL_BLOCK=512, _OVERLAP=256):
@@ -141,7 +141,7 @@ def test_long_samples_are_those_of_the_whole(
 
 
 def test_no_more_is_tokenized_than_is_needed(any_tokenizer) -> None:
-    """Ten megabytes of which a thousand tokens are wanted are read for a quarter of a megabyte at most."""
+    """For 1,000 tokens of ten megabytes, at most a quarter of a megabyte is tokenized."""
     text = "the quick brown fox " * 500_000
     assert is_long(text, 1000)
     with mock.patch.object(long_text, "_encoded", wraps=long_text._encoded) as encoded:

@@ -33,7 +33,7 @@ cuts = st.tuples(small, small, small)  # micro_batch_size, grad_accum_steps, wor
 def orders(
     draw: st.DrawFn, weighted: bool | None = None, grouped: bool | None = None
 ) -> SampleOrder:
-    """One to three small sources, with or without weights, grouped by length or not."""
+    """Draw one to three small sources, with or without weights, grouped by length or not."""
     sizes = tuple(draw(st.lists(st.integers(1, 15), min_size=1, max_size=3)))
     weight = st.sampled_from([0.01, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0]) | st.floats(0.05, 4)
     with_weights = draw(st.booleans()) if weighted is None else weighted
@@ -49,32 +49,35 @@ def orders(
 
 
 def order_of(num_samples: int, seed: int = 0) -> SampleOrder:
-    """One source without a weight."""
+    """Return the order of one source without a weight."""
     return SampleOrder((num_samples,), seed)
 
 
 def plan_of(
     num_samples: int, *, micro: int = 1, accum: int = 1, world: int = 1, end: int | None = None
 ) -> BatchPlan:
-    """A plan over one source, in one line."""
+    """Return a plan over one source."""
     return BatchPlan(order_of(num_samples), micro, accum, world, end)
 
 
 def groups_of_step(plan: BatchPlan, num_seen: int) -> list[SampleGroup]:
-    """The micro-batches of all ranks in a step: first those that run at the same time, then the next ones."""
+    """Return the micro-batches of all ranks in a step, in the order in which they run."""
     by_rank = [plan.micro_batches(num_seen, rank) for rank in range(plan.world_size)]
     return [group for together in zip(*by_rank, strict=True) for group in together]
 
 
 def samples_of(groups: list[SampleGroup]) -> list[int]:
-    """The sample indices of micro-batches, in order."""
+    """Return the sample indices of micro-batches, in order."""
     return [i for group in groups for i in group.indices]
 
 
 def steps_from(
     plan: BatchPlan, num_seen: int, num_steps: int | None = None
 ) -> Iterator[tuple[int, list[SampleGroup]]]:
-    """Samples seen after each of the next steps, and the step's micro-batches; until the end of the run, or so many."""
+    """Yield the samples seen after each of the next steps, and the step's micro-batches.
+
+    Ends with the run, or after `num_steps` steps.
+    """
     while num_seen != plan.end and num_steps != 0:
         groups = groups_of_step(plan, num_seen)
         num_seen = plan.after_step(num_seen)
@@ -84,7 +87,7 @@ def steps_from(
 
 
 def sources_of(order: SampleOrder) -> list[range]:
-    """The sample indices of each source."""
+    """Return the sample indices of each source."""
     return [range(sum(order.sizes[:n]), sum(order.sizes[: n + 1])) for n in range(len(order.sizes))]
 
 
@@ -119,7 +122,7 @@ def test_a_source_comes_up_as_often_as_its_weight_says(order: SampleOrder, epoch
 @settings(deadline=None)
 @given(orders(), st.integers(1, 6))
 def test_samples_of_a_source_take_turns(order: SampleOrder, num_epochs: int) -> None:
-    """After any number of epochs, whatever the weight, two samples of a source differ by one appearance at most."""
+    """Whatever the weight, appearances of two samples of a source differ by at most one."""
     counts = Counter(order.between(0, num_epochs * order.epoch_size))
     for source in sources_of(order):
         appearances = [counts[i] for i in source]
@@ -127,7 +130,7 @@ def test_samples_of_a_source_take_turns(order: SampleOrder, num_epochs: int) -> 
 
 
 def test_half_a_source_per_epoch_is_the_other_half_next_time() -> None:
-    """With a weight of 0.5 two epochs see each sample once; beside it, a weight of 2 sees each four times."""
+    """A weight of 0.5 shows each sample once in two epochs; beside it, a weight of 2 four times."""
     order = SampleOrder((10, 3), seed=0, weights=(0.5, 2.0))
     assert order.epoch_size == 5 + 6
     first, second = order.between(0, 11), order.between(11, 22)
@@ -136,7 +139,7 @@ def test_half_a_source_per_epoch_is_the_other_half_next_time() -> None:
 
 
 def test_an_order_has_what_data_and_config_say(tmp_path: Path) -> None:
-    """Sizes and weights of the sources, the seed of the run, and lengths where `data.group_by_length` asks for them."""
+    """The order takes sizes, weights, seed, and lengths if `data.group_by_length` is set."""
     rows = stored(
         [Sample([1] * length, [1] * length) for length in (2, 3, 4)], tmp_path / "samples"
     )
@@ -159,7 +162,7 @@ def test_sources_are_mixed() -> None:
 def test_the_stream_depends_on_nothing_but_data_and_seed(
     order: SampleOrder, positions: list[int]
 ) -> None:
-    """A piece of the stream is the same whatever was asked for before, and whatever other random numbers were drawn."""
+    """A piece of the stream depends neither on earlier pieces nor on other random numbers."""
     start, middle, stop = positions
     fresh = SampleOrder(order.sizes, order.seed, order.weights, order.lengths)
     order.between(200, 260)
@@ -173,14 +176,14 @@ def test_the_stream_depends_on_nothing_but_data_and_seed(
 def test_the_order_does_not_disturb_other_random_numbers(
     order: SampleOrder, cut: tuple[int, int, int]
 ) -> None:
-    """Asking for samples leaves torch's global generator as it was, so dropout does not depend on it."""
+    """The order leaves torch's global generator alone, so dropout does not depend on it."""
     before = torch.get_rng_state()
     BatchPlan(order, *cut).micro_batches(0, 0)
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_the_seed_decides_the_order() -> None:
-    """Other seeds and other epochs give other orders; none of them is file order."""
+    """Other seeds and other epochs give other orders, never the file's order."""
     epochs = [
         tuple(order_of(50, seed).between(start, start + 50))
         for seed in range(4)
@@ -191,9 +194,10 @@ def test_the_seed_decides_the_order() -> None:
 
 
 def test_an_order_is_the_same_on_every_machine() -> None:
-    """Seeds are SHA-256 of their key, not Python's hash(), which differs from process to process.
+    """Seeds are SHA-256 of their key, not Python's hash(), which differs between processes.
 
-    The value: `printf "(0, 'epoch', 3)" | sha256sum`, its first 8 bytes as a little-endian number, halved.
+    The value: `printf "(0, 'epoch', 3)" | sha256sum`, its first 8 bytes as a little-endian
+    number, halved.
     """
     assert seed_of(0, "epoch", 3) == 928_185_087_805_610_579
     assert (
@@ -222,10 +226,10 @@ def test_grouping_keeps_the_samples_of_each_epoch(order: SampleOrder, epoch: int
 
 
 def test_grouping_puts_like_lengths_together() -> None:
-    """Of lengths drawn evenly from 1 to 1000, micro-batches of 8 are half padding as they come, hardly any grouped.
+    """With lengths from 1 to 1000, shuffled micro-batches of 8 are 44% padding, grouped hardly any.
 
-    The mean of the largest of 8 is 8/9 of 1000, that of all is 500: 44% padding. A sorted window of 1024 changes by
-    about 1 from one sample to the next.
+    The mean of the largest of 8 is 8/9 of 1000, the mean of all is 500: 44% padding. A sorted
+    window of 1024 changes by about 1 from one sample to the next.
     """
     lengths = tuple(
         torch.randint(1, 1001, (4096,), generator=torch.Generator().manual_seed(0)).tolist()
@@ -242,7 +246,7 @@ def test_grouping_puts_like_lengths_together() -> None:
 
 
 def test_grouping_does_not_train_from_short_to_long() -> None:
-    """Chunks of like length come in random order: each eighth of an epoch has about the mean length of all."""
+    """Chunks of like length come in random order: each eighth of an epoch has the mean length."""
     lengths = tuple(range(1, 4097))
     epoch = SampleOrder((4096,), 0, lengths=lengths).between(0, 4096)
     means = [
@@ -259,7 +263,7 @@ def test_grouping_does_not_train_from_short_to_long() -> None:
 def test_the_stream_does_not_depend_on_the_cut(
     order: SampleOrder, cut: tuple[int, int, int], start: int, num_steps: int
 ) -> None:
-    """However many ranks and micro-batches there are, steps are the stream in order, and each is a full batch."""
+    """For any ranks and micro-batches, steps are the stream in order, each a full batch."""
     plan = BatchPlan(order, *cut)
     steps = list(steps_from(plan, start, num_steps))
     assert [len(samples_of(groups)) for _, groups in steps] == [plan.global_batch_size] * num_steps
@@ -273,7 +277,7 @@ def test_the_stream_does_not_depend_on_the_cut(
 def test_every_rank_does_the_same_work(
     order: SampleOrder, cut: tuple[int, int, int], start: int
 ) -> None:
-    """Each rank has `grad_accum_steps` micro-batches of `micro_batch_size`, so that collectives meet."""
+    """Each rank has `grad_accum_steps` micro-batches of `micro_batch_size`: collectives meet."""
     micro, accum, world = cut
     for rank in range(world):
         groups = BatchPlan(order, *cut).micro_batches(start, rank)
@@ -304,9 +308,9 @@ def test_ranks_get_disjoint_samples(
 def test_the_same_groups_however_they_are_dealt(
     order: SampleOrder, micro: int, accum: int, worlds: tuple[int, int], start: int
 ) -> None:
-    """n ranks with m micro-batches each see the groups, at the places, that m ranks with n micro-batches each see.
+    """n ranks with m micro-batches each see the groups that m ranks with n micro-batches see.
 
-    With (1, 2) this is: one rank with 2k micro-batches, and two ranks with k.
+    With (1, 2): one rank with 2k micro-batches, and two ranks with k.
     """
     few, many = worlds
     one, other = (
@@ -321,7 +325,7 @@ def test_the_same_groups_however_they_are_dealt(
 def test_a_group_knows_its_place_in_the_stream(
     order: SampleOrder, cut: tuple[int, int, int], start: int
 ) -> None:
-    """`position` is where the group's first sample stands, so that what is seeded by it depends on nothing else."""
+    """`position` is the place of a group's first sample; the group's seed depends on it alone."""
     for group in groups_of_step(BatchPlan(order, *cut), start):
         assert group.indices == order.between(group.position, group.position + len(group.indices))
 
@@ -355,8 +359,10 @@ def test_a_global_batch_larger_than_the_data_repeats_it() -> None:
 def test_a_run_goes_on_with_other_ranks_where_it_stopped(
     order: SampleOrder, legs: list[tuple[tuple[int, int, int], int]], end: int | None
 ) -> None:
-    """Stopped after any step, again and again, and resumed on other ranks with other micro-batches: the samples are
-    those of the run that was never stopped, none lost, none twice, in the same order."""
+    """Stops, other ranks and other micro-batches leave the samples and their order as they are.
+
+    None is lost, and none comes twice.
+    """
     num_seen = 0
     seen: list[int] = []
     for cut, num_steps in legs:
@@ -378,7 +384,7 @@ def test_a_run_goes_on_with_other_ranks_where_it_stopped(
 def test_a_run_over_epochs_ends_with_its_last_sample(
     order: SampleOrder, cut: tuple[int, int, int], end: int
 ) -> None:
-    """Nothing is lost and nothing is seen twice at the end: the last step is as short as it has to be."""
+    """The last step is as short as it has to be: no sample is lost, and none is seen twice."""
     plan = BatchPlan(order, *cut, end)
     steps = list(steps_from(plan, 0))
     assert [i for _, groups in steps for i in samples_of(groups)] == order.between(0, end)
@@ -393,8 +399,10 @@ def test_a_run_over_epochs_ends_with_its_last_sample(
 def test_all_ranks_take_part_in_a_short_step(
     order: SampleOrder, cut: tuple[int, int, int], end: int
 ) -> None:
-    """Each forward of a sharded model is a collective: ranks without samples get empty micro-batches, and none more
-    than needed."""
+    """Ranks without samples get empty micro-batches, and no more than needed.
+
+    Each forward of a sharded model is a collective, so all ranks need an equal number.
+    """
     plan = BatchPlan(order, *cut, end)
     num_seen = (end - 1) // plan.global_batch_size * plan.global_batch_size
     by_rank = [plan.micro_batches(num_seen, rank) for rank in range(plan.world_size)]
@@ -437,9 +445,9 @@ def test_number_of_steps_after_a_change_of_ranks(
     num_steps: int,
     end: int,
 ) -> None:
-    """The steps of the whole run are those done before plus those that the new cut needs for what is left.
+    """The steps of a run are the steps done before plus those that the new cut needs for the rest.
 
-    As long as the cut is the same, the number is the same after each step.
+    With the same cut, the number is the same after each step.
     """
     before, after, optim = (
         BatchPlan(order, *first, end),
@@ -455,7 +463,7 @@ def test_number_of_steps_after_a_change_of_ranks(
 
 
 def test_max_steps_counts_steps_whatever_the_ranks() -> None:
-    """A run whose length is given in steps has as many after a change of ranks; it then ends at another sample."""
+    """A run of a number of steps keeps it after a change of ranks; its last sample changes."""
     optim = OptimConfig(max_steps=7)
     assert run_end(order_of(10), optim) is None
     assert plan_of(10, world=3).num_steps(4, 8, optim) == 7
@@ -466,14 +474,14 @@ def test_max_steps_counts_steps_whatever_the_ranks() -> None:
 @example(220, 25)  # 2.2 * 25 is 55.000000000000007
 @example(220, 11_709_190)
 def test_the_end_of_a_run_is_not_one_more_by_rounding(hundredths: int, num_samples: int) -> None:
-    """`epochs` means the decimal number that was written: 2.2 epochs of 25 rows are 55, and so for any size."""
+    """`epochs` is the decimal number as written: 2.2 epochs of 25 rows are 55."""
     assert run_end(order_of(num_samples), OptimConfig(epochs=hundredths / 100)) == -(
         -hundredths * num_samples // 100
     )
 
 
 def test_an_epoch_is_once_through_the_mixture() -> None:
-    """`epochs` and the logged epoch count the places of all sources: 2 * 10 + 0.5 * 4 = 22 of them."""
+    """`epochs` and the logged epoch count places of all sources: 2 * 10 + 0.5 * 4 = 22 of them."""
     order = SampleOrder((10, 4), 0, weights=(2.0, 0.5))
     assert run_end(order, OptimConfig(epochs=2)) == 44
     assert BatchPlan(order, 1, 1, 1).epoch_at(11) == pytest.approx(0.5)
@@ -493,7 +501,7 @@ def test_epoch_is_the_share_of_the_data_seen() -> None:
 def test_evaluation_covers_every_sample_once_with_equal_work(
     num_samples: int, micro: int, world: int
 ) -> None:
-    """Every sample is evaluated on exactly one rank, in file order, and all ranks get as many batches."""
+    """Each sample is evaluated on one rank, in file order; all ranks get equally many batches."""
     by_rank = [list(eval_batches(num_samples, micro, rank, world)) for rank in range(world)]
     assert len({len(batches) for batches in by_rank}) == 1
     in_order = [batch for together in zip(*by_rank, strict=True) for batch in together]
@@ -528,7 +536,7 @@ def test_a_token_that_looks_like_padding_is_kept() -> None:
 
 
 def test_an_empty_batch_can_still_be_forwarded() -> None:
-    """A rank with no samples left gets one row without a target: it takes part, and adds no target and no token."""
+    """A rank with no samples left gets one row that adds no target and no token."""
     batch = collate([], PAD)
     assert batch.input_ids.tolist() == [[PAD]]
     assert batch.labels.tolist() == [[IGNORE_INDEX]]

@@ -15,7 +15,7 @@ PAD = 9
 
 
 def numbered(lengths: list[int]) -> list[Sample]:
-    """Samples whose tokens say which sample and place they are; every other token is a target."""
+    """Return samples whose tokens tell the sample and the place; every other token is a target."""
     samples = []
     for number, length in enumerate(lengths):
         ids = [1000 * (number + 1) + place for place in range(length)]
@@ -30,7 +30,7 @@ def numbered(lengths: list[int]) -> list[Sample]:
 def test_every_token_of_every_sample_is_in_exactly_one_row(
     lengths: list[int], capacity: int, seed: int
 ) -> None:
-    """Nothing is lost, doubled or cut, rows are never over-full, and targets are those of the samples alone."""
+    """No token is lost, doubled or cut; no row is over-full; targets are the samples' own."""
     samples = numbered(lengths)
     groups = pack(lengths, capacity, seed)
     rows = [join([samples[i] for i in group]) for group in groups]
@@ -51,7 +51,10 @@ def test_rows_depend_on_the_seed() -> None:
 
 
 def test_rows_are_full_on_lengths_like_those_of_chats() -> None:
-    """Log-normal lengths, median 180 tokens with a long tail, in rows of 1,024 and 4,096: at least 98 % are tokens."""
+    """Rows of 1,024 and 4,096 tokens are at least 98 % full with lengths like those of chats.
+
+    Lengths are log-normal with a median of 180 tokens and a long tail.
+    """
     rng = random.Random(0)
     for capacity in (1024, 4096):
         lengths = [
@@ -71,7 +74,7 @@ def test_the_first_token_of_a_sample_is_no_target_of_the_one_before() -> None:
 
 
 def test_positions_begin_anew_in_each_sample_and_in_the_padding() -> None:
-    """Rows of different length and number of samples, side by side."""
+    """Positions start at 0 in each sample and in the padding, whatever the row beside it holds."""
     batch = collate([join(numbered([3, 2])), join(numbered([1, 1, 1])), numbered([2])[0]], PAD)
     assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1], [0, 0, 0, 0, 1], [0, 1, 0, 1, 2]]
     assert batch.num_tokens == 10
@@ -79,5 +82,5 @@ def test_positions_begin_anew_in_each_sample_and_in_the_padding() -> None:
 
 @pytest.mark.parametrize("lengths", [[4], [2, 3]])
 def test_rows_that_are_not_packed_have_no_positions(lengths: list[int]) -> None:
-    """Single samples go through the model with a padding mask, as ever."""
+    """Single samples go through the model with a padding mask and without positions."""
     assert collate(numbered(lengths), PAD).position_ids is None

@@ -1,4 +1,4 @@
-"""Data files: all kinds read alike, and each fault is named by file and, where there are lines, by line."""
+"""Data files: all kinds read alike, and each fault is named by file and, in text, by line."""
 
 import csv
 import gzip
@@ -22,17 +22,17 @@ ROWS = [
 
 
 def lines(*rows: object) -> str:
-    """Rows as JSONL."""
+    """Return rows as JSONL."""
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def values(path: Path | str) -> list[dict]:
-    """All rows of a source."""
+    """Return all rows of a source."""
     return [row.values for row in load_rows(str(path), "data.train")]
 
 
 def refusal(file: Path) -> str:
-    """The message with which a file is refused; it always names the config key and the file."""
+    """Return the message that refuses a file; it always begins with the config key and the file."""
     with pytest.raises(DataError) as caught:
         list(load_rows(str(file), "data.train"))
     message = str(caught.value)
@@ -82,7 +82,7 @@ def write_rows(file: Path, rows: list[dict]) -> None:
 
 
 def compressed(data: bytes, suffix: str) -> bytes:
-    """The bytes of a .gz or .zst file."""
+    """Return the bytes of a .gz or .zst file."""
     if suffix.lower() == ".gz":
         return gzip.compress(data)
     sink = pyarrow.BufferOutputStream()
@@ -93,7 +93,7 @@ def compressed(data: bytes, suffix: str) -> bytes:
 
 @pytest.mark.parametrize("name", KINDS)
 def test_all_kinds_of_file_hold_the_same_rows(tmp_path: Path, name: str) -> None:
-    """Text comes back as it was written, line breaks, quotes and non-ASCII included, in the order of the file."""
+    """Text comes back as written, with line breaks, quotes and non-ASCII, in the file's order."""
     write_rows(tmp_path / name, ROWS)
     assert values(tmp_path / name) == ROWS
 
@@ -143,7 +143,7 @@ def test_blank_lines_between_rows_are_nothing(tmp_path: Path) -> None:
 def test_an_impossible_file_is_refused_unread(
     tmp_path: Path, name: str, content: bytes | None, what: str
 ) -> None:
-    """Missing, empty and unknown files are refused by the cheap check, with the kinds that are possible."""
+    """The cheap check refuses missing, empty and unknown files, and names the possible kinds."""
     file = tmp_path / name
     if content is not None:
         file.write_bytes(content)
@@ -168,7 +168,7 @@ def test_an_impossible_file_is_refused_unread(
     ],
 )
 def test_a_broken_line_is_named(tmp_path: Path, content: str, line: int, what: str) -> None:
-    """The first line of a JSONL file that is not an object is named by its number, counting blank ones."""
+    """The first line that is no JSON object is named by its number; blank lines count."""
     file = tmp_path / "rows.jsonl"
     file.write_text(content, encoding="utf-8")
     message = refusal(file)
@@ -197,7 +197,7 @@ def test_a_file_that_is_not_utf8_is_named(tmp_path: Path, encoding: str, line: i
 
 
 def test_rows_with_differing_columns_come_as_they_are(tmp_path: Path) -> None:
-    """A row has the columns that it was written with; whether they will do is decided row by row, later."""
+    """A row has the columns that it was written with; their use is decided row by row, later."""
     file = tmp_path / "rows.jsonl"
     differing = [*ROWS, {"prompt": "x", "answer": 3}, {}]
     file.write_text(lines(*differing))
@@ -218,7 +218,7 @@ def test_rows_with_differing_columns_come_as_they_are(tmp_path: Path) -> None:
 def test_a_file_that_holds_no_rows_or_cannot_be_parsed_is_refused(
     tmp_path: Path, name: str, content: bytes, what: str
 ) -> None:
-    """What the reader says of other kinds of file reaches the user as a data error with key and file."""
+    """A file without rows, or of broken content, is a data error with key and file."""
     file = tmp_path / name
     file.write_bytes(content)
     assert what in refusal(file)
@@ -229,7 +229,7 @@ def test_a_file_that_holds_no_rows_or_cannot_be_parsed_is_refused(
 
 @pytest.mark.parametrize("path", ["data[1].jsonl", "[x]/data.jsonl"])
 def test_brackets_in_a_path_are_no_pattern(tmp_path: Path, path: str) -> None:
-    """A path is taken literally, even if read as a pattern it would match another file."""
+    """A path is taken literally, even if as a pattern it would match another file."""
     (tmp_path / "[x]").mkdir()
     (tmp_path / "data1.jsonl").write_text(lines({"prompt": "another", "completion": "file"}))
     (tmp_path / path).write_text(lines(*ROWS))
@@ -260,7 +260,7 @@ def test_csv_cells_are_text(tmp_path: Path) -> None:
 
 
 def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
-    """Editors on Windows put one at the start of UTF-8."""
+    """A byte order mark, as of editors on Windows, is no part of the first row."""
     for name in ("rows.jsonl", "rows.csv"):
         write_rows(tmp_path / name, ROWS)
         (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + (tmp_path / name).read_bytes())
@@ -280,7 +280,7 @@ def test_a_large_row_is_a_row(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["rows.parquet", "rows.arrow"])
 def test_tables_do_not_lend_names_to_other_rows(tmp_path: Path, name: str) -> None:
-    """Arguments that only another row's call has are not there, although the table holds them as null."""
+    """A row lacks arguments that only another row has, though the table holds them as null."""
     calls = [
         {"calls": [{"arguments": {"city": "Rome"}}]},
         {"calls": [{"arguments": {"day": "today"}}]},
@@ -290,7 +290,7 @@ def test_tables_do_not_lend_names_to_other_rows(tmp_path: Path, name: str) -> No
 
 
 def test_an_arrow_file_may_be_a_stream_or_a_file(tmp_path: Path) -> None:
-    """`datasets` writes streams; Feather is the file format."""
+    """An Arrow file may be a stream, as `datasets` writes, or the file format, as Feather is."""
     table = pyarrow.Table.from_pylist(ROWS)
     with pyarrow.ipc.new_file(tmp_path / "rows.arrow", table.schema) as out:
         out.write_table(table, max_chunksize=2)
@@ -323,7 +323,7 @@ def test_a_file_that_was_cut_off_is_refused(tmp_path: Path, name: str) -> None:
 
 
 def test_what_is_not_compressed_says_so(tmp_path: Path) -> None:
-    """A plain file with the suffix of a compressed one."""
+    """A plain file with the suffix of a compressed file is refused."""
     for suffix in (".gz", ".zst"):
         file = tmp_path / f"rows.jsonl{suffix}"
         file.write_text(lines(*ROWS))
@@ -331,7 +331,7 @@ def test_what_is_not_compressed_says_so(tmp_path: Path) -> None:
 
 
 def test_a_column_that_comes_twice_is_refused(tmp_path: Path) -> None:
-    """There is no telling which of the two is meant."""
+    """Two columns of one name are refused, since either may be meant."""
     (tmp_path / "rows.csv").write_text("prompt,completion,prompt\na,b,c\n")
     assert "more than one column 'prompt'" in refusal(tmp_path / "rows.csv")
     table = pyarrow.table([["a"], ["b"]], names=["prompt", "prompt"])
@@ -348,13 +348,13 @@ def test_a_column_that_comes_twice_is_refused(tmp_path: Path) -> None:
     ],
 )
 def test_nul_bytes_are_named_by_line(tmp_path: Path, name: str, content: bytes, line: int) -> None:
-    """They come from crashes, and from UTF-16 without a mark."""
+    """NUL bytes, from a crash or from UTF-16 without a mark, are named by line."""
     (tmp_path / name).write_bytes(content)
     assert f", line {line}: a NUL byte" in refusal(tmp_path / name)
 
 
 def test_a_quotation_that_never_ends_is_refused(tmp_path: Path) -> None:
-    """It would make the rest of a CSV file one cell."""
+    """An unclosed quotation is refused, since it makes the rest of a CSV file one cell."""
     (tmp_path / "rows.csv").write_text('prompt,completion\na,b\nc,"d\ne,f\n')
     assert "line 4: not valid CSV (unexpected end of data)" in refusal(tmp_path / "rows.csv")
 
@@ -363,7 +363,7 @@ def test_a_quotation_that_never_ends_is_refused(tmp_path: Path) -> None:
 
 
 def shards(folder: Path, *names: str) -> Path:
-    """A folder of files of one row each, which says the file's name."""
+    """Return a folder of files of one row each, which has the file's name as its text."""
     folder.mkdir(exist_ok=True)
     for name in names:
         write_rows(folder / name, [{"text": name}])
@@ -371,7 +371,7 @@ def shards(folder: Path, *names: str) -> Path:
 
 
 def test_a_folder_is_its_files_in_order(tmp_path: Path) -> None:
-    """Sorted by name, whatever the order on disk; other files beside them, and folders within, do not matter."""
+    """A folder's files are sorted by name; other files and inner folders do not matter."""
     folder = shards(tmp_path / "data", "b.jsonl", "a.jsonl.gz", "c.jsonl")
     (folder / "README.md").write_text("about")
     (folder / ".hidden").write_text("x")
@@ -383,7 +383,7 @@ def test_a_folder_is_its_files_in_order(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_datasets_saved_is_a_source(tmp_path: Path) -> None:
-    """`save_to_disk` puts two JSON files of its own beside the table."""
+    """The two JSON files that `save_to_disk` puts beside the table are no data files."""
     from datasets import Dataset
 
     Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
@@ -391,7 +391,7 @@ def test_a_folder_that_datasets_saved_is_a_source(tmp_path: Path) -> None:
 
 
 def test_a_pattern_is_the_files_it_matches(tmp_path: Path) -> None:
-    """Also across folders, in order."""
+    """A pattern matches files in order, also across folders."""
     shards(tmp_path / "x", "train-1.jsonl", "train-0.jsonl", "test.jsonl")
     shards(tmp_path / "a", "train-2.jsonl")
     assert [row["text"] for row in values(tmp_path / "x" / "train-*.jsonl")] == [
@@ -403,7 +403,7 @@ def test_a_pattern_is_the_files_it_matches(tmp_path: Path) -> None:
 
 
 def test_impossible_folders_and_patterns_are_refused(tmp_path: Path) -> None:
-    """Nothing there, nothing that matches, files of several kinds, one that is empty: each is said."""
+    """Each case is told: an empty folder, no match, files of several kinds, an empty file."""
     (tmp_path / "none").mkdir()
     mixed = shards(tmp_path / "mixed", "a.jsonl", "b.parquet")
     empty = shards(tmp_path / "empty", "a.jsonl")
@@ -441,14 +441,17 @@ def test_impossible_folders_and_patterns_are_refused(tmp_path: Path) -> None:
 def test_what_may_be_a_name_of_the_hub(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, expected: bool
 ) -> None:
-    """Owner and name, when neither is here: in a folder that is, it is a mistyped file."""
+    """Owner and name are of the hub if no such path, and no such folder, is here.
+
+    In a folder that is here, the name is more likely a mistyped file.
+    """
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path)
     assert is_hub_name(path) is expected
 
 
 def test_a_data_set_of_the_hub_is_read_through_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Name and split reach `datasets`, which is asked for nothing more: no code of the data set runs."""
+    """`datasets` gets name and split and no other argument, so no code of the data set runs."""
     from datasets import Dataset
 
     asked: list[tuple] = []
@@ -463,7 +466,7 @@ def test_a_data_set_of_the_hub_is_read_through_datasets(monkeypatch: pytest.Monk
 
 
 def test_a_data_set_that_cannot_be_had_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever `datasets` raises becomes one line with the key and the name."""
+    """Any error of `datasets` becomes one line with the key and the name."""
 
     def fail(*_: object, **__: object) -> None:
         raise ConnectionError("no route to the hub\nmore")

@@ -1,4 +1,4 @@
-"""Conversations to tokens and labels: the loss is on what the assistant says, and on nothing else."""
+"""Tokens and labels of conversations: the loss is on the assistant's words, and on nothing else."""
 
 import copy
 import json
@@ -25,7 +25,7 @@ ALTERNATING = """\
 {%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}
 """
 
-# As reasoning models do: what came before the answer is kept in the last turn only.
+# As reasoning models do: only the last turn keeps the thoughts before its answer.
 FORGETFUL = """\
 {%- for message in messages -%}
   {%- set text = message['content'] if loop.last else message['content'].split('|')[-1] -%}
@@ -42,12 +42,14 @@ BARE = """\
 {%- endfor -%}
 """
 
-# As in templates that know tools: descriptions first, calls by name and arguments, what a tool returns quoted.
+# As in templates that know tools: descriptions first, calls by name and arguments, and the values
+# that tools return in quotation marks.
 TOOLS = """\
 {%- if tools %}{{- '<|im_start|>system\n' + (tools | tojson) + '<|im_end|>\n' -}}{% endif -%}
 {%- for message in messages -%}
   {{- '<|im_start|>' + message.role + '\n' -}}
-  {%- if message.role == 'tool' -%}{{- message.content | tojson -}}{%- else -%}{{- message.content -}}{%- endif -%}
+  {%- if message.role == 'tool' -%}{{- message.content | tojson -}}
+  {%- else -%}{{- message.content -}}{%- endif -%}
   {%- for call in message.tool_calls or [] -%}
     {{- '<call>' + call.function.name + ' ' + (call.function.arguments | tojson) -}}
   {%- endfor -%}
@@ -61,7 +63,7 @@ LINES = "{% for message in messages %}{{ message['role'] }}: {{ message['content
 
 
 def chat(*contents: str, system: str | None = None) -> dict:
-    """A row of user and assistant turns in alternation."""
+    """Return a row of user and assistant turns in alternation."""
     messages = [
         {"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)
     ]
@@ -69,19 +71,19 @@ def chat(*contents: str, system: str | None = None) -> dict:
 
 
 def targets(sample: Sample, tokenizer) -> str:
-    """The text on which the loss is."""
+    """Return the text that counts in the loss."""
     return tokenizer.decode([label for label in sample.labels if label != IGNORE_INDEX])
 
 
 def with_template(tokenizer, template: str | None):
-    """The same tokenizer with another chat template."""
+    """Return the tokenizer with another chat template."""
     other = copy.deepcopy(tokenizer)
     other.chat_template = template
     return other
 
 
 def refusal(rows: list[dict], tokenizer, layout: str = "messages") -> str:
-    """The message with which rows are refused."""
+    """Return the message with which rows are refused."""
     with pytest.raises(DataError) as caught:
         encode(rows, tokenizer, layout)
     return str(caught.value)
@@ -104,7 +106,7 @@ def refusal(rows: list[dict], tokenizer, layout: str = "messages") -> str:
     ],
 )
 def test_the_targets_are_the_assistants_turns(tokenizer, row: dict, expected: str) -> None:
-    """Decoded, the target tokens are each assistant turn with its end token: no prompt, no header, no line break."""
+    """Targets decode to each assistant turn with its end token, without header and line break."""
     [sample] = encode([row], tokenizer).samples
     assert targets(sample, tokenizer) == expected
 
@@ -120,7 +122,10 @@ def test_the_targets_are_the_assistants_turns(tokenizer, row: dict, expected: st
 def test_the_targets_are_the_assistants_turns_whatever_they_say(
     tokenizer, contents: list[str]
 ) -> None:
-    """Any text but NUL characters: the target tokens decode to the assistant's words, the input to the whole text."""
+    """With any text but NUL characters, targets decode to the assistant's words.
+
+    The input decodes to the whole text.
+    """
     row = chat(*contents)
     [sample] = encode([row], tokenizer, max_seq_len=10_000).samples
     assert targets(sample, tokenizer) == "".join(text + END for text in contents[1::2])
@@ -130,7 +135,7 @@ def test_the_targets_are_the_assistants_turns_whatever_they_say(
 
 
 def test_labels_stand_where_their_tokens_stand(tokenizer) -> None:
-    """A label is its own input token or IGNORE_INDEX; the targets are one run at the end, before the line break."""
+    """A label is its input token or IGNORE_INDEX; the targets end before the last line break."""
     [sample] = encode([chat("quick fox", "lazy dog")], tokenizer).samples
     mask = [label != IGNORE_INDEX for label in sample.labels]
     assert all(
@@ -154,14 +159,14 @@ def test_train_on_all_takes_every_token(tokenizer) -> None:
 
 
 def test_a_template_without_generation_prompt_or_separator(tokenizer) -> None:
-    """The turn is all that the text gains: here with the space before it, and up to the end token."""
+    """The turn is all that the text gains: the space before it, and everything to the end token."""
     [sample] = encode([chat("a", "b", "c", "d")], with_template(tokenizer, BARE)).samples
     assert tokenizer.decode(sample.input_ids) == f"[INST] a [/INST] b{END}[INST] c [/INST] d{END}"
     assert targets(sample, tokenizer) == f" b{END} d{END}"
 
 
 def test_no_special_token_is_added_to_what_the_template_writes(tokenizer) -> None:
-    """The template already writes the start token where it wants one; tokenizing must not add a second."""
+    """Tokenizing adds no second start token to the one that the template writes."""
     bos_first = copy.deepcopy(tokenizer)
     bos_first._tokenizer.post_processor = TemplateProcessing(
         single="<|im_start|> $A", special_tokens=[("<|im_start|>", tokenizer.bos_token_id)]
@@ -172,7 +177,7 @@ def test_no_special_token_is_added_to_what_the_template_writes(tokenizer) -> Non
 
 
 def test_without_an_end_token_the_line_break_ends_the_turn(tokenizer) -> None:
-    """Where the template closes a turn with a line break only, that is what the model must learn to stop with."""
+    """If only a line break closes a turn, it is a target, so that the model learns to stop."""
     [sample] = encode([chat("a", "b", "c", "d")], with_template(tokenizer, LINES)).samples
     assert targets(sample, tokenizer) == "assistant: b\nassistant: d\n"
 
@@ -181,7 +186,7 @@ def test_without_an_end_token_the_line_break_ends_the_turn(tokenizer) -> None:
 
 
 def test_long_rows_are_cut_at_the_end_and_counted(tokenizer) -> None:
-    """A row is cut to max_seq_len tokens; one whose answer is cut off entirely is dropped; both are counted."""
+    """Rows are cut to max_seq_len tokens, or dropped if no answer is left; both are counted."""
     short, long, all_prompt = chat("a", "b"), chat("a", "fox " * 50), chat("fox " * 50, "b")
     whole = encode([short, long, all_prompt], tokenizer)
     assert (len(whole.samples), whole.report.num_cut, whole.report.num_without_targets) == (3, 0, 0)
@@ -240,7 +245,7 @@ def test_a_malformed_conversation_is_refused_with_its_row(
 
 
 def test_a_conversation_that_the_template_refuses_is_refused_with_its_words(tokenizer) -> None:
-    """What the template says through raise_exception reaches the user, with the row and its roles."""
+    """The words of the template's raise_exception reach the user, with the row and its roles."""
     picky = with_template(tokenizer, ALTERNATING)
     assert (
         targets(encode([chat("a", "b", "c", "d")], picky).samples[0], tokenizer) == f"b{END}d{END}"
@@ -252,7 +257,7 @@ def test_a_conversation_that_the_template_refuses_is_refused_with_its_words(toke
 
 
 def test_of_a_turn_that_the_template_rewrites_what_is_left_is_learned(tokenizer) -> None:
-    """Each turn's target is what the model is shown of it: an earlier turn without its thoughts, the last one whole."""
+    """A turn's target is its text in the row: the last turn whole, earlier ones less thoughts."""
     forgetful = with_template(tokenizer, FORGETFUL)
     assert (
         targets(encode([chat("a", "thought|b")], forgetful).samples[0], tokenizer)
@@ -264,11 +269,12 @@ def test_of_a_turn_that_the_template_rewrites_what_is_left_is_learned(tokenizer)
 
 
 def test_a_turn_that_the_template_hides_is_refused(tokenizer) -> None:
-    """Where an earlier turn stands somewhere else later on, or twice, nothing says which tokens are the assistant's."""
+    """A turn that later stands elsewhere, or twice, is refused: its tokens cannot be told apart."""
     twice = with_template(
         tokenizer,
-        "{% for m in messages %}{% if not loop.last %}{{ m['content'] + '\n' }}{% endif %}{% endfor %}"
-        "{% for m in messages %}<|im_start|>{{ m['role'] + '\n' + m['content'] }}<|im_end|>\n{% endfor %}",
+        "{% for m in messages %}{% if not loop.last %}{{ m['content'] + '\n' }}{% endif %}"
+        "{% endfor %}{% for m in messages %}<|im_start|>{{ m['role'] + '\n' + m['content'] }}"
+        "<|im_end|>\n{% endfor %}",
     )
     message = refusal([chat("a", "b", "c", "d")], twice)
     assert message.startswith("rows.jsonl, row 1: ")
@@ -276,7 +282,7 @@ def test_a_turn_that_the_template_hides_is_refused(tokenizer) -> None:
 
 
 def test_chat_rows_need_a_chat_template(tokenizer) -> None:
-    """A base model's tokenizer has none: refused for conversations, fine for plain text."""
+    """Without a chat template, conversations are refused and plain text is not."""
     plain = with_template(tokenizer, None)
     assert "no chat template" in refusal([chat("a", "b")], plain)
     assert encode([{"prompt": "a", "completion": "b"}], plain, "prompt_completion").samples
@@ -286,7 +292,7 @@ def test_chat_rows_need_a_chat_template(tokenizer) -> None:
 
 
 def test_plain_text_ends_with_one_end_token(tokenizer) -> None:
-    """Prompt, completion, end token, tokenized apart; the loss is on completion and end token."""
+    """Prompt, completion and end token are tokenized apart; the first is no target."""
     [sample] = encode(
         [{"prompt": "the quick", "completion": " brown fox"}], tokenizer, "prompt_completion"
     ).samples
@@ -303,7 +309,7 @@ def test_plain_text_with_train_on_all(tokenizer) -> None:
 
 
 def test_a_tokenizer_that_frames_every_text_frames_the_row_once(tokenizer) -> None:
-    """One start token at the start and one end token at the end, though each part alone would get both."""
+    """A row has one start and one end token, though the tokenizer would frame each part."""
     start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
     framing = copy.deepcopy(tokenizer)
     framing._tokenizer.post_processor = TemplateProcessing(
@@ -330,7 +336,7 @@ def test_plain_text_that_is_no_text_is_refused_with_its_row(
 
 
 def test_whitespace_is_a_target_when_the_tokenizer_trims_offsets(tokenizer) -> None:
-    """Tokens of nothing but white space, which some tokenizers give no width, count like the others of a turn."""
+    """White-space tokens of a turn count, though some tokenizers give them no width."""
     trimming = copy.deepcopy(tokenizer)
     trimming._tokenizer.post_processor = ByteLevel(trim_offsets=True)
     answer = "def f():\n    return  x"
@@ -341,7 +347,7 @@ def test_whitespace_is_a_target_when_the_tokenizer_trims_offsets(tokenizer) -> N
 
 
 def test_a_conversation_that_the_assistant_starts_is_refused(tokenizer) -> None:
-    """There is no prompt that such a turn could answer."""
+    """A first turn of the assistant is refused, since no prompt precedes it."""
     row = {
         "messages": [{"role": "assistant", "content": "hello"}, *chat("hi", "there")["messages"]]
     }
@@ -353,8 +359,10 @@ def test_a_conversation_that_the_assistant_starts_is_refused(tokenizer) -> None:
 
 
 def test_text_is_all_target_and_framed_once(tokenizer) -> None:
-    """Every token of plain text counts, whatever `train_on` says; start and end token stand once, also where the text
-    or the tokenizer brings them."""
+    """Every token of plain text counts, whatever `train_on` says.
+
+    Start and end token stand once, even if the text or the tokenizer brings them.
+    """
     start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
     framing = copy.deepcopy(tokenizer)
     framing._tokenizer.post_processor = TemplateProcessing(
@@ -405,7 +413,7 @@ def test_all_formats_of_a_conversation_are_the_same_to_the_model(tokenizer) -> N
 
 
 def test_assistant_turns_of_a_prompt_are_no_targets(tokenizer) -> None:
-    """In a prompt that is a conversation, what the assistant said is given."""
+    """Assistant turns within a prompt are given, not learned."""
     messages = chat("a", "b", "c", "d")["messages"]
     [sample] = encode(
         [{"prompt": messages[:3], "completion": messages[3:]}], tokenizer, "prompt_completion"
@@ -415,7 +423,7 @@ def test_assistant_turns_of_a_prompt_are_no_targets(tokenizer) -> None:
 
 
 def test_plain_prompts_among_conversations_are_faulty(tokenizer) -> None:
-    """A file trains one form of prompt; the other one is named, whichever came first."""
+    """A file trains one form of prompt; rows of another form are faulty, whichever comes first."""
     plain = {"prompt": "a", "completion": "b"}
     messages = chat("a", "b")["messages"]
     listed = {"prompt": messages[:1], "completion": messages[1:]}
@@ -447,7 +455,11 @@ TOOL_MESSAGES = [
 
 
 def test_tool_calls_and_answers_are_targets_and_what_tools_say_is_not(tokenizer) -> None:
-    """Calls written as OpenAI does, with JSON text, reach the template as objects; `tools` is what it lists."""
+    """Calls and answers are targets, tools' words are not.
+
+    Calls written as OpenAI does, with JSON text, reach the template as objects; `tools` is the
+    list that it shows.
+    """
     [sample] = encode(
         [{"messages": TOOL_MESSAGES, "tools": [WEATHER]}], with_template(tokenizer, TOOLS)
     ).samples
@@ -461,7 +473,7 @@ def test_tool_calls_and_answers_are_targets_and_what_tools_say_is_not(tokenizer)
 
 
 def test_sharegpt_spells_the_same_calls(tokenizer) -> None:
-    """`function_call` and `observation` turns, and tools as JSON text, are what messages say with tool_calls."""
+    """`function_call`, `observation` and tools as JSON text give the tokens of `tool_calls`."""
     call = json.dumps({"name": "weather", "arguments": {"city": "Rome", "day": None}})
     said = [
         ("human", "rain?"),
@@ -485,12 +497,15 @@ def test_sharegpt_spells_the_same_calls(tokenizer) -> None:
     ],
 )
 def test_a_template_that_knows_no_tools_is_not_given_any(tokenizer, row: dict, what: str) -> None:
-    """The model would learn to answer without having called, or from tools that it never sees."""
+    """A template without tools is refused rows with tools.
+
+    The model would learn to answer without having called, or from tools that it never sees.
+    """
     assert what in refusal([row], tokenizer)
 
 
 def test_a_template_that_drops_turns_is_refused(tokenizer) -> None:
-    """A template without system turns that just ignores them."""
+    """A template that silently ignores system turns is refused."""
     deaf = with_template(
         tokenizer,
         "{% for m in messages if m['role'] != 'system' %}{{ m['content'] + '\n' }}{% endfor %}",
@@ -503,7 +518,10 @@ def test_a_template_that_drops_turns_is_refused(tokenizer) -> None:
 
 
 def test_up_to_a_share_of_faulty_rows_is_left_out(tokenizer) -> None:
-    """Exactly data.max_bad_fraction passes, one row more does not; reasons are counted, with the first row of each."""
+    """Exactly data.max_bad_fraction passes, one row more does not.
+
+    Reasons are counted, with the first row of each.
+    """
     good, empty, bot = (
         chat("a", "b"),
         {"messages": []},
@@ -536,13 +554,13 @@ def test_no_fault_passes_when_none_may(tokenizer) -> None:
     ("content", "what"), [("a\0b", "NUL character"), ("a\ud83d", r"half a character ('\ud83d')")]
 )
 def test_text_that_is_no_text_is_faulty(tokenizer, content: str, what: str) -> None:
-    """NUL characters and halves of surrogate pairs, both of which JSON can hold."""
+    """NUL characters and halves of surrogate pairs, both possible in JSON, are faulty."""
     assert what in refusal([chat("a", content)], tokenizer)
     assert what in refusal([{"prompt": content, "completion": "b"}], tokenizer, "prompt_completion")
 
 
 def test_another_format_in_the_same_file_is_named_by_row(tokenizer) -> None:
-    """The format is that of the first rows; rows in another one are counted, and the first of them is named."""
+    """The first rows decide the format; rows in another format are counted, the first one named."""
     rows = [
         chat("a", "b"),
         {"instruction": "a", "output": "b"},
@@ -555,13 +573,13 @@ def test_another_format_in_the_same_file_is_named_by_row(tokenizer) -> None:
         "rows.jsonl, row 2: this row is in the alpaca format, the file in the messages format"
     )
     assert (
-        "text row: 2 (first: rows.jsonl, row 3), alpaca row: 1 (rows.jsonl, row 2), no `messages`: 1 ("
-        in message
+        "text row: 2 (first: rows.jsonl, row 3), alpaca row: 1 (rows.jsonl, row 2), "
+        "no `messages`: 1 (" in message
     )
 
 
 def test_the_format_shows_although_the_first_row_is_faulty(tokenizer) -> None:
-    """A row without columns, or with columns that are empty, says nothing about the format."""
+    """A row without columns, or with empty columns, does not decide the format."""
     for first in ({}, {"messages": None, "text": None}):
         encoded = encode(
             [first, {"messages": None, "text": "a"}], tokenizer, "auto", max_bad_fraction=0.5

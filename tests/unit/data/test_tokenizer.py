@@ -45,7 +45,7 @@ from tests.support.tokenizers import build_tokenizer
 def test_rows_are_padded_with_something_that_is_not_the_end_token(
     special: list[str], named: dict, expected
 ) -> None:
-    """A token that the embedding has already: nothing is resized."""
+    """The pad token is not the end token, and in the embedding already, so nothing is resized."""
     tokenizer = build_tokenizer("bytes", special, None, named["eos"])
     tokenizer.pad_token, tokenizer.unk_token = named.get("pad"), named.get("unk")
     num_tokens = len(tokenizer)
@@ -56,7 +56,7 @@ def test_rows_are_padded_with_something_that_is_not_the_end_token(
 
 
 def test_a_pad_token_that_was_only_added_to_the_tokenizer_is_not_used() -> None:
-    """Many models of the hub have one beyond the last row of their embedding."""
+    """A pad token beyond the last row of the embedding, common on the hub, is not used."""
     tokenizer = build_tokenizer("bytes", ["<s>", "</s>"], "<s>", "</s>")
     num_embeddings = len(tokenizer)
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
@@ -71,7 +71,7 @@ def test_a_pad_token_that_was_only_added_to_the_tokenizer_is_not_used() -> None:
 def test_the_saved_tokenizer_gets_a_pad_token_if_it_has_none(
     tmp_path: Path, pad: str | None, expected: str
 ) -> None:
-    """Users of the adapter can then give several texts at once; the authors' own choice stays."""
+    """The adapter's tokenizer has a pad token, for texts in batches; the authors' choice stays."""
     tokenizer = build_tokenizer(
         "bytes", ["<s>", "<|eot_id|>", "<|finetune_right_pad_id|>"], "<s>", "<|eot_id|>"
     )
@@ -85,7 +85,7 @@ def test_the_saved_tokenizer_gets_a_pad_token_if_it_has_none(
 
 
 def test_a_tokenizer_with_tokens_that_the_model_does_not_have_is_refused() -> None:
-    """Tokens that the data use, or that start and end texts; others may lie beyond, and embeddings may be larger."""
+    """Tokens in use beyond the embedding are refused; unused tokens, and unused rows, are not."""
     tokenizer = build_tokenizer("bytes", ["<s>", "</s>"], "<s>", "</s>")
     num_tokens = len(tokenizer)
     check_tokenizer_fits(tokenizer, num_tokens - 1, num_tokens)

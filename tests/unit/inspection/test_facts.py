@@ -1,4 +1,4 @@
-"""What is told of a run's data, on samples that were made by hand."""
+"""Facts about a run's data, on samples that were made by hand."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +22,7 @@ CONFIG = TrainConfig(
 
 
 def sample(prompt: list[int], *answers: list[int]) -> Sample:
-    """A prompt and answers; after each answer but the last, the prompt again."""
+    """Return a prompt and answers; after each answer but the last, the prompt again."""
     ids, labels = [], []
     for answer in answers:
         ids += prompt + answer
@@ -38,7 +38,7 @@ def facts(
     weights: tuple[float, ...] = (),
     config: TrainConfig = CONFIG,
 ) -> Facts:
-    """The facts of a data set of these samples."""
+    """Return the facts of a data set of these samples."""
     parts = [stored(samples, folder / str(number)) for number, samples in enumerate(sources)]
     if config.data.packing:
         parts = [
@@ -59,7 +59,7 @@ def facts(
 
 
 def test_percentiles_are_values_that_occur() -> None:
-    """Nearest rank: of 1 to 10, half are at most 5 and 90% at most 9; one value is all of its percentiles."""
+    """The numbers 1 to 10 have the median 5 and the 90th percentile 9; a lone value has itself."""
     assert Spread.of(np.arange(1, 11)) == Spread(p50=5, p90=9, p99=10, max=10)
     assert Spread.of(np.array([7])) == Spread(7, 7, 7, 7)
 
@@ -92,14 +92,14 @@ def test_percentiles_are_values_that_occur() -> None:
     ],
 )
 def test_histogram(lengths: list[int], limit: int, bins: list[tuple[int, int, int]]) -> None:
-    """Bins go from the shortest to the longest sample, finer where that leaves few of them."""
+    """Bins go from the shortest to the longest sample, finer if that leaves few of them."""
     found = histogram(np.array(lengths), limit)
     assert [(bin.first, bin.last, bin.num_samples) for bin in found] == bins
 
 
 @pytest.mark.parametrize("limit", [1, 7, 256, 1000, 131072])
 def test_each_length_is_in_one_bin(limit: int) -> None:
-    """Every length up to the limit, the limit included, is counted once, in few bins."""
+    """Every length up to the limit, inclusive, is counted once, in few bins."""
     found = histogram(np.arange(1, limit + 1), limit)
     assert [bin.num_samples for bin in found] == [bin.last - bin.first + 1 for bin in found]
     assert (found[0].first, found[-1].last) == (1, limit)
@@ -121,8 +121,10 @@ MIXED = [sample([10], [11]) for _ in range(32)] + [
 
 @pytest.mark.parametrize("arrangement", ["shuffled", "group_by_length", "packing"])
 def test_each_way_to_make_batches(tmp_path: Path, tokenizer, arrangement: str) -> None:
-    """Whichever is configured, all are told: shuffled, both micro-batches are padded to 6 tokens; grouped or packed,
-    nothing is."""
+    """All arrangements are told, whichever is configured.
+
+    Shuffled, both micro-batches are padded to 6 tokens; grouped or packed, none has padding.
+    """
     data = replace(
         CONFIG.data,
         packing=arrangement == "packing",
@@ -149,7 +151,7 @@ def test_each_way_to_make_batches(tmp_path: Path, tokenizer, arrangement: str) -
 
 
 def test_weights_count_in_an_epoch(tmp_path: Path, tokenizer) -> None:
-    """Two rows of 4 tokens twice are as many tokens as two rows of 8 once; targets are weighted alike."""
+    """Two rows of 4 tokens twice are as many tokens as two rows of 8 once; so are their targets."""
     short, long = sample([10, 11], [12, 13]), sample([10, 11, 12], [13, 14, 15, 16, 17])
     found = facts(tmp_path, tokenizer, [short] * 2, [long] * 2, weights=(2.0, 1.0))
     assert [(source.key, source.weight, source.epoch_share) for source in found.sources] == [
@@ -165,7 +167,7 @@ def test_weights_count_in_an_epoch(tmp_path: Path, tokenizer) -> None:
     [({"max_steps": 3}, 3, 1.5), ({"epochs": 1.25}, 3, 1.25), ({}, 2, 1.0)],
 )
 def test_the_run(tmp_path: Path, tokenizer, length: dict, num_steps: int, epochs: float) -> None:
-    """8 rows, 4 of them a step: 3 steps are 1.5 epochs, and 1.25 epochs are 3 steps, the last of them short."""
+    """8 rows at 4 a step: 3 steps are 1.5 epochs, and 1.25 epochs are 3 steps, the last short."""
     config = replace(CONFIG, optim=OptimConfig(micro_batch_size=2, grad_accum_steps=2, **length))
     found = facts(tmp_path, tokenizer, [sample([10, 11], [12])] * 8, config=config)
     assert (found.run.num_steps, found.run.epochs, found.run.num_rows_per_step) == (
@@ -176,7 +178,7 @@ def test_the_run(tmp_path: Path, tokenizer, length: dict, num_steps: int, epochs
 
 
 def test_copies_and_leaks_are_found(tmp_path: Path, tokenizer) -> None:
-    """Copies within training, held-out samples that are trained on, and held-out prompts that are."""
+    """Copies within training, and held-out samples and prompts that training has, are counted."""
     a, b, c = sample([10, 11], [20, END]), sample([10, 12], [20, END]), sample([10, 13], [20, END])
     answered_otherwise = sample([10, 12], [21, END])
     found = facts(
@@ -195,7 +197,7 @@ def test_copies_and_leaks_are_found(tmp_path: Path, tokenizer) -> None:
 
 
 def test_one_prompt_for_all_is_no_leak(tmp_path: Path, tokenizer) -> None:
-    """Where all samples have the same instruction, a held-out one has it too."""
+    """A held-out sample with the instruction that all samples share is no leak."""
     found = facts(
         tmp_path,
         tokenizer,
@@ -207,7 +209,7 @@ def test_one_prompt_for_all_is_no_leak(tmp_path: Path, tokenizer) -> None:
 
 
 def test_texts_that_begin_or_end_alike_are_not_the_same(tmp_path: Path, tokenizer) -> None:
-    """Plain text has no prompt: one first token in common is no leak. And one that differs makes no copy."""
+    """Plain texts with a common first token are no leak, with one other token no copies."""
     texts = [Sample([first, 20, END], [first, 20, END]) for first in (10, 11, 12)]
     held_out = Sample([10, 21, END], [10, 21, END])
     found = facts(tmp_path, tokenizer, texts, held_out=[held_out])
@@ -217,13 +219,13 @@ def test_texts_that_begin_or_end_alike_are_not_the_same(tmp_path: Path, tokenize
 
 
 def test_nothing_held_out(tmp_path: Path, tokenizer) -> None:
-    """Without evaluation data there is no leak, and nothing is told of them."""
+    """Without evaluation data there is no leak, and no facts about them."""
     found = facts(tmp_path, tokenizer, [sample([10], [11])])
     assert (found.eval, found.leak) == (None, None)
 
 
 def test_answers(tmp_path: Path, tokenizer) -> None:
-    """Turns with an end token only are empty, in whatever turn; samples that were cut teach no end."""
+    """Turns of only an end token are empty; samples that were cut teach no end."""
     rows = [
         sample([10, 11], [END]),
         sample([10, 11], [20, END], [END]),
@@ -246,7 +248,7 @@ def test_answers(tmp_path: Path, tokenizer) -> None:
 
 
 def test_the_first_token_is_no_target(tmp_path: Path, tokenizer) -> None:
-    """Nothing comes before it: of plain text, all tokens but one count, here as in the run's log."""
+    """All tokens of plain text but the first count, here as in the run's log."""
     text = Sample([20, 21, END], [20, 21, END])
     part = facts(tmp_path, tokenizer, [text]).train
     assert part.num_targets == text.num_targets == 2

@@ -1,4 +1,4 @@
-"""The page of `qlora-dist data`: which rows it shows, what it warns of, and that it reads well anywhere."""
+"""The page of `qlora-dist data`: its rows and warnings, and its text on any terminal."""
 
 import re
 from fnmatch import fnmatch
@@ -24,7 +24,7 @@ SENTENCE = "the quick brown fox jumps over the lazy dog "
 def load(
     *sources: Source, tokenizer, optim: dict | None = None, **data: object
 ) -> tuple[TrainConfig, RunData]:
-    """A configuration of these sources, not packed unless `data` says so, and its samples."""
+    """Return a configuration of sources, not packed unless `data` says so, and its samples."""
     data_config = DataConfig(train=sources, **{"packing": False, **data})
     config = TrainConfig(data=data_config, optim=OptimConfig(max_steps=1, **(optim or {})))
     return config, load_data(config.data, tokenizer, config.seed)
@@ -33,7 +33,7 @@ def load(
 def page(
     config: TrainConfig, data: RunData, tokenizer, num_shown: int = 3, **settings: object
 ) -> str:
-    """All that is printed."""
+    """Return all that is printed."""
     out = StringIO()
     console = Console(file=out, markup=False, highlight=False, emoji=False, **settings)
     facts = gather_facts(data, config, tokenizer)
@@ -44,13 +44,16 @@ def page(
 
 
 def found_in(config: TrainConfig, data: RunData, tokenizer) -> list[str]:
-    """The warnings about a data set."""
+    """Return the warnings about a data set."""
     return warnings(gather_facts(data, config, tokenizer))
 
 
 def awkward(folder: Path, tokenizer) -> tuple[TrainConfig, RunData]:
-    """Two sources whose names and rows have all that could break a line: lengths, brackets, wide characters, tabs,
-    control characters; some rows faulty, some cut."""
+    """Return two sources with all that could break a line in their names and rows.
+
+    Lengths, brackets, wide characters, tabs, control characters; some rows are faulty, some
+    cut.
+    """
     name = "[red]" + "very-long-name-" * 12
     answers = [
         "a" * 300,
@@ -75,7 +78,7 @@ def awkward(folder: Path, tokenizer) -> tuple[TrainConfig, RunData]:
 
 @pytest.mark.parametrize("width", [40, 80, 140])
 def test_no_line_is_too_long(tmp_path: Path, tokenizer, width: int) -> None:
-    """Whatever is in the data, every line fits, so that no terminal wraps it."""
+    """Every line fits the width, whatever is in the data, so that no terminal wraps it."""
     config, data = awkward(tmp_path, tokenizer)
     lines = page(config, data, tokenizer, width=width).splitlines()
     long = [line for line in lines if cell_len(line) > width]
@@ -86,7 +89,7 @@ def test_no_line_is_too_long(tmp_path: Path, tokenizer, width: int) -> None:
 
 @pytest.mark.parametrize("settings", [{}, {"force_terminal": True, "color_system": "truecolor"}])
 def test_only_colors_and_text_are_printed(tmp_path: Path, tokenizer, settings: dict) -> None:
-    """In a log file no control character at all; on a terminal, colors. Brackets are no markup."""
+    """A log file gets no control character, a terminal only colors. Brackets are no markup."""
     config, data = awkward(tmp_path, tokenizer)
     text = page(config, data, tokenizer, num_shown=20, width=100, **settings)
     assert ("\x1b" in text) == bool(settings)
@@ -99,7 +102,7 @@ def test_only_colors_and_text_are_printed(tmp_path: Path, tokenizer, settings: d
 
 
 def test_marks_instead_of_colors_where_these_are_not_wanted(tmp_path: Path, tokenizer) -> None:
-    """NO_COLOR on a terminal: the mask is still there."""
+    """With NO_COLOR on a terminal, marks show the mask."""
     config, data = load(
         Source(chat_rows(tmp_path / "t.jsonl", ["fox", "dog"])), tokenizer=tokenizer
     )
@@ -116,17 +119,15 @@ def test_marks_instead_of_colors_where_these_are_not_wanted(tmp_path: Path, toke
 
 
 def test_what_became_of_each_row_is_told(tmp_path: Path, tokenizer) -> None:
-    """Format, counts, weight and share of a source, and each reason for a row to be left out with its first place."""
+    """The page has format, counts, weight and share of a source, and faults with first places."""
     config, data = awkward(tmp_path, tokenizer)
     lines = [
         line.strip() for line in page(config, data, tokenizer, num_shown=0, width=400).splitlines()
     ]
     report = data.reports[0]
     assert "13 rows of format messages → 12 samples" in lines
-    assert (
-        f"{report.num_tokens:,} tokens, {report.num_targets / report.num_tokens:.1%} of them targets"
-        in lines
-    )
+    share = f"{report.num_targets / report.num_tokens:.1%}"
+    assert f"{report.num_tokens:,} tokens, {share} of them targets" in lines
     assert f"{report.num_cut} cut to 256 tokens ({report.num_cut / 13:.1%})" in lines
     assert report.num_cut > 0
     assert "1 left out as faulty (7.7%):" in lines
@@ -171,7 +172,7 @@ def test_bars_are_as_long_as_counts(tmp_path: Path, tokenizer) -> None:
 def test_the_tokenizer_is_fetched_without_weights(
     monkeypatch: pytest.MonkeyPatch, needs_weights: bool
 ) -> None:
-    """Of a hub name only the small files are asked for, unless the model is to be loaded."""
+    """For a hub name only the small files are fetched, unless the model is to be loaded."""
     asked: list[str] = []
 
     def snapshot_download(name: str, allow_patterns: list[str]) -> str:
@@ -200,7 +201,7 @@ def test_the_tokenizer_is_fetched_without_weights(
 
 
 def test_good_data_have_nothing_worth_a_look(tmp_path: Path, tokenizer) -> None:
-    """The page then says what was looked for."""
+    """Without findings, the page tells the checks that were made."""
     config, data = load(
         Source(chat_rows(tmp_path / "t.jsonl", list("abcdef"))), tokenizer=tokenizer
     )
@@ -212,7 +213,7 @@ def test_good_data_have_nothing_worth_a_look(tmp_path: Path, tokenizer) -> None:
 
 
 def test_copies_on_both_sides_of_a_split_are_told(tmp_path: Path, tokenizer) -> None:
-    """Ten times the same row: nine of ten train, and the held-out one is among them."""
+    """Ten copies of a row are told: nine of them train, and the held-out one is among them."""
     config, data = load(
         Source(chat_rows(tmp_path / "t.jsonl", ["fox"] * 10)),
         tokenizer=tokenizer,
@@ -227,7 +228,7 @@ def test_copies_on_both_sides_of_a_split_are_told(tmp_path: Path, tokenizer) -> 
 
 
 def test_prompts_on_both_sides_are_told(tmp_path: Path, tokenizer) -> None:
-    """The same question with another answer is not new either."""
+    """A held-out question that training has with another answer is told."""
     train, held_out = tmp_path / "t.jsonl", tmp_path / "e.jsonl"
     train.write_text("".join(f'{{"prompt": "fox {i}", "completion": "a"}}\n' for i in range(4)))
     held_out.write_text(
@@ -241,7 +242,7 @@ def test_prompts_on_both_sides_are_told(tmp_path: Path, tokenizer) -> None:
 
 
 def test_cut_rows_are_told(tmp_path: Path, tokenizer) -> None:
-    """Those that lose tokens and those that are dropped; answers without an end are told where they are the rule."""
+    """Rows that lose tokens or are dropped are told, and missing end tokens if frequent."""
     rows = chat_rows(tmp_path / "t.jsonl", ["1" * 99, "2" * 99, "3" * 99, "4"])
     config, data = load(Source(rows), tokenizer=tokenizer, max_seq_len=64)
     no_end, cut = found_in(config, data, tokenizer)
@@ -257,7 +258,7 @@ def test_cut_rows_are_told(tmp_path: Path, tokenizer) -> None:
 def test_padding_is_told_with_its_remedy(
     tmp_path: Path, tokenizer, grouped: bool, instead: str
 ) -> None:
-    """A micro-batch of one long row and many short ones is mostly padding; packed, the rows are even."""
+    """A micro-batch of one long row and many short ones is mostly padding; packed, it is not."""
     answers = [str(i) for i in range(10, 40)] + ["1" * 200]
     rows = chat_rows(tmp_path / "t.jsonl", answers)
     config, data = load(
@@ -268,12 +269,15 @@ def test_padding_is_told_with_its_remedy(
         group_by_length=grouped,
     )
     [padding] = found_in(config, data, tokenizer)
-    told = r"\d\d% of what is computed is padding\. data\.packing: true{} makes that \d+%; lower optim\.micro_batch_size "
+    told = (
+        r"\d\d% of what is computed is padding\. data\.packing: true{} makes that \d+%; "
+        r"lower optim\.micro_batch_size "
+    )
     assert re.match(told.format(instead), padding)
 
 
 def test_a_step_of_more_rows_than_an_epoch_is_told(tmp_path: Path, tokenizer) -> None:
-    """A step then sees rows twice."""
+    """A step of more rows than an epoch has, which sees rows twice, is told."""
     rows = chat_rows(tmp_path / "t.jsonl", list("ab"))
     config, data = load(Source(rows), tokenizer=tokenizer, optim={"grad_accum_steps": 8})
     [short] = found_in(config, data, tokenizer)

@@ -1,4 +1,4 @@
-"""Rows as a person sees them: what counts in the loss stands out, and nothing in the data can do harm."""
+"""Rows as a person sees them: targets stand out, and nothing in the data can do harm."""
 
 import re
 from io import StringIO
@@ -16,7 +16,7 @@ from tests.support.rows import encode
 
 
 def chat(*texts: str) -> dict:
-    """A conversation; the user begins."""
+    """Return a conversation; the user begins."""
     return {
         "messages": [
             {"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)
@@ -25,7 +25,7 @@ def chat(*texts: str) -> dict:
 
 
 def colored(text: Text) -> list[str]:
-    """The parts of a text that have the style of targets."""
+    """Return the parts of a text that have the style of targets."""
     return [text.plain[span.start : span.end] for span in text.spans if span.style == TARGET]
 
 
@@ -35,7 +35,7 @@ TEXTS = ["the fox", "über", "x  y\n\n z", "日本 🙂!", "[bold]a[/bold] :smil
 @pytest.mark.parametrize("question", TEXTS)
 @pytest.mark.parametrize("answer", TEXTS)
 def test_targets_have_the_color_and_nothing_else_has(tokenizer, question: str, answer: str) -> None:
-    """Character by character: each answer with its end token, and no more than that."""
+    """Each answer with its end token has the targets' color, and no other character has."""
     [sample] = encode([chat(question, answer, "go on", "ok")], tokenizer).samples
     text = masked_text(sample, tokenizer, in_color=True)
     assert colored(text) == [visible(answer) + "<|im_end|>", "ok<|im_end|>"]
@@ -44,7 +44,7 @@ def test_targets_have_the_color_and_nothing_else_has(tokenizer, question: str, a
 
 
 def test_marks_where_there_is_no_color(tokenizer) -> None:
-    """The same borders, as characters that stay in a log file."""
+    """Without color, the borders are characters that stay in a log file."""
     [sample] = encode([chat("a", "b\nc")], tokenizer).samples
     text = masked_text(sample, tokenizer, in_color=False)
     assert (
@@ -57,34 +57,36 @@ def test_marks_where_there_is_no_color(tokenizer) -> None:
 
 
 def test_of_plain_text_all_but_the_first_token_counts(tokenizer) -> None:
-    """As in the count of targets."""
+    """All tokens of plain text but the first are marked, as in the count of targets."""
     [sample] = encode([{"text": "12"}], tokenizer).samples
     assert sample.num_targets == 2
     assert masked_text(sample, tokenizer, in_color=False).plain == "1⟦2<|im_end|>⟧"
 
 
 def test_packed_samples_have_borders(tokenizer) -> None:
-    """Each sample of a packed row is announced, also where targets meet."""
+    """Each sample of a packed row is announced, even if targets meet."""
     samples = encode([{"text": "12"}, {"text": "345"}], tokenizer).samples
     assert masked_text(join(samples), tokenizer, in_color=False).plain == (
-        "⟨sample 1 of 2 in this row: 3 tokens⟩\n1⟦2<|im_end|>⟧\n⟨sample 2 of 2 in this row: 4 tokens⟩\n3⟦45<|im_end|>⟧"
+        "⟨sample 1 of 2 in this row: 3 tokens⟩\n1⟦2<|im_end|>⟧\n"
+        "⟨sample 2 of 2 in this row: 4 tokens⟩\n3⟦45<|im_end|>⟧"
     )
 
 
 def test_long_runs_lose_their_middle(tokenizer) -> None:
-    """Both ends of prompt and answer are shown, so the borders are, with the number of tokens between them."""
+    """Both ends of prompt and answer are shown, with the number of tokens left out between them."""
     ids = tokenizer("".join(str(i % 10) for i in range(300)), add_special_tokens=False).input_ids
     assert len(ids) == 300
     sample = Sample(ids, [IGNORE_INDEX] * 100 + ids[100:])
     plain = masked_text(sample, tokenizer, in_color=False).plain
     digits = "0123456789" * 30
     assert plain == (
-        f"{digits[:48]}⟨… 28 tokens …⟩{digits[76:100]}⟦{digits[100:148]}⟨… 128 tokens …⟩{digits[276:]}⟧"
+        f"{digits[:48]}⟨… 28 tokens …⟩{digits[76:100]}"
+        f"⟦{digits[100:148]}⟨… 128 tokens …⟩{digits[276:]}⟧"
     )
 
 
 def test_many_turns_lose_those_in_the_middle(tokenizer) -> None:
-    """A conversation of hundreds of turns shows its first and last ones; what is left out is counted."""
+    """The first and the last of hundreds of turns are shown; the rest is counted."""
     [sample] = encode([chat(*map(str, range(100)))], tokenizer, max_seq_len=4096).samples
     plain = masked_text(sample, tokenizer, in_color=False).plain
     assert "⟦1<|im_end|>⟧" in plain
@@ -96,7 +98,7 @@ def test_many_turns_lose_those_in_the_middle(tokenizer) -> None:
 
 
 def test_spaces_survive_a_tokenizer_that_drops_the_first(tokenizer) -> None:
-    """SentencePiece's decoder takes the space off whatever it is given first; the shown text keeps it."""
+    """The space that SentencePiece's decoder takes off the first token is shown."""
     words = ["▁the", "▁fox", "▁ran", "<unk>"]
     raw = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.Metaspace()
@@ -108,7 +110,7 @@ def test_spaces_survive_a_tokenizer_that_drops_the_first(tokenizer) -> None:
 
 
 def test_the_data_cannot_imitate_the_marks() -> None:
-    """Characters with a meaning here are shown as what they are, by number."""
+    """Characters with a meaning on the page are shown by their number."""
     assert visible("⟦a⟧ ⟨ ↵") == "⟨U+27E6⟩a⟨U+27E7⟩ ⟨U+27E8⟩ ⟨U+21B5⟩"
 
 
@@ -116,8 +118,10 @@ HOSTILE = "\x1b[31mred\x1b]0;title\x07 \x9b2J \x00\x08\r\n\x7f\u202eright-to-lef
 
 
 def test_escape_sequences_do_not_reach_the_terminal(tokenizer) -> None:
-    """Of all control characters in the data only line breaks are left; on a terminal, the only sequences are colors
-    that were put there."""
+    """Line breaks are the only control characters of the data that are left.
+
+    On a terminal, the only sequences are the page's own colors.
+    """
     [sample] = encode(
         [chat(HOSTILE.replace("\x00", ""), HOSTILE.replace("\x00", ""))], tokenizer
     ).samples
@@ -141,5 +145,5 @@ def test_escape_sequences_do_not_reach_the_terminal(tokenizer) -> None:
 
 
 def test_joined_emojis_stay_whole() -> None:
-    """The joiner within them is invisible, but part of the text."""
+    """The joiner within an emoji is invisible, but part of the text."""
     assert visible("👩\u200d🚀") == "👩\u200d🚀"
