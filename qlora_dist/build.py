@@ -1,4 +1,6 @@
-"""From a model folder to a model that can run: described on meta, adapted, sharded, then filled with weights."""
+"""From a model folder to a model that can run: described on meta, adapted, sharded, filled."""
+
+# Tested by tests/distributed/test_sharding.py and tests/unit/test_fast_paths.py.
 
 from __future__ import annotations
 
@@ -42,11 +44,13 @@ def build_model(
     reporter: Reporter,
     check_in: Callable[[], None] = lambda: None,
 ) -> ModelParts:
-    """Build the adapted model of this rank; no rank holds more of the base than its shard and one layer.
+    """Build this rank's part of the adapted model; a collective.
+
+    No rank ever holds more of the base than its shard and one layer.
 
     Args:
-        folder: what `resolve_model_folder` returned for `model.path`.
-        alive: called while weights are read, by all ranks alike; may raise to end it.
+        folder: the result of `resolve_model_folder` for `model.path`.
+        check_in: called while weights are read, by all ranks alike; may raise to end the loading.
 
     Raises:
         ModelError, ConfigError: the folder, its weights or the adapter's targets cannot be used.
@@ -55,23 +59,23 @@ def build_model(
     """
     runtime = backend.runtime
     assert config.model.dtype == runtime.dtype_name, "model.dtype is to be settled before"
-    is_hub_name = looks_like_hub_name(config.model.path)
-    model = add_adapters(
-        build_skeleton(folder, config.model, formats_in(folder, config.model)),
-        config.adapter,
-        base_path=config.model.path if is_hub_name else str(folder.resolve()),
-    )
+    path = config.model.path
+    skeleton = build_skeleton(folder, config.model, formats_in(folder, config.model))
+    base_path = path if looks_like_hub_name(path) else str(folder.resolve())
+    model = add_adapters(skeleton, config.adapter, base_path)
     saved_adapter = None if config.adapter.path is None else Path(config.adapter.path)
     if saved_adapter is not None:
         check_adapter_fits(model, saved_adapter)
     if unfused := fuse_adapters(model):
         reporter.log(unfused)
     parts = ModelParts(model)
-    if config.memory.compile:  # which fuses more when it sees single operations
+    # Either or: the compiler fuses more when it sees single operations.
+    if config.memory.compile:
         compile_layers(parts.layers, runtime.device)
         reporter.log("decoder layers: compiled in the first steps, which take longer")
     else:
         fuse_norms_and_mlps(model, runtime.device)
+    # Before the cut: sharding hooks must wrap the recomputing forward, not be recomputed by it.
     apply_recompute(parts.layers, config.memory)
     check_fits(parts, backend)
     backend.cut(parts)
@@ -85,6 +89,7 @@ def build_model(
     else:
         init_adapters(model, config.seed, config.adapter.init)
         if config.adapter.use_dora:
+            # Norms of the loaded weights, so after them: one gathered layer at a time.
             init_magnitudes(backend.whole_layers(parts))
     return parts
 
@@ -92,20 +97,19 @@ def build_model(
 def load_trained(
     adapter_folder: Path, recipe: AdapterRecord, *, runtime: Runtime, reporter: Reporter
 ) -> tuple[PeftModel, PreTrainedTokenizerBase]:
-    """A trained adapter on its 4-bit base, whole on this process's device, in eval mode; and the tokenizer.
+    """Load a trained adapter on its 4-bit base, whole on this process's device; and its tokenizer.
 
-    It computes in the runtime's type, whichever it was trained in.
+    The model is in eval mode. It computes in the runtime's type, whichever it was trained in.
 
     Raises:
-        ModelError: the base model is not where the adapter says, or cannot be loaded.
+        ModelError: the base model is not at the path that the adapter names, or cannot be loaded.
         CheckpointError: the adapter does not fit that base model.
     """
     folder = resolve_model_folder(recipe.base.path)
-    trained_in = recipe.base.dtype
-    is_other = trained_in not in ("auto", runtime.dtype_name)
-    reporter.log(
-        runtime.compute_note + (f"; the adapter was trained in {trained_in}" if is_other else "")
-    )
+    trained_in, note = recipe.base.dtype, runtime.compute_note
+    if trained_in not in ("auto", runtime.dtype_name):
+        note += f"; the adapter was trained in {trained_in}"
+    reporter.log(note)
     config = replace(recipe.base, dtype=runtime.dtype_name)
     skeleton = build_skeleton(folder, config, formats_in(folder, config))
     if (folder / "generation_config.json").is_file():

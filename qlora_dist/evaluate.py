@@ -4,58 +4,63 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 
 import torch
 from peft import PeftModel
 
 from qlora_dist.config.schema import EvalConfig
-from qlora_dist.data.batch import collate, eval_batches
+from qlora_dist.data.batch import MicroBatch, collate, eval_batches
 from qlora_dist.data.samples import Sample
 from qlora_dist.metrics.rows import EvalMetrics
 from qlora_dist.model.loss import target_loss_sum
 from qlora_dist.runtime.processes import Runtime
 
 
-def num_eval_batches(
-    num_samples: int, config: EvalConfig, micro_batch_size: int, runtime: Runtime
-) -> int:
-    """Micro-batches of each rank in one evaluation."""
-    num_batches = -(-num_samples // (micro_batch_size * runtime.world_size))
-    return num_batches if config.max_batches is None else min(num_batches, config.max_batches)
+def eval_micro_batches(
+    samples: Sequence[Sample],
+    config: EvalConfig,
+    micro_batch_size: int,
+    pad_token_id: int,
+    runtime: Runtime,
+) -> tuple[int, Iterator[MicroBatch]]:
+    """Number of this rank's micro-batches in one evaluation, equal on all ranks; and an iterator
+    that collates them one at a time."""
+    own = eval_batches(len(samples), micro_batch_size, runtime.rank, runtime.world_size)
+    groups = list(islice(own, config.max_batches))
+    return len(groups), (collate([samples[i] for i in group], pad_token_id) for group in groups)
 
 
 @torch.no_grad()
 def evaluate(
     model: PeftModel,
-    samples: Sequence[Sample],
-    config: EvalConfig,
+    batches: Iterable[MicroBatch],
     runtime: Runtime,
-    *,
-    micro_batch_size: int,
-    pad_token_id: int,
     check_in: Callable[[], None] = lambda: None,
     on_batch: Callable[[int], None] = lambda number: None,
     step: int = 0,
     epoch: float = 0.0,
 ) -> EvalMetrics:
-    """Mean cross-entropy per target token of `samples`; a collective, the same result on every rank.
+    """Mean cross-entropy per target token over the micro-batches of all ranks; a collective.
+
+    Every rank gets the same result.
 
     Args:
-        alive: called before each micro-batch, by all ranks alike; may raise to end it.
-        on_batch: called after each, with how many this rank has done.
+        batches: this rank's micro-batches, as many as each other rank has.
+        check_in: called before each micro-batch, by all ranks alike; may raise to end the
+            evaluation.
+        on_batch: called after each micro-batch with the number that this rank has done.
+        step, epoch: position of the run, copied into the result.
     """
     started = time.perf_counter()
     was_training = model.training
     model.eval()
-    sums = torch.zeros(2, dtype=torch.float64, device=runtime.device)  # loss, target tokens
-    for number, indices in enumerate(
-        eval_batches(len(samples), micro_batch_size, runtime.rank, runtime.world_size), start=1
-    ):
-        if config.max_batches is not None and number > config.max_batches:
-            break
+    # (2,): loss, target tokens. float64, so that the sum does not depend on the split over ranks.
+    sums = torch.zeros(2, dtype=torch.float64, device=runtime.device)
+    for number, batch in enumerate(batches, start=1):
         check_in()
-        batch = collate([samples[i] for i in indices], pad_token_id).to(runtime.device)
+        batch = batch.to(runtime.device)
         with runtime.autocast():
             sums[0] += target_loss_sum(
                 model,

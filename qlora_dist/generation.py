@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -23,17 +24,22 @@ from qlora_dist.runtime.processes import Runtime, launched_world_size, start_run
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen."""
+    """Rule by which tokens are chosen."""
 
     max_new_tokens: int = 256
     temperature: float = 0.0
-    """0 takes the likeliest token each time."""
+    """0 takes the likeliest token each time; above 0, tokens are drawn at this temperature."""
 
 
 def generate(
     adapter: str, prompt: str | None, chat: bool, max_new_tokens: int, temperature: float
 ) -> None:
-    """Load the model once, then answer one prompt or converse.
+    """Load a trained model once, then answer one prompt or converse.
+
+    Args:
+        adapter: folder of the adapter.
+        prompt: text to answer; None reads standard input.
+        chat: converse on the terminal instead.
 
     Raises:
         QloraDistError: the adapter or its base cannot be loaded, or there is no prompt.
@@ -55,28 +61,23 @@ def generate(
         _converse(model, tokenizer, recipe.layout, settings, runtime)
     else:
         assert prompt is not None
-        answer(
-            model,
-            tokenizer,
-            prompt_ids(prompt, tokenizer, recipe.layout),
-            settings,
-            runtime,
-            stream=True,
-        )
+        input_ids = prompt_ids(prompt, tokenizer, recipe.layout)
+        answer(model, tokenizer, input_ids, settings, runtime, stream=True)
     runtime.close()
 
 
 def prompt_ids(
     prompt: str, tokenizer: PreTrainedTokenizerBase, layout: PromptLayout
 ) -> torch.Tensor:
-    """A prompt in the form that the adapter was trained on: a user turn, or plain text. (1, seq_len) int64."""
+    """Encode a prompt as the adapter was trained: a user turn, or plain text. (1, seq_len)
+    int64."""
     if layout == "messages":
         return chat_ids([{"role": "user", "content": prompt}], tokenizer)
     return torch.tensor([plain_ids(prompt, tokenizer)], dtype=torch.int64)
 
 
 def chat_ids(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
-    """A conversation up to where the assistant speaks. (1, seq_len) int64."""
+    """Encode a conversation up to the assistant's next answer. (1, seq_len) int64."""
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     return tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
 
@@ -91,23 +92,26 @@ def answer(
     *,
     stream: bool = False,
 ) -> str:
-    """Continue `input_ids` (1, seq_len) until the end token; with `stream`, print tokens as they come."""
+    """Continue `input_ids` until an end token, and return the new text.
+
+    Args:
+        input_ids: (1, seq_len) int64.
+        stream: print tokens as they come.
+    """
     input_ids = input_ids.to(runtime.device)
-    choice = (
-        {"do_sample": True, "temperature": sampling.temperature}
-        if sampling.temperature > 0
-        else {"do_sample": False}
-    )
+    choice: dict[str, Any] = {"do_sample": sampling.temperature > 0}
+    if choice["do_sample"]:
+        choice["temperature"] = sampling.temperature
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     with runtime.autocast():
         output = model.generate(
             input_ids=input_ids,
             attention_mask=torch.ones_like(input_ids),
             max_new_tokens=sampling.max_new_tokens,
+            # An id that the embedding has: a tokenizer may know more tokens than that.
             pad_token_id=pad_token_id(tokenizer, model.get_input_embeddings().weight.shape[0]),
             eos_token_id=_end_token_ids(model, tokenizer),
-            streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-            if stream
-            else None,
+            streamer=streamer if stream else None,
             **choice,
         )
     return str(tokenizer.decode(output[0, input_ids.shape[1] :], skip_special_tokens=True)).strip()
@@ -128,6 +132,7 @@ def _converse(
     sampling: Sampling,
     runtime: Runtime,
 ) -> None:
+    """Read user turns from standard input and answer each, until an empty line or the end."""
     if layout != "messages":
         raise ConfigError(
             "this adapter was trained on plain text, not on conversations. Use --prompt TEXT."
@@ -137,11 +142,10 @@ def _converse(
         try:
             text = input("you> ").strip()
         except EOFError:
-            text = ""
+            return
         if not text:
             return
         messages.append({"role": "user", "content": text})
-        reply = answer(
-            model, tokenizer, chat_ids(messages, tokenizer), sampling, runtime, stream=True
-        )
+        input_ids = chat_ids(messages, tokenizer)
+        reply = answer(model, tokenizer, input_ids, sampling, runtime, stream=True)
         messages.append({"role": "assistant", "content": reply})

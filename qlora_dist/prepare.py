@@ -1,11 +1,10 @@
 """Everything before the first step: from a configuration to the parts of a run."""
 
+# Tested by tests/distributed/test_resume.py and tests/distributed/test_failures.py.
+
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
-
-import torch
 
 from qlora_dist.build import build_model
 from qlora_dist.config.schema import TrainConfig
@@ -35,7 +34,7 @@ from qlora_dist.weights.files import fingerprint, resolve_model_folder
 
 @dataclass
 class RunParts:
-    """What a run works with, once all of it is known to fit together."""
+    """Parts of a run that are known to fit together."""
 
     data: RunData
     plan: BatchPlan
@@ -47,15 +46,17 @@ class RunParts:
     budget: RecomputeBudget
     checkpoints: Checkpoints
     state: TrainState
-    """Everything that a resumed run goes on from, besides tensors."""
+    """Position of the run and its counters: all that a checkpoint holds besides tensors."""
     loss_scale: LossScale
 
 
 def prepare(config: TrainConfig, backend: Backend, session: Session) -> RunParts | None:
-    """Make the parts of a run: data, checkpoint, model, engine; None when the run is finished already.
+    """Make the parts of a run: data, checkpoint, model, engine; None when the run is finished
+    already.
 
     Raises:
-        QloraDistError: the input cannot be used, or does not belong together; nothing has been written then.
+        QloraDistError: the input cannot be used, or does not belong together; then nothing was
+            written.
     """
     runtime, log, working = session.runtime, session.reporter.log, session.reporter.working
     log(runtime.compute_note)
@@ -67,14 +68,7 @@ def prepare(config: TrainConfig, backend: Backend, session: Session) -> RunParts
     )
     log("\n".join(data.notes))
 
-    with working("looking for a checkpoint"):
-        checkpoint = choose_checkpoint(session.folder, config.checkpoint.resume, runtime, log)
-    state = checkpoint.state if checkpoint else TrainState()
-    is_own = checkpoint is not None and checkpoint.path.parent.parent == session.folder
-    if not is_own:
-        state.best_eval_loss = state.best_step = (
-            None  # another run's best is not among this one's checkpoints
-        )
+    checkpoint, state, is_own = _starting_point(config, session)
     plan = _plan(data, config, runtime.world_size)
     num_steps = plan.num_steps(state.step, state.num_samples_seen, config.optim)
     check_warmup(num_steps, config.optim)
@@ -83,75 +77,94 @@ def prepare(config: TrainConfig, backend: Backend, session: Session) -> RunParts
         log(f"this run is finished: {adapter}. checkpoint.resume: never would start it over.")
         return None
 
-    session.watch()
+    session.watch()  # all ranks check in from here on; reading data may take any time before
     with working("building the model"):
         modules = build_model(config, model_folder, backend, session.reporter, session.check_in)
     model = modules.model
-    held_bytes = local_bytes(
-        model
-    )  # a forward without a backward leaves some engines' output head gathered
-    belongs_to = RunIdentity(
-        fingerprint(model_folder), data.fingerprint(), adapter_shapes(model), identity(config)
-    )
+    shapes, settings = adapter_shapes(model), identity(config)
+    belongs_to = RunIdentity(fingerprint(model_folder), data.fingerprint(), shapes, settings)
     if checkpoint:
         checkpoint.check(belongs_to, is_own)
-        checkpoint.load_adapter(model)
-    engine = backend.engine(modules)
-    _check_forward(modules, config, session)
-    if checkpoint:
-        _resume(engine, checkpoint, session)
-    if runtime.device.type == "cpu" and OPTIMIZERS[config.optim.optimizer].is_paged:
-        log(
-            f"{config.optim.optimizer}: without a GPU there is nothing to page, its state is in host memory anyway"
-        )
-    log(attention_note(model, config.model, is_packed=config.data.packing))
+    # Counted before the first forward: one without backward leaves some engines' head gathered.
+    held_mib, whole_mib = local_bytes(model) / 2**20, whole_bytes(model) / 2**20
+    engine = _start_engine(config, backend, session, modules, checkpoint)
     log(
-        f"{backend.name}, {runtime.world_size} x {runtime.device.type}: this rank holds {held_bytes / 2**20:,.0f} "
-        f"of {whole_bytes(model) / 2**20:,.0f} MiB | {num_steps:,} steps of {plan.global_batch_size:,} rows"
+        f"{backend.name}, {runtime.world_size} x {runtime.device.type}: this rank holds "
+        f"{held_mib:,.0f} of {whole_mib:,.0f} MiB | {num_steps:,} steps of "
+        f"{plan.global_batch_size:,} rows"
     )
     budget = RecomputeBudget(config, modules, runtime, log)
     budget.choose()
 
-    def write_adapter(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-        save_adapter(path, model, tensors, tokenizer, AdapterRecord(config.model, data.layout))
-
+    record = AdapterRecord(config.model, data.layout)
     checkpoints = Checkpoints(
         session.folder / "checkpoints",
         config.checkpoint.keep,
         belongs_to,
         runtime,
         backend.name,
-        write_adapter,
+        lambda path, tensors: save_adapter(path, model, tensors, tokenizer, record),
     )
     if checkpoint and is_own:
         checkpoints.mark_written(state.step)
     session.claim_folder(resumed_step=state.step if checkpoint else None)
     padding = pad_token_id(tokenizer, modules.dimensions.vocab_size)
-    loader = StepLoader(
-        plan, data.train, runtime.rank, padding, pin_memory=runtime.device.type == "cuda"
-    )
+    is_on_gpu = runtime.device.type == "cuda"
+    loader = StepLoader(plan, data.train, runtime.rank, padding, pin_memory=is_on_gpu)
     scale = LossScale(state, runtime, log)
     return RunParts(
         data, plan, num_steps, loader, padding, modules, engine, budget, checkpoints, state, scale
     )
 
 
+def _starting_point(
+    config: TrainConfig, session: Session
+) -> tuple[Checkpoint | None, TrainState, bool]:
+    """Return the checkpoint to resume from, the state to begin with, and whether the checkpoint is
+    this run's own."""
+    log, resume = session.reporter.log, config.checkpoint.resume
+    with session.reporter.working("looking for a checkpoint"):
+        checkpoint = choose_checkpoint(session.folder, resume, session.runtime, log)
+    state = checkpoint.state if checkpoint else TrainState()
+    is_own = checkpoint is not None and checkpoint.path.parent.parent == session.folder
+    if not is_own:
+        # The best step of another run is not among the checkpoints of this run.
+        state.best_eval_loss = state.best_step = None
+    return checkpoint, state, is_own
+
+
 def _plan(data: RunData, config: TrainConfig, world_size: int) -> BatchPlan:
     order, optim = sample_order(data, config), config.optim
-    return BatchPlan(
-        order, optim.micro_batch_size, optim.grad_accum_steps, world_size, run_end(order, optim)
-    )
+    end = run_end(order, optim)
+    return BatchPlan(order, optim.micro_batch_size, optim.grad_accum_steps, world_size, end)
 
 
-def _check_forward(modules: ModelParts, config: TrainConfig, session: Session) -> None:
-    """Look at what forward makes of packed rows and of logits; a collective, after the engine has prepared forward."""
+def _start_engine(
+    config: TrainConfig,
+    backend: Backend,
+    session: Session,
+    modules: ModelParts,
+    checkpoint: Checkpoint | None,
+) -> Engine:
+    """Build the engine of a loaded model, resume from `checkpoint`, and log how both compute; a
+    collective."""
+    model, device, log = modules.model, session.runtime.device, session.reporter.log
+    if checkpoint:
+        checkpoint.load_adapter(model)  # before the engine, which copies the adapter to its buffers
+    engine = backend.engine(modules)
+    # These run the model, so they come after the engine, which has prepared forward.
     with session.runtime.autocast():
         if config.data.packing:
-            check_packing(modules.model, session.runtime.device)
-        if note := loss_note(modules.model):
-            session.reporter.log(note)
-
-
-def _resume(engine: Engine, checkpoint: Checkpoint, session: Session) -> None:
-    engine.load_optimizer_state(checkpoint.optimizer_tensors(), checkpoint.state.num_updates)
-    session.reporter.log(f"going on after step {checkpoint.state.step} from {checkpoint.path}")
+            check_packing(model, device)
+        if note := loss_note(model):
+            log(note)
+    if checkpoint:
+        engine.load_optimizer_state(checkpoint.optimizer_tensors(), checkpoint.state.num_updates)
+        log(f"going on after step {checkpoint.state.step} from {checkpoint.path}")
+    if device.type == "cpu" and OPTIMIZERS[config.optim.optimizer].is_paged:
+        log(
+            f"{config.optim.optimizer}: without a GPU there is nothing to page, its state is in "
+            "host memory anyway"
+        )
+    log(attention_note(model, config.model, is_packed=config.data.packing))
+    return engine

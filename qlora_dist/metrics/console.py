@@ -1,4 +1,4 @@
-"""What a person sees: a live bar on a terminal, plain lines in a log file, and nothing else."""
+"""Console output of a run: a live bar on a terminal, plain lines in a log file."""
 
 from __future__ import annotations
 
@@ -29,21 +29,23 @@ if TYPE_CHECKING:
 
 
 _SAY_EVERY_SECONDS = 10.0
-"""Longest silence about one long piece of work, where there is no terminal to show a bar on."""
+"""Longest silence of a log file during work that takes long."""
 
 
 class Update(Protocol):
-    """Tells how far a piece of work is."""
+    """Function that reports the progress of a piece of work."""
 
     def __call__(self, done: int, note: str = "") -> None: ...
 
 
 class Reporter:
-    """Speaks for the run on rank 0; on other ranks it is silent.
+    """Writes what the user sees of a run; silent on all ranks but 0.
 
     Args:
-        interval: seconds of silence after which long work is spoken of; None is ten.
-        clock: in seconds.
+        file: gets the lines; None is standard output.
+        interval: seconds of silence after which a log file gets a line about long work; None is
+            ten.
+        clock: returns seconds.
     """
 
     def __init__(
@@ -61,9 +63,8 @@ class Reporter:
             soft_wrap=True,
         )
         self._clock = clock
-        self._heartbeat = Heartbeat(
-            self.log, _SAY_EVERY_SECONDS if interval is None else interval, clock
-        )
+        interval = _SAY_EVERY_SECONDS if interval is None else interval
+        self._heartbeat = Heartbeat(self.log, interval, clock)
         self._bars = _Bars(self.console) if self.console.is_terminal and is_main else None
         self._is_main = is_main
         self._num_steps = 0
@@ -71,19 +72,20 @@ class Reporter:
         self._step_started = 0.0
 
     def log(self, text: str) -> None:
-        """One plain line."""
+        """Write one plain line."""
         self._heartbeat.spoke()
         self.console.print(text, markup=False)
 
     @contextmanager
     def working(self, doing: str, total: int | None = None) -> Iterator[Update]:
-        """Show that something is being done that may take long; the body may tell how far it is.
+        """Show work that may take long; yields a function with which the body reports progress.
 
-        On a terminal a bar shows it. In a log file there is a line after ten seconds in which nothing was said, and
-        again after ten more; nothing is written about work that is shorter.
+        A terminal shows a bar. A log file gets a line after ten seconds of silence, and again after
+        ten more; shorter work leaves no line.
 
         Args:
-            doing: such as `evaluating batch`; how many of `total` are done is put behind it.
+            doing: the work, such as `evaluating batch`; the progress is put behind it.
+            total: number of parts; None if unknown.
         """
         with self._showing(work := Work(doing, total)) as show:
 
@@ -95,7 +97,7 @@ class Reporter:
 
     @contextmanager
     def _showing(self, work: Work) -> Iterator[Callable[[], None]]:
-        """Show work while the body runs; the body calls what it gets when something about it has changed."""
+        """Show work while the body runs; yields a function to call after a change of `work`."""
         if not self._is_main:
             yield lambda: None
         elif self._bars is not None:
@@ -107,24 +109,22 @@ class Reporter:
                 yield self._heartbeat.look
             finally:
                 self._heartbeat.end(work)
-                self._step_started = (
-                    self._clock()
-                )  # what was done between two steps belongs to none
+                # Work between two steps, such as an evaluation, belongs to neither of them.
+                self._step_started = self._clock()
 
     @contextmanager
     def training(self, num_steps: int) -> Iterator[None]:
-        """Show a live bar while the body runs, or, in a log file, where it stands when it was silent for long."""
+        """Show the training's progress while the body runs: a bar, or a line after each silence."""
         self._num_steps, self._step_started = num_steps, self._clock()
-        work = Work("step", num_steps, line=self._training_line)
-        self._training = work
-        with self._showing(work):
+        self._training = Work("step", num_steps, line=self._training_line)
+        with self._showing(self._training):
             try:
                 yield
             finally:
                 self._training = None
 
     def at_step(self, step: int) -> None:
-        """An optimizer step is done, logged or not."""
+        """Note that an optimizer step is done, whether it is logged or not."""
         if self._training is not None:
             self._training.done, self._step_started = step, self._clock()
             if self._bars is not None:
@@ -133,59 +133,56 @@ class Reporter:
     def _training_line(self, now: float) -> str:
         assert self._training is not None
         seconds, done = now - self._step_started, self._training.done
-        within = (
-            f", for {seconds:.0f} s in step {done + 1}"
-            if seconds >= 1 and done < self._num_steps
-            else ""
-        )
-        return f"after step {done}/{self._num_steps}{within}"
+        line = f"after step {done}/{self._num_steps}"
+        if seconds >= 1 and done < self._num_steps:
+            line += f", for {seconds:.0f} s in step {done + 1}"
+        return line
 
     @contextmanager
     def loading(
         self, total_bytes: int, total_layers: int, check_in: Callable[[], None] = lambda: None
     ) -> Iterator[Callable[[int, int], None]]:
-        """Progress of reading weights; the body calls what it gets with the bytes read and layers filled so far.
+        """Show the loading of weights; yields a function of the bytes read and layers filled so
+        far.
 
         Args:
-            alive: called whenever another layer is filled, by all ranks alike.
+            check_in: called after each filled layer, by all ranks alike.
         """
         started = time.perf_counter()
-        last = last_layer = 0
+        read = filled = 0
         with self.working("loading layer", total_layers) as update:
 
             def on_progress(num_bytes: int, num_layers: int) -> None:
-                nonlocal last, last_layer
-                if num_layers != last_layer:
+                nonlocal read, filled
+                if num_layers != filled:
                     check_in()
-                last, last_layer = num_bytes, num_layers
+                read, filled = num_bytes, num_layers
                 update(num_layers, f"{num_bytes // 2**20:,} MiB read by this rank")
 
             yield on_progress
         seconds = time.perf_counter() - started
         self.log(
-            f"base model: this rank read {last / 2**20:,.0f} of {total_bytes / 2**20:,.0f} MiB in {seconds:.1f} s"
+            f"base model: this rank read {read / 2**20:,.0f} of {total_bytes / 2**20:,.0f} MiB "
+            f"in {seconds:.1f} s"
         )
 
     @contextmanager
     def preparing(self) -> Iterator[Callable[[str], None]]:
-        """How far the data are: the body calls what it gets with a line, shown while it is true, or now and then."""
+        """Yields a function that shows one status line: live on a terminal, otherwise at most every
+        ten seconds."""
         work = Work("reading the data")
-
-        def line(now: float) -> str:
-            return f"{work.doing}, {now - work.started:.0f} s"
-
-        work.line = line
+        work.line = lambda now: f"{work.doing}, {now - work.started:.0f} s"
         with self._showing(work) as show:
 
-            def say_now(text: str) -> None:
+            def show_status(text: str) -> None:
                 work.doing = text
                 show()
 
-            yield say_now
+            yield show_status
 
     @contextmanager
     def quantizing(self, total_bytes: int) -> Iterator[Callable[[int], None]]:
-        """Progress of `quantize`: a bar on a terminal, else a line every ten seconds."""
+        """Show the progress of `quantize`; yields a function of the bytes done so far."""
         started = time.perf_counter()
         with self.working("quantizing MiB", max(1, total_bytes // 2**20)) as update:
 
@@ -198,28 +195,31 @@ class Reporter:
         self.log(f"quantized {total_bytes / 2**20:,.0f} MiB in {seconds:.1f} s")
 
     def step(self, row: StepMetrics, seconds_left: float | None) -> None:
-        """One logged optimizer step."""
+        """Show a logged optimizer step.
+
+        Args:
+            seconds_left: expected time until the last step; None if unknown.
+        """
         if self._training is not None and self._bars is not None:
-            # What is left comes first: a narrow terminal has no room for all.
+            # The time left comes first: a narrow terminal cuts off the end.
             left = [] if seconds_left is None else [f"{duration(seconds_left)} left"]
-            self._training.done = row.step
-            self._training.note = " | ".join(
-                [*left, step_line(row, self._num_steps, None).partition(" | ")[2]]
-            )
+            measured = step_line(row, self._num_steps, None).partition(" | ")[2]
+            self._training.done, self._training.note = row.step, " | ".join([*left, measured])
             self._bars.refresh()
         else:
             self.log(step_line(row, self._num_steps, seconds_left))
 
     def evaluation(self, row: EvalMetrics) -> None:
-        """One evaluation."""
+        """Show an evaluation."""
         self.log(
-            f"eval at step {row.step} | loss {row.eval_loss:.4f} | perplexity {row.eval_perplexity:.2f} | "
+            f"eval at step {row.step} | loss {row.eval_loss:.4f} | "
+            f"perplexity {row.eval_perplexity:.2f} | "
             f"{row.num_target_tokens:,} target tokens | {row.seconds:.1f} s"
         )
 
 
 class _Bars:
-    """A bar for each piece of work that is being done, on a terminal; that of the innermost one is shown."""
+    """Bars on a terminal, one for each piece of work at hand; only the innermost is visible."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -228,18 +228,19 @@ class _Bars:
 
     @contextmanager
     def showing(self, work: Work, stays: bool) -> Iterator[Callable[[], None]]:
-        """Show this work's bar while the body runs.
+        """Show the bar of `work` while the body runs; yields :meth:`refresh`.
 
         Args:
-            stays: its last state stays on the screen.
+            stays: keep the bar's last state on the screen.
         """
         if self._progress is None:
+            # One display for all bars: rich refuses a second one while the first is live.
             text = TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True))
             columns = (text, BarColumn(bar_width=24), _Note(), TimeElapsedColumn())
             self._progress = Progress(*columns, console=self._console, transient=not stays)
             self._progress.start()
         progress = self._progress
-        for _, outer in self._shown[-1:]:
+        for _, outer in self._shown[-1:]:  # none or one
             progress.update(outer, visible=False)
         task = progress.add_task(work.text, total=work.total, note=work.note)
         self._shown.append((work, task))
@@ -256,14 +257,14 @@ class _Bars:
                 self._progress = None
 
     def refresh(self) -> None:
-        """Something about the innermost work has changed."""
+        """Draw the innermost bar anew, after a change of its work."""
         for work, task in self._shown[-1:]:
             assert self._progress is not None
             self._progress.update(task, description=work.text, completed=work.done, note=work.note)
 
 
 class _Note(ProgressColumn):
-    """More about how far it is, cut off where the terminal is too narrow; the other columns stay whole."""
+    """Column for a bar's note; a narrow terminal cuts off this column and no other."""
 
     def __init__(self) -> None:
         super().__init__(table_column=Column(no_wrap=False))
@@ -273,18 +274,19 @@ class _Note(ProgressColumn):
 
 
 def step_line(row: StepMetrics, num_steps: int, seconds_left: float | None) -> str:
-    """A logged step as one line of text."""
+    """Format a logged step as one line of text."""
     left = "" if seconds_left is None else f" | {duration(seconds_left)} left"
     return (
-        f"step {row.step}/{num_steps} | loss {row.loss:.4f} | grad {row.grad_norm:.3f} | lr {row.lr:.2e} | "
-        f"{row.tokens_per_second:,.0f} tok/s | mem {row.peak_memory_gib:.2f} GiB | {row.step_seconds:.2f} s{left}"
+        f"step {row.step}/{num_steps} | loss {row.loss:.4f} | grad {row.grad_norm:.3f} | "
+        f"lr {row.lr:.2e} | {row.tokens_per_second:,.0f} tok/s | "
+        f"mem {row.peak_memory_gib:.2f} GiB | {row.step_seconds:.2f} s{left}"
     )
 
 
 def duration(seconds: float) -> str:
-    """`75` as `1m15s`."""
+    """Format seconds: `75` as `1m15s`."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return (
-        f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
-    )
+    if hours:
+        return f"{hours}h{minutes:02d}m"
+    return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"

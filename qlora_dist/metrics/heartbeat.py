@@ -1,4 +1,6 @@
-"""Signs of life from long work in a log file: a line whenever nothing has been said for a while."""
+"""Signs of life from long work in a log file: a line after each longer silence."""
+
+# Tested by tests/unit/metrics/test_console.py.
 
 from __future__ import annotations
 
@@ -9,38 +11,37 @@ from dataclasses import dataclass
 
 @dataclass
 class Work:
-    """Something that may take long, and how far it is."""
+    """A piece of work that may take long, and its progress."""
 
     doing: str
     total: int | None = None
-    """Pieces in all, where it is known."""
+    """Number of parts; None if unknown."""
     done: int = 0
     note: str = ""
-    """More about how far it is."""
+    """More about the progress."""
     started: float = 0.0
     line: Callable[[float], str] | None = None
-    """Its sign of life, given the time now; None is the usual one."""
+    """Returns the line for a time of the clock; None takes the usual line."""
 
     @property
     def text(self) -> str:
-        """Such as `loading layer 3/32`."""
+        """Work and progress, such as `loading layer 3/32`."""
         return self.doing if self.total is None else f"{self.doing} {self.done}/{self.total}"
 
     def sign(self, now: float) -> str:
-        """What is said of it after a silence."""
+        """Return the line to log after a silence, at time `now` of the clock."""
         if self.line is not None:
             return self.line(now)
-        parts = [
-            self.text if self.total is not None or self.note else f"still {self.doing}",
-            self.note,
-        ]
+        has_progress = self.total is not None or self.note
+        parts = [self.text if has_progress else f"still {self.doing}", self.note]
         return ", ".join([*filter(None, parts), f"{now - self.started:.0f} s"])
 
 
 class Heartbeat:
-    """Says what is being done, once nothing has been said for `interval` seconds, and again after as many.
+    """Logs the innermost work whenever the log has been silent for `interval` seconds.
 
-    A thread looks at the time while there is work, since one long call gives nobody else the chance.
+    A thread watches the clock while there is work: a single long call of a library, such as a
+    download, returns to no code of this program meanwhile.
     """
 
     def __init__(
@@ -49,46 +50,46 @@ class Heartbeat:
         self._say, self._interval, self._clock = log, interval, clock
         self._works: list[Work] = []
         self._last = clock()
-        self._is_looking = threading.Lock()
-        self._over: threading.Event | None = None
+        self._looking = threading.Lock()
+        self._done: threading.Event | None = None
         self._thread: threading.Thread | None = None
 
     def begin(self, work: Work) -> None:
-        """Work begins; it goes before what it is a part of."""
+        """Begin work; it is shown instead of the work that it is a part of."""
         work.started = self._clock()
         if not self._works:
             self._last = work.started
-            self._over = threading.Event()
+            self._done = threading.Event()
             self._thread = threading.Thread(
-                target=self._beat, args=(self._over,), name="heartbeat", daemon=True
+                target=self._beat, args=(self._done,), name="heartbeat", daemon=True
             )
             self._thread.start()
         self._works.append(work)
 
     def end(self, work: Work) -> None:
-        """Work is over."""
+        """End work; the last piece of work stops the thread."""
         self._works.remove(work)
-        if not self._works and self._over is not None and self._thread is not None:
-            self._over.set()
-            # A thread that writes when the interpreter ends would take the lock of its file along. One that waits for
-            # a reader is not waited for.
+        if not self._works and self._done is not None and self._thread is not None:
+            self._done.set()
+            # A daemon thread killed while it writes keeps the lock of its file, and exit hangs.
+            # One second: a thread that blocks on a pipe without a reader never returns.
             self._thread.join(1.0)
 
     def spoke(self) -> None:
-        """Something was said."""
+        """Note that a line was logged just now."""
         self._last = self._clock()
 
     def look(self) -> None:
-        """Speak if it is time."""
-        if not self._is_looking.acquire(blocking=False):
+        """Log a line if the silence has lasted for `interval` seconds."""
+        if not self._looking.acquire(blocking=False):  # the other thread is logging
             return
         try:
             now, works = self._clock(), self._works[-1:]
             if works and now - self._last >= self._interval:
                 self._say(works[0].sign(now))
         finally:
-            self._is_looking.release()
+            self._looking.release()
 
-    def _beat(self, over: threading.Event) -> None:
-        while not over.wait(min(1.0, max(0.05, self._interval / 5))):
+    def _beat(self, done: threading.Event) -> None:
+        while not done.wait(min(1.0, max(0.05, self._interval / 5))):
             self.look()

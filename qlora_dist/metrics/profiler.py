@@ -1,9 +1,8 @@
-"""A trace of a few training steps, for Perfetto (https://ui.perfetto.dev) or TensorBoard's profiler page."""
+"""A trace of a few training steps, for https://ui.perfetto.dev or TensorBoard's profiler page."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,12 +13,17 @@ if TYPE_CHECKING:
 
 
 _UNTRACED = 2
-"""Steps before the trace. Their first-time costs (kernels, buffers, communicators) belong to no other step; during the
-second one the profiler itself gets going."""
+"""Steps before the trace: the first pays first-time costs (kernels, buffers, communicators), during
+the second the profiler itself warms up."""
 
 
 class StepProfiler:
-    """Records some steps of this process; with `num_steps` None it does nothing."""
+    """A context that traces some steps of this process.
+
+    Args:
+        folder: gets the trace.
+        num_steps: steps to trace; None traces nothing.
+    """
 
     def __init__(self, folder: Path, num_steps: int | None, reporter: Reporter) -> None:
         self._folder = folder
@@ -41,12 +45,7 @@ class StepProfiler:
             self._profile.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         if self._profile is None:
             return
         self._profile.stop()
@@ -56,17 +55,18 @@ class StepProfiler:
             )
 
     def step(self) -> None:
-        """A step is done."""
+        """Count a finished step; call it after each."""
         self._num_done += 1
         if self._profile is not None and not self._is_written:
             self._profile.step()
 
     def _write(self, trace: Any) -> None:
-        """Called by the profiler when it has the steps, or what there is of them when the run ends."""
-        if self._num_done <= _UNTRACED:
+        """Write the trace; the profiler calls this after the last step, or when the run ends."""
+        if self._num_done <= _UNTRACED:  # the run ended before a traced step
             return
         tensorboard_trace_handler(str(self._folder), worker_name="rank0", use_gzip=True)(trace)
         self._is_written = True
         self._reporter.log(
-            f"profile written to {self._folder}: open it at https://ui.perfetto.dev or in TensorBoard"
+            f"profile written to {self._folder}: open it at https://ui.perfetto.dev "
+            "or in TensorBoard"
         )

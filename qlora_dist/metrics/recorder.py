@@ -1,4 +1,4 @@
-"""What is measured: one row per logged step, to metrics.jsonl and TensorBoard."""
+"""Recording: one row per logged step and per evaluation, to metrics.jsonl and TensorBoard."""
 
 from __future__ import annotations
 
@@ -14,20 +14,19 @@ from typing import TYPE_CHECKING, Any, TextIO
 import torch
 
 from qlora_dist.config.schema import LoggingConfig
-from qlora_dist.runtime.memory import MemoryMeter
+from qlora_dist.metrics.rows import EvalMetrics, StepMetrics, StepSums
+from qlora_dist.runtime.memory import GIB, MemoryMeter
 
 if TYPE_CHECKING:
     from qlora_dist.metrics.console import Reporter
     from qlora_dist.runtime.processes import Runtime
-from qlora_dist.metrics.rows import EvalMetrics, StepMetrics, StepSums
-from qlora_dist.runtime.memory import GIB
 
 _SPIKE = 2.0
-"""A loss so many times the usual one is worth a warning."""
+"""Multiple of the usual loss above which a loss gets a warning."""
 
 
 class MetricsWriter:
-    """Appends rows to metrics.jsonl, each flushed, and mirrors the numbers to TensorBoard; rank 0 only."""
+    """Appends rows to metrics.jsonl, each flushed, and mirrors them to TensorBoard; rank 0 only."""
 
     def __init__(self, folder: Path, config: LoggingConfig, first_step: int = 1) -> None:
         self._file: TextIO = (folder / "metrics.jsonl").open("a", encoding="utf-8")
@@ -35,37 +34,42 @@ class MetricsWriter:
         if config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
+            # A resumed run computes some steps again: TensorBoard drops their first values.
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
 
     def write(self, row: StepMetrics | EvalMetrics) -> None:
         """Add one row."""
-        values = vars(row)
+        values = vars(row).items()
+        # JSON has no NaN and no infinity: null stands for both.
         finite = {
-            key: None if isinstance(v, float) and not math.isfinite(v) else v
-            for key, v in values.items()
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in values
         }
-        self._file.write(json.dumps(finite) + "\n")  # JSON knows no NaN
+        self._file.write(json.dumps(finite) + "\n")
         self._file.flush()
         if self._board is not None:
             prefix = "eval" if isinstance(row, EvalMetrics) else "train"
-            for name, value in values.items():
+            for name, value in values:
                 if name != "step" and value is not None:
-                    self._board.add_scalar(
-                        f"{prefix}/{name.removeprefix('eval_')}", value, row.step
-                    )
+                    tag = f"{prefix}/{name.removeprefix('eval_')}"
+                    self._board.add_scalar(tag, value, row.step)
 
     def close(self) -> None:
-        """Flush everything."""
+        """Flush and close the files."""
         self._file.close()
         if self._board is not None:
             self._board.close()
 
 
 class Recorder:
-    """Turns steps into rows on rank 0; all ranks call it alike, since the loss is summed over them.
+    """A context that turns steps into rows; rank 0 writes them, all ranks call it alike.
 
-    Between two logged steps nothing is read from the device. Times are means over the steps since the last row,
-    evaluation excluded.
+    Between two logged steps nothing is read from the device. Times are means over the steps since
+    the last row, evaluations excluded.
+
+    Args:
+        first_step: number of the step that the run begins or resumes with.
+        peak_flops: operations per second that all devices reach at best; None leaves MFU out.
     """
 
     def __init__(
@@ -78,22 +82,17 @@ class Recorder:
         first_step: int,
         peak_flops: float | None = None,
     ) -> None:
-        self._config = config
-        self._runtime = runtime
-        self._reporter = reporter
-        self._num_steps = num_steps
+        self._config, self._runtime, self._reporter = config, runtime, reporter
+        self._num_steps, self._peak_flops = num_steps, peak_flops
         self._writer = MetricsWriter(folder, config, first_step) if runtime.is_main else None
         self._stack = ExitStack()
-        self._waited_before = 0.0
-        self._peak_gib = 0.0
-        self._window_steps = 0
-        self._window_tokens = torch.zeros((), device=runtime.device)
-        self._window_targets = torch.zeros((), device=runtime.device)
-        self._window_flops = 0
-        self._peak_flops = peak_flops
-        self._window_started = time.perf_counter()
+        self._waited_before = self._peak_gib = 0.0
         self._seconds_per_step: list[float] = []
         self._losses: deque[float] = deque(maxlen=20)
+        # A window is the steps since the last row.
+        self._window_steps = self._window_flops = 0
+        self._window_counts = torch.zeros(2, device=runtime.device)  # (2,): tokens, targets
+        self._window_started = time.perf_counter()
 
     def __enter__(self) -> Recorder:
         self._stack.enter_context(self._reporter.training(self._num_steps))
@@ -115,41 +114,53 @@ class Recorder:
         waited_seconds: float = 0.0,
         flops: int = 0,
     ) -> None:
-        """One optimizer step is done; writes a row when `logging.every` says so.
+        """Count an optimizer step; write a row where `logging.every` says so, and after the last.
 
         Args:
-            waited_seconds: for micro-batches, on this rank, since the start.
+            waited_seconds: time that this rank has waited for micro-batches since the start.
             flops: useful operations of this rank in the step.
         """
         self._window_steps += 1
-        self._window_tokens += sums.num_tokens
-        self._window_targets += sums.num_targets
+        self._window_counts += torch.stack([sums.num_tokens, sums.num_targets])
         self._window_flops += flops
         self._reporter.at_step(step)
         if step % self._config.every and step != self._num_steps:
             return
-        summed = self._runtime.sum_over_ranks(
-            torch.stack([sums.loss, sums.loss.new_tensor(self._window_flops)])
-        )
-        # The larger of both, because `budget.py` lets the device forget its peak now and then.
-        self._peak_gib = max(
-            self._peak_gib,
-            self._runtime.max_over_ranks(MemoryMeter(self._runtime.device).peak() / GIB),
-        )
-        waited = self._runtime.max_over_ranks(waited_seconds - self._waited_before)
-        values = torch.stack(
-            [
-                sums.grad_norm,
-                sums.num_tokens,
-                sums.num_targets,
-                self._window_tokens,
-                self._window_targets,
-                *summed,
-            ]
-        ).tolist()
+        row = self._row(step, lr, sums, epoch, num_skipped_steps, waited_seconds)
+        self._seconds_per_step.append(row.step_seconds)
+        if self._writer is not None:
+            self._writer.write(row)
+        self._reporter.step(row, self._seconds_left(step))
+        self._warn_of_spike(row)
+        self._waited_before = waited_seconds
+        self._window_steps = self._window_flops = 0
+        self._window_counts.zero_()
+        self._window_started = time.perf_counter()
+
+    def _row(
+        self,
+        step: int,
+        lr: float,
+        sums: StepSums,
+        epoch: float,
+        num_skipped_steps: int,
+        waited_seconds: float,
+    ) -> StepMetrics:
+        """Gather the row of a step and its window; a collective that waits for the device."""
+        runtime = self._runtime
+        # (2,): loss, operations of the window
+        own = torch.stack([sums.loss, sums.loss.new_tensor(self._window_flops)])
+        loss, flops = runtime.sum_over_ranks(own)
+        # `memory/auto.py` lets the device forget its peak now and then: keep the larger.
+        peak = runtime.max_over_ranks(MemoryMeter(runtime.device).peak() / GIB)
+        self._peak_gib = max(self._peak_gib, peak)
+        waited = runtime.max_over_ranks(waited_seconds - self._waited_before)
+        counts = (sums.num_tokens, sums.num_targets, *self._window_counts)
+        # One copy from the device for all numbers of the row.
+        values = torch.stack([sums.grad_norm, *counts, loss, flops]).tolist()
         grad_norm, num_tokens, num_targets, window_tokens, window_targets, loss, flops = values
         seconds = time.perf_counter() - self._window_started
-        row = StepMetrics(
+        return StepMetrics(
             step=step,
             loss=loss,
             grad_norm=grad_norm,
@@ -165,33 +176,24 @@ class Recorder:
             epoch=epoch,
             num_skipped_steps=num_skipped_steps,
         )
-        self._seconds_per_step.append(row.step_seconds)
-        if self._writer is not None:
-            self._writer.write(row)
-        self._reporter.step(row, self._seconds_left(step))
-        self._warn_of_spike(row)
-        self._waited_before = waited_seconds
-        self._restart_window()
 
     def evaluation(self, row: EvalMetrics) -> None:
-        """An evaluation is done."""
+        """Write the row of an evaluation, and leave its time out of the window."""
         if self._writer is not None:
             self._writer.write(row)
         self._reporter.evaluation(row)
         self._window_started += row.seconds
 
     def _warn_of_spike(self, row: StepMetrics) -> None:
-        """Say when the loss is far above what it was: a learning rate too high, or rows unlike the others."""
-        usual = (
-            statistics.median(self._losses)
-            if len(self._losses) == self._losses.maxlen
-            else math.inf
-        )
+        """Warn when the loss is far above its median: the learning rate may be too high, or the
+        rows of the step unlike the others."""
+        is_known = len(self._losses) == self._losses.maxlen
+        usual = statistics.median(self._losses) if is_known else math.inf
         if row.loss > _SPIKE * usual:
             self._reporter.log(
-                f"step {row.step}: the loss {row.loss:.4f} is more than {_SPIKE:g} times its median over the last "
-                f"{len(self._losses)} logged steps ({usual:.4f}). Should it stay there: lower optim.lr, or lengthen "
-                "the warm-up."
+                f"step {row.step}: the loss {row.loss:.4f} is more than {_SPIKE:g} times its "
+                f"median over the last {len(self._losses)} logged steps ({usual:.4f}). Should it "
+                "stay there: lower optim.lr, or lengthen the warm-up."
             )
         if math.isfinite(row.loss):
             self._losses.append(row.loss)
@@ -199,12 +201,5 @@ class Recorder:
     def _seconds_left(self, step: int) -> float | None:
         if len(self._seconds_per_step) < 2 or step == self._num_steps:
             return None
-        recent = self._seconds_per_step[1:][-20:]  # the first one includes warm-up
+        recent = self._seconds_per_step[1:][-20:]  # the first includes warm-up
         return (self._num_steps - step) * sum(recent) / len(recent)
-
-    def _restart_window(self) -> None:
-        self._window_steps = 0
-        self._window_tokens.zero_()
-        self._window_targets.zero_()
-        self._window_flops = 0
-        self._window_started = time.perf_counter()

@@ -1,29 +1,27 @@
 """Rows of metrics: one per logged step and per evaluation."""
 
+# Tested by tests/unit/metrics/test_recorder.py.
+
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)
 class StepSums:
-    """What one optimizer step leaves on the device; all 0-dim float32. Reading it waits for the device."""
+    """Results of one optimizer step on the device, 0-dim float32; reading them waits for it."""
 
     loss: torch.Tensor
-    """This rank's share of the global mean loss: the sum over ranks is the loss."""
+    """This rank's share of the global mean loss; the shares of all ranks add up to it."""
     grad_norm: torch.Tensor
     num_targets: torch.Tensor
     num_tokens: torch.Tensor
 
     @property
     def is_finite(self) -> bool:
-        """Whether the step updated anything; the same on every rank."""
+        """True if the step updated the adapters; equal on every rank."""
         return bool(self.grad_norm.isfinite())
 
 
@@ -45,16 +43,16 @@ class StepMetrics:
     target_tokens_per_second: float
     step_seconds: float
     data_wait_seconds: float
-    """Part of `step_seconds` in which the loop waited for its micro-batches; the largest over ranks."""
+    """Part of `step_seconds` that the loop waited for its micro-batches; largest over ranks."""
     peak_memory_gib: float
-    """Largest over ranks: allocated on the GPU, or resident in host memory on CPU, since the start; with
-    `memory.recompute: auto`, whose measuring begins there, since the first step."""
+    """Peak over ranks since the start, allocated on the GPU or resident in host memory on CPU.
+    With `memory.recompute: auto` since the first step, where its measuring begins."""
     mfu: float | None
-    """Model FLOPs utilization: the arithmetic that training needs (see `model/mfu.py`) per second, over what all
-    ranks' devices were measured to multiply at best."""
+    """Model FLOPs utilization: operations per second that training needs (see `model/mfu.py`),
+    over the measured peak of all ranks' devices."""
     epoch: float
     num_skipped_steps: int
-    """Steps so far that updated nothing, because their gradient was not finite."""
+    """Steps so far without an update, because their gradient was not finite."""
 
 
 @dataclass(frozen=True)

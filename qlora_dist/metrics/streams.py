@@ -1,4 +1,4 @@
-"""Words to a terminal or a pipe that may be gone: what nobody can read any more must not end a run."""
+"""Output to a terminal or pipe that may be gone: lines that nobody can read must not end a run."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ _GONE = (errno.EPIPE, errno.EIO)
 
 
 def write(stream: TextIO, text: str) -> None:
-    """Write and flush; a failure is not raised."""
+    """Write and flush; ignore an error of the operating system."""
     try:
         stream.write(text)
         stream.flush()
     except OSError as error:
-        _lead_nowhere(stream, error)
+        _redirect_to_null(stream, error)
 
 
 def flush(stream: TextIO) -> None:
-    """Flush; a failure is not raised."""
+    """Flush; ignore an error of the operating system."""
     write(stream, "")
 
 
 def lasting(stream: TextIO) -> TextIO:
-    """The stream, with writes and flushes that do not raise."""
+    """Return the stream with writes and flushes that ignore errors of the operating system."""
     return cast(TextIO, _Lasting(stream))
 
 
 class _Lasting:
-    """A stream whose reader may go; all else is as it was."""
+    """A stream whose reader may go; every other attribute is the stream's own."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -39,7 +39,7 @@ class _Lasting:
         try:
             return self._stream.write(text)
         except OSError as error:
-            _lead_nowhere(self._stream, error)
+            _redirect_to_null(self._stream, error)
             return len(text)
 
     def flush(self) -> None:
@@ -49,16 +49,16 @@ class _Lasting:
         return getattr(self._stream, name)
 
 
-def _lead_nowhere(stream: TextIO, error: OSError) -> None:
-    """Put /dev/null in the place of what is gone, for all that write there after us: libraries, and the interpreter,
-    which otherwise makes exit code 120 of what it cannot flush. After other errors, as of a full disk, the next line
-    may be written again."""
+def _redirect_to_null(stream: TextIO, error: OSError) -> None:
+    """Put /dev/null in the place of a stream whose reader is gone; leave it after other errors."""
     if error.errno not in _GONE:
-        return
+        return  # such as a full disk: the next line may be written again
     try:
         descriptor = stream.fileno()
     except (OSError, ValueError, AttributeError):  # no file of the operating system
         return
+    # The descriptor, not the object: libraries write there too, and the interpreter flushes it on
+    # exit, where a broken pipe makes exit code 120.
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, descriptor)
     os.close(nowhere)
