@@ -65,6 +65,7 @@ class Reporter:
         self._clock = clock
         interval = _SAY_EVERY_SECONDS if interval is None else interval
         self._heartbeat = Heartbeat(self.log, interval, clock)
+        # A bar is drawn by one process only, and never into a file.
         self._bars = _Bars(self.console) if self.console.is_terminal and is_main else None
         self._is_main = is_main
         self._num_steps = 0
@@ -121,7 +122,7 @@ class Reporter:
             try:
                 yield
             finally:
-                self._training = None
+                self._training = None  # later rows are plain lines: the bar is gone
 
     def at_step(self, step: int) -> None:
         """Note that an optimizer step is done, whether it is logged or not."""
@@ -155,7 +156,7 @@ class Reporter:
             def on_progress(num_bytes: int, num_layers: int) -> None:
                 nonlocal read, filled
                 if num_layers != filled:
-                    check_in()
+                    check_in()  # a collective: all ranks fill the layers in the same order
                 read, filled = num_bytes, num_layers
                 update(num_layers, f"{num_bytes // 2**20:,} MiB read by this rank")
 

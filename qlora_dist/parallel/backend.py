@@ -1,4 +1,7 @@
-"""Backend: how the processes of a run share the model. One subclass a file, one line in `choice.py`."""
+"""Backend: the way in which processes share the model. A subclass per file, a line in
+`choice.py`."""
+
+# Tested by tests/distributed/test_sharding.py and tests/distributed/test_equivalence.py.
 
 from __future__ import annotations
 
@@ -16,16 +19,16 @@ from qlora_dist.runtime.processes import Runtime
 
 
 class Backend(ABC):
-    """How the processes of a run share the model and the work.
+    """Division of the model and the work among the processes of a run.
 
-    This base holds the whole model on every rank; a backend that shards overrides what differs.
+    This base class holds the whole model on every rank; a backend that shards overrides the rest.
 
     Raises:
         ConfigError, LaunchError: the settings, the processes and the backend do not fit together.
     """
 
     needs: ClassVar[str | None] = None
-    """Package without which it cannot run; in lower case also the name of the extra that installs it."""
+    """Package that the backend requires; in lower case, the extra that installs it."""
 
     def __init__(self, name: BackendName, config: TrainConfig, runtime: Runtime) -> None:
         self.name = name
@@ -34,31 +37,32 @@ class Backend(ABC):
 
     @property
     def num_shards(self) -> int:
-        """Parts that the frozen base is cut into."""
+        """Number of parts that the frozen base is cut into."""
         return 1
 
     @property
     def home(self) -> torch.device:
-        """Device on which this rank's part of the parameters lives."""
+        """Device that holds this rank's part of the parameters."""
         return torch.device("cpu") if self.config.parallel.cpu_offload else self.runtime.device
 
     @abstractmethod
     def cut(self, parts: ModelParts) -> None:
-        """Prepare a meta-device model for its parameters: afterwards each rank has only its part of them."""
+        """Cut a model that is on the meta device, so that each rank allocates only its part."""
 
     @abstractmethod
     def engine(self, parts: ModelParts) -> Engine:
-        """Build the engine of a loaded model, and its optimizer: adapters must have their initial values."""
+        """Build the engine and the optimizer of a loaded model, whose adapters have their
+        values."""
 
     def gathered(self, parts: ModelParts) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield each frozen parameter by name, whole, gathered as forward does it; a collective."""
+        """Yield each frozen parameter by name, whole, gathered as in forward; a collective."""
         for name, param in parts.model.named_parameters():
             if not param.requires_grad:
                 yield name, param
 
     def whole_layers(self, parts: ModelParts) -> Iterator[LoraLayer]:
-        """Yield the layers with adapters, each with its parameters whole while it is the current one; a collective.
+        """Yield each layer with adapters, its parameters whole until the next; a collective.
 
-        No more than one gathered unit is whole at a time.
+        At most one gathered unit is whole at a time.
         """
         yield from lora_layers(parts.model)

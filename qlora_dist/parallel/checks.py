@@ -1,4 +1,6 @@
-"""Checks of all ranks: does the model fit, is it in sync, is it what was loaded?"""
+"""Checks across ranks: the model fits, the ranks agree, the base has the bytes of its files."""
+
+# Tested by tests/distributed/test_faults.py and tests/distributed/test_sharding.py.
 
 from __future__ import annotations
 
@@ -17,11 +19,13 @@ def check_fits(parts: ModelParts, backend: Backend) -> None:
     """Refuse a meta-device model whose share, as this backend cuts it, exceeds the free memory.
 
     Raises:
-        ModelError: with the numbers.
+        ModelError: naming the bytes that are needed and free.
     """
     runtime, device = backend.runtime, backend.home
+    # Replicas are the outer dimension: shard groups are runs of neighboring ranks.
     rank = runtime.rank % backend.num_shards
     footprint = plan_footprint(parts.model, parts.gathered_units, backend.num_shards, rank)
+    # All processes of a node share its host memory; each has a GPU of its own.
     check_memory(footprint, device, runtime.local_world_size if device.type == "cpu" else 1)
     runtime.barrier()  # no rank may allocate while another still looks at what is free
 
@@ -29,31 +33,35 @@ def check_fits(parts: ModelParts, backend: Backend) -> None:
 def check_in_sync(
     adapters: dict[str, nn.Parameter], step: int, num_samples_seen: int, runtime: Runtime
 ) -> None:
-    """Compare what all ranks must have in common: the adapter's bytes, and the position; a collective.
+    """Compare the adapter's bytes and the position in the data over all ranks; a collective.
 
-    Under a backend that shards the adapter there is one copy of it in each shard group.
+    Under a backend that shards the adapter, each shard group holds one copy of it.
 
     Raises:
-        TrainingError: on every rank, naming what differs.
+        TrainingError: on every rank, naming the first difference.
     """
     if runtime.world_size == 1:
         return
     position = torch.tensor([step, num_samples_seen], dtype=torch.int64, device=runtime.device)
     mine = torch.cat([loaded_checksums(adapters, runtime.device), position])
+    # The minimum as a maximum: all ranks agree where both are equal.
     differs = runtime.max_of_each(mine) != -runtime.max_of_each(-mine)
     if differs.any():
         names = [*adapters, "the optimizer step", "the position in the data"]
         found = [name for name, is_bad in zip(names, differs.tolist(), strict=True) if is_bad]
         more = f" and {len(found) - 1} more" if len(found) > 1 else ""
         raise TrainingError(
-            f"after step {step} the ranks no longer agree on {found[0]}{more}. One of them has computed something else "
-            "than the others, as faulty memory makes happen. Nothing of this is saved: start the same command again to "
-            "go on from the last checkpoint, and watch whether one machine repeats it."
+            f"after step {step} the ranks no longer agree on {found[0]}{more}. One of them has "
+            "computed something else than the others, as faulty memory makes happen. Nothing of "
+            "this is saved: start the same command again to go on from the last checkpoint, and "
+            "watch whether one machine repeats it."
         )
 
 
 def verify_base(parts: ModelParts, backend: Backend) -> None:
-    """After loading: each rank holds its share, and gathered layers have the bytes that were loaded; a collective.
+    """Check a loaded model: each rank holds its share, and gathered layers have the loaded bytes.
+
+    A collective.
 
     Raises:
         ModelError: naming the parameter, on every rank.

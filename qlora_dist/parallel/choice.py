@@ -1,4 +1,6 @@
-"""Choice of the backend, by its name: from the configuration, and from what a launcher was told."""
+"""Choice of the backend by its name: from the configuration and the launcher's options."""
+
+# Tested by tests/distributed/test_zero.py and tests/distributed/test_failures.py.
 
 from __future__ import annotations
 
@@ -25,7 +27,7 @@ BACKENDS: dict[BackendName, type[Backend]] = {
 
 
 def make_backend(name: BackendName, config: TrainConfig, runtime: Runtime) -> Backend:
-    """The backend of this run, once its processes are known.
+    """Build the backend of this run, once its processes are known.
 
     Raises:
         ConfigError, LaunchError: the settings, the processes and the backend do not fit together.
@@ -34,11 +36,13 @@ def make_backend(name: BackendName, config: TrainConfig, runtime: Runtime) -> Ba
 
 
 def choose_backend(config: TrainConfig) -> BackendName:
-    """The backend of this run, from the config and from what the launcher started; needs no process group.
+    """Choose the backend from the config and the launcher's environment; needs no process group.
 
     Raises:
-        LaunchError: the launcher and `parallel.backend` contradict each other, or the backend is not installed.
-        ConfigError: the launcher's DeepSpeed file cannot be read, or a setting is none of the backend's.
+        LaunchError: the launcher and `parallel.backend` contradict each other, or the backend is
+            not installed.
+        ConfigError: the launcher's DeepSpeed file cannot be read, or the backend does not read one
+            of the settings.
     """
     backend = _asked_backend(config)
     package = BACKENDS[backend].needs
@@ -47,10 +51,11 @@ def choose_backend(config: TrainConfig) -> BackendName:
             f"the backend is {backend}, which needs {package}, and that is not installed. "
             f"Run: pip install 'qlora-dist[{package.lower()}]', or set parallel.backend: fsdp."
         )
-    if config.parallel.deepspeed_config is not None and BACKENDS[backend] is not Zero:
+    file = config.parallel.deepspeed_config
+    if file is not None and BACKENDS[backend] is not Zero:
         raise LaunchError(
-            f"parallel.deepspeed_config is {config.parallel.deepspeed_config}, but the backend is {backend}, which "
-            "does not read it. Remove it, or set parallel.backend: zero2 or zero3."
+            f"parallel.deepspeed_config is {file}, but the backend is {backend}, which does not "
+            "read it. Remove it, or set parallel.backend: zero2 or zero3."
         )
     check_backend_reads(config, backend)
     return backend
@@ -60,8 +65,9 @@ def _asked_backend(config: TrainConfig) -> BackendName:
     asked, world_size = config.parallel.backend, launched_world_size()
     launcher = _launcher_backend()
     if launcher is not None and asked not in ("auto", launcher):
-        name = "FSDP" if launcher == "fsdp" else f"DeepSpeed with ZeRO stage {launcher[-1]}"
-        option = "--use_fsdp" if launcher == "fsdp" else "--use_deepspeed"
+        name, option = f"DeepSpeed with ZeRO stage {launcher[-1]}", "--use_deepspeed"
+        if launcher == "fsdp":
+            name, option = "FSDP", "--use_fsdp"
         raise LaunchError(
             f"parallel.backend is {asked}, but the launcher was told to use {name}. "
             f"Remove {option} from the launcher, or set parallel.backend: auto."
@@ -77,13 +83,15 @@ def _asked_backend(config: TrainConfig) -> BackendName:
 
 
 def _launcher_backend() -> BackendName | None:
-    """What the launcher was told to use, if anything: Accelerate hands its choice over in the environment."""
+    """Return the backend that the launcher was told to use, if any."""
+    # Accelerate hands its options over in the environment.
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         stage = launcher_stage()
         if stage not in ("2", "3"):
             raise LaunchError(
-                f"the launcher was told to use DeepSpeed with ZeRO stage {stage}. Stages 2 and 3 are supported: "
-                "give the launcher --zero_stage 2 or 3, or remove --use_deepspeed and set parallel.backend: ddp."
+                f"the launcher was told to use DeepSpeed with ZeRO stage {stage}. Stages 2 and 3 "
+                "are supported: give the launcher --zero_stage 2 or 3, or remove --use_deepspeed "
+                "and set parallel.backend: ddp."
             )
         return "zero2" if stage == "2" else "zero3"
     return "fsdp" if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" else None

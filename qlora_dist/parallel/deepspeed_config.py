@@ -1,4 +1,4 @@
-"""DeepSpeed's settings: what a run decides, and what a user's file may tune."""
+"""DeepSpeed's settings: those that a run decides, and those that a user's file may tune."""
 
 from __future__ import annotations
 
@@ -21,20 +21,21 @@ Settings = dict[str, Any]
 """A DeepSpeed configuration, as its JSON files hold it."""
 
 _MAX_BUCKET = 50_000_000
-"""Elements of DeepSpeed's gradient bucket, which it allocates in full; its own default takes 2 GB."""
+"""Elements of DeepSpeed's gradient bucket, allocated in full; its default of 5e8 takes 2 GB."""
 
 
 def run_settings(config: TrainConfig, stage: int, world_size: int) -> Settings:
-    """The DeepSpeed configuration of a run, with the file of its own configuration or of the launcher, if any.
+    """Make the DeepSpeed configuration of a run from its own file or the launcher's, if any.
 
     Raises:
         ConfigError: `parallel.deepspeed_config` cannot be read, or contradicts the run's settings.
-        LaunchError: the launcher was given another such file.
+        LaunchError: the launcher was given a different DeepSpeed file.
     """
     mine, launchers = config.parallel.deepspeed_config, launcher_file()
     if None not in (mine, launchers) and mine != launchers:
         raise LaunchError(
-            f"parallel.deepspeed_config is {mine}, but the launcher was given {launchers}. Keep one of them."
+            f"parallel.deepspeed_config is {mine}, but the launcher was given {launchers}. "
+            "Keep one of them."
         )
     return zero_settings(config, stage, world_size, mine or launchers)
 
@@ -42,17 +43,20 @@ def run_settings(config: TrainConfig, stage: int, world_size: int) -> Settings:
 def zero_settings(
     config: TrainConfig, stage: int, world_size: int, json_file: str | None
 ) -> Settings:
-    """The DeepSpeed configuration of a run: this program's settings, and the tuning options of the user's file.
+    """Make the DeepSpeed configuration of a run: its own settings and the user's tuning options.
 
     Args:
         stage: ZeRO stage, 2 or 3.
-        json_file: DeepSpeed's own kind of file. What is "auto" there is decided here.
+        json_file: DeepSpeed configuration of the user; its "auto" values are decided here.
 
     Raises:
-        ConfigError: the file cannot be read, contradicts the run's settings, or sets what this program decides.
+        ConfigError: the file cannot be read, contradicts the run's settings, or sets a key that is
+            no tuning option.
     """
     optim = config.optim
     tuning: Settings = {}
+    # With float16 the section "fp16" is switched on: its settings have an effect.
+    idle = _IDLE if config.model.dtype == "float16" else (*_IDLE, "fp16.")
     if json_file is not None:
         known = _decided_here(config, stage, world_size)
         for key, value in _leaves(read_deepspeed_file(json_file)):
@@ -61,17 +65,16 @@ def zero_settings(
             elif key in _TUNING:
                 if stage != 3 and ".stage3_" in key:
                     raise ConfigError(
-                        f"deepspeed config {json_file} sets {key}, which has no effect: the backend is zero{stage}. "
-                        'Remove it, or set it to "auto".'
+                        f"deepspeed config {json_file} sets {key}, which has no effect: the "
+                        f'backend is zero{stage}. Remove it, or set it to "auto".'
                     )
                 section, _, leaf = key.rpartition(".")
                 (tuning.setdefault(section, {}) if section else tuning)[leaf] = value
-            elif not key.startswith(_IDLE) or (
-                key.startswith("fp16.") and config.model.dtype == "float16"
-            ):
+            elif not key.startswith(idle):
                 raise ConfigError(
-                    f"deepspeed config {json_file} sets {key} to {json.dumps(value)}, which is not an option for "
-                    f'tuning. Remove it, or set it to "auto". The options are {", ".join(sorted(_TUNING))}.'
+                    f"deepspeed config {json_file} sets {key} to {json.dumps(value)}, which is not "
+                    'an option for tuning. Remove it, or set it to "auto". The options are '
+                    f"{', '.join(sorted(_TUNING))}."
                 )
     zero_section = {**tuning.get("zero_optimization", {}), "stage": stage}
     if config.parallel.cpu_offload:
@@ -87,17 +90,15 @@ def zero_settings(
 
 
 def launcher_stage() -> str:
-    """The ZeRO stage that Accelerate was told to use, as it was written: in its DeepSpeed file, or as an option."""
-    option = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
-    file = launcher_file()
+    """Return the ZeRO stage of Accelerate's DeepSpeed file or option, as the user wrote it."""
+    stage, file = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"), launcher_file()
     if file is None:
-        return option
-    stage = dict(_leaves(read_deepspeed_file(file))).get("zero_optimization.stage")
-    return option if stage is None else str(stage)
+        return stage
+    return str(dict(_leaves(read_deepspeed_file(file))).get("zero_optimization.stage", stage))
 
 
 def launcher_file() -> str | None:
-    """The DeepSpeed file that Accelerate was given, if any."""
+    """Return the DeepSpeed file that Accelerate was given, if any."""
     file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
     return None if file.lower() == "none" else file
 
@@ -141,84 +142,58 @@ _TUNING = {
         )
     ),
 }
-"""What a user's file may choose: options that move memory and time about, and leave the numbers alone."""
+"""Keys that a user's file may set: they trade memory for time and leave the numbers alone."""
 
 _IDLE = (
-    "fp16.",
     "zero_optimization.offload_optimizer.",
     "zero_optimization.offload_param.",
     "zero_optimization.stage3_gather_16bit_weights_on_model_save",
     "zero_allow_untested_optimizer",
     "zero_force_ds_cpu_optimizer",
 )
-"""What many files have, and has no effect while the switch above it (see `_decided_here`) is off."""
+"""Beginnings of keys that many files have and that have no effect here: `_decided_here` holds the
+switch of their section off."""
 
 
 def _decided_here(config: TrainConfig, stage: int, world_size: int) -> dict[str, tuple[Any, str]]:
-    """DeepSpeed's keys for what the run's own file decides: the value that agrees with it, and what it says."""
-    optim, dtype, offload = (
-        config.optim,
-        f"model.dtype is {config.model.dtype}",
-        config.parallel.cpu_offload,
+    """Map each DeepSpeed key that the run's own file decides to (value, reason in a message)."""
+    optim, dtype = config.optim, f"model.dtype is {config.model.dtype}"
+    size, accum, clip = optim.micro_batch_size, optim.grad_accum_steps, optim.max_grad_norm
+    decay, betas = optim.weight_decay, list(ADAM_BETAS)
+    batch, offload = size * accum * world_size, config.parallel.cpu_offload
+    product = (
+        f"optim.micro_batch_size {size} x optim.grad_accum_steps {accum} x {world_size} processes"
     )
-    batch = optim.micro_batch_size * optim.grad_accum_steps * world_size
-    clip = "null" if optim.max_grad_norm is None else f"{optim.max_grad_norm:g}"
+    clipping = "null" if clip is None else f"{clip:g}"
+    adam = "AdamW" if optim.optimizer == "adamw" else None
     schedules = {"constant": "WarmupLR", "linear": "WarmupDecayLR", "cosine": "WarmupCosineLR"}
-    return {
-        "train_batch_size": (
-            batch,
-            f"optim.micro_batch_size {optim.micro_batch_size} x optim.grad_accum_steps {optim.grad_accum_steps} x "
-            f"{world_size} processes is {batch}",
-        ),
-        "train_micro_batch_size_per_gpu": (
-            optim.micro_batch_size,
-            f"optim.micro_batch_size is {optim.micro_batch_size}",
-        ),
-        "gradient_accumulation_steps": (
-            optim.grad_accum_steps,
-            f"optim.grad_accum_steps is {optim.grad_accum_steps}",
-        ),
-        "gradient_clipping": (optim.max_grad_norm or 0, f"optim.max_grad_norm is {clip}"),
-        "optimizer.type": (
-            "AdamW" if optim.optimizer == "adamw" else None,
-            f"optim.optimizer is {optim.optimizer}",
-        ),
+    home, placed = "cpu" if offload else "none", f"parallel.cpu_offload is {offload}".lower()
+    stays = "the optimizer's state stays on the device"
+    decided: dict[str, tuple[Any, str]] = {
+        "train_batch_size": (batch, f"{product} is {batch}"),
+        "train_micro_batch_size_per_gpu": (size, f"optim.micro_batch_size is {size}"),
+        "gradient_accumulation_steps": (accum, f"optim.grad_accum_steps is {accum}"),
+        "gradient_clipping": (clip or 0, f"optim.max_grad_norm is {clipping}"),
+        "optimizer.type": (adam, f"optim.optimizer is {optim.optimizer}"),
         "optimizer.params.lr": (optim.lr, f"optim.lr is {optim.lr:g}"),
-        "optimizer.params.weight_decay": (
-            optim.weight_decay,
-            f"optim.weight_decay is {optim.weight_decay:g}",
-        ),
-        "optimizer.params.betas": (
-            list(ADAM_BETAS),
-            f"this program's betas are {list(ADAM_BETAS)}",
-        ),
+        "optimizer.params.weight_decay": (decay, f"optim.weight_decay is {decay:g}"),
+        "optimizer.params.betas": (betas, f"this program's betas are {betas}"),
         "optimizer.params.eps": (ADAM_EPS, f"this program's eps is {ADAM_EPS:g}"),
         "scheduler.type": (schedules.get(optim.schedule), f"optim.schedule is {optim.schedule}"),
         "fp16.enabled": (config.model.dtype == "float16", dtype),
         "bf16.enabled": (config.model.dtype == "bfloat16", dtype),
         "zero_optimization.stage": (stage, f"the backend is zero{stage}"),
-        "zero_optimization.offload_optimizer.device": (
-            "none",
-            "the optimizer's state stays on the device",
-        ),
-        "zero_optimization.offload_param.device": (
-            "cpu" if offload else "none",
-            f"parallel.cpu_offload is {str(offload).lower()}",
-        ),
-        **(
-            {
-                "zero_optimization.offload_param.pin_memory": (
-                    torch.cuda.is_available(),
-                    "memory is pinned for a GPU",
-                )
-            }
-            if offload
-            else {}
-        ),
+        "zero_optimization.offload_optimizer.device": ("none", stays),
+        "zero_optimization.offload_param.device": (home, placed),
     }
+    if offload:
+        pinned = (torch.cuda.is_available(), "memory is pinned for a GPU")
+        decided["zero_optimization.offload_param.pin_memory"] = pinned
+    return decided
 
 
 def _check_agreement(file: str, key: str, found: Any, expected: Any, ours: str) -> None:
+    # JSON's true is not 1, though Python's is.
     if found != expected or isinstance(found, bool) != isinstance(expected, bool):
         raise ConfigError(
             f"deepspeed config {file} sets {key} to {json.dumps(found)}, but {ours}. "
@@ -227,9 +202,10 @@ def _check_agreement(file: str, key: str, found: Any, expected: Any, ours: str) 
 
 
 def _leaves(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of everything that is set, except to "auto"."""
+    """Yield (dotted key, value) of each setting that is not "auto"."""
     for key, value in section.items():
         name = f"{prefix}{key}"
+        # A tuning option may itself be a section, such as comms_logger.
         if isinstance(value, dict) and name not in _TUNING:
             yield from _leaves(value, f"{name}.")
         elif value != "auto":
@@ -237,14 +213,14 @@ def _leaves(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
 
 
 def sized_settings(settings: Settings, parts: ModelParts) -> Settings:
-    """The settings with those of DeepSpeed's buffers that the user left open fitted to the model.
+    """Return the settings with DeepSpeed's buffers fitted to the model, where the user set none.
 
-    Its defaults are made for training all of a large model: with them nothing that is gathered would be let go of
-    before a billion elements have come together.
+    DeepSpeed's defaults are for training all of a large model: with them gathered parameters stay
+    until there are a billion elements of them.
     """
-    num_adapter_elements = sum(whole_shape(param).numel() for param in parts.adapters.values())
+    num_trained = sum(whole_shape(param).numel() for param in parts.adapters.values())
     layer = max(sum(whole_shape(p).numel() for p in layer.parameters()) for layer in parts.layers)
-    defaults = {"reduce_bucket_size": min(num_adapter_elements, _MAX_BUCKET)}
+    defaults = {"reduce_bucket_size": min(num_trained, _MAX_BUCKET)}
     if settings["zero_optimization"]["stage"] == 3:
         defaults |= {
             "stage3_param_persistence_threshold": 0,  # small parameters are sharded like the rest

@@ -1,4 +1,4 @@
-"""Engine: one micro-batch's backward and one update, and what the engines written here share."""
+"""Engine: backward of one micro-batch and one update; and the common part of two engines."""
 
 from __future__ import annotations
 
@@ -18,37 +18,51 @@ from qlora_dist.runtime.shards import whole_shape
 
 
 class Engine(Protocol):
-    """What the loop needs from a backend: one micro-batch's backward, and one update."""
+    """Backward of one micro-batch and one update, as the training loop needs them from a
+    backend."""
 
     can_drop_gradients: bool
-    """Whether a step can be begun again after an error in forward or backward: no collective is half done then."""
+    """True if a step can begin again after an error in it: no collective is half done then."""
     loss_scale: float
-    """Factor of a loss before backward, a power of two; norms and gradients are divided by it."""
+    """Power of two that multiplies a loss before backward; gradients are divided by it again."""
 
     def backward(self, loss: torch.Tensor, is_last_micro_batch: bool) -> None:
-        """Add the gradient of `loss` (already divided by the global token count); ranks are summed at the last."""
+        """Add the gradient of a micro-batch; gradients are summed over ranks at the last one.
+
+        Args:
+            loss: 0-dim float32, divided by the target tokens of the global batch already.
+        """
 
     def update(self, lr: float, max_grad_norm: float | None) -> torch.Tensor:
-        """Clip, step, clear gradients; returns the global gradient norm before clipping (0-dim, on the device).
+        """Clip, step, clear gradients; a collective that waits for the device.
 
-        A norm that is not finite means that nothing was updated, on no rank. Waits for the device.
+        Returns:
+            0-dim: global gradient norm before clipping. If it is not finite, no rank has updated
+            anything.
         """
 
     def drop_gradients(self) -> None:
-        """Forget what backward has added since the last update."""
+        """Forget the gradients since the last update."""
 
     def whole_adapter(self) -> dict[str, torch.Tensor]:
-        """All adapter tensors by parameter name on rank 0, nothing elsewhere; a collective."""
+        """Gather all adapter tensors by parameter name on rank 0, none elsewhere; a collective."""
 
     def optimizer_state(self) -> dict[str, torch.Tensor]:
-        """The optimizer's moments on rank 0, see `Moments.gather`; a collective, after the first update."""
+        """Gather the optimizer's moments on rank 0, see `Moments.gather`; a collective.
+
+        Call it after the first update.
+        """
 
     def load_optimizer_state(self, saved: Mapping[str, torch.Tensor], num_updates: int) -> None:
-        """Take up moments that any engine returned, on any number of ranks, after `num_updates` updates."""
+        """Load moments that any engine returned, on any number of ranks.
+
+        Args:
+            num_updates: updates that made them.
+        """
 
 
 class FlatEngine(ABC):
-    """What the engines written here share: adapters in flat buffers, one norm, one update."""
+    """Common part of the engines written here: adapters in flat buffers, one norm, one update."""
 
     can_drop_gradients = False
     loss_scale = 1.0
@@ -62,7 +76,7 @@ class FlatEngine(ABC):
         self._optimizer.collect_gradients()
         gradients = self._optimizer.gradients
         norm = (self._global_norm(gradients) / self.loss_scale).float()
-        if norm.isfinite():
+        if norm.isfinite():  # waits for the device
             if self.loss_scale != 1:
                 torch._foreach_mul_(gradients, 1 / self.loss_scale)
             _clip(gradients, norm, max_grad_norm)
@@ -75,7 +89,8 @@ class FlatEngine(ABC):
 
     @abstractmethod
     def _global_norm(self, gradients: list[torch.Tensor]) -> torch.Tensor:
-        """Norm of the whole gradient, float64; sums it over ranks first where they hold copies."""
+        """Norm of the whole gradient, 0-dim float64; sums the gradients over ranks that hold
+        copies."""
 
     def whole_adapter(self) -> dict[str, torch.Tensor]:
         return whole_adapter(self._parts.model, self._runtime.is_main)
@@ -89,13 +104,13 @@ class FlatEngine(ABC):
 
 
 _CPU_PIECE = 2**17
-"""Elements that a CPU squares at a time."""
+"""Elements that a CPU squares at a time: their copy in float64, 1 MiB, stays in its cache."""
 
 
 def squared_norm(gradients: list[torch.Tensor]) -> torch.Tensor:
-    """Sum of squares, in float64: rounded back to float32, the norm then has the same bits however the gradient is cut.
-    In float32 it would not, and clipping would carry the difference into every weight. A CPU makes a copy in float64 of
-    what it is given: in pieces, this stays in its cache."""
+    """Sum of squares of all gradients, 0-dim float64."""
+    # float64, rounded back to float32 later, gives the norm the same bits however the gradient is
+    # cut. In float32 clipping would carry the difference into every weight.
     norms = [
         torch.linalg.vector_norm(piece, dtype=torch.float64)
         for gradient in gradients
@@ -106,6 +121,6 @@ def squared_norm(gradients: list[torch.Tensor]) -> torch.Tensor:
 
 def _clip(gradients: list[torch.Tensor], norm: torch.Tensor, max_norm: float | None) -> None:
     if max_norm is not None:
-        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)  # as torch's clip_grad_norm_
         for gradient in gradients:
             gradient.mul_(factor.to(gradient.device))

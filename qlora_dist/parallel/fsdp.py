@@ -1,5 +1,7 @@
 """FSDP2: the base cut by rows, gathered layer by layer, and a step with sharded adapters."""
 
+# Tested by tests/distributed/test_sharding.py and tests/distributed/test_left_whole.py.
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -27,14 +29,15 @@ from qlora_dist.runtime.shards import shard_group
 
 
 class Fsdp(Backend):
-    """Base and adapters are cut by rows, layer by layer (FSDP2), and gathered a layer at a time."""
+    """Backend that cuts base and adapters by rows (FSDP2) and gathers one layer at a time."""
 
     def __init__(self, name: BackendName, config: TrainConfig, runtime: Runtime) -> None:
         super().__init__(name, config, runtime)
         if runtime.world_size % config.parallel.replicas:
             raise LaunchError(
-                f"parallel.replicas is {config.parallel.replicas}, but {runtime.world_size} processes cannot be "
-                "divided into that many groups of equal size. Use a divisor of the number of processes."
+                f"parallel.replicas is {config.parallel.replicas}, but {runtime.world_size} "
+                "processes cannot be divided into that many groups of equal size. Use a divisor of "
+                "the number of processes."
             )
 
     @property
@@ -44,88 +47,84 @@ class Fsdp(Backend):
     def cut(self, parts: ModelParts) -> None:
         """Cut a meta-device model into this rank's shards.
 
-        Units that are gathered at once: each decoder layer, the embedding, the head, and the final norm (with a tied
-        embedding, which both ends of the model need). This last one is whole from a micro-batch's first layer to its
-        end; it stays so for the next ones, unless it is trained.
+        A gathered unit is a decoder layer, the embedding or the head. The rest forms the last unit:
+        the final norm, and with a tied embedding that too.
         """
         model: Any = parts.model
         self.runtime.ensure_group()
-        is_offloaded, is_on_gpu = (
-            self.config.parallel.cpu_offload,
-            self.runtime.device.type == "cuda",
-        )
-        offload = CPUOffloadPolicy(pin_memory=is_on_gpu) if is_offloaded else OffloadPolicy()
-        # No mixed-precision policy: it would cast the float32 quantization constants to bfloat16 on the way.
-        # The base is frozen in its storage type already, and autocast casts the adapters.
+        offload = OffloadPolicy()
+        if self.config.parallel.cpu_offload:
+            offload = CPUOffloadPolicy(pin_memory=self.runtime.device.type == "cuda")
+        # No mixed-precision policy: it would cast the float32 quantization constants to bfloat16 on
+        # the way. The base is frozen in its storage type already, and autocast casts the adapters.
         shard = partial(fully_shard, mesh=self._mesh(), offload_policy=offload)
         with _integer_parameters_allowed():
             for unit in parts.gathered_units:
-                # The head's backward follows its forward at once: gathering it twice would be for nothing.
+                # The head's backward follows its forward at once: no second gather between them.
                 shard(unit, reshard_after_forward=unit is not parts.head)
             shard(model)
         if isinstance(parts.embedding, FSDPModule):
-            # Backward needs nothing of it, but FSDP2 would fetch it ahead at the end of each: 2.1 GB for a 70B model.
+            # Backward needs nothing of it, but FSDP2 would fetch it ahead at the end of each: 2.1
+            # GB for a 70B model.
             parts.embedding.set_unshard_in_backward(False)
         for module in model.modules():
             if isinstance(module, FSDPModule):
-                # Losses are divided by the global token count before backward: gradients are summed, not averaged.
+                # Losses are divided by the global token count before backward: gradients are
+                # summed, not averaged.
                 module.set_gradient_divide_factor(1.0)
                 module.set_force_sum_reduction_for_comms(True)
-        if not any(
-            param.requires_grad for param in parameters_outside(parts.gathered_units, model)
-        ):
+        # With a tied embedding the last unit stays gathered: both ends of the model need it. It is
+        # whole all through a micro-batch; unless it is trained, it stays so for the next ones.
+        if not any(p.requires_grad for p in parameters_outside(parts.gathered_units, model)):
             model.set_reshard_after_backward(False, recurse=False)
 
     def engine(self, parts: ModelParts) -> Engine:
         return ShardedEngine(parts, self.config.optim, self.runtime)
 
     def gathered(self, parts: ModelParts) -> Iterator[tuple[str, torch.Tensor]]:
-        units = [
-            (name, module)
-            for name, module in parts.model.named_modules()
-            if isinstance(module, FSDPModule)
-        ]
-        for prefix, unit in units:
-            others = tuple(
-                f"{other}." for other, _ in units if other != prefix and other.startswith(prefix)
+        named = parts.model.named_modules()
+        units = {name: module for name, module in named if isinstance(module, FSDPModule)}
+        for prefix, unit in units.items():
+            # Parameters of inner units are not gathered with this one.
+            inner = tuple(
+                f"{name}." for name in units if name != prefix and name.startswith(prefix)
             )
             unit.unshard()
             for name, param in unit.named_parameters(prefix=prefix):
-                if not param.requires_grad and not name.startswith(others):
+                if not param.requires_grad and not name.startswith(inner):
                     yield name, param
             unit.reshard()
 
     def whole_layers(self, parts: ModelParts) -> Iterator[LoraLayer]:
         units = [module for module in parts.model.modules() if isinstance(module, FSDPModule)]
-        unit_of = {
-            layer: unit for unit in units for layer in lora_layers(unit)
-        }  # inner units come after outer ones
+        # Inner units come after outer ones, so the last unit that is set is the innermost.
+        unit_of = {layer: unit for unit in units for layer in lora_layers(unit)}
         for unit in dict.fromkeys(unit_of.values()):
             unit.unshard()
             yield from (layer for layer, its_unit in unit_of.items() if its_unit is unit)
             unit.reshard()
 
     def _mesh(self) -> DeviceMesh:
-        """One dimension to shard over; before it one of copies, when there are several."""
+        """Mesh of the ranks: (shards,), or (replicas, shards) with several copies of the model."""
         device, replicas = self.runtime.device.type, self.config.parallel.replicas
         if replicas == 1:
             return init_device_mesh(device, (self.num_shards,))
-        return init_device_mesh(
-            device, (replicas, self.num_shards), mesh_dim_names=("replicate", "shard")
-        )
+        names = ("replicate", "shard")
+        return init_device_mesh(device, (replicas, self.num_shards), mesh_dim_names=names)
 
 
 class ShardedEngine(FlatEngine):
-    """Base and adapters are sharded layer by layer (FSDP2); gradients are reduced to their shards at the last
-    micro-batch of a step."""
+    """Engine on sharded adapters; gradients are reduced to their shards once per step."""
 
     def __init__(self, parts: ModelParts, config: OptimConfig, runtime: Runtime) -> None:
         super().__init__(parts, config, runtime)
         self._model: Any = parts.model
         self._group = shard_group(next(iter(parts.adapters.values())))
+        # FSDP2 overlaps collectives on streams, and a CPU has none: there they run asynchronously.
         self._reductions = overlap_on_cpu(parts) if runtime.device.type == "cpu" else None
 
     def backward(self, loss: torch.Tensor, is_last_micro_batch: bool) -> None:
+        # Until the last micro-batch each rank adds up whole gradients, without a collective.
         self._model.set_requires_gradient_sync(is_last_micro_batch)
         self._model.set_is_last_backward(is_last_micro_batch)
         (loss * self.loss_scale).backward()
@@ -141,8 +140,9 @@ class ShardedEngine(FlatEngine):
 
 @contextmanager
 def _integer_parameters_allowed() -> Iterator[None]:
-    """Compatibility with torch before 2.13, whose `fully_shard` first makes each sharded parameter trainable and then
-    restores what it was: impossible for the integers of a 4-bit weight. Here such parameters start out frozen."""
+    """Let `fully_shard` take integer parameters with torch before 2.13."""
+    # Older versions first make each sharded parameter trainable and then restore the flag:
+    # impossible for the integers of a 4-bit weight. Here such parameters start out frozen.
     if Version(torch.__version__) >= Version("2.13"):
         yield
         return

@@ -1,5 +1,7 @@
 """A copy of the model on every rank: `single`, and `ddp` with one all-reduce per optimizer step."""
 
+# Tested by tests/distributed/test_equivalence.py and tests/distributed/test_accumulation.py.
+
 from __future__ import annotations
 
 import torch
@@ -10,7 +12,7 @@ from qlora_dist.parallel.engine import Engine, FlatEngine, squared_norm
 
 
 class Replicated(Backend):
-    """Every rank holds the whole model and takes its part of each batch."""
+    """Backend in which every rank holds the whole model and takes its part of each batch."""
 
     def cut(self, parts: ModelParts) -> None:
         """Leave the model whole."""
@@ -20,7 +22,7 @@ class Replicated(Backend):
 
 
 class ReplicatedEngine(FlatEngine):
-    """Adapter gradients are summed over ranks in one flat all-reduce per optimizer step."""
+    """Engine that sums flat adapter gradients over ranks, once per optimizer step."""
 
     can_drop_gradients = True
 

@@ -1,12 +1,16 @@
 """ZeRO-2 and ZeRO-3 through DeepSpeed's engine: the model cut up, and a step taken.
 
-``deepspeed.initialize`` is called directly, with Accelerate's processes underneath. Accelerate's own wrapper of the
-engine takes the optimizer step inside ``backward``, before the step's learning rate is known, and divides the loss by
-the number of micro-batches, which this program has done already, by tokens.
+``deepspeed.initialize`` is called directly, on Accelerate's processes. Accelerate's own wrapper of
+the engine takes the optimizer step inside ``backward``, before the step's learning rate is known.
+It also divides the loss by the number of micro-batches, and this program has divided by tokens
+already.
 
-DeepSpeed runs in its float32 mode, whatever `model.dtype` is: its bfloat16 mode would cast the master adapters and the
-float32 quantization constants. Autocast decides the compute type here, as with every other engine.
+DeepSpeed runs in its float32 mode, whatever `model.dtype` is: its bfloat16 mode would cast the
+master adapters and the float32 quantization constants. Autocast decides the compute type here, as
+with every other engine.
 """
+
+# Tested by tests/distributed/test_zero.py.
 
 from __future__ import annotations
 
@@ -35,7 +39,7 @@ from qlora_dist.runtime.shards import local_range, whole_shape, whole_tensor
 
 
 class Zero(Backend):
-    """DeepSpeed's ZeRO: gradients and optimizer state sharded, and with stage 3 every parameter."""
+    """Backend that shards gradients and optimizer state, and with stage 3 every parameter."""
 
     needs = "DeepSpeed"
 
@@ -70,15 +74,13 @@ class Zero(Backend):
 def partition_skeleton(parts: ModelParts, settings: Settings, runtime: Runtime) -> None:
     """Allocate a meta-device model on this rank's device, keeping 1/N of every parameter (ZeRO-3).
 
-    One decoder layer, or one module outside of them, is allocated whole at a time and cut up before the next.
-    Contents are undefined: weights are read afterwards, by each rank for its own parts. (DeepSpeed broadcasts the
-    undefined contents of rank 0 on the way, a 4-bit model's size in all.)
+    One decoder layer, or one module outside of them, is allocated whole at a time and cut up before
+    the next. The contents are undefined: each rank reads its own parts of the weights afterwards.
     """
     deepspeed, model = _import_deepspeed(runtime), parts.model
     parts.base.tie_weights()  # on meta, each use of a shared parameter may be one of its own
-    allocated: dict[
-        nn.Parameter, nn.Parameter
-    ] = {}  # by what it replaces: tied parameters stay tied
+    # From meta to allocated parameters: tied ones stay tied.
+    allocated: dict[nn.Parameter, nn.Parameter] = {}
     units = [list(layer.modules()) for layer in parts.layers]
     inside = {module for unit in units for module in unit}
     for unit in [*units, *([module] for module in model.modules() if module not in inside)]:
@@ -91,17 +93,20 @@ def partition_skeleton(parts: ModelParts, settings: Settings, runtime: Runtime) 
                     fresh.append(allocated[param])
                 module._parameters[name] = allocated[param]
         if len(fresh) > 0:
+            # This broadcasts the undefined contents of rank 0, a 4-bit model's size in all.
             deepspeed.zero.Init(module=fresh, config_dict_or_path=settings)
     for layer in lora_layers(model):
         if layer.lora_variant or isinstance(layer, FusedLinear):
-            # Their forward reads the parameters of the modules in it, which are gathered only while these run.
+            # Their forward reads parameters of inner modules, which are gathered only while those
+            # modules run.
             for param in layer.parameters():
                 deepspeed.zero.register_external_parameter(layer, param)
 
 
 @contextmanager
 def _gathered(module: nn.Module) -> Iterator[None]:
-    """Have all parameters of a module whole, if they are in parts, to be read; a collective."""
+    """Gather all parameters of a module while the body reads them, if they are cut; a
+    collective."""
     parts = [param for param in module.parameters() if hasattr(param, "ds_id")]
     if not parts:
         yield
@@ -113,9 +118,9 @@ def _gathered(module: nn.Module) -> Iterator[None]:
 
 
 class ZeroEngine:
-    """Adapter gradients and optimizer state are sharded, and with stage 3 every parameter, by DeepSpeed."""
+    """DeepSpeed's engine behind the interface of :class:`~qlora_dist.parallel.engine.Engine`."""
 
-    can_drop_gradients = False
+    can_drop_gradients = False  # DeepSpeed's buckets and hooks cannot be put back
     loss_scale = 1.0
 
     def __init__(
@@ -123,16 +128,13 @@ class ZeroEngine:
     ) -> None:
         deepspeed = _import_deepspeed(runtime)
         groups = parameter_groups(parts.adapters, config)
-        self._parts = parts
-        self._world_size = runtime.world_size
-        self._is_main = runtime.is_main
+        members = [list(group.values()) for group in groups.values()]
+        self._parts, self._runtime = parts, runtime
         self._stage = settings["zero_optimization"]["stage"]
         self._lr_multipliers = list(groups)
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=parts.model,
-            optimizer=build_optimizer(
-                [list(members.values()) for members in groups.values()], config
-            ),
+            optimizer=build_optimizer(members, config),
             config=sized_settings(settings, parts),
             dist_init_required=False,
         )
@@ -140,13 +142,15 @@ class ZeroEngine:
         self._is_accumulating = False
 
     def backward(self, loss: torch.Tensor, is_last_micro_batch: bool) -> None:
+        # All micro-batches but the last add up without a collective.
         if not is_last_micro_batch and not self._is_accumulating:
             self._accumulation.enter_context(self._engine.coalesce_grad_reduction())
             self._is_accumulating = True
-        # DeepSpeed averages over ranks. The loss is divided by the global token count already: ranks are summed.
-        loss = loss * (self.loss_scale * self._world_size)
-        # The loop calls the model, not the engine, so what the engine's forward prepares is prepared here. DeepSpeed
-        # tells by the running backward which graph it belongs to, so this has to happen inside of it.
+        # DeepSpeed averages over ranks, but the loss is divided by the global token count already:
+        # the ranks must be summed.
+        loss = loss * (self.loss_scale * self._runtime.world_size)
+        # The loop calls the model and not the engine, whose forward would prepare backward. It is
+        # prepared in a hook: DeepSpeed takes the graph from the running backward.
         self._optimizer.clear_backward_seen_flag()
         loss.register_hook(lambda _: self._engine._backward_prologue())
         self._engine.backward(loss, scale_wrt_gas=False)
@@ -155,76 +159,66 @@ class ZeroEngine:
             self._is_accumulating = False
 
     def update(self, lr: float, max_grad_norm: float | None) -> torch.Tensor:
-        for group, multiplier in zip(
-            self._optimizer.param_groups, self._lr_multipliers, strict=True
-        ):
+        engine, optimizer = self._engine, self._optimizer
+        for group, multiplier in zip(optimizer.param_groups, self._lr_multipliers, strict=True):
             group["lr"] = lr * multiplier
-        self._optimizer.clip_grad = max_grad_norm or 0.0
-        self._engine.set_gradient_accumulation_boundary(True)
-        self._optimizer.loss_scale = (
-            self.loss_scale
-        )  # for this step only: backward would multiply by it
-        self._engine.step()
-        self._optimizer.loss_scale = 1.0
-        if (
-            self._optimizer.overflow
-        ):  # gradients that are not finite: DeepSpeed has left everything as it was
-            return torch.tensor(torch.nan, device=self._engine.device)
-        return torch.as_tensor(
-            self._engine.get_global_grad_norm(), dtype=torch.float32, device=self._engine.device
-        )
+        optimizer.clip_grad = max_grad_norm or 0.0
+        engine.set_gradient_accumulation_boundary(True)
+        optimizer.loss_scale = self.loss_scale  # during this call only: backward would apply it too
+        engine.step()
+        optimizer.loss_scale = 1.0
+        if optimizer.overflow:  # gradients are not finite: DeepSpeed has updated nothing
+            return torch.tensor(torch.nan, device=engine.device)
+        norm = engine.get_global_grad_norm()
+        return torch.as_tensor(norm, dtype=torch.float32, device=engine.device)
 
     def drop_gradients(self) -> None:
         raise NotImplementedError("DeepSpeed's buckets and hooks cannot be put back")
 
     def whole_adapter(self) -> dict[str, torch.Tensor]:
-        return whole_adapter(self._parts.model, self._is_main)
+        return whole_adapter(self._parts.model, self._runtime.is_main)
 
     def optimizer_state(self) -> dict[str, torch.Tensor]:
-        adapters = self._parts.adapters
-        return self._moments().gather(
-            {name: whole_shape(param).numel() for name, param in adapters.items()}
-        )
+        sizes = {name: whole_shape(param).numel() for name, param in self._parts.adapters.items()}
+        return self._moments().gather(sizes)
 
     def load_optimizer_state(self, saved: Mapping[str, torch.Tensor], num_updates: int) -> None:
         self._moments().scatter(saved, num_updates)
 
     def _moments(self) -> Moments:
-        """DeepSpeed lays each rank's parts of the parameters end to end in buffers that its optimizer works on."""
-        adapters = self._parts.adapters
-        optimizer = self._optimizer
+        """View the optimizer's moments by parameter."""
+        # DeepSpeed lays this rank's parts of the parameters end to end in buffers, and gives its
+        # optimizer the buffers as parameters.
+        adapters, optimizer = self._parts.adapters, self._optimizer
+        pieces: list[BufferSlice] = []
         if self._stage == 3:
             buffers = optimizer.fp32_partitioned_groups_flat
-            pieces = []
             for name, param in adapters.items():
                 first, stop = local_range(param)
                 buffer, offset, _ = optimizer.grad_position[optimizer.get_param_id(param)]
                 pieces.append(BufferSlice(name, first, stop - first, buffer, offset))
         else:
             buffers = optimizer.single_partition_of_fp32_groups
-            pieces = [
-                BufferSlice(
-                    name,
-                    at.lp_fragment_address.start,
-                    at.lp_fragment_address.numel,
-                    at.param_group_index,
-                    at.hp_fragment_address.start,
-                )
-                for name, at in ((name, param._hp_mapping) for name, param in adapters.items())
-                if at is not None
-            ]
+            for name, param in adapters.items():
+                if (at := param._hp_mapping) is not None:  # None: other ranks hold all of it
+                    low, high = at.lp_fragment_address, at.hp_fragment_address
+                    group = at.param_group_index
+                    pieces.append(BufferSlice(name, low.start, low.numel, group, high.start))
         return Moments(optimizer.optimizer, buffers, pieces, dist.group.WORLD, self._engine.device)
 
 
 def _import_deepspeed(runtime: Runtime) -> Any:
-    """DeepSpeed on this run's device and process group, without its chatter."""
+    """Import DeepSpeed for this run's device and process group, with its log switched off."""
     if runtime.device.type == "cpu":
-        os.environ["DS_ACCELERATOR"] = "cpu"  # otherwise it looks for one by what is installed
+        os.environ["DS_ACCELERATOR"] = (
+            "cpu"  # by default it takes the accelerator that is installed
+        )
     os.environ.setdefault("LOCAL_RANK", str(runtime.local_rank))
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    # On CPU it would compile a collective of its own, at the start of the run and with the user's compiler.
+    # On CPU it would compile a collective of its own, at the start of the run, with the user's
+    # compiler.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not deepspeed.comm.is_initialized():
         deepspeed.init_distributed(auto_mpi_discovery=False, dist_init_required=True)
