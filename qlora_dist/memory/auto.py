@@ -1,10 +1,12 @@
-"""`memory.recompute: auto`: as little recomputation as the memory allows, from a formula at first, then from a step.
+"""`memory.recompute: auto`: as little recomputation as the memory allows.
 
-Before the first optimizer step the peak is estimated: what is held already, plus optimizer state, gathered layers and
-activations by their dimensions (`model/activations.py`). In that step the last layer's saved tensors are counted under
-each policy and the true peak is read. What the peak exceeds the counted activations by will be there under any policy,
-and so will the optimizer state that the update makes; the rest follows from the counts. Steps 2 and 4 are looked at in
-the same way, and later ones for whether they take too much. All ranks decide by the one with the least room.
+The first choice follows a formula, the later ones follow measured steps. Before the first optimizer
+step the peak is estimated: the memory that is held already, plus optimizer state, gathered layers
+and activations by their dimensions (`memory/activations.py`). In that step the last layer's saved
+tensors are counted under each policy, and the true peak is read. The part of the peak that is not
+counted activations stays under any policy, and so does the optimizer state that the update makes;
+the rest follows from the counts. Steps 2 and 4 are measured in the same way, and later ones to see
+whether they take too much. All ranks follow the rank with the least room.
 """
 
 from __future__ import annotations
@@ -30,25 +32,26 @@ from qlora_dist.runtime.processes import Runtime
 from qlora_dist.runtime.shards import local_bytes, local_part, whole_bytes, whole_shape
 
 _RESERVE = 0.05
-"""Share of the budget that is left free: allocators lose some memory between their blocks."""
+"""Share of the budget that stays free: allocators lose memory between their blocks."""
 _EARLY_RESERVE = 0.1
-"""The same on the host until two steps were measured: more layers that keep everything take more than what they keep,
-because the C library's heap has gaps (10 to 30 % more, SmolLM2-135M)."""
+"""Share on the host until two steps were measured. Layers that begin to keep everything take 10 to
+30 % more than they keep (SmolLM2-135M), because the C library's heap has gaps."""
 _FRAGMENTED_RESERVE = 0.1
-"""The same on a GPU once its allocator had to give memory back and ask anew, for such gaps."""
+"""Share on a GPU once its allocator had to give cached memory back because of gaps."""
 
 
 class RecomputeBudget:
-    """Chooses what layers recompute, once the model is loaded, and again after the first steps.
+    """Chooses the layers' policies, once the model is loaded, and again after the first steps.
 
-    All ranks call every method alike. With another setting than `auto` nothing is chosen.
+    All ranks call every method alike. With a setting other than `auto` nothing is chosen.
     """
 
     def __init__(
         self, config: TrainConfig, parts: ModelParts, runtime: Runtime, log: Callable[[str], None]
     ) -> None:
-        self._config, self._parts, self._runtime, self._say = config, parts, runtime, log
-        # Offloaded activations do not fill the device: recomputing all layers leaves the least to copy.
+        self._config, self._parts, self._runtime, self._log = config, parts, runtime, log
+        # Offloaded activations do not fill the device: recomputing all layers leaves the least to
+        # copy.
         self._is_auto = config.memory.recompute == "auto" and not config.memory.offload_activations
         self._meter = MemoryMeter(runtime.device)
         self._allowed = self._room = self._state_bytes = 0
@@ -57,64 +60,57 @@ class RecomputeBudget:
         self._probe: KeptBytesProbe | None = None
 
     def choose(self) -> None:
-        """By the formula; called when everything but optimizer state and activations is in memory."""
+        """Choose by the formula; call it when all but optimizer state and activations is in
+        memory."""
+        config, parts, runtime = self._config, self._parts, self._runtime
         if not self._is_auto:
-            if self._config.memory.recompute == "auto":
-                self._say(
-                    "recompute: all layers fully, which leaves memory.offload_activations the least to copy"
+            if config.memory.recompute == "auto":
+                self._log(
+                    "recompute: all layers fully, which leaves memory.offload_activations the "
+                    "least to copy"
                 )
             return
-        runtime, optim = self._runtime, self._config.optim
-        dimensions = self._parts.dimensions
-        num_tokens, element_size = self._largest_micro_batch, runtime.compute_dtype.itemsize
-        trim_heap(self._runtime.device)  # of loading
-        self._allowed = memory_limit(self._config.memory.budget_gib, self._meter, runtime)
-        adapters = self._parts.adapters.values()
+        optim, adapters = config.optim, parts.adapters.values()
+        trim_heap(runtime.device)  # gives the host memory of loading back
+        self._allowed = memory_limit(config.memory.budget_gib, self._meter, runtime)
         num_adapted = sum(local_part(param).numel() for param in adapters)
         self._state_bytes = later = num_adapted * OPTIMIZERS[optim.optimizer].state_bytes
-        is_cut = local_bytes(self._parts.model) < whole_bytes(self._parts.model)
-        if (
-            is_cut or self._config.parallel.cpu_offload
-        ):  # gradients of shards; the layer at work and the next
-            later += num_adapted * 4 + 2 * max(map(whole_bytes, self._parts.layers))
+        is_cut = local_bytes(parts.model) < whole_bytes(parts.model)
+        if is_cut or config.parallel.cpu_offload:
+            # Gradients of the shards in float32, the layer at work and the next one.
+            later += num_adapted * 4 + 2 * max(map(whole_bytes, parts.layers))
             if optim.grad_accum_steps > 1:  # whole gradients, until the last micro-batch
                 later += sum(4 * whole_shape(param).numel() for param in adapters)
-        nothing = Recompute(len(self._parts.layers))
         with runtime.autocast():
-            is_loss_chunked = is_chunked(self._parts.model)
-        rows, length, is_packed = (
+            is_loss_chunked = is_chunked(parts.model)
+        size, num_tokens = runtime.compute_dtype.itemsize, self._largest_micro_batch
+        mask_bytes = size * mask_elements(
+            parts.model,
             optim.micro_batch_size,
-            self._config.data.max_seq_len,
-            self._config.data.packing,
-        )
-        mask = element_size * mask_elements(
-            self._parts.model,
-            rows,
-            length,
-            is_packed=is_packed,
+            config.data.max_seq_len,
+            is_packed=config.data.packing,
             is_on_gpu=runtime.device.type == "cuda",
         )
+        # Every token may be a target.
         activations = activations_of(
-            dimensions,
+            parts.dimensions,
             num_tokens,
             num_tokens,
-            nothing,
-            element_size,
-            self._config.adapter,
+            Recompute(len(parts.layers)),
+            size,
+            config.adapter,
             is_loss_chunked=is_loss_chunked,
-            mask_bytes=mask,
         )
-        self._room = (
-            self._limit - self._meter.held() - later - (activations.total - activations.kept)
-        )
-        self._layer = layer_bytes(dimensions, num_tokens, element_size, self._config.adapter, mask)
+        later += max(activations.working, activations.loss)
+        self._room = self._limit - self._meter.held() - later
+        self._layer = layer_bytes(parts.dimensions, num_tokens, size, config.adapter, mask_bytes)
         self._agree()
         choice = self._least_recompute(again=self._layer.none)
-        set_recompute(self._parts.layers, choice)
-        self._say(f"recompute: {self._described(choice)} (chosen by memory.recompute: auto)")
+        set_recompute(parts.layers, choice)
+        self._log(f"recompute: {self._described(choice)} (chosen by memory.recompute: auto)")
 
     def measuring(self) -> ExitStack:
-        """A context for an optimizer step."""
+        """Return a context for an optimizer step, which measures its memory where needed."""
         stack = ExitStack()
         if self._is_auto:
             self._num_steps += 1
@@ -125,65 +121,64 @@ class RecomputeBudget:
         return stack
 
     def after_step(self, batches: Sequence[MicroBatch]) -> None:
-        """Choose again by what the step took: after the first ones, and later when it was more than allowed."""
+        """Choose again by the memory of a measured step.
+
+        After step 4 the choice changes only when a step took more than the limit.
+
+        Args:
+            batches: micro-batches of the step on this rank.
+        """
         if not self._is_auto or not self._is_looking:
             return
-        if (
-            self._runtime.device.type == "cuda"
-        ):  # others, and what allocators do not see, may take more by now
-            self._allowed = memory_limit(self._config.memory.budget_gib, self._meter, self._runtime)
-        now = recompute_of(self._parts.layers)
+        runtime, parts = self._runtime, self._parts
+        if runtime.device.type == "cuda":
+            # Other programs, and libraries beside the allocator, may take more by now.
+            self._allowed = memory_limit(self._config.memory.budget_gib, self._meter, runtime)
+        now = recompute_of(parts.layers)
         seen = max(batch.input_ids.numel() for batch in batches)
         if self._probe is not None and self._probe.result is not None:
             found, scale = self._probe.result, self._largest_micro_batch / seen
-            self._layer = LayerBytes(
-                *(int(size * scale) for size in (found.none, found.selective, found.full))
-            )
+            sizes = (found.none, found.selective, found.full)
+            self._layer = LayerBytes(*(int(size * scale) for size in sizes))
         peak = self._meter.peak()
         if self._probe is not None and now.policy(now.num_layers - 1) == "selective":
             peak -= self._layer.none - self._layer.selective  # the surveyed layer kept everything
         self._probe = None
         beside = peak - int(self._layer.kept(now) * seen / self._largest_micro_batch)
         if self._num_steps == 1:
-            # Made by its update, as a rule. What was there before (DeepSpeed's, or that of a run that goes on) counts
-            # twice until the next look.
+            # The first update makes it, after the peak. State that was there before (DeepSpeed's,
+            # or a resumed run's) counts twice until step 2 is measured.
             beside += self._state_bytes
-        # What one layer makes again is in that peak already, if there was one that did.
+        # If a layer recomputed fully, its tensors in backward are in that peak already.
         self._room, again = self._limit - beside, 0 if now.num_full else self._layer.none
         self._agree()
         choice = self._least_recompute(again)
         if choice != now and (self._num_steps <= 4 or self._layer.kept(now) > self._room):
-            set_recompute(self._parts.layers, choice)
+            set_recompute(parts.layers, choice)
             if self._layer.kept(choice) < self._layer.kept(now):
-                trim_heap(self._runtime.device)
-            self._say(
-                f"recompute: {self._described(choice)}, from the next step on (by what step {self._num_steps} took)"
+                trim_heap(runtime.device)
+            self._log(
+                f"recompute: {self._described(choice)}, from the next step on "
+                f"(by what step {self._num_steps} took)"
             )
 
     @property
     def can_make_room(self) -> bool:
-        """Whether a step that does not fit may be taken again with more recomputation.
-
-        In the first two, which follow an estimate; and not with several ranks, of which others wait
-        in a collective by then.
-        """
-        is_early = self._is_auto and self._num_steps <= 2
-        return (
-            is_early
-            and self._runtime.world_size == 1
-            and recompute_of(self._parts.layers) != self._everything
-        )
+        """True if a step that does not fit may be taken again with more recomputation."""
+        # Steps 1 and 2 follow an estimate. Of several ranks, others wait in a collective by then.
+        is_possible = self._is_auto and self._num_steps <= 2 and self._runtime.world_size == 1
+        return is_possible and recompute_of(self._parts.layers) != self._everything
 
     def make_room(self) -> None:
         """Have all layers recompute fully, because this step did not fit."""
         set_recompute(self._parts.layers, self._everything)
-        gc.collect()
+        gc.collect()  # cycles may hold activations of the failed attempt
         if self._runtime.device.type == "cuda":
             torch.cuda.empty_cache()
         self._meter.restart()
-        self._say(
-            f"the memory was full in step {self._num_steps}, which was estimated to fit (memory.recompute: auto): all "
-            "layers recompute fully now, and the step is taken again"
+        self._log(
+            f"the memory was full in step {self._num_steps}, which was estimated to fit "
+            "(memory.recompute: auto): all layers recompute fully now, and the step is taken again"
         )
 
     @property
@@ -192,50 +187,43 @@ class RecomputeBudget:
 
     @property
     def _is_looking(self) -> bool:
-        """Whether this step's memory is looked at: steps 1, 2, 4, 8 and so on."""
-        return self._num_steps & (self._num_steps - 1) == 0
+        """True if this step is measured: steps 1, 2, 4, 8 and so on."""
+        return self._num_steps & (self._num_steps - 1) == 0  # a power of two
 
     @property
     def _limit(self) -> int:
-        """What may be taken, less what is left free."""
+        """Bytes that may be taken, without the reserve."""
         return int(self._allowed * (1 - self._reserve))
 
     @property
     def _reserve(self) -> float:
         if self._meter.num_retries() > 0:
             return _FRAGMENTED_RESERVE
-        return (
-            _EARLY_RESERVE
-            if self._runtime.device.type == "cpu" and self._num_steps < 2
-            else _RESERVE
-        )
+        is_early = self._runtime.device.type == "cpu" and self._num_steps < 2
+        return _EARLY_RESERVE if is_early else _RESERVE
 
     @property
     def _largest_micro_batch(self) -> int:
-        """Tokens, padding included."""
+        """Tokens of the largest micro-batch that may come, padding included."""
         return self._config.optim.micro_batch_size * self._config.data.max_seq_len
 
     def _least_recompute(self, again: int) -> Recompute:
-        """What fits into the room there is."""
+        """Find the least recomputation that fits into this run's room."""
         num_layers = len(self._parts.layers)
         return self._layer.least_recompute(self._room, num_layers, again, self._selective_frees)
 
     @property
     def _selective_frees(self) -> bool:
-        """Whether recomputing selectively frees anything.
-
-        On the CPU what it frees does not leave the C library's heap: the resident peak is that of keeping everything
-        (`benchmarks/recompute.py`). Compiled layers do so already.
-        """
+        """True if recomputing selectively frees memory."""
+        # On the CPU freed tensors do not leave the C library's heap: the resident peak is that of
+        # keeping everything (`benchmarks/recompute.py`). Compiled layers do it already.
         return self._runtime.device.type != "cpu" and not is_compiled(self._parts.layers)
 
     def _agree(self) -> None:
         """Take the least room and the largest layer of all ranks, so that they decide alike."""
         mine = [-self._room, self._layer.none, self._layer.selective, self._layer.full]
-        agreed = self._runtime.max_of_each(
-            torch.tensor(mine, dtype=torch.int64, device=self._runtime.device)
-        )
-        room, *layer = agreed.tolist()
+        sizes = torch.tensor(mine, dtype=torch.int64, device=self._runtime.device)  # (4,)
+        room, *layer = self._runtime.max_of_each(sizes).tolist()
         self._room, self._layer = -room, LayerBytes(*layer)
 
     def _described(self, choice: Recompute) -> str:

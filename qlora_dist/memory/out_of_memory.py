@@ -20,7 +20,7 @@ from qlora_dist.runtime.shards import local_bytes, whole_bytes
 def largest_batch_message(
     config: TrainConfig, modules: ModelParts, batches: Sequence[MicroBatch], device: torch.device
 ) -> str:
-    """The message for a step in which the largest of these micro-batches did not fit."""
+    """Return the message of a step whose largest micro-batch did not fit."""
     batch = max(batches, key=lambda batch: batch.input_ids.numel())
     rows, length = batch.input_ids.shape
     return out_of_memory_message(
@@ -46,32 +46,32 @@ def out_of_memory_message(
     is_sharded: bool,
     device_bytes: int,
 ) -> str:
-    """What was too large, and what each possible change would save, largest first.
+    """Say which micro-batch was too large, and the saving of each possible change, largest first.
 
     Args:
-        recompute: what the layers did.
+        model: the text part of a transformers config.
+        recompute: policies of the layers in that step.
         rows, length: shape of the micro-batch that did not fit.
-        is_sharded: whether this rank holds only a part of the base.
+        num_targets: its target tokens.
+        is_sharded: true if this rank holds only a part of the base.
     """
-    element_size = 4 if config.model.dtype == "float32" else 2
+    size, adapter = 4 if config.model.dtype == "float32" else 2, config.adapter
     everything = fixed_recompute("full", recompute.num_layers)
 
-    def total(rows: int, length: int, recompute: Recompute) -> int:
-        share = num_targets * rows * length // max(1, num_tokens)
-        return activations_of(
-            model, rows * length, share, recompute, element_size, config.adapter
-        ).total
+    def total(new_rows: int, new_length: int, recompute: Recompute) -> int:
+        # Targets are taken to be spread evenly over the tokens.
+        num_tokens = new_rows * new_length
+        share = num_targets * num_tokens // max(1, rows * length)
+        return activations_of(model, num_tokens, share, recompute, size, adapter).total
 
-    num_tokens = rows * length
     now = total(rows, length, recompute)
     changes = []
     if recompute != everything:
         changes.append((now - total(rows, length, everything), "memory.recompute: full"))
     if rows > 1:
         accum = config.optim.grad_accum_steps * -(-rows // (rows // 2))
-        same = (
-            "" if config.adapter.dropout else " (the same result)"
-        )  # what is dropped depends on the micro-batch
+        # With dropout the random numbers depend on the cut into micro-batches.
+        same = "" if config.adapter.dropout else " (the same result)"
         text = f"optim.micro_batch_size: {rows // 2} with grad_accum_steps: {accum}{same}"
         changes.append((now - total(rows // 2, length, recompute), text))
     changes.append((now - total(rows, length // 2, recompute), f"data.max_seq_len: {length // 2}"))
@@ -83,7 +83,8 @@ def out_of_memory_message(
     elif not config.parallel.cpu_offload:
         advice += "; more GPUs, or parallel.cpu_offload: true, leave more beside the weights"
     return (
-        f"the GPU's memory ({device_bytes / GIB:.1f} GiB) is full: a micro-batch of {rows} rows of {length:,} tokens "
-        f"takes about {now / GIB:.1f} GiB on top of weights and optimizer. What would help: {advice}. "
+        f"the GPU's memory ({device_bytes / GIB:.1f} GiB) is full: a micro-batch of {rows} rows of "
+        f"{length:,} tokens takes about {now / GIB:.1f} GiB on top of weights and optimizer. "
+        f"What would help: {advice}. "
         "The same command with such a change goes on from the last checkpoint."
     )

@@ -1,4 +1,6 @@
-"""What each decoder layer keeps for backward, and what it computes again: a policy that may change between steps."""
+"""Recomputation in the decoder layers, by policies that may change between steps."""
+
+# Tested by tests/distributed/test_recompute.py and tests/unit/memory/test_selective.py.
 
 from __future__ import annotations
 
@@ -19,15 +21,15 @@ from qlora_dist.model.compile import CompiledForward
 
 
 def apply_recompute(layers: list[nn.Module], memory: MemoryConfig) -> None:
-    """Give every layer the policy that `memory.recompute` says. Must run before sharding.
+    """Give every layer its policy from `memory.recompute`. Must run before sharding.
 
     Raises:
-        ConfigError: it says so of more layers than there are.
+        ConfigError: `memory.recompute` is larger than the number of layers.
     """
     if isinstance(memory.recompute, int) and memory.recompute > len(layers):
         raise ConfigError(
-            f"memory.recompute is {memory.recompute}, but the model has {len(layers)} decoder layers. Set it to that "
-            "many at most, or to full."
+            f"memory.recompute is {memory.recompute}, but the model has {len(layers)} decoder "
+            "layers. Set it to that many at most, or to full."
         )
     offload = Offload() if memory.offload_activations else None
     choice = fixed_recompute(memory.recompute, len(layers))
@@ -36,21 +38,22 @@ def apply_recompute(layers: list[nn.Module], memory: MemoryConfig) -> None:
 
 
 def set_recompute(layers: Iterable[nn.Module], choice: Recompute) -> None:
-    """Change the policies of a model's layers; what was run already keeps to the old ones."""
+    """Change the policies of a model's layers; a forward that has run keeps its old policy."""
     for number, forward in enumerate(_forwards(layers)):
         forward.policy = choice.policy(number)
 
 
 def recompute_of(layers: Iterable[nn.Module]) -> Recompute:
-    """What the layers do now."""
+    """Return the policies that the layers have now."""
     policies = [forward.policy for forward in _forwards(layers)]
     return Recompute(len(policies), policies.count("selective"), policies.count("full"))
 
 
 class KeptBytesProbe:
-    """A context in which the last layer keeps everything, and what each policy would keep of it is counted.
+    """A context that counts the bytes that each policy would keep in the last layer.
 
-    It costs no memory where all layers recompute: backward begins with the last one, and would make all of it again.
+    The last layer keeps everything meanwhile. This costs no memory where all layers recompute:
+    backward begins with the last layer, and would make all of its tensors again at once.
     """
 
     def __init__(self, layers: Iterable[nn.Module]) -> None:
@@ -63,51 +66,54 @@ class KeptBytesProbe:
     def __exit__(self, *exception: object) -> None:
         found = self._forward.probed
         self.result = found if found is not None and found.none > 0 else None
-        """Of the largest micro-batch; None when nothing could be counted."""
+        """Bytes of the largest micro-batch; None when nothing could be counted."""
         self._forward.probed = None
 
 
 def is_compiled(layers: Iterable[nn.Module]) -> bool:
-    """Whether the layers run compiled code, which decides by itself what is quick enough to compute again."""
+    """True if the layers run compiled code, whose compiler decides by itself what to recompute."""
     return all(forward.is_compiled for forward in _forwards(layers))
 
 
 class LayerForward:
-    """Stands in the place of a layer's `forward`, not of its `__call__`: sharding hooks then stay outside and run once,
-    and no wrapper module changes the parameter names that adapters are saved under."""
+    """A decoder layer's `forward` with recomputation by policy.
+
+    It replaces `forward` and not `__call__`: sharding hooks stay outside and run once, and no
+    wrapper module changes the parameter names that adapters are saved under.
+    """
 
     def __init__(self, layer: nn.Module, policy: Policy, offload: Offload | None) -> None:
         self._layer, self._plain, self._offload = layer, layer.forward, offload
         self.policy = policy
-        # torch.compile stands aside, without a word, while an operation is watched: no selective policy then.
+        # torch.compile silently runs uncompiled while operations are watched: no selective policy.
         self.is_compiled = isinstance(layer.forward, CompiledForward)
         self.probed: LayerBytes | None = None
-        """The largest found so far, while a survey goes on."""
+        """Largest bytes found so far during a survey; None outside of one."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not (self._layer.training and torch.is_grad_enabled()):
-            return self._plain(*args, **kwargs)
+            return self._plain(*args, **kwargs)  # nothing is kept without a backward
         if self._offload is None:
             return self._run(keep_here, args, kwargs)
         with self._offload.layer(self._layer, _tensors((args[1:], kwargs))) as store:
             return self._run(store.keep, args, kwargs)
 
     def _run(self, keep: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        only_counts = self.probed is not None and not self.is_compiled
-        if not only_counts and (
-            self.policy == "none" or (self.policy == "selective" and self.is_compiled)
-        ):
-            return self._plain(*args, **kwargs)
-        if not only_counts and self.policy == "full":
-            # Non-reentrant: needs no input gradient, and hides nothing from autograd or the compiler.
-            return checkpoint(self._plain, *args, use_reentrant=False, **kwargs)
-        with SelectiveForward(_tensors((args[1:], kwargs)), keep, only_counts) as forward:
+        is_survey = self.probed is not None and not self.is_compiled
+        if not is_survey:
+            if self.policy == "full":
+                # Non-reentrant: needs no input gradient, and hides nothing from autograd or the
+                # compiler.
+                return checkpoint(self._plain, *args, use_reentrant=False, **kwargs)
+            if self.policy == "none" or self.is_compiled:
+                return self._plain(*args, **kwargs)
+        # All arguments but the hidden state live on outside of the layer anyway: masks, rotations.
+        with SelectiveForward(_tensors((args[1:], kwargs)), keep, is_survey) as forward:
             result = self._plain(*args, **kwargs)
-        if only_counts:
+        if is_survey:
             inputs = sum(tensor.untyped_storage().nbytes() for tensor in _tensors(args[:1]))
-            self.probed = max(
-                self.probed, LayerBytes(*forward.kept, inputs), key=lambda found: found.none
-            )
+            found = LayerBytes(*forward.kept, inputs)
+            self.probed = max(self.probed, found, key=lambda each: each.none)
         return result
 
 
@@ -116,7 +122,7 @@ def _forwards(layers: Iterable[nn.Module]) -> Iterable[LayerForward]:
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:
-    """The tensors in a layer's arguments."""
+    """Collect the tensors in a layer's arguments, nested ones included."""
     if isinstance(value, torch.Tensor):
         return [value]
     if isinstance(value, dict):
