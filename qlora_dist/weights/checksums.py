@@ -1,9 +1,11 @@
-"""The guard after loading: this rank holds what it should, and gathered layers are, byte for byte, what was loaded.
+"""Check after loading: each rank holds its share, and gathered layers have the loaded bytes.
 
-Sharding a 4-bit model fails silently: a parameter that the engine left out is replicated (nothing is saved), and
-floating-point storage can come out of an all-gather with other bits than went in. Both are checked once, before the
-first step, through the same gather that training uses.
+Sharding a 4-bit model can fail silently: a parameter that the engine left out is replicated
+(nothing is saved), and floating-point storage can come out of an all-gather with changed bits. Both
+are checked once, before the first step, through the gather that training uses.
 """
+
+# Tested by tests/distributed/test_sharding.py and tests/distributed/test_zero.py.
 
 from __future__ import annotations
 
@@ -25,13 +27,12 @@ from qlora_dist.runtime.shards import (
 )
 
 _CHUNK_WORDS = 2**20
-_MULTIPLIER = (
-    -7046029254386353131
-)  # 2^64 / golden ratio as a signed odd number: Knuth's multiplicative hash
+# 2^64 / golden ratio as a signed odd number: Knuth's multiplicative hash.
+_MULTIPLIER = -7046029254386353131
 
 
 def check_shards(model: nn.Module, num_shards: int) -> None:
-    """Compare what this rank holds of each parameter with the plan of sharding: one of `num_shards` equal parts.
+    """Check that this rank holds one of `num_shards` equal parts of each parameter.
 
     Raises:
         ModelError: naming the parameter that is not cut, or cut differently.
@@ -44,19 +45,18 @@ def check_shards(model: nn.Module, num_shards: int) -> None:
             if held == stop - start:
                 continue
         raise ModelError(
-            f"after sharding over {num_shards}, this rank holds {held:,} of {whole_shape(param).numel():,} elements of "
-            f"{name}, which is not its share. The installed libraries shard it differently; use the versions in "
-            "constraints.txt."
+            f"after sharding over {num_shards}, this rank holds {held:,} of "
+            f"{whole_shape(param).numel():,} elements of {name}, which is not its share. The "
+            "installed libraries shard it differently; use the versions in constraints.txt."
         )
 
 
 def loaded_checksums(params: dict[str, nn.Parameter], device: torch.device) -> torch.Tensor:
-    """Checksum of each whole parameter, from the parts as they were loaded: (num_params,) int64; a collective.
+    """Checksum of each whole parameter, from its loaded parts: (num_params,) int64; a collective.
 
-    Checksums of parts add up to that of the whole, so nothing is gathered for this.
+    Checksums of parts add up to that of the whole parameter, so no parameter is gathered.
     """
-    sums = []
-    group = None
+    sums, group = [], None
     for param in params.values():
         first_byte = local_range(param)[0] * param.element_size()
         sums.append(checksum(local_part(param), first_byte, _word_bytes(param)).to(device))
@@ -73,12 +73,13 @@ def check_gathered(
     gathered: Iterator[tuple[str, torch.Tensor]],
     agree: Callable[[torch.Tensor], torch.Tensor],
 ) -> None:
-    """Compare parameters as training will gather them with what was loaded.
+    """Compare parameters, gathered as in training, with their loaded bytes.
 
     Args:
-        expected: what :func:`loaded_checksums` returned for `params`.
-        gathered: (name, whole tensor) pairs, in any order, each valid until the next is asked for.
-        agree: makes the largest of each element known to all ranks, so that all of them stop for the same reason.
+        expected: result of :func:`loaded_checksums` for `params`.
+        gathered: yields (name, whole tensor) in any order, each valid until the next is asked for.
+        agree: makes the largest of each element known to all ranks, so that all of them stop with
+            the same message.
 
     Raises:
         ModelError: naming the first parameter whose bytes changed, on every rank.
@@ -88,13 +89,15 @@ def check_gathered(
     for name, whole in gathered:
         found = checksum(whole, 0, _word_bytes(params[name])).to(expected.device)
         differs[index[name]] = (found != expected[index[name]]).to(torch.int64)
-    # Replicas that loaded different bytes would each agree with themselves: compare them with one another as well.
+    # Replicas that loaded different bytes would each agree with themselves: compare them with one
+    # another as well. (2 * num_params,)
     bad = agree(torch.cat([differs, (agree(expected) != expected).to(torch.int64)]))
     if bool(bad.any()):
         name = list(params)[int(bad.nonzero()[0]) % len(params)]
         raise ModelError(
-            f"{name} does not have the same bytes on all ranks, or not those that were loaded. The weights would be "
-            "silently wrong. Check that all machines have the same model files and library versions."
+            f"{name} does not have the same bytes on all ranks, or not those that were loaded. The "
+            "weights would be silently wrong. Check that all machines have the same model files "
+            "and library versions."
         )
 
 
@@ -102,8 +105,8 @@ def checksum(tensor: torch.Tensor, first_byte: int, word_bytes: int) -> torch.Te
     """Position-dependent sum of a tensor's bytes, 0-dim int64 (arithmetic modulo 2^64).
 
     Args:
-        first_byte: where the tensor starts in the whole that it is a part of; a multiple of `word_bytes`.
-        word_bytes: 1, 2, 4 or 8: bytes are taken together in words, for speed.
+        first_byte: place of the tensor in the whole parameter; a multiple of `word_bytes`.
+        word_bytes: 1, 2, 4 or 8; bytes are summed in words of this size, for speed.
     """
     data = tensor.detach().contiguous().view(-1).view(torch.uint8)
     if data.numel() % word_bytes:
@@ -112,17 +115,13 @@ def checksum(tensor: torch.Tensor, first_byte: int, word_bytes: int) -> torch.Te
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
     for begin in range(0, words.numel(), _CHUNK_WORDS):
         part = words[begin : begin + _CHUNK_WORDS].to(torch.int64)
-        position = torch.arange(part.numel(), device=part.device) + (
-            begin + first_byte // word_bytes + 1
-        )
-        weight = position * _MULTIPLIER
-        weight = (
-            weight ^ (weight >> 29)
-        ) | 1  # odd, so that no change of a single word goes unseen
-        total += (part * weight).sum()
+        first = first_byte // word_bytes + begin + 1
+        weight = torch.arange(first, first + part.numel(), device=part.device) * _MULTIPLIER
+        # Odd weights: no change of a single word goes unseen.
+        total += (part * ((weight ^ (weight >> 29)) | 1)).sum()
     return total
 
 
 def _word_bytes(param: torch.Tensor) -> int:
-    """Largest word that no border between shards cuts."""
+    """Size of the largest word that no border between shards cuts."""
     return math.gcd(8, planned_range(param, 0)[1] * param.element_size())

@@ -1,4 +1,7 @@
-"""Where a model's files are: folder or hub name to a local folder with safetensors weights. Imports nothing heavy."""
+"""Files of a model: from a folder or hub name to a local folder with safetensors weights."""
+
+# Tested by tests/unit/weights/test_loading.py and tests/unit/commands/test_demo_run.py.
+# Heavy libraries are imported inside functions: commands check their paths before torch is loaded.
 
 from __future__ import annotations
 
@@ -16,18 +19,19 @@ _BESIDE_WEIGHTS = ["*.json", "*.jinja", "*.model", "*.txt"]
 
 
 def looks_like_hub_name(path: str) -> bool:
-    """Whether `path` could be `owner/name` on a model hub rather than a local folder."""
+    """True if `path` could be `owner/name` on a model hub rather than a local folder."""
     return not Path(path).exists() and _HUB_NAME.match(path) is not None
 
 
 def resolve_model_folder(path: str, *, needs_weights: bool = True) -> Path:
-    """The local folder of a model; a hub name is downloaded (or found in the hub's cache) first.
+    """Return the local folder of a model, downloaded or from the hub's cache for a hub name.
 
     Args:
-        needs_weights: false leaves them on the hub, and lets a folder be without.
+        needs_weights: false downloads no weights, and accepts a folder without them.
 
     Raises:
-        ModelError: no such folder, or the hub name cannot be fetched, or what is there is not a safetensors model.
+        ModelError: the folder does not exist or holds no safetensors model, or the hub name cannot
+            be fetched.
     """
     if looks_like_hub_name(path):
         folder = _download(path, [*_BESIDE_WEIGHTS, *([_WEIGHTS] if needs_weights else [])])
@@ -35,12 +39,13 @@ def resolve_model_folder(path: str, *, needs_weights: bool = True) -> Path:
         folder = Path(path)
         if not folder.exists():
             raise ModelError(
-                f"model.path {path} does not exist. Give a folder with config.json and *.safetensors, "
-                "or a hub name such as owner/model."
+                f"model.path {path} does not exist. Give a folder with config.json and "
+                "*.safetensors, or a hub name such as owner/model."
             )
         if not folder.is_dir():
             raise ModelError(
-                f"model.path {path} is a file. Give the folder that holds config.json and *.safetensors."
+                f"model.path {path} is a file. Give the folder that holds config.json and "
+                "*.safetensors."
             )
     if needs_weights:
         check_model_folder(folder)
@@ -59,20 +64,18 @@ def check_model_folder(folder: Path) -> None:
         )
     read_json(folder / "config.json", ModelError)
     if not any(folder.glob("*.safetensors")):
-        others = sorted(
-            p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".gguf")
-        )
-        found = (
-            f" It has {others[0]}, which is not read: pickle files can run code." if others else ""
-        )
+        unread = (".bin", ".pt", ".pth", ".gguf")
+        found = ""
+        if other := min((p.name for p in folder.iterdir() if p.suffix in unread), default=""):
+            found = f" It has {other}, which is not read: pickle files can run code."
         raise ModelError(
-            f"model folder {folder} has no *.safetensors files.{found} Convert the model once with transformers: "
-            f"AutoModelForCausalLM.from_pretrained(SOURCE).save_pretrained(FOLDER)."
+            f"model folder {folder} has no *.safetensors files.{found} Convert the model once with "
+            "transformers: AutoModelForCausalLM.from_pretrained(SOURCE).save_pretrained(FOLDER)."
         )
 
 
 def check_new_folder(folder: Path) -> None:
-    """Refuse to write a model over anything.
+    """Refuse to write a model over files that are there.
 
     Raises:
         ModelError: `folder` exists and is not an empty folder.
@@ -93,10 +96,10 @@ def weight_files(folder: Path) -> dict[str, Path]:
             raise ModelError(
                 f"{index} has no weight_map from tensor to file names. Copy the model again."
             )
-        for name in sorted(set(names.values())):
-            if not (folder / name).is_file():
+        for file in (folder / name for name in sorted(set(names.values()))):
+            if not file.is_file():
                 raise ModelError(
-                    f"{folder / name} is missing, though {index.name} names it. Copy the model again."
+                    f"{file} is missing, though {index.name} names it. Copy the model again."
                 )
         return {tensor: folder / name for tensor, name in names.items()}
     files: dict[str, Path] = {}
@@ -118,18 +121,17 @@ def _download(name: str, wanted: list[str]) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=wanted))
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(
-            f"model.path {name} is not a local folder and could not be fetched from the hub: {reason} "
-            "Check the name and the network, or give a local folder."
+            f"model.path {name} is not a local folder and could not be fetched from the hub: "
+            f"{reason} Check the name and the network, or give a local folder."
         ) from None
 
 
 def fingerprint(folder: Path) -> str:
-    """Of a model folder: its config, and name, size, header and samples of every weight file.
-
-    Not of every byte, which would take as long as loading; two fine-tunings of one model differ in the samples.
-    """
+    """Hash a model folder: its config, and name, size, header and samples of every weight file."""
+    # Not every byte, which would take as long as loading: two fine-tunings of one model differ in
+    # the samples.
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for path in sorted(folder.glob("*.safetensors")):
         size = path.stat().st_size

@@ -1,13 +1,13 @@
-"""Weights from safetensors straight to their place: each rank reads and quantizes only the rows it keeps.
+"""Weights from safetensors to their place: each rank reads and quantizes only the rows it keeps.
 
-The whole model never exists in one place. For each tensor, a rank opens the memory-mapped file, reads the rows that
-cover its shard, quantizes those, and copies the result into its shard. The only thing ranks exchange is the float32
-maxima of quantization blocks, because double quantization subtracts their mean over the whole matrix.
+The whole model never exists in one place. For each tensor, a rank opens the memory-mapped file,
+reads the rows that cover its shard, quantizes those, and copies the result into its shard. Ranks
+exchange nothing but the float32 maxima of quantization blocks, because double quantization
+subtracts their mean over the whole matrix.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,40 +30,43 @@ from qlora_dist.weights.prequantized import has_state, load_prequantized
 from qlora_dist.weights.reader import SafetensorsReader
 
 _MAX_MAPPED_BYTES = 2**24
-"""Pages of mapped files count as this process's memory until the files are unmapped, which happens after so much."""
+"""Bytes read between two unmappings: pages of mapped files count as this process's memory."""
 
 OnProgress = Callable[[int, int], None]
-"""Called with the checkpoint bytes read and the decoder layers filled so far."""
+"""Function of the checkpoint bytes read and the decoder layers filled so far."""
 
 
 def materialize(
     model: PeftModel | PreTrainedModel, device: torch.device, compute_device: torch.device
 ) -> None:
-    """Allocate this rank's part of every meta parameter on `device`, with undefined contents.
+    """Allocate this rank's part of every meta parameter, with undefined contents.
 
-    A model whose parameters were allocated while they were cut up only has its buffers moved.
+    Buffers keep their values. ZeRO-3 has allocated the parameters already: then only buffers move.
 
-    Buffers keep their values and go to `compute_device`, which differs when the shards are offloaded to the host.
+    Args:
+        device: device of the parameters.
+        compute_device: device of the buffers; another one when the shards are offloaded to the
+            host.
     """
+    # `to_empty` would discard buffers too, and no checkpoint holds them.
     buffers = {
         (module, name): buffer
         for module in model.modules()
         for name, buffer in module.named_buffers(recurse=False)
-    }  # to_empty would also throw away what no checkpoint holds
+    }
     is_described_only = any(param.is_meta for param in model.parameters())
     if is_described_only:
         model.to_empty(device=device)
     for (module, name), buffer in buffers.items():
         module._buffers[name] = buffer.to(compute_device)
     if is_described_only:
-        base_model(
-            model
-        ).tie_weights()  # to_empty gave each use of a shared parameter memory of its own
+        # `to_empty` gave each use of a shared parameter memory of its own.
+        base_model(model).tie_weights()
 
 
 @dataclass(frozen=True)
 class LoadStats:
-    """What loading cost this rank."""
+    """Work that loading took on this rank."""
 
     bytes_read: int
     elements_quantized: int
@@ -73,14 +76,16 @@ class LoadStats:
 def load_base_weights(
     model: nn.Module, folder: Path, device: torch.device, on_progress: OnProgress = lambda *_: None
 ) -> LoadStats:
-    """Fill the frozen base of a materialized model from `folder`, quantizing on the way; adapters are left alone.
+    """Fill the frozen base of a materialized model from `folder`, quantizing on the way.
+
+    Adapters are left alone.
 
     Args:
         model: skeleton with adapters, possibly sharded, after :func:`materialize`.
-        device: where to quantize; the parameters themselves may be on the host.
+        device: device that quantizes; the parameters themselves may be on the host.
 
     Raises:
-        ModelError: a tensor is missing, of another shape or type than the model expects, or not finite.
+        ModelError: a tensor is missing, not finite, or not of the model's shape or type.
     """
     with SafetensorsReader(folder) as reader:
         reader.rename(_renaming(base_model(model)))
@@ -108,7 +113,9 @@ def load_base_weights(
                         stored = _checkpoint_name(f"{name}.{leaf}")
                         _load_plain(stored, param, reader)
                         done.add(id(param))
-                        if param.dtype == torch.float16:  # 65,504 is its largest number
+                        # Other types have the range of the stored ones; 65,504 is float16's
+                        # largest.
+                        if param.dtype == torch.float16:
                             finite[stored] = torch.isfinite(local_part(param)).all().to(device)
             on_progress(reader.bytes_read, num_layers)
         on_progress(reader.bytes_read, len(layers))
@@ -118,17 +125,13 @@ def load_base_weights(
 
 
 def _renaming(model: PreTrainedModel) -> Callable[[str], str]:
-    """The name in the model of a tensor in its files; transformers has renamed parts of some families over time."""
-    renamings = [
-        step for step in get_model_conversion_mapping(model) if isinstance(step, WeightRenaming)
-    ]
-    own_names = {
-        _checkpoint_name(name): param
-        for name, param in model.named_parameters(remove_duplicate=False)
-    }
-    return lambda stored: rename_source_key(
-        stored, renamings, [], model.base_model_prefix, own_names
-    )[0]
+    """Return a function from the name of a tensor in the files to its name in the model."""
+    # transformers has renamed parts of some families over time.
+    steps = get_model_conversion_mapping(model)
+    renamings = [step for step in steps if isinstance(step, WeightRenaming)]
+    named = model.named_parameters(remove_duplicate=False)
+    own, prefix = {_checkpoint_name(name): param for name, param in named}, model.base_model_prefix
+    return lambda stored: rename_source_key(stored, renamings, [], prefix, own)[0]
 
 
 def _check_headers(model: nn.Module, reader: SafetensorsReader) -> None:
@@ -150,7 +153,8 @@ def _check_headers(model: nn.Module, reader: SafetensorsReader) -> None:
 def _refuse_not_finite(
     finite: dict[str, torch.Tensor], folder: Path, group: dist.ProcessGroup | None
 ) -> None:
-    """Only the rank whose rows hold a NaN can see it, but all must stop: one sum over ranks for the whole model."""
+    """Refuse weights that are not finite, on all ranks; a collective of one sum for the model."""
+    # Only the rank whose rows hold a NaN can see it, but all must stop. (num_tensors,) float32
     bad = torch.stack(list(finite.values())).logical_not().float()
     if group is not None:
         dist.all_reduce(bad, group=group)
@@ -158,9 +162,10 @@ def _refuse_not_finite(
     if names:
         more = f" (and in {len(names) - 1} more)" if len(names) > 1 else ""
         raise ModelError(
-            f"model folder {folder}: tensor {names[0]} holds values that are not finite (NaN or infinity){more}. "
-            "Every output of the model would be NaN. Copy the model again, or use another version of it. With "
-            "model.dtype: float16, values above 65,504 become infinite: set model.dtype: bfloat16 or float32."
+            f"model folder {folder}: tensor {names[0]} holds values that are not finite (NaN or "
+            f"infinity){more}. Every output of the model would be NaN. Copy the model again, or "
+            "use another version of it. With model.dtype: float16, values above 65,504 become "
+            "infinite: set model.dtype: bfloat16 or float32."
         )
 
 
@@ -170,7 +175,7 @@ def _own_base_parameters(name: str, module: nn.Module) -> Iterator[tuple[str, nn
 
 
 def _checkpoint_name(name: str) -> str:
-    """The name a tensor has in the model's own files, without what peft wrapped around it."""
+    """Return a parameter's name without the parts that peft adds."""
     return name.removeprefix("base_model.model.").replace(".base_layer", "")
 
 
@@ -183,47 +188,48 @@ def _load_plain(name: str, param: nn.Parameter, reader: SafetensorsReader) -> No
 def _load_quantized(
     name: str, layer: QuantizedLinear, reader: SafetensorsReader, device: torch.device
 ) -> torch.Tensor:
-    """Fill a layer from a 16-bit matrix; returns whether all values that this rank read are finite (0-dim bool)."""
+    """Fill this rank's part of a layer from a 16-bit matrix.
+
+    Returns:
+        0-dim bool on `device`: all values that this rank read are finite.
+    """
     numel, block = layer.out_features * layer.in_features, layer.format.block_size
     first_byte, end_byte = local_range(layer.weight)
-    # Elements of the blocks that this rank's bytes touch; the blocks at the borders are quantized by both neighbors.
+    # Elements of the blocks that this rank's bytes touch, two elements in a byte. A block at a
+    # border is quantized by both neighbors.
     first = 2 * first_byte // block * block
     end = min(numel, -(-2 * end_byte // block) * block)
-    elements = _read_elements(f"{name}.weight", layer.in_features, first, end, reader).to(
-        device, torch.bfloat16
-    )
+    stored = _read_elements(f"{name}.weight", layer.in_features, first, end, reader)
+    elements = stored.to(device, torch.bfloat16)
     absmax = torch.zeros(layer.format.num_blocks(numel), dtype=torch.float32, device=device)
     if end > first:
         reader.elements_quantized += end - first
         packed, local_absmax = quantize_blocks(elements, layer.format)
-        local_part(layer.weight).view(-1).copy_(
-            packed.view(-1)[first_byte - first // 2 : end_byte - first // 2]
-        )
-        # Each block is contributed by the one rank that holds its first byte, so that the sum below is exact.
+        own_bytes = packed.view(-1)[first_byte - first // 2 : end_byte - first // 2]
+        local_part(layer.weight).view(-1).copy_(own_bytes)
+        # Only the rank that holds a block's first byte contributes it, so that the sum is exact.
         owned = slice(-(-2 * first_byte // block), -(-2 * end_byte // block))
         absmax[owned] = local_absmax[owned.start - first // block : owned.stop - first // block]
     group = shard_group(layer.weight)
     if group is not None:
         dist.all_reduce(absmax, group=group)
     if layer.format.double_quant:
-        quantized, scale, offset = quantize_absmax(absmax)
-        keep_local(layer.absmax, quantized)
+        absmax, scale, offset = quantize_absmax(absmax)
         keep_local(layer.absmax_scale, scale)
         keep_local(layer.absmax_offset, offset)
-    else:
-        keep_local(layer.absmax, absmax)
+    keep_local(layer.absmax, absmax)
     return torch.isfinite(elements).all()
 
 
 def _read_elements(
     name: str, columns: int, first: int, end: int, reader: SafetensorsReader
 ) -> torch.Tensor:
-    """Elements [first, end) of the row-major flattened tensor, through whole rows of `columns` elements."""
+    """Read elements [first, end) of the row-major flattened tensor, in whole rows of `columns`."""
     first_row, end_row = first // columns, -(-end // columns)
     rows = reader.rows(name, first_row, end_row).reshape(-1)
     return rows[first - first_row * columns : end - first_row * columns]
 
 
 def checkpoint_bytes(folder: Path) -> int:
-    """Bytes of all weight files of a model folder."""
-    return sum(os.path.getsize(file) for file in set(weight_files(folder).values()))
+    """Return the bytes of all weight files of a model folder."""
+    return sum(file.stat().st_size for file in set(weight_files(folder).values()))

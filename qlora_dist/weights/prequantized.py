@@ -1,10 +1,17 @@
 """Matrices that are stored in 4 bits already, as bitsandbytes and transformers write them.
 
-Beside the packed `X.weight` a file holds `X.weight.absmax` (uint8 with double quantization, then also
-`X.weight.nested_absmax`), the code books `X.weight.quant_map` and `X.weight.nested_quant_map`, and
-`X.weight.quant_state.bitsandbytes__nf4` (or `__fp4`): JSON in a uint8 tensor with shape, block size and the mean that
-double quantization subtracted. A rank reads the bytes of its own slices, and no other.
+Beside the packed `X.weight` a file holds
+
+    X.weight.absmax                          maxima of blocks, uint8 with double quantization
+    X.weight.nested_absmax                   float32, with double quantization
+    X.weight.quant_map, .nested_quant_map    code books
+    X.weight.quant_state.bitsandbytes__nf4   or __fp4: JSON in a uint8 tensor with shape, block size
+                                             and the mean that double quantization subtracted
+
+A rank reads the bytes of its own slices, and no others.
 """
+
+# Tested by tests/unit/weights/test_loading.py and tests/distributed/test_prequantized.py.
 
 from __future__ import annotations
 
@@ -27,10 +34,10 @@ from qlora_dist.model.nf4 import (
     dynamic_code,
     four_bit_code,
 )
-from qlora_dist.runtime.shards import local_part, local_range
+from qlora_dist.runtime.shards import keep_local, local_part, local_range
 from qlora_dist.weights.reader import SafetensorsReader
 
-STORAGE = {  # quant_storage: its name in safetensors, bytes of one element
+STORAGE = {
     "uint8": ("U8", 1),
     "int8": ("I8", 1),
     "bfloat16": ("BF16", 2),
@@ -38,27 +45,28 @@ STORAGE = {  # quant_storage: its name in safetensors, bytes of one element
     "float32": ("F32", 4),
     "float64": ("F64", 8),
 }
+"""From bitsandbytes' quant_storage to (name of the type in safetensors, bytes of an element)."""
 _STATE = ".weight.quant_state.bitsandbytes__"
 _REMEDY = (
-    "Give the original 16-bit model, which is quantized while it is read, or make a 4-bit model of that once: "
-    "qlora-dist quantize MODEL OUT."
+    "Give the original 16-bit model, which is quantized while it is read, or make a 4-bit model of "
+    "that once: qlora-dist quantize MODEL OUT."
 )
 _COPY = "Copy the model again, or make the 4-bit model anew with `qlora-dist quantize`."
 
 
 @dataclass(frozen=True)
 class StoredState:
-    """The quantization state of one stored matrix."""
+    """Quantization state of one stored matrix."""
 
     format: QuantFormat
     shape: tuple[int, ...]
     """(out_features, in_features)."""
     offset: float | None
-    """What double quantization subtracted from the block maxima; a float32 value, which JSON keeps exactly."""
+    """Mean that double quantization subtracted from the block maxima; float32, exact in JSON."""
 
 
 def is_prequantized(folder: Path, quantization_config: Mapping[str, Any] | None) -> bool:
-    """Whether config.json says that the weights are stored in bitsandbytes' 4 bits.
+    """True if config.json says that the weights are stored in bitsandbytes' 4 bits.
 
     Raises:
         ModelError: they are quantized in a way that cannot be trained here.
@@ -66,86 +74,83 @@ def is_prequantized(folder: Path, quantization_config: Mapping[str, Any] | None)
     if quantization_config is None:
         return False
     method = quantization_config.get("quant_method")
-    if method is None and (
-        "load_in_4bit" in quantization_config or "load_in_8bit" in quantization_config
+    if method is None and not quantization_config.keys().isdisjoint(
+        ("load_in_4bit", "load_in_8bit")
     ):
         method = "bitsandbytes"  # as transformers wrote it before there were other methods
     if method == "bitsandbytes" and quantization_config.get("load_in_4bit"):
         return True
-    what = (
-        "bitsandbytes' 8 bits (LLM.int8)"
-        if method == "bitsandbytes"
-        else str(method or "an unknown method").upper()
-    )
+    what = str(method or "an unknown method").upper()
+    if method == "bitsandbytes":
+        what = "bitsandbytes' 8 bits (LLM.int8)"
     raise ModelError(
-        f"model.path {folder} is quantized with {what}, as its config.json says (quantization_config). Trainable are "
-        f"16-bit models and bitsandbytes' 4 bits (nf4, fp4). {_REMEDY}"
+        f"model.path {folder} is quantized with {what}, as its config.json says "
+        "(quantization_config). Trainable are 16-bit models and bitsandbytes' 4 bits (nf4, fp4). "
+        f"{_REMEDY}"
     )
 
 
 def formats_in(folder: Path, config: ModelConfig) -> dict[str, QuantFormat] | None:
-    """Formats of the layers that the folder holds in 4 bits; None for an ordinary model.
+    """Return the formats of the layers that the folder holds in 4 bits; None for a 16-bit model.
 
     Raises:
-        ModelError: the folder has no config.json, or is quantized in a way that cannot be trained here.
+        ModelError: the folder has no config.json, or its quantization cannot be trained here.
         ConfigError: `config` asks for another 4-bit format.
     """
-    if not is_prequantized(
-        folder, read_json(folder / "config.json", ModelError).get("quantization_config")
-    ):
+    stored = read_json(folder / "config.json", ModelError).get("quantization_config")
+    if not is_prequantized(folder, stored):
         return None
     with SafetensorsReader(folder) as reader:
         return stored_formats(reader, config)
 
 
 def stored_formats(reader: SafetensorsReader, config: ModelConfig) -> dict[str, QuantFormat]:
-    """The format of each linear layer that is stored in 4 bits, by its name in the files.
+    """Return the format of each linear layer that is stored in 4 bits, by its name in the files.
 
     Raises:
-        ModelError: no matrix has a quantization state, or they are of different kinds.
-        ConfigError: `config` asks for another kind.
+        ModelError: no matrix has a quantization state, or their formats differ.
+        ConfigError: `config` asks for another format.
     """
     names = [name.partition(_STATE)[0] for name in reader.names() if _STATE in name]
     if not names:
         raise ModelError(
-            f"model folder {reader.folder}: config.json says that the weights are stored in 4 bits, but no tensor has "
-            f"a quantization state (*{_STATE}nf4). {_COPY}"
+            f"model folder {reader.folder}: config.json says that the weights are stored in 4 "
+            f"bits, but no tensor has a quantization state (*{_STATE}nf4). {_COPY}"
         )
     formats = {name: read_state(name, reader).format for name in names}
     kinds = {(fmt.quant_type, fmt.double_quant): name for name, fmt in formats.items()}
     if len(kinds) > 1:
         some = "; ".join(f"{name} {_kind(*kind)}" for kind, name in sorted(kinds.items()))
         raise ModelError(
-            f"model folder {reader.folder} holds matrices in different 4-bit formats ({some}). {_REMEDY}"
+            f"model folder {reader.folder} holds matrices in different 4-bit formats ({some}). "
+            f"{_REMEDY}"
         )
     ((quant_type, double_quant),) = kinds
     if (config.quantization, config.double_quant) != (quant_type, double_quant):
-        asked = (
-            "none"
-            if config.quantization == "none"
-            else _kind(config.quantization, config.double_quant)
-        )
+        asked = "none"
+        if config.quantization != "none":
+            asked = _kind(config.quantization, config.double_quant)
         wanted = [f"model.quantization: {quant_type}"] if config.quantization != quant_type else []
         if config.double_quant != double_quant:
             wanted.append(f"model.double_quant: {str(double_quant).lower()}")
         raise ConfigError(
-            f"model.path {reader.folder} is stored as {_kind(quant_type, double_quant)}, but model.quantization and "
-            f"model.double_quant ask for {asked}. Stored weights are used as they are: set {' and '.join(wanted)}, or "
-            "give the original 16-bit model."
+            f"model.path {reader.folder} is stored as {_kind(quant_type, double_quant)}, but "
+            f"model.quantization and model.double_quant ask for {asked}. Stored weights are used "
+            f"as they are: set {' and '.join(wanted)}, or give the original 16-bit model."
         )
     return formats
 
 
 def has_state(name: str, reader: SafetensorsReader) -> bool:
-    """Whether the linear layer `name` (without `.weight`) is stored in 4 bits."""
+    """True if the linear layer `name` (without `.weight`) is stored in 4 bits."""
     return _state_key(name, reader) is not None
 
 
 def read_state(name: str, reader: SafetensorsReader) -> StoredState:
-    """The quantization state of the linear layer `name`.
+    """Read the quantization state of the linear layer `name`.
 
     Raises:
-        ModelError: it is not a state that bitsandbytes writes.
+        ModelError: bitsandbytes writes no such state, or has no kernel for it.
     """
     key = _state_key(name, reader)
     assert key is not None
@@ -157,32 +162,25 @@ def read_state(name: str, reader: SafetensorsReader) -> StoredState:
         shape = tuple(int(size) for size in state["shape"])
         nested_block = int(state["nested_blocksize"]) if nested else NESTED_BLOCK_SIZE
     except (ValueError, KeyError, TypeError) as error:
-        raise _refusal(
-            reader, key, f"is not a quantization state that bitsandbytes writes ({error!r})", _COPY
-        ) from None
+        what = f"is not a quantization state that bitsandbytes writes ({error!r})"
+        raise _refusal(reader, key, what, _COPY) from None
     if key != f"{name}{_STATE}{fmt.quant_type}" or fmt.quant_type not in ("nf4", "fp4"):
-        raise _refusal(
-            reader, key, f"says that the matrix is {fmt.quant_type}, unlike its own name", _COPY
+        what = f"says that the matrix is {fmt.quant_type}, unlike its own name"
+        raise _refusal(reader, key, what, _COPY)
+    size = fmt.block_size
+    if nested_block != NESTED_BLOCK_SIZE or size < 32 or size & (size - 1):
+        what = (
+            f"has blocks of {size} weights and {nested_block} constants; there are kernels for "
+            f"powers of two from 32 up, and {NESTED_BLOCK_SIZE}"
         )
-    if (
-        nested_block != NESTED_BLOCK_SIZE
-        or fmt.block_size < 32
-        or fmt.block_size & (fmt.block_size - 1)
-    ):
-        raise _refusal(
-            reader,
-            key,
-            f"has blocks of {fmt.block_size} weights and {nested_block} constants; there are kernels for "
-            f"powers of two from 32 up, and {NESTED_BLOCK_SIZE}",
-            _REMEDY,
-        )
+        raise _refusal(reader, key, what, _REMEDY)
     if offset is not None and not math.isfinite(offset):
         raise _refusal(reader, key, f"has the offset {offset}, which is not finite", _COPY)
     return StoredState(fmt, shape, offset)
 
 
 def check_stored_matrix(name: str, layer: QuantizedLinear, reader: SafetensorsReader) -> None:
-    """Refuse a stored matrix whose tensors are not those of `layer`; reads headers and the state only.
+    """Refuse a stored matrix that does not fit `layer`; reads headers and the state only.
 
     Raises:
         ModelError: a tensor is missing, or has another shape or type.
@@ -190,16 +188,16 @@ def check_stored_matrix(name: str, layer: QuantizedLinear, reader: SafetensorsRe
     shape = (layer.out_features, layer.in_features)
     state = read_state(name, reader)
     if state.shape != shape:
-        raise _refusal(
-            reader,
-            f"{name}.weight",
+        what = (
             f"is stored in 4 bits with the shape {list(state.shape)}, but config.json asks "
-            f"for {list(shape)}",
-            "The files and the config do not belong together: copy both from the same place.",
+            f"for {list(shape)}"
         )
+        remedy = "The files and the config do not belong together: copy both from the same place."
+        raise _refusal(reader, f"{name}.weight", what, remedy)
     assert state.format == layer.format, "the layer was built from another state"
     storage, size = _storage(reader)
     num_blocks = state.format.num_blocks(math.prod(shape))
+    # By suffix: type and number of elements. Two weights in a byte.
     expected = {"": (storage, -(-math.prod(shape) // 2) // size), ".quant_map": ("F32", 16)}
     if state.format.double_quant:
         expected[".absmax"] = ("U8", num_blocks)
@@ -211,27 +209,21 @@ def check_stored_matrix(name: str, layer: QuantizedLinear, reader: SafetensorsRe
         key = f"{name}.weight{suffix}"
         if key not in reader:
             raise ModelError(
-                f"model folder {reader.folder} has no tensor {key}, which a 4-bit matrix needs. {_COPY}"
+                f"model folder {reader.folder} has no tensor {key}, which a 4-bit matrix needs. "
+                f"{_COPY}"
             )
-        found = reader.dtype(key)
-        if found != dtype:
-            rule = (
-                f"but config.json says bnb_4bit_quant_storage {_storage_name(reader)} ({dtype})"
-                if not suffix
-                else (f"but must have {dtype}")
-            )
-            why = "Packed bytes do not survive a conversion to another type. "
-            raise _refusal(
-                reader, key, f"has the type {found}, {rule}", (why if not suffix else "") + _COPY
-            )
-        # (n, 1) is what bitsandbytes writes; its kernels also take the transposed (1, n), and flat is the same bytes.
-        if math.prod(reader.shape(key)) != numel or max(reader.shape(key), default=0) != numel:
-            raise _refusal(
-                reader,
-                key,
-                f"has the shape {list(reader.shape(key))}, but must hold {numel} elements",
-                _COPY,
-            )
+        if (found := reader.dtype(key)) != dtype:
+            what, remedy = f"has the type {found}, but must have {dtype}", _COPY
+            if not suffix:
+                rule = f"bnb_4bit_quant_storage {_storage_name(reader)} ({dtype})"
+                what = f"has the type {found}, but config.json says {rule}"
+                remedy = f"Packed bytes do not survive a conversion to another type. {_COPY}"
+            raise _refusal(reader, key, what, remedy)
+        # bitsandbytes writes (n, 1); its kernels also take (1, n), and (n,) has the same bytes.
+        dims = reader.shape(key)
+        if math.prod(dims) != numel or max(dims, default=0) != numel:
+            what = f"has the shape {list(dims)}, but must hold {numel} elements"
+            raise _refusal(reader, key, what, _COPY)
 
 
 def load_prequantized(
@@ -240,33 +232,26 @@ def load_prequantized(
     """Fill this rank's part of a layer from a stored matrix, bytes as they are.
 
     Returns:
-        0-dim bool on `device`: whether the quantization constants that this rank read are finite.
+        0-dim bool on `device`: the quantization constants that this rank read are finite.
 
     Raises:
         ModelError: the code books are not bitsandbytes'.
     """
     state = read_state(name, reader)
-    _check_code(
-        f"{name}.weight.quant_map",
-        four_bit_code(state.format.quant_type, torch.device("cpu")),
-        reader,
-    )
+    cpu = torch.device("cpu")
+    _check_code(f"{name}.weight.quant_map", four_bit_code(state.format.quant_type, cpu), reader)
     first, end = local_range(layer.weight)
+    # Elements of the storage type that cover this rank's bytes.
     size = _storage(reader)[1]
-    # view, never to(): under a float storage the bytes are no numbers, and a conversion would rewrite them.
-    packed = (
-        reader.flat(f"{name}.weight", first // size, -(-end // size)).contiguous().view(torch.uint8)
-    )
-    start = first - first // size * size
+    packed = reader.flat(f"{name}.weight", first // size, -(-end // size))
+    # view, never to(): the bytes of a float storage are no numbers, and a conversion rewrites them.
+    packed, start = packed.contiguous().view(torch.uint8), first % size
     local_part(layer.weight).view(-1).copy_(packed[start : start + end - first])
     constants = [_fill(layer.absmax, f"{name}.weight.absmax", reader)]
     if state.offset is not None:
-        _check_code(f"{name}.weight.nested_quant_map", dynamic_code(torch.device("cpu")), reader)
+        _check_code(f"{name}.weight.nested_quant_map", dynamic_code(cpu), reader)
         constants.append(_fill(layer.absmax_scale, f"{name}.weight.nested_absmax", reader))
-        begin, stop = local_range(layer.absmax_offset)
-        local_part(layer.absmax_offset).copy_(
-            torch.tensor([state.offset], dtype=torch.float32)[begin:stop]
-        )
+        keep_local(layer.absmax_offset, torch.tensor([state.offset], dtype=torch.float32))
     return torch.stack([torch.isfinite(values).all() for values in constants]).all().to(device)
 
 
@@ -277,7 +262,7 @@ def _fill(param: torch.Tensor, key: str, reader: SafetensorsReader) -> torch.Ten
 
 
 def _check_code(key: str, code: torch.Tensor, reader: SafetensorsReader) -> None:
-    # Not bit for bit: the books were computed on the device that quantized, and FP4's involves a division.
+    # Not bit for bit: the device that quantized computed the books, and FP4's involves a division.
     if not torch.allclose(reader.whole(key).reshape(-1), code, rtol=0, atol=1e-6):
         raise _refusal(reader, key, "is another code book than bitsandbytes' own", _REMEDY)
 
@@ -296,8 +281,8 @@ def _storage(reader: SafetensorsReader) -> tuple[str, int]:
     name = _storage_name(reader)
     if name not in STORAGE:
         raise ModelError(
-            f"model folder {reader.folder}: config.json has bnb_4bit_quant_storage {name}, but must have one of "
-            f"{', '.join(STORAGE)}. {_REMEDY}"
+            f"model folder {reader.folder}: config.json has bnb_4bit_quant_storage {name}, but "
+            f"must have one of {', '.join(STORAGE)}. {_REMEDY}"
         )
     return STORAGE[name]
 

@@ -1,7 +1,7 @@
-"""A 16-bit model folder to a 4-bit one, in the files that bitsandbytes and transformers write and read.
+"""Quantization of a 16-bit model folder into a 4-bit one, in bitsandbytes' file format.
 
-One matrix is in memory at a time, beside the output file that is being filled. Everything goes into a partial folder
-next to the final one, is read back and compared, and then renamed into place.
+One matrix is in memory at a time, beside the output file that is being filled. Everything goes into
+a partial folder next to the final one, is read back and compared, and then renamed into place.
 """
 
 from __future__ import annotations
@@ -38,28 +38,29 @@ def quantize(model: str, out: str, fmt: QuantFormat) -> None:
     """Write `model` in 4 bits to the new folder `out`.
 
     Raises:
-        QloraDistError: the model cannot be quantized, or `out` cannot be written; nothing has been left there then.
+        QloraDistError: the model cannot be quantized, or `out` cannot be written; then nothing is
+            left there.
     """
     if launched_world_size() > 1:
         raise LaunchError("quantize runs as one process. Start it without a launcher.")
     target = Path(out).resolve()  # a rename replaces a link, not what it points to
     check_new_folder(target)
     folder = resolve_model_folder(model)
-    if is_prequantized(
-        folder, read_json(folder / "config.json", ModelError).get("quantization_config")
-    ):
+    stored = read_json(folder / "config.json", ModelError).get("quantization_config")
+    if is_prequantized(folder, stored):
         raise ModelError(
-            f"model folder {folder} is stored in 4 bits already. Use it as it is: it loads directly."
+            f"model folder {folder} is stored in 4 bits already. Use it as it is: it loads "
+            "directly."
         )
-    skeleton = build_skeleton(
-        folder, ModelConfig(path=model, quantization="none", dtype="bfloat16")
-    )
+    config = ModelConfig(path=model, quantization="none", dtype="bfloat16")
+    skeleton = build_skeleton(folder, config)
     device = start_runtime(seed=0, dtype="bfloat16").device
     reporter = Reporter(is_main=True)
     try:
         with whole_folder(target) as partial:
             with SafetensorsReader(folder) as reader:
-                _check_source(skeleton, reader)
+                shapes = {name: tuple(param.shape) for name, param in skeleton.named_parameters()}
+                check_headers(shapes, {}, reader)
                 _check_space(partial, skeleton, fmt)
                 total = sum(param.numel() * 2 for param in skeleton.parameters())
                 with reporter.quantizing(total) as on_bytes:
@@ -72,54 +73,48 @@ def quantize(model: str, out: str, fmt: QuantFormat) -> None:
                     written.close()
             with reporter.working("checking what was written"):
                 _write_config(folder, partial, skeleton, fmt)
-                _copy_rest(folder, partial)
+                _copy_rest(folder, partial)  # leaves the config that was just written
                 _check_result(partial, fmt)
     except (OSError, SafetensorError) as error:
         raise ModelError(
-            f"the 4-bit model cannot be written to {target}: {error}. Free some space or fix the folder's permissions."
+            f"the 4-bit model cannot be written to {target}: {error}. Free some space or fix the "
+            "folder's permissions."
         ) from None
     reporter.log(
-        f"{target}: {written.num_bytes / 2**20:,.0f} MiB in {written.num_files} files, from {total / 2**20:,.0f}"
+        f"{target}: {written.num_bytes / 2**20:,.0f} MiB in {written.num_files} files, "
+        f"from {total / 2**20:,.0f}"
     )
 
 
 def _quantized_tensors(
     skeleton: PreTrainedModel, reader: SafetensorsReader, fmt: QuantFormat, device: torch.device
 ) -> Iterator[tuple[dict[str, torch.Tensor], int]]:
-    """The output tensors and the element count of each parameter, in the order of the source files."""
+    """Yield the output tensors and the element count of each parameter, in the order of the
+    disk."""
     quantized = {f"{name}.weight" for name in linear_layers(skeleton)}
     names = [name for name, _ in skeleton.named_parameters()]
     names += [name for name, _ in skeleton.named_buffers() if name in reader]
     for name in sorted(names, key=reader.file):
         tensor = reader.whole(name)
         if name not in quantized:
-            # Copied also where nothing is cast: what was read is a window into the file, not memory.
-            yield (
-                {
-                    name: tensor.to(torch.bfloat16, copy=True)
-                    if tensor.is_floating_point()
-                    else tensor
-                },
-                tensor.numel(),
-            )
+            if tensor.is_floating_point():
+                # A copy even without a cast: the tensor is a window into the mapped file.
+                tensor = tensor.to(torch.bfloat16, copy=True)
+            yield {name: tensor}, tensor.numel()
             continue
         matrix = tensor.to(device, torch.bfloat16)
         if not bool(torch.isfinite(matrix).all()):
             raise ModelError(
-                f"model folder {reader.folder}: tensor {name} holds values that are not finite in bfloat16 (NaN or "
-                "infinity). Every output of the model would be NaN. Copy the model again, or use another version of it."
+                f"model folder {reader.folder}: tensor {name} holds values that are not finite in "
+                "bfloat16 (NaN or infinity). Every output of the model would be NaN. Copy the "
+                "model again, or use another version of it."
             )
         yield stored_tensors(name, matrix, fmt), tensor.numel()
 
 
-def _check_source(skeleton: PreTrainedModel, reader: SafetensorsReader) -> None:
-    check_headers(
-        {name: tuple(param.shape) for name, param in skeleton.named_parameters()}, {}, reader
-    )
-
-
 def _check_space(folder: Path, skeleton: PreTrainedModel, fmt: QuantFormat) -> None:
     quantized = {f"{name}.weight" for name in linear_layers(skeleton)}
+    # Per element: 4 bits, and its share of the constant of its block.
     bits = 4 + (8 if fmt.double_quant else 32) / fmt.block_size
     needed = sum(
         math.ceil(param.numel() * (bits / 8 if name in quantized else 2))
@@ -128,8 +123,8 @@ def _check_space(folder: Path, skeleton: PreTrainedModel, fmt: QuantFormat) -> N
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise ModelError(
-            f"the 4-bit model needs {needed / 2**30:.1f} GiB, but {folder.parent} has {free / 2**30:.1f} GiB free. "
-            "Free some space, or give another OUT."
+            f"the 4-bit model needs {needed / 2**30:.1f} GiB, but {folder.parent} has "
+            f"{free / 2**30:.1f} GiB free. Free some space, or give another OUT."
         )
 
 
@@ -138,6 +133,7 @@ def _write_config(folder: Path, partial: Path, skeleton: PreTrainedModel, fmt: Q
     config.pop("torch_dtype", None)  # the older name of the next key
     config["dtype"] = "bfloat16"
     quantized = set(linear_layers(skeleton))
+    named = skeleton.named_modules()
     config["quantization_config"] = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=fmt.quant_type,
@@ -146,48 +142,36 @@ def _write_config(folder: Path, partial: Path, skeleton: PreTrainedModel, fmt: Q
         bnb_4bit_quant_storage="uint8",
         # Named, although it is transformers' default: other readers have other defaults.
         llm_int8_skip_modules=[
-            name
-            for name, module in skeleton.named_modules()
-            if type(module) is nn.Linear and name not in quantized
+            name for name, layer in named if type(layer) is nn.Linear and name not in quantized
         ],
     ).to_dict()
-    (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    target = partial / "config.json"
+    target.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     for file in partial.glob("*.safetensors"):
-        shutil.copymode(
-            partial / "config.json", file
-        )  # safetensors makes files that only their owner can read
+        shutil.copymode(target, file)  # safetensors makes files that only their owner can read
 
 
 def _copy_rest(folder: Path, partial: Path) -> None:
-    """Tokenizer, generation config, license: everything small that is not about the weights."""
+    """Copy the small files that are not about the weights: tokenizer, generation config,
+    license."""
     for pattern in _COPIED:
         for file in folder.glob(pattern):
-            if (
-                file.is_file()
-                and not file.name.endswith(".index.json")
-                and not (partial / file.name).exists()
-            ):
-                shutil.copyfile(file, partial / file.name)
+            is_index, target = file.name.endswith(".index.json"), partial / file.name
+            if file.is_file() and not is_index and not target.exists():
+                shutil.copyfile(file, target)
 
 
 def _check_result(partial: Path, fmt: QuantFormat) -> None:
     """Open the finished folder as a training run would."""
     config = ModelConfig(str(partial), fmt.quant_type, fmt.double_quant)
     skeleton = build_skeleton(partial, config, formats_in(partial, config))
-    layers = {
-        name: module
-        for name, module in skeleton.named_modules()
-        if isinstance(module, QuantizedLinear)
-    }
+    named = skeleton.named_modules()
+    layers = {name: module for name, module in named if isinstance(module, QuantizedLinear)}
+    # All parameters but those of 4-bit layers, whose biases are ordinary tensors.
     plain = {
         name: tuple(param.shape)
         for name, param in skeleton.named_parameters()
-        if name.rpartition(".")[0] not in layers
-    }
-    plain |= {
-        f"{name}.bias": (layer.out_features,)
-        for name, layer in layers.items()
-        if layer.bias is not None
+        if name.rpartition(".")[0] not in layers or name.endswith(".bias")
     }
     with SafetensorsReader(partial) as reader:
         check_headers(plain, layers, reader)

@@ -1,4 +1,6 @@
-"""Row-wise access to the tensors of a model folder: memory-mapped files, and only the bytes that were asked for."""
+"""Row-wise access to the tensors of a model folder, through memory-mapped files."""
+
+# Tested by tests/unit/weights/test_loading.py.
 
 from __future__ import annotations
 
@@ -11,19 +13,19 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from qlora_dist.atomic import read_json
 from qlora_dist.errors import ModelError
-from qlora_dist.weights.files import read_json, weight_files
+from qlora_dist.weights.files import weight_files
 
 
 class SafetensorsReader:
-    """The tensors of a model folder by name; files are memory-mapped and opened once."""
+    """The tensors of a model folder by name; a context that opens and maps each file once."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.bytes_read = 0
-        self.elements_quantized = 0
+        self.bytes_read = self.elements_quantized = 0
         self._files = weight_files(folder)
-        self._stored = {name: name for name in self._files}
+        self._stored = {name: name for name in self._files}  # from names in the model
         self._open = ExitStack()
         self._readers: dict[Path, Any] = {}
 
@@ -34,11 +36,12 @@ class SafetensorsReader:
         self._open.close()
 
     def rename(self, model_name: Callable[[str], str]) -> None:
-        """Let tensors be known by the names that `model_name` gives for those in the files."""
+        """Rename all tensors: `model_name` translates the names in the files."""
         self._stored = {model_name(stored): stored for stored in sorted(self._files)}
 
     def release(self) -> None:
-        """Unmap all files: pages that were read count as this process's memory until then. Reading maps them again."""
+        """Unmap all files; the next read maps them again."""
+        # Pages that were read count as this process's memory until then.
         self._open.close()
         self._readers.clear()
 
@@ -47,27 +50,27 @@ class SafetensorsReader:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """The folder's config.json."""
+        """Content of the folder's config.json."""
         return read_json(self.folder / "config.json", ModelError)
 
     def names(self) -> KeysView[str]:
-        """All tensor names, file by file."""
+        """Return all tensor names, file by file."""
         return self._stored.keys()
 
     def file(self, name: str) -> Path:
-        """The file that holds a tensor, to name it in messages and to read in the order of the disk."""
+        """Return the file that holds a tensor."""
         return self._files[self._stored[name]]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a stored tensor."""
+        """Return the shape of a stored tensor, from the file's header."""
         return tuple(self._slice(name).get_shape())
 
     def dtype(self, name: str) -> str:
-        """Type of a stored tensor as safetensors spells it: BF16, F32, U8 and so on."""
+        """Return the type of a stored tensor as safetensors spells it: BF16, F32, U8 and so on."""
         return str(self._slice(name).get_dtype())
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Rows [start, stop) of a tensor along dimension 0, on the CPU in the file's dtype.
+        """Read rows [start, stop) of a tensor along dimension 0, on the CPU in the file's dtype.
 
         Raises:
             ModelError: the file cannot be read.
@@ -75,14 +78,15 @@ class SafetensorsReader:
         return self._read(name, slice(start, stop))
 
     def flat(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Elements [start, stop) of a tensor with one long dimension: (n,), (n, 1) or (1, n). (stop - start,)."""
+        """Read elements [start, stop) of a tensor of shape (n,), (n, 1) or (1, n): (stop -
+        start,)."""
         shape = self.shape(name)
         long = max(range(len(shape)), key=shape.__getitem__)
         return self._read(name, (*[slice(None)] * long, slice(start, stop))).reshape(-1)
 
     def whole(self, name: str) -> torch.Tensor:
-        """A whole tensor, on the CPU in the file's dtype."""
-        return self._read(name, slice(None) if self.shape(name) else ...)
+        """Read a whole tensor, on the CPU in the file's dtype."""
+        return self._read(name, slice(None) if self.shape(name) else ...)  # 0-dim takes no slice
 
     def _read(self, name: str, index: Any) -> torch.Tensor:
         try:
@@ -107,6 +111,7 @@ class SafetensorsReader:
             return self._readers[file].get_slice(self._stored[name])
         except SafetensorError:
             raise ModelError(
-                f"{file} has no tensor {name}, though the index of the folder says that it is there. "
-                "Index and files belong to different versions of the model: copy all of them again."
+                f"{file} has no tensor {name}, though the index of the folder says that it is "
+                "there. Index and files belong to different versions of the model: copy all of "
+                "them again."
             ) from None

@@ -1,4 +1,6 @@
-"""Write 4-bit tensors into safetensors files, as bitsandbytes and transformers name them."""
+"""Output files of 4-bit models, in the names and layout of bitsandbytes and transformers."""
+
+# Tested by tests/unit/weights/test_quantize.py.
 
 from __future__ import annotations
 
@@ -20,11 +22,12 @@ from qlora_dist.model.nf4 import (
 )
 
 MAX_FILE_BYTES = 2 * 2**30
-"""Size of an output file, which is also what is held in host memory; a tensor that is larger gets a file of its own."""
+"""Largest size of an output file, which is held in host memory; a larger tensor gets its own."""
 
 
 class FileWriter:
-    """Collects tensors into safetensors files of at most MAX_FILE_BYTES, each compared with what is read back."""
+    """Collects tensors into safetensors files of at most MAX_FILE_BYTES; reads each back to
+    check."""
 
     def __init__(self, folder: Path) -> None:
         self.num_bytes = 0
@@ -35,7 +38,7 @@ class FileWriter:
         self._files: dict[str, int] = {}
 
     def add(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Take the tensors of one parameter; they stay in one file."""
+        """Take the tensors of one parameter; they go into the same file."""
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         if self._pending and self._pending_bytes + size > MAX_FILE_BYTES:
             self._flush()
@@ -44,53 +47,52 @@ class FileWriter:
         self.num_bytes += size
 
     def close(self) -> None:
-        """Write what is left, give the files their names, and write the index if there are several."""
+        """Write the last file, give all files their names, and write an index of several."""
         self._flush()
-        if self.num_files == 1:
-            (self._folder / self._partial_name(1)).rename(self._folder / "model.safetensors")
+        last = self.num_files
+        if last == 1:
+            self._partial_file(1).rename(self._folder / "model.safetensors")
             return
-        names = {
-            i: f"model-{i:05d}-of-{self.num_files:05d}.safetensors"
-            for i in range(1, self.num_files + 1)
-        }
+        # The number of files, which is in every name, is known only now.
+        names = {i: f"model-{i:05d}-of-{last:05d}.safetensors" for i in range(1, last + 1)}
         for number, name in names.items():
-            (self._folder / self._partial_name(number)).rename(self._folder / name)
+            self._partial_file(number).rename(self._folder / name)
         index = {
             "metadata": {"total_size": self.num_bytes},
             "weight_map": {tensor: names[number] for tensor, number in sorted(self._files.items())},
         }
-        (self._folder / "model.safetensors.index.json").write_text(
-            json.dumps(index, indent=2) + "\n"
-        )
+        text = json.dumps(index, indent=2) + "\n"
+        (self._folder / "model.safetensors.index.json").write_text(text)
 
     def _flush(self) -> None:
         self.num_files += 1
-        path = self._folder / self._partial_name(self.num_files)
+        path = self._partial_file(self.num_files)
         save_file(self._pending, path, metadata={"format": "pt"})
         with safe_open(str(path), framework="pt") as reader:
             for name, tensor in self._pending.items():
                 if not torch.equal(_bytes(reader.get_tensor(name)), _bytes(tensor)):
                     raise ModelError(
-                        f"{path}: {name} was read back differently from what was written. Check the disk."
+                        f"{path}: {name} was read back differently from what was written. "
+                        "Check the disk."
                     )
         self._files.update(dict.fromkeys(self._pending, self.num_files))
         self._pending, self._pending_bytes = {}, 0
 
-    @staticmethod
-    def _partial_name(number: int) -> str:
-        return f"{number}.safetensors"
+    def _partial_file(self, number: int) -> Path:
+        return self._folder / f"{number}.safetensors"
 
 
 def stored_tensors(name: str, matrix: torch.Tensor, fmt: QuantFormat) -> dict[str, torch.Tensor]:
-    """A matrix as the tensors that bitsandbytes saves for it, on the CPU.
+    """Quantize a matrix into the tensors that bitsandbytes saves for it, on the CPU.
 
     Args:
-        name: of the weight, with `.weight`.
+        name: name of the weight, with `.weight`.
         matrix: (out_features, in_features) bfloat16.
     """
     made = quantize_matrix(matrix, fmt)
-    nested = None
+    nested = offset = None
     if made.absmax_offset is not None:
+        offset = made.absmax_offset[0]
         nested = QuantState(
             absmax=made.absmax_scale,
             code=dynamic_code(matrix.device),
@@ -100,21 +102,21 @@ def stored_tensors(name: str, matrix: torch.Tensor, fmt: QuantFormat) -> dict[st
     state = QuantState(
         absmax=made.absmax,
         shape=matrix.shape,
-        code=four_bit_code(
-            fmt.quant_type, matrix.device
-        ).clone(),  # safetensors saves no two tensors of one memory
+        # A copy for each matrix: safetensors saves no two tensors of one memory.
+        code=four_bit_code(fmt.quant_type, matrix.device).clone(),
         blocksize=fmt.block_size,
         quant_type=fmt.quant_type,
         dtype=matrix.dtype,
-        offset=None if made.absmax_offset is None else made.absmax_offset[0],
+        offset=offset,
         state2=nested,
     )
-    tensors = {
-        name: made.weight,
-        **{f"{name}.{key}": value for key, value in state.as_dict(packed=True).items()},
+    constants = state.as_dict(packed=True)
+    return {
+        name: made.weight.cpu(),
+        **{f"{name}.{key}": tensor.cpu() for key, tensor in constants.items()},
     }
-    return {key: tensor.cpu() for key, tensor in tensors.items()}
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    # Compared as bytes: NaN is not equal to itself.
     return tensor.reshape(-1).view(torch.uint8)
