@@ -61,24 +61,15 @@ def evaluate(
     for number, batch in enumerate(batches, start=1):
         check_in()
         batch = batch.to(runtime.device)
+        ids, mask, labels = batch.input_ids, batch.attention_mask, batch.labels
         with runtime.autocast():
-            sums[0] += target_loss_sum(
-                model,
-                batch.input_ids,
-                batch.attention_mask,
-                batch.labels,
-                num_targets=batch.num_targets,
-            )
+            # Evaluation rows hold one sample each: no positions.
+            sums[0] += target_loss_sum(model, ids, mask, labels, num_targets=batch.num_targets)
         sums[1] += batch.num_targets
         on_batch(number)
     model.train(was_training)
     loss_sum, num_targets = runtime.sum_over_ranks(sums).tolist()
     loss = loss_sum / num_targets
-    return EvalMetrics(
-        step=step,
-        eval_loss=loss,
-        eval_perplexity=math.exp(min(loss, 700.0)),  # exp overflows beyond 709
-        num_target_tokens=int(num_targets),
-        seconds=time.perf_counter() - started,
-        epoch=epoch,
-    )
+    perplexity = math.exp(min(loss, 700.0))  # exp overflows beyond 709
+    seconds = time.perf_counter() - started
+    return EvalMetrics(step, loss, perplexity, int(num_targets), seconds, epoch)

@@ -5,6 +5,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+
+import torch
 
 from qlora_dist.build import build_model
 from qlora_dist.config.schema import TrainConfig
@@ -96,15 +99,11 @@ def prepare(config: TrainConfig, backend: Backend, session: Session) -> RunParts
     budget = RecomputeBudget(config, modules, runtime, log)
     budget.choose()
 
-    record = AdapterRecord(config.model, data.layout)
-    checkpoints = Checkpoints(
-        session.folder / "checkpoints",
-        config.checkpoint.keep,
-        belongs_to,
-        runtime,
-        backend.name,
-        lambda path, tensors: save_adapter(path, model, tensors, tokenizer, record),
-    )
+    def write_adapter(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+        save_adapter(path, model, tensors, tokenizer, AdapterRecord(config.model, data.layout))
+
+    folder, keep = session.folder / "checkpoints", config.checkpoint.keep
+    checkpoints = Checkpoints(folder, keep, belongs_to, runtime, backend.name, write_adapter)
     if checkpoint and is_own:
         checkpoints.mark_written(state.step)
     session.claim_folder(resumed_step=state.step if checkpoint else None)

@@ -280,11 +280,8 @@ def train_step(
         make_room: called once if memory is full before the update; then all micro-batches are
             computed again.
     """
-    counts = torch.tensor(
-        [sum(batch.num_targets for batch in batches), sum(batch.num_tokens for batch in batches)],
-        dtype=torch.float32,
-        device=runtime.device,
-    )
+    own = [sum(batch.num_targets for batch in batches), sum(batch.num_tokens for batch in batches)]
+    counts = torch.tensor(own, dtype=torch.float32, device=runtime.device)  # (2,)
     num_targets, num_tokens = runtime.sum_over_ranks(counts).unbind()
 
     def forward_and_backward() -> torch.Tensor:
@@ -321,15 +318,9 @@ def micro_step(
     """
     # Dropout follows the batch's place in the data: any number of ranks draws the same numbers.
     torch.manual_seed(batch.seed)
+    ids, mask, labels = batch.input_ids, batch.attention_mask, batch.labels
     with runtime.autocast():
-        loss_sum = target_loss_sum(
-            model,
-            batch.input_ids,
-            batch.attention_mask,
-            batch.labels,
-            batch.position_ids,
-            batch.num_targets,
-        )
+        loss_sum = target_loss_sum(model, ids, mask, labels, batch.position_ids, batch.num_targets)
     return loss_sum / num_targets
 
 

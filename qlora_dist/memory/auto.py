@@ -83,27 +83,22 @@ class RecomputeBudget:
                 later += sum(4 * whole_shape(param).numel() for param in adapters)
         with runtime.autocast():
             is_loss_chunked = is_chunked(parts.model)
-        size, num_tokens = runtime.compute_dtype.itemsize, self._largest_micro_batch
-        mask_bytes = size * mask_elements(
-            parts.model,
+        rows, length, is_packed = (
             optim.micro_batch_size,
             config.data.max_seq_len,
-            is_packed=config.data.packing,
-            is_on_gpu=runtime.device.type == "cuda",
+            config.data.packing,
         )
+        size, is_on_gpu = runtime.compute_dtype.itemsize, runtime.device.type == "cuda"
+        mask = mask_elements(parts.model, rows, length, is_packed=is_packed, is_on_gpu=is_on_gpu)
+        model, adapter, num_tokens = parts.dimensions, config.adapter, rows * length
+        nothing = Recompute(len(parts.layers))
         # Every token may be a target.
         activations = activations_of(
-            parts.dimensions,
-            num_tokens,
-            num_tokens,
-            Recompute(len(parts.layers)),
-            size,
-            config.adapter,
-            is_loss_chunked=is_loss_chunked,
+            model, num_tokens, num_tokens, nothing, size, adapter, is_loss_chunked=is_loss_chunked
         )
         later += max(activations.working, activations.loss)
         self._room = self._limit - self._meter.held() - later
-        self._layer = layer_bytes(parts.dimensions, num_tokens, size, config.adapter, mask_bytes)
+        self._layer = layer_bytes(model, num_tokens, size, adapter, size * mask)
         self._agree()
         choice = self._least_recompute(again=self._layer.none)
         set_recompute(parts.layers, choice)

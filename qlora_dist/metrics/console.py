@@ -55,12 +55,10 @@ class Reporter:
         interval: float | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
+        out, is_quiet = streams.lasting(file or sys.stdout), not is_main
+        # soft_wrap: a log file keeps one line per message, of any length.
         self.console = Console(
-            file=streams.lasting(file or sys.stdout),
-            quiet=not is_main,
-            highlight=False,
-            emoji=False,
-            soft_wrap=True,
+            file=out, quiet=is_quiet, highlight=False, emoji=False, soft_wrap=True
         )
         self._clock = clock
         interval = _SAY_EVERY_SECONDS if interval is None else interval

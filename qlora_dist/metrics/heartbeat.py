@@ -51,7 +51,7 @@ class Heartbeat:
         self._works: list[Work] = []
         self._last = clock()
         self._looking = threading.Lock()
-        self._done: threading.Event | None = None
+        self._done = threading.Event()
         self._thread: threading.Thread | None = None
 
     def begin(self, work: Work) -> None:
@@ -69,7 +69,7 @@ class Heartbeat:
     def end(self, work: Work) -> None:
         """End work; the last piece of work stops the thread."""
         self._works.remove(work)
-        if not self._works and self._done is not None and self._thread is not None:
+        if not self._works and self._thread is not None:
             self._done.set()
             # A daemon thread killed while it writes keeps the lock of its file, and exit hangs.
             # One second: a thread that blocks on a pipe without a reader never returns.

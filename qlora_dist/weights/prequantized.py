@@ -74,9 +74,7 @@ def is_prequantized(folder: Path, quantization_config: Mapping[str, Any] | None)
     if quantization_config is None:
         return False
     method = quantization_config.get("quant_method")
-    if method is None and not quantization_config.keys().isdisjoint(
-        ("load_in_4bit", "load_in_8bit")
-    ):
+    if method is None and {"load_in_4bit", "load_in_8bit"} & quantization_config.keys():
         method = "bitsandbytes"  # as transformers wrote it before there were other methods
     if method == "bitsandbytes" and quantization_config.get("load_in_4bit"):
         return True

@@ -93,12 +93,8 @@ def stored_tensors(name: str, matrix: torch.Tensor, fmt: QuantFormat) -> dict[st
     nested = offset = None
     if made.absmax_offset is not None:
         offset = made.absmax_offset[0]
-        nested = QuantState(
-            absmax=made.absmax_scale,
-            code=dynamic_code(matrix.device),
-            blocksize=NESTED_BLOCK_SIZE,
-            dtype=torch.float32,
-        )
+        code, scale = dynamic_code(matrix.device), made.absmax_scale
+        nested = QuantState(scale, code=code, blocksize=NESTED_BLOCK_SIZE, dtype=torch.float32)
     state = QuantState(
         absmax=made.absmax,
         shape=matrix.shape,
