@@ -1,4 +1,4 @@
-"""Gradient accumulation talks to other ranks once per optimizer step, whatever the number of micro-batches."""
+"""Gradient accumulation runs one collective per optimizer step for any number of micro-batches."""
 
 from collections import Counter
 from importlib.util import find_spec
@@ -18,7 +18,7 @@ train_step = train_module.train_step
 
 
 class ReductionCounter(TorchDispatchMode):
-    """Elements that are reduced over ranks while it is on, by operation."""
+    """Counts elements that are reduced over ranks while the context is open, by operation."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class ReductionCounter(TorchDispatchMode):
 
 
 def reductions_of_a_step(folder: Path, settings: dict) -> Counter[str]:
-    """What the second optimizer step of a run reduces over ranks."""
+    """Elements that the second optimizer step of a run reduces over ranks, by operation."""
     counter = ReductionCounter()
     num_steps = 0
 
@@ -74,7 +74,7 @@ def compare_accumulations(root: Path, model: Path, data: Path, backend: str) -> 
 def test_gradients_are_reduced_once_per_step(
     tmp_path: Path, tiny_llama: Path, chat_file: Path, backend: str
 ) -> None:
-    """Four micro-batches reduce as many elements over two ranks as one does."""
+    """A step of four micro-batches reduces as many elements over two ranks as a step of one."""
     if backend.startswith("zero") and find_spec("deepspeed") is None:
         pytest.skip("deepspeed is an optional dependency")
     run_on_processes(compare_accumulations, 2, tmp_path, tiny_llama, chat_file, backend)

@@ -1,4 +1,4 @@
-"""The loss in chunks under sharding: trains what the plain loss trains, on ranks of which one may have no target."""
+"""The loss in chunks under sharding, with a rank that has no target, trains like the plain loss."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,7 +29,7 @@ VOCAB = 320
 
 
 def micro_batches(rank: int) -> list[MicroBatch]:
-    """Two, of which the second has no target on rank 1."""
+    """Two micro-batches, of which the second has no target on rank 1."""
     generator = torch.Generator().manual_seed(rank)
     rows = [torch.randint(3, VOCAB, (length,), generator=generator).tolist() for length in (12, 20)]
     labels = [rows[0], [IGNORE_INDEX] * 20 if rank == 1 else rows[1]]
@@ -73,7 +73,8 @@ def compare(folders: dict[str, Path], backends: tuple[str, ...]) -> None:
                 patch.setattr(loss_module, "_CHUNK_BYTES", 5 * VOCAB * 12)
                 losses, adapter = train(folders[name], backend, targets, runtime)
             assert losses == pytest.approx(expected_losses, rel=1e-5), (name, backend)
-            # Adam's first steps have the size of the learning rate, and the sign of a gradient that may be rounding.
+            # Adam's first steps have the size of the learning rate, and the sign of a gradient that
+            # may be rounding.
             differing = (adapter - expected).abs() > 1e-5
             assert differing.sum() <= 0.002 * expected.numel(), (name, backend)
 
@@ -82,8 +83,9 @@ def compare(folders: dict[str, Path], backends: tuple[str, ...]) -> None:
 def test_sharded_ranks_train_as_with_the_plain_loss(
     families: dict[str, Path], backend: str
 ) -> None:
-    """Two ranks, tied and untied heads, soft-capping, an adapter on the head, a micro-batch without targets on one of
-    them: losses, gradient norms and adapter of two steps are within 1e-5 of those of whole models with full logits."""
+    """On two ranks losses, gradient norms and adapter of two steps are within 1e-5 of those of
+    whole models with full logits. The cases are tied and untied heads, soft-capping, an adapter on
+    the head, and a micro-batch without targets on one of the ranks."""
     if backend == "zero3" and find_spec("deepspeed") is None:
         pytest.skip("deepspeed is an optional dependency")
     run_on_processes(compare, 2, families, (backend,))

@@ -1,4 +1,4 @@
-"""Models on several ranks train compiled as they do without the compiler."""
+"""Compiled models on several ranks train like uncompiled ones."""
 
 from pathlib import Path
 
@@ -72,15 +72,16 @@ def compare(folder: Path, ways: dict) -> None:
 
 @pytest.mark.parametrize("ways", [WAYS, ZERO_WAYS], ids=["here", "deepspeed"])
 def test_distributed_layers_train_compiled(tmp_path: Path, ways: dict) -> None:
-    """On two ranks float32 losses and adapters are those of uncompiled `ddp`, of layers of two kinds in turn."""
+    """On two ranks float32 losses and adapters equal those of uncompiled `ddp`, also where two
+    kinds of layers take turns."""
     if ways is ZERO_WAYS:
         pytest.importorskip("deepspeed", reason="deepspeed is an optional dependency")
     run_on_processes(compare, 2, of_two_kinds(tmp_path), ways)
 
 
 def of_two_kinds(folder: Path) -> Path:
-    """A tiny random Cohere 2: its layers of sliding attention rotate queries and keys, those of full attention do not,
-    which is decided in the layer by what kind it is."""
+    """Make a tiny random Cohere 2. Its layers of sliding attention rotate queries and keys, those
+    of full attention do not; each layer decides by its own kind."""
     from transformers import Cohere2Config, Cohere2ForCausalLM
 
     torch.manual_seed(0)

@@ -1,4 +1,5 @@
-"""DoRA, Gaussian initial values and rsLoRA come out the same on any number of ranks and with any backend."""
+"""DoRA, Gaussian initial values and rsLoRA have equal results on any number of ranks and
+backends."""
 
 import gc
 from importlib.util import find_spec
@@ -54,7 +55,8 @@ ZERO_WAYS = {
 def train(
     folder: Path, adapter: AdapterConfig, dtype: str, backend: str, offload: bool, recompute: str
 ):
-    """Initial adapter, losses, and final adapter of a few optimizer steps over all of ROWS, split over the ranks."""
+    """Initial adapter, losses and final adapter of a few optimizer steps over ROWS, split over
+    ranks."""
     runtime = start_runtime(seed=0, dtype=dtype)
     config = TrainConfig(
         seed=7,
@@ -114,7 +116,7 @@ def check_equivalence(folder: Path, expected_file: Path, ways: dict, only: str) 
 
 @pytest.fixture(scope="module")
 def expected_file(tiny_llama: Path, tmp_path_factory) -> Path:
-    """What one process makes of each of the SETTINGS."""
+    """File with the results of one process for each of the SETTINGS."""
     expected = {
         f"{key}, {dtype}": train(tiny_llama, SETTINGS[key], dtype, "single", False, "none")
         for key, dtype in (("dora", "float32"), ("dora", "bfloat16"), ("rslora", "float32"))
@@ -130,7 +132,7 @@ def expected_file(tiny_llama: Path, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def saved(tiny_llama: Path, tokenizer, tmp_path_factory) -> Path:
-    """A DoRA adapter of random values, in a folder."""
+    """Folder with a DoRA adapter of random values."""
     config = TrainConfig(
         model=ModelConfig(str(tiny_llama), dtype="float32"), adapter=SETTINGS["dora"]
     )
@@ -167,15 +169,16 @@ def check_all(
 def test_ranks_and_sharding_do_not_matter(
     tiny_llama: Path, expected_file: Path, saved: Path
 ) -> None:
-    """Two ranks start from the initial values of one, bit for bit (Gaussian A, magnitudes of the base's rows), have its
-    losses to 1e-6 and its adapter to 1e-5 in float32; and the same bits sharded or not, in both compute types. A saved
-    adapter is read into shards as it is."""
+    """Two ranks start from the initial values of one, bit for bit (Gaussian A, magnitudes of the
+    base's rows). In float32 they reach its losses to 1e-6 and its adapter to 1e-5. Sharded or not
+    they have equal bits, in each compute type. A saved adapter is read into shards unchanged."""
     run_on_processes(check_all, 2, tiny_llama, expected_file, WAYS, "", saved, "fsdp")
 
 
 @pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is an optional dependency")
 def test_zero_does_not_matter(tiny_llama: Path, expected_file: Path, saved: Path) -> None:
-    """The same with DeepSpeed, whose stage 3 gathers module by module: DoRA needs base, A and B of a layer at once."""
+    """DeepSpeed trains DoRA like one process, also with stage 3, which gathers module by module:
+    DoRA needs base, A and B of a layer at once."""
     run_on_processes(
         check_all, 2, tiny_llama, expected_file, ZERO_WAYS, "dora, float32", saved, "zero3"
     )

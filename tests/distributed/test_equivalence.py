@@ -10,7 +10,8 @@ from tests.support.command import losses, run_ranks, write_config
 
 NUM_STEPS = 20
 
-# name: (processes, parallel section, micro_batch_size, grad_accum_steps); the global batch is 4 rows throughout
+# name: (processes, parallel section, micro_batch_size, grad_accum_steps); the global batch is 4
+# rows throughout
 RUNS = {
     "one process": (1, {"backend": "single"}, 2, 2),
     "ddp": (2, {"backend": "ddp"}, 2, 1),
@@ -28,7 +29,8 @@ RUNS_IN_FLOAT32 = {
 def runs(
     request, tmp_path_factory, tiny_llama: Path, chat_file: Path
 ) -> tuple[str, dict[str, Path]]:
-    """The same training, run in each of these ways through the command line; returns dtype and run folders."""
+    """Run folders of one training that is run in each of RUNS through the command line; and its
+    dtype."""
     dtype = request.param
     root = tmp_path_factory.mktemp(dtype)
     folders = {}
@@ -58,7 +60,8 @@ def runs(
 
 
 def test_loss_curves_are_equal(runs) -> None:
-    """Every way of cutting the batch gives the loss curve of one process, within the rounding of the compute type."""
+    """Every cut of the batch gives the loss curve of one process, within the compute type's
+    rounding."""
     dtype, folders = runs
     expected = torch.tensor(losses(folders["one process"]))
     assert len(expected) == NUM_STEPS
@@ -68,7 +71,7 @@ def test_loss_curves_are_equal(runs) -> None:
 
 
 def test_final_adapters_are_equal(runs) -> None:
-    """In float32 the trained adapters agree to a relative L2 distance of 1e-5, whatever computed them."""
+    """In float32 the trained adapters of all ways agree to a relative L2 distance of 1e-5."""
     dtype, folders = runs
     if dtype != "float32":
         pytest.skip("bfloat16 rounding makes Adam's sign-like first steps differ in a few elements")
@@ -79,7 +82,8 @@ def test_final_adapters_are_equal(runs) -> None:
 
 
 def test_two_ranks_give_the_same_bits_sharded_or_not(runs) -> None:
-    """Sharding changes no rounding: two ranks train the same adapter under `ddp` and `fsdp`, also in bfloat16."""
+    """Sharding changes no rounding: on two ranks `ddp` and `fsdp` train equal bits, also in
+    bfloat16."""
     _, folders = runs
     saved = {
         name: load_file(folders[name] / "adapter" / "adapter_model.safetensors")
@@ -91,7 +95,8 @@ def test_two_ranks_give_the_same_bits_sharded_or_not(runs) -> None:
 
 
 def test_training_reached_every_layer(runs, tiny_llama: Path) -> None:
-    """After training, every A differs from its initial value and every B from zero, on all layers and projections."""
+    """After training, on all layers and projections, every A differs from its initial value and
+    every B from zero."""
     from qlora_dist.config.schema import AdapterConfig, ModelConfig
     from qlora_dist.model.adapters import adapter_parameters, add_adapters, init_adapters
     from qlora_dist.model.skeleton import build_skeleton

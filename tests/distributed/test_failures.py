@@ -1,4 +1,4 @@
-"""When one process fails, all end soon, and the reason is said once."""
+"""When one process fails, all end soon, and the reason is printed once."""
 
 import os
 import shutil
@@ -15,7 +15,7 @@ from tests.support.command import ROOT, run_command, write_config
 
 
 def settings(root: Path, model: Path, data: Path) -> dict:
-    """A run of two processes that would last for minutes."""
+    """Settings of a run of two processes that would last for minutes."""
     return {
         "output_dir": str(root / "out"),
         "model": {"path": str(model)},
@@ -28,7 +28,8 @@ def settings(root: Path, model: Path, data: Path) -> dict:
 def test_a_fault_that_one_rank_meets_is_said_once(
     tmp_path: Path, tiny_llama: Path, chat_file: Path
 ) -> None:
-    """Data that the first process cannot use ends both, with one message, which the launcher repeats as the cause."""
+    """Data that the first process cannot use end both processes with one message, which the
+    launcher repeats as the cause."""
     config = settings(tmp_path, tiny_llama, chat_file)
     config["data"]["max_seq_len"] = 2
     started = time.monotonic()
@@ -48,7 +49,8 @@ def test_a_fault_that_one_rank_meets_is_said_once(
 def test_a_killed_rank_takes_the_others_along(
     tmp_path: Path, tiny_llama: Path, chat_file: Path, victim: int
 ) -> None:
-    """SIGKILL of one process during training ends the others within a minute; the launcher names rank and signal."""
+    """SIGKILL of one process during training ends the others within a minute; the launcher names
+    rank and signal."""
     config = write_config(tmp_path / "config.yaml", **settings(tmp_path, tiny_llama, chat_file))
     process, log = start(config, tmp_path)
     try:
@@ -64,7 +66,7 @@ def test_a_killed_rank_takes_the_others_along(
 
 
 def start(config: Path, root: Path) -> tuple[subprocess.Popen[bytes], Path]:
-    """`train` on two processes in the background, writing to a log file."""
+    """Start `train` on two processes in the background, writing to a log file."""
     log = root / "log.txt"
     command = [
         sys.executable,
@@ -85,7 +87,7 @@ def start(config: Path, root: Path) -> tuple[subprocess.Popen[bytes], Path]:
 
 
 def wait_for(condition, process: subprocess.Popen, log: Path, seconds: float = 120) -> None:
-    """Poll until the condition holds; the run must live that long."""
+    """Poll until the condition holds; fail if the run ends before."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, log.read_text()
@@ -94,7 +96,7 @@ def wait_for(condition, process: subprocess.Popen, log: Path, seconds: float = 1
 
 
 def children(pid: int) -> list[int]:
-    """Process ids of the direct children of `pid` that are still there."""
+    """Process ids of the direct children of `pid` that are still running."""
     found = []
     for status in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -107,7 +109,7 @@ def children(pid: int) -> list[int]:
 
 
 def rank_pid(launcher: int, rank: int) -> int:
-    """The process that runs as `rank`."""
+    """Process id of rank `rank`."""
     for pid in children(launcher):
         if f"RANK={rank}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
             return pid
@@ -117,7 +119,8 @@ def rank_pid(launcher: int, rank: int) -> int:
 def test_weights_that_only_one_rank_finds_broken(
     tmp_path: Path, tiny_llama: Path, chat_file: Path
 ) -> None:
-    """A weight file that was cut off after the index was written is refused before training, by name."""
+    """A weight file that was cut off after the index was written is refused by name before
+    training."""
     model = Path(shutil.copytree(tiny_llama, tmp_path / "model"))
     file = model / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-500])
@@ -184,7 +187,8 @@ def test_a_rank_that_dies_while_loading(
 def test_weights_that_vanish_while_they_are_read(
     tmp_path: Path, slow_to_load: Path, chat_file: Path
 ) -> None:
-    """A file that loses its contents under the readers ends all processes within a minute, with where it struck."""
+    """A weight file that is truncated while it is read ends all processes within a minute, with the
+    place in the code."""
     model = Path(shutil.copytree(slow_to_load, tmp_path / "model"))
     config = settings(tmp_path, model, chat_file)
     process, log = start(write_config(tmp_path / "config.yaml", **config), tmp_path)

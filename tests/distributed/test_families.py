@@ -1,4 +1,4 @@
-"""Families of models: each is loaded as transformers loads it, and trains the same sharded and whole."""
+"""Each family of models loads as in transformers, and trains sharded as it trains whole."""
 
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from tests.support.processes import run_on_processes
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_are_those_of_transformers(families: dict[str, Path], family: str) -> None:
-    """The 4-bit base gives the logits of the same folder quantized by transformers, in bfloat16, exactly."""
+    """The 4-bit base gives exactly the bfloat16 logits of the folder quantized by transformers."""
     from transformers import BitsAndBytesConfig
 
     quantization = BitsAndBytesConfig(
@@ -50,7 +50,7 @@ def test_logits_are_those_of_transformers(families: dict[str, Path], family: str
 def train_two_steps(
     folder: Path, backend: str, runtime: Runtime
 ) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """Losses and final adapter of two optimizer steps, recomputing activations."""
+    """Losses and final adapter of two optimizer steps with recomputed activations."""
     config = TrainConfig(
         model=ModelConfig(path=str(folder), dtype="float32"),
         adapter=AdapterConfig(rank=4),
@@ -82,12 +82,14 @@ def check_families(folders: dict[str, Path]) -> None:
 
 
 def test_sharded_training_equals_whole_training(families: dict[str, Path]) -> None:
-    """On two ranks each family trains to the same bits, sharded and whole, with recomputation and accumulation."""
+    """On two ranks each family trains to equal bits sharded and whole, with recomputation and
+    accumulation."""
     run_on_processes(check_families, 2, families)
 
 
 def test_a_family_that_cannot_be_done_is_named(tmp_path: Path) -> None:
-    """Fused experts are no linear layers, so quantizing would leave most of such a model in 16 bits: it is refused."""
+    """A model with fused experts is refused: they are no linear layers, so most of it would stay in
+    16 bits."""
     from transformers import MixtralConfig, MixtralForCausalLM
 
     from qlora_dist.errors import ModelError

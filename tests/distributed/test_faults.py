@@ -1,4 +1,4 @@
-"""What may happen to a run: it loses at most the steps since its last checkpoint, and never its checkpoints."""
+"""Faults during a run cost at most the steps since the last checkpoint, and never a checkpoint."""
 
 import json
 import os
@@ -24,7 +24,7 @@ NUM_STEPS = 8
 
 
 def settings(model: Path, data: Path) -> dict:
-    """Eight steps, a checkpoint after every third, evaluations in between."""
+    """Settings of eight steps, a checkpoint after every third, and evaluations in between."""
     return {
         "model": {"path": str(model), "dtype": "float32"},
         "adapter": {"rank": 4, "alpha": 8, "dropout": 0.1},
@@ -38,7 +38,7 @@ def settings(model: Path, data: Path) -> dict:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory, tiny_llama: Path, chat_file: Path) -> Path:
-    """The same run, left in peace."""
+    """Folder of the run that nothing disturbs."""
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
     assert exit_code_of(train_here, folder, settings(tiny_llama, chat_file)) == 0
     return folder
@@ -60,7 +60,7 @@ MOMENTS = {
 
 
 def train_and_die(folder: Path, run: dict, owner: str, function: str, call: int) -> None:
-    """Train until the call of that number, which ends this process as `kill -9` does."""
+    """Train until call number `call` of a function, which ends this process as `kill -9` does."""
     num_calls = 0
     original = getattr(_resolve(owner), function)
 
@@ -85,8 +85,9 @@ def _resolve(path: str) -> object:
 def test_kill_9(
     tmp_path: Path, tiny_llama: Path, chat_file: Path, undisturbed: Path, moment: str
 ) -> None:
-    """Killed at that moment and started again, the run ends with the adapter and the rows of one left in peace; it
-    repeats no more than the steps since its last checkpoint, and half-written ones are gone."""
+    """A run that is killed at a moment and started again ends with the adapter and rows of the
+    undisturbed one. It repeats no more than the steps since its last checkpoint, and half-written
+    checkpoints are gone."""
     run, folder = settings(tiny_llama, chat_file), tmp_path / "run"
     assert exit_code_of(train_and_die, folder, run, *MOMENTS[moment]) == -signal.SIGKILL
     steps = complete_steps(folder / "checkpoints")
@@ -103,7 +104,8 @@ def test_kill_9(
 
 
 def test_the_undisturbed_run_keeps_the_newest_and_the_best(undisturbed: Path) -> None:
-    """Two newest checkpoints, and the one with the lowest evaluation loss; the trial of the first step is gone."""
+    """The two newest checkpoints remain, and the one with the lowest evaluation loss; the trial of
+    the first step is gone."""
     newest = newest_checkpoint(undisturbed / "checkpoints", print)
     losses = {
         row["step"]: row["eval_loss"] for row in lasting_rows(undisturbed) if "eval_loss" in row
@@ -115,7 +117,7 @@ def test_the_undisturbed_run_keeps_the_newest_and_the_best(undisturbed: Path) ->
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
-    """A function that mounts a file system of a given size, to be filled up or made read-only."""
+    """Function that mounts a file system of a given size, to be filled up or made read-only."""
     mounted: list[Path] = []
 
     def make(options: str) -> Path:
@@ -139,7 +141,8 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
 def test_a_disk_that_is_full_from_the_start(
     tmp_path: Path, tiny_llama: Path, chat_file: Path, small_disk
 ) -> None:
-    """A checkpoint that cannot be written is noticed at the first step, not after hours, with what to do."""
+    """A checkpoint that cannot be written is reported at the first step, not after hours, with
+    advice."""
     disk = small_disk("size=100k")
     config = write_config(
         tmp_path / "c.yaml", **settings(tiny_llama, chat_file), output_dir=str(disk / "run")
@@ -157,8 +160,8 @@ def test_a_disk_that_is_full_from_the_start(
 def test_a_disk_that_fills_up(
     tmp_path: Path, tiny_llama: Path, chat_file: Path, small_disk, undisturbed: Path
 ) -> None:
-    """The run ends with the reason, its last complete checkpoint stays whole, and with space it goes on to the same
-    adapter."""
+    """A run on a full disk ends with the reason and keeps its last complete checkpoint. With free
+    space it goes on to the undisturbed adapter."""
     disk = small_disk("size=3m")
     run = settings(tiny_llama, chat_file)
     config = write_config(tmp_path / "c.yaml", **run, output_dir=str(disk / "run"))
@@ -170,7 +173,7 @@ def test_a_disk_that_fills_up(
 
 
 def train_with_ballast(folder: Path, run: dict, ballast: Path) -> None:
-    """Train; when the checkpoint of step 3 is written, something else fills the disk."""
+    """Train; while the checkpoint of step 3 is written, other data fill the disk."""
     rotate = checkpoint_module.Checkpoints._rotate
 
     def rotate_and_fill(self, state):
@@ -190,7 +193,7 @@ def train_with_ballast(folder: Path, run: dict, ballast: Path) -> None:
 def test_a_folder_that_cannot_be_written(
     tmp_path: Path, tiny_llama: Path, chat_file: Path, small_disk
 ) -> None:
-    """A read-only output folder is refused before anything is read, also for a user who may do everything."""
+    """A read-only output folder is refused before anything is read, also for root."""
     disk = small_disk("size=3m")
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
     for folder in (disk, disk / "run"):
@@ -207,8 +210,8 @@ def test_a_folder_that_cannot_be_written(
 def test_checkpoints_that_were_damaged(
     tmp_path: Path, tiny_llama: Path, chat_file: Path, undisturbed: Path, damage: str
 ) -> None:
-    """A checkpoint that was cut off, changed in one bit or lost a file is passed over, with a word, for the one before
-    it; when none is left, the run does not start over by itself."""
+    """A checkpoint that was cut off, changed in one bit or lost a file is skipped with a message,
+    for the one before it. When none is left, the run does not start over by itself."""
     folder = tmp_path / "run"
     shutil.copytree(undisturbed, folder)
     shutil.rmtree(folder / "adapter")
@@ -238,7 +241,8 @@ def test_checkpoints_that_were_damaged(
 
 
 def test_two_runs_on_one_folder(tmp_path: Path, tiny_llama: Path, chat_file: Path) -> None:
-    """While one run works on a folder another is refused; the lock of a run that was killed stops nobody."""
+    """While a run works on a folder, a second one is refused; the lock of a killed run stops
+    nobody."""
     run = settings(tiny_llama, chat_file)
     run["optim"]["max_steps"] = 100_000
     config = write_config(tmp_path / "c.yaml", **run, output_dir=str(tmp_path / "run"))
@@ -266,7 +270,7 @@ def test_two_runs_on_one_folder(tmp_path: Path, tiny_llama: Path, chat_file: Pat
 
 
 def wait_until_gone(pids: list[int]) -> None:
-    """Wait for processes that are not this one's children."""
+    """Wait for processes that are not children of this one."""
     deadline = time.monotonic() + 60
     while not all(map(_is_gone, pids)):
         assert time.monotonic() < deadline
@@ -274,7 +278,8 @@ def wait_until_gone(pids: list[int]) -> None:
 
 
 def _is_gone(pid: int) -> bool:
-    """Whether no thread of it is left but what a parent has not asked for yet."""
+    """True if no thread of the process is left, apart from one that its parent has not waited
+    for."""
     try:
         threads = list(Path(f"/proc/{pid}/task").iterdir())
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
@@ -286,8 +291,9 @@ def _is_gone(pid: int) -> bool:
 def test_a_clock_that_goes_backwards(
     tmp_path: Path, tiny_llama: Path, chat_file: Path, undisturbed: Path
 ) -> None:
-    """With a wall clock that runs backwards by an hour at every look, and checkpoints whose times are upside down, a
-    run stops, goes on from its newest checkpoint, and ends with the same adapter."""
+    """A run stops, resumes from its newest checkpoint and ends with the undisturbed adapter
+    although the wall clock goes back by an hour at every look and the checkpoints' times are
+    reversed."""
     folder = tmp_path / "run"
     assert exit_code_of(train_backwards, folder, settings(tiny_llama, chat_file)) == 0
     assert adapter_bytes(folder) == adapter_bytes(undisturbed)
@@ -327,14 +333,14 @@ def hang_on_one_rank(folder: Path, run: dict) -> None:
 
 
 def innermost_frame(report: str) -> str:
-    """Where the thread that trains stands, in a dump of all threads."""
+    """Innermost frame of the thread that trains, in a dump of all threads."""
     [stack] = [block for block in report.split("Thread 0x") if "in train_here" in block]
     return stack.splitlines()[1]
 
 
 def test_a_rank_that_hangs(tmp_path: Path, tiny_llama: Path, chat_file: Path) -> None:
-    """When one rank stands still, every rank ends after the timeout with the stacks of its threads: that of the culprit
-    shows where it hangs, the other's that it waits in a collective."""
+    """When one rank hangs, every rank ends after the timeout with the stacks of its threads: the
+    culprit's shows the place, the other's shows a collective."""
     run = settings(tiny_llama, chat_file)
     run["parallel"] = {"backend": "fsdp", "hang_timeout_seconds": 8}
     started = time.monotonic()
@@ -353,7 +359,8 @@ def test_a_rank_that_hangs(tmp_path: Path, tiny_llama: Path, chat_file: Path) ->
 def test_a_rank_that_computes_something_else(
     tmp_path: Path, tiny_llama: Path, chat_file: Path
 ) -> None:
-    """One flipped bit in one rank's copy of the adapter is noticed at the next check, and nothing of it is saved."""
+    """One flipped bit in one rank's copy of the adapter is noticed at the next check and never
+    saved."""
     run = settings(tiny_llama, chat_file)
     run["parallel"] = {"backend": "ddp", "check_every": 1}
     run_on_processes(flip_one_bit, 2, tmp_path / "run", run)
@@ -421,7 +428,8 @@ def poison(folder: Path, run: dict, which: list[int]) -> None:
 def test_steps_that_are_not_finite(
     tmp_path: Path, tiny_llama: Path, chat_file: Path, backend: str
 ) -> None:
-    """A NaN on one rank: all ranks skip that update alike, count it, and train on; the adapter stays finite."""
+    """After a NaN on one rank all ranks skip the update, count it and train on; the adapter stays
+    finite."""
     if backend.startswith("zero"):
         pytest.importorskip("deepspeed")
     run = settings(tiny_llama, chat_file)
@@ -445,7 +453,8 @@ def test_steps_that_are_not_finite(
 def test_too_many_steps_that_are_not_finite(
     tmp_path: Path, tiny_llama: Path, chat_file: Path
 ) -> None:
-    """After the configured number in a row the run ends with advice; its last checkpoint is from before."""
+    """After the configured number of such steps in a row the run ends with advice; its last
+    checkpoint is from before."""
     run = settings(tiny_llama, chat_file)
     run["optim"]["max_skipped_steps"] = 2
     run["checkpoint"]["every"] = 2
@@ -482,8 +491,8 @@ def press_ctrl_c(folder: Path, run: dict, pause: float) -> None:
 def test_ctrl_c(
     tmp_path: Path, tiny_llama: Path, chat_file: Path, pause: float, exit_code: int
 ) -> None:
-    """SIGINT that comes twice at once, as through a launcher, stops in good order; a second Ctrl-C a while later ends
-    the process on the spot, and what was saved is whole."""
+    """Two SIGINTs at once, as through a launcher, stop the run in good order. A second Ctrl-C a
+    while later ends the process on the spot; saved checkpoints stay whole."""
     folder = tmp_path / "run"
     assert exit_code_of(press_ctrl_c, folder, settings(tiny_llama, chat_file), pause) == exit_code
     assert (
@@ -492,7 +501,8 @@ def test_ctrl_c(
 
 
 def run_out_of_memory(folder: Path, run: dict) -> None:
-    """Train; the fifth micro-batch does not fit (a made-up failure: there may be no GPU here)."""
+    """Train until the fifth micro-batch raises a made-up error of a full memory (there may be no
+    GPU)."""
     import torch
 
     micro_step = train_module.micro_step
@@ -532,13 +542,14 @@ def run_out_of_memory_in_evaluation(folder: Path, run: dict) -> None:
 def test_memory_that_is_full_in_an_evaluation(
     tmp_path: Path, tiny_llama: Path, chat_file: Path
 ) -> None:
-    """Nothing is kept for backward there, so other settings help than in a step."""
+    """The message of an evaluation without memory names settings of its own: nothing is kept for
+    backward."""
     run = settings(tiny_llama, chat_file)
     assert exit_code_of(run_out_of_memory_in_evaluation, tmp_path / "run", run) == 0
 
 
 def test_memory_that_is_full(tmp_path: Path, tiny_llama: Path, chat_file: Path) -> None:
-    """The message names the micro-batch and what each change would save, for the model at hand."""
+    """The message names the micro-batch and the saving of each change for the model at hand."""
     run = settings(tiny_llama, chat_file)
     run["optim"]["micro_batch_size"] = 4
     run["memory"] = {"recompute": 1}

@@ -1,4 +1,5 @@
-"""float16 with loss scaling, under every engine: the same result on one rank and two, through overflows and stops."""
+"""float16 with loss scaling, under every engine: equal results on one and two ranks, through
+overflows and stops."""
 
 import math
 from contextlib import AbstractContextManager
@@ -24,7 +25,7 @@ SHARDED = ["fsdp", *(["zero3"] if find_spec("deepspeed") else [])]
 BACKENDS = ["ddp", *(["zero2"] if find_spec("deepspeed") else []), *SHARDED]
 NUM_STEPS = 4
 TOO_LARGE = 2.0**24
-"""The tiny model's gradients overflow with it, and fit after some halvings."""
+"""Initial scale with which the tiny model's gradients overflow; they fit after some halvings."""
 
 
 def settings(model: Path, data: Path, backend: str, processes: int, dtype: str = "float16") -> dict:
@@ -60,7 +61,8 @@ def train_every_way(
             assert train_here(root / f"{backend}-{processes}", run)
             fitting = scale_at_the_end(root / f"{backend}-{processes}")
             assert 1 < fitting < TOO_LARGE
-        # An overflow changes nothing but the scale: the run is that which began with the scale it ended up with.
+        # An overflow changes nothing but the scale: a run that begins with the final scale has the
+        # same bits.
         with beginning_with(fitting):
             assert train_here(root / f"{backend}-{processes}-fitting", run)
             assert scale_at_the_end(root / f"{backend}-{processes}-fitting") == fitting
@@ -76,9 +78,9 @@ def train_every_way(
 def test_every_engine_finds_a_scale_and_loses_nothing(
     tmp_path: Path, tiny_llama: Path, chat_file: Path
 ) -> None:
-    """Begun with a scale that overflows, a run ends with the bits of one whose scale fitted from the start, also when
-    it was stopped in between. One rank and two, sharded or not, agree within the rounding of the type; two ranks with
-    copies and with shards to the bit. No step was skipped."""
+    """A run that begins with a scale that overflows ends with the bits of one whose scale fitted at
+    once, also when it was stopped in between. One rank and two agree within the type's rounding;
+    two ranks with copies and with shards agree to the bit. No step is skipped."""
     run_on_processes(train_every_way, 1, tmp_path, tiny_llama, chat_file, ["single"], 1)
     run_on_processes(train_every_way, 2, tmp_path, tiny_llama, chat_file, BACKENDS, 2)
     ways = ["single-1", *(f"{backend}-2" for backend in BACKENDS)]
@@ -103,7 +105,7 @@ def test_every_engine_finds_a_scale_and_loses_nothing(
 def scale_in_float32(
     root: Path, model: Path, data: Path, backends: list[str], processes: int
 ) -> None:
-    """With scaled losses and without."""
+    """Losses, gradient norms and adapter with and without scaled losses, in float32."""
     train_step = train_module.train_step
 
     def scaled(model: object, engine: Any, *arguments: object) -> object:
@@ -120,8 +122,9 @@ def scale_in_float32(
 def test_scaling_changes_no_bit_in_float32(
     tmp_path: Path, tiny_llama: Path, chat_file: Path
 ) -> None:
-    """Losses times 65,536 before backward, under every engine: gradient norms, clipping and updates stay what they
-    were, to the bit; under DeepSpeed, which divides by its scale and its clipping in one product, to 1e-6."""
+    """Losses times 65,536 before backward change no bit of gradient norms, clipping and updates,
+    under every engine. DeepSpeed, which divides by scale and clipping in one product, agrees to
+    1e-6."""
     run_on_processes(scale_in_float32, 1, tmp_path, tiny_llama, chat_file, ["single"], 1)
     run_on_processes(scale_in_float32, 2, tmp_path, tiny_llama, chat_file, BACKENDS, 2)
     for way in ["single-1", *(f"{backend}-2" for backend in BACKENDS)]:
@@ -172,6 +175,6 @@ def diverge(root: Path, model: Path, data: Path) -> None:
 
 
 def test_real_divergence_is_still_caught(tmp_path: Path, tiny_llama: Path, chat_file: Path) -> None:
-    """A loss that is not finite is not tried again; gradients that never are, at each scale; both end the run after
-    `optim.max_skipped_steps`."""
+    """A loss that is not finite is not tried again; gradients that are finite at no scale end the
+    run after `optim.max_skipped_steps`, and so does that loss."""
     run_on_processes(diverge, 1, tmp_path, tiny_llama, chat_file)

@@ -1,4 +1,5 @@
-"""Sharded parameters that both ends of the model need: left whole between micro-batches, unless they are trained."""
+"""Parameters that both ends of a sharded model need stay whole between micro-batches, unless
+trained."""
 
 from pathlib import Path
 from unittest import mock
@@ -33,7 +34,7 @@ NUM_STEPS = 3
 
 
 def micro_batches(rank: int) -> list[MicroBatch]:
-    """Two of a step."""
+    """The two micro-batches of a step."""
     generator = torch.Generator().manual_seed(rank)
     rows = [torch.randint(3, 300, (length,), generator=generator).tolist() for length in (12, 20)]
     return [collate([Sample(row, row)], pad_token_id=0) for row in rows]
@@ -42,7 +43,8 @@ def micro_batches(rank: int) -> list[MicroBatch]:
 def train(
     folder: Path, backend: BackendName, runtime: Runtime
 ) -> tuple[nn.Module, torch.Tensor, list[int]]:
-    """The model and its adapter after some steps, and after each where the embedding's weight is in memory."""
+    """Model and adapter after some steps, and after each step the memory that holds the embedding's
+    weight."""
     config = TrainConfig(
         model=ModelConfig(path=str(folder), dtype="float32"),
         adapter=AdapterConfig(rank=4),
@@ -110,7 +112,8 @@ def projected(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_what_is_trained_is_gathered_anew_for_every_micro_batch(projected: Path) -> None:
-    """Left whole, it would stay as it was before the first update."""
+    """A trained parameter is gathered anew for each micro-batch: left whole, it would miss the
+    updates."""
     run_on_processes(check_trained, 2, projected)
 
 
@@ -142,6 +145,6 @@ def check_untied(folder: Path) -> None:
 
 
 def test_an_embedding_is_not_gathered_for_backward(families: dict[str, Path]) -> None:
-    """An untied one is gathered once for each micro-batch, as the head is. FSDP2 by itself would fetch it once more at
-    the end of each backward, which needs nothing of it."""
+    """An untied embedding is gathered once per micro-batch, as the head is. FSDP2 by itself would
+    gather it once more at the end of each backward, which needs nothing of it."""
     run_on_processes(check_untied, 2, families["llama"])

@@ -1,4 +1,4 @@
-"""Whole models train the same with fused layers as with peft's own, under every backend."""
+"""Whole models train equally with fused layers and with peft's own, under every backend."""
 
 import dataclasses
 from importlib.util import find_spec
@@ -45,12 +45,12 @@ ZERO_WAYS = {
 
 
 def unfused():
-    """Models built in here compute as peft composes them."""
+    """Context in which models compute as peft composes them."""
     return mock.patch.object(assemble, "fuse_adapters", return_value=None)
 
 
 def is_fused(model: PeftModel) -> bool:
-    """Whether all layers are; some would be a mistake of the test."""
+    """True if all layers are fused; a mixture would be a mistake of the test."""
     (kind,) = {type(layer) for layer in lora_layers(model)}
     return kind is FusedLinear
 
@@ -58,7 +58,8 @@ def is_fused(model: PeftModel) -> bool:
 def train(
     folder: Path, way: tuple, runtime: Runtime
 ) -> tuple[bool, list[float], dict[str, torch.Tensor]]:
-    """Whether layers were fused, losses, and final adapter, of a few steps of accumulated micro-batches."""
+    """Return whether layers were fused, losses and final adapter of a few steps of accumulated
+    micro-batches."""
     backend, offload, recompute = way
     config = TrainConfig(
         model=ModelConfig(path=str(folder), dtype="float32"),
@@ -112,14 +113,16 @@ def compare_backends(folder: Path, ways: dict) -> None:
 
 @pytest.mark.parametrize("ways", [WAYS, ZERO_WAYS], ids=["here", "deepspeed"])
 def test_backends_train_fused_as_peft_does(tiny_llama: Path, ways: dict) -> None:
-    """On two ranks, with accumulation, recomputed or not, float32 losses and adapters are those of unfused `ddp`."""
+    """On two ranks, with accumulation, recomputed or not, float32 losses and adapters equal those
+    of unfused `ddp`."""
     if ways is ZERO_WAYS and find_spec("deepspeed") is None:
         pytest.skip("deepspeed is an optional dependency")
     run_on_processes(compare_backends, 2, tiny_llama, ways)
 
 
 def gradients(folder: Path, recompute: str, runtime: Runtime) -> tuple[float, torch.Tensor]:
-    """Loss, and gradient of all adapters in one vector, of two accumulated micro-batches; B is not zero."""
+    """Loss and gradient of all adapters (one vector) of two accumulated micro-batches; B is not
+    zero."""
     model = build_adapted(folder, runtime, recompute=recompute)
     generator = torch.Generator().manual_seed(0)
     loss = 0.0
@@ -146,13 +149,14 @@ def compare_families(folders: dict[str, Path]) -> None:
             assert (fused - exact).norm() <= 1e-5 * exact.norm(), (name, recompute)
         _, fused = gradients(folder, "full", in_bfloat16)
         ratios[name] = ((fused - exact).norm() / (plain - exact).norm()).item()
-    # The distance of a whole model is mostly other operations' rounding: another rounding here moves that of one family
-    # by up to 15 % either way. tests/unit/model/test_lora_linear.py bounds the layer by itself.
+    # The distance of a whole model is mostly other operations' rounding: another rounding here
+    # moves that of one family by up to 15 % either way. tests/unit/model/test_lora_linear.py bounds
+    # the layer by itself.
     assert sum(ratios.values()) / len(ratios) <= 1.1, ratios
     assert max(ratios.values()) <= 1.3, ratios
 
 
 def test_families_have_the_same_gradients_fused(families: dict[str, Path]) -> None:
-    """Each family's float32 loss and gradients are peft's, recomputed or not; in bfloat16 they are as close to these
-    as peft's own, on average over the families."""
+    """Each family's float32 loss and gradients are peft's, recomputed or not. In bfloat16 they are
+    as close to these as peft's own, on average over the families."""
     run_on_processes(compare_families, 1, families)

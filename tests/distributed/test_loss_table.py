@@ -1,4 +1,4 @@
-"""One loss, however it is computed: every backend, every cut of the same batch into ranks, accumulation and rows."""
+"""Every backend and every cut of a batch into ranks, accumulation and rows gives one loss curve."""
 
 import sys
 from importlib.util import find_spec
@@ -17,7 +17,7 @@ MICRO_BATCHES = (1, 2)
 
 
 def backends_of(world_size: int) -> list[str]:
-    """What can run on so many ranks here."""
+    """Backends that can run on `world_size` ranks here."""
     return [
         backend
         for backend in BACKENDS
@@ -47,13 +47,15 @@ def train_all(root: Path, world_size: int, model: Path, data: Path) -> None:
 
 @pytest.mark.timeout(900)
 def test_all_ways_give_one_loss_curve(tmp_path: Path, tiny_llama: Path, chat_file: Path) -> None:
-    """1, 2 and 4 ranks, micro-batches of one and two rows, accumulation for what is left of eight rows, under every
-    backend: losses and gradient norms of four steps agree within 1e-5 in float32, on rows with 2 to 90 targets."""
+    """Losses and gradient norms of four steps agree within 1e-5 in float32, on rows with 2 to 90
+    targets: on 1, 2 and 4 ranks, with micro-batches of one and two rows, and accumulation up to
+    eight rows, under every backend."""
     for world_size in WORLD_SIZES:
         run_on_processes(train_all, world_size, tmp_path, world_size, tiny_llama, chat_file)
     reference = lasting_rows(tmp_path / "1-single-2")
     lines = [
-        f"\n{'ranks':>5} {'accum':>5} {'rows':>4}  backend   {'losses':<31}  largest relative difference"
+        f"\n{'ranks':>5} {'accum':>5} {'rows':>4}  backend   {'losses':<31}  "
+        "largest relative difference"
     ]
     worst = 0.0
     for world_size in WORLD_SIZES:

@@ -1,4 +1,4 @@
-"""A run over several weighted files."""
+"""Runs over several weighted files."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,8 @@ from tests.support.command import losses, run_ranks, run_rows, write_config
 
 @pytest.fixture
 def settings(tmp_path: Path, tiny_llama: Path, chat_file: Path) -> dict:
-    """One epoch of 12 * 0.5 + 7 * 2 = 20 places, in batches of 6: three full steps and one of 2 rows."""
+    """Settings of one epoch of 12 * 0.5 + 7 * 2 = 20 places, in batches of 6: three full steps and
+    one of 2 rows."""
     rows = chat_file.read_text().splitlines(keepends=True)
     (tmp_path / "chat.jsonl").write_text("".join(rows[:12]))
     plain = [{"prompt": f"{i} and {i} is ", "completion": str(2 * i)} for i in range(7)]
@@ -35,7 +36,8 @@ def settings(tmp_path: Path, tiny_llama: Path, chat_file: Path) -> dict:
 def test_a_mixture_trains_alike_on_one_process_and_on_three(
     tmp_path: Path, settings: dict, backend: str
 ) -> None:
-    """The same rows in the same steps, dropout included, with a last step in which one of three ranks has none.
+    """The same rows in the same steps, dropout included, with a last step in which one of three
+    ranks has none.
 
     Relative difference as in test_equivalence.py: sums in another order, in float32.
     """

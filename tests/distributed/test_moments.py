@@ -1,4 +1,4 @@
-"""Optimizer state that ranks hold in parts comes together on rank 0, and nowhere else."""
+"""Optimizer state in parts on several ranks is gathered on rank 0, and nowhere else."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,7 +29,7 @@ from tests.support.processes import run_on_processes
 
 NUMEL = 9000
 CUT = 6000
-"""Elements of the one parameter that rank 0 has: enough for 8-bit state, unlike the rest."""
+"""Elements of the one parameter that rank 0 has: enough for 8-bit state, unlike the others."""
 
 
 def of_rank(
@@ -83,7 +83,8 @@ def check_parts() -> None:
 
 
 def test_parts_in_8_bits_and_in_float32_come_back_as_they_were() -> None:
-    """One rank has blocks of 256 that begin before its part, the other too few elements for 8-bit state."""
+    """State of one rank in blocks of 256 that begin before its part, and of a rank with too few
+    elements for 8-bit state, returns unchanged."""
     run_on_processes(check_parts, 2)
 
 
@@ -96,7 +97,7 @@ def check_copies() -> None:
 
 
 def test_copies_are_not_gathered() -> None:
-    """Where each rank, or each group of ranks, has the whole state, only that of rank 0 is asked."""
+    """If each rank or each group of ranks has the whole state, only that of rank 0 is read."""
     run_on_processes(check_copies, 2)
 
 

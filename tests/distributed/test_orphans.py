@@ -1,4 +1,5 @@
-"""A run whose launcher, terminal or shell goes away: its processes end in good order, or live on where they should."""
+"""A run whose launcher, terminal or shell ends: its processes stop in good order, or go on where
+they should."""
 
 import ctypes
 import fcntl
@@ -47,7 +48,8 @@ LAUNCHERS = {
 
 @pytest.fixture(autouse=True)
 def _adopt() -> Iterator[None]:
-    """Processes that lose their parent become children of this one, which can ask how they ended.
+    """Let processes that lose their parent become children of this one, which can read their exit
+    codes.
 
     A run therefore sees another parent than process 1, as under a service manager.
     """
@@ -59,7 +61,7 @@ def _adopt() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory, tiny_llama: Path, chat_file: Path) -> Path:
-    """The run on two processes, left in peace."""
+    """Folder of the run on two processes that nothing disturbs."""
     root = tmp_path_factory.mktemp("undisturbed")
     config = write_config(
         root / "c.yaml", **settings(tiny_llama, chat_file), output_dir=str(root / "run")
@@ -71,7 +73,7 @@ def undisturbed(tmp_path_factory, tiny_llama: Path, chat_file: Path) -> Path:
 def launch(
     launcher: str, moment: str, config: Path, root: Path
 ) -> tuple[subprocess.Popen[bytes], Path]:
-    """The run with a slow part, under a launcher, writing to a log file."""
+    """Start the run with a slow part, under a launcher, writing to a log file."""
     log = root / "log.txt"
     command = [
         sys.executable,
@@ -88,7 +90,7 @@ def launch(
 
 
 def exit_codes(pids: list[int], seconds: float = 60) -> list[int]:
-    """How adopted processes ended, all within the time."""
+    """Exit codes of adopted processes, all of which must end within the time."""
     deadline = time.monotonic() + seconds
     codes = {}
     while len(codes) < len(pids):
@@ -105,18 +107,18 @@ def exit_codes(pids: list[int], seconds: float = 60) -> list[int]:
 
 
 class Living:
-    """Processes that are not children of this one, as `wait_for` looks at one."""
+    """Processes that are not children of this one, with the methods that `wait_for` calls."""
 
     def __init__(self, pids: list[int]) -> None:
         self._pids = pids
 
     def poll(self) -> int | None:
-        """None while all live."""
+        """Return None while all processes are alive."""
         return None if all(map(is_running, self._pids)) else 1
 
 
 def is_running(pid: int) -> bool:
-    """Whether a process has not ended."""
+    """True if a process has not ended."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
@@ -124,14 +126,14 @@ def is_running(pid: int) -> bool:
 
 
 def went_on(config: Path, folder: Path, undisturbed: Path) -> bool:
-    """Whether the same command brings the run to the end of the undisturbed one."""
+    """True if the same command brings the run to the end of the undisturbed one."""
     assert [done.returncode for done in run_ranks("train", config, processes=2)] == [0, 0]
     assert not (folder / "STOPPED").exists()
     return adapter_bytes(folder) == adapter_bytes(undisturbed)
 
 
 def reached(log: Path, moment: str, sign: str) -> bool:
-    """Whether the slow part began, after a line with the sign."""
+    """True if the slow part has begun, after a line with the sign."""
     text = log.read_text() if log.exists() else ""
     return sign in text and f"<{moment}>" in text[text.index(sign) :]
 
@@ -153,8 +155,8 @@ def test_the_launcher_is_killed(
     sign: str,
     newest: set[int],
 ) -> None:
-    """SIGKILL of the launcher alone: its ranks end within seconds with code 75 and a checkpoint of the last finished
-    step, and the same command goes on to the same adapter."""
+    """After SIGKILL of the launcher alone its ranks end within seconds with code 75 and a
+    checkpoint of the last finished step; the same command goes on to the undisturbed adapter."""
     folder, log = tmp_path / "run", tmp_path / "log.txt"
     config = write_config(
         tmp_path / "c.yaml", **settings(tiny_llama, chat_file), output_dir=str(folder)
@@ -171,7 +173,8 @@ def test_the_launcher_is_killed(
 
 
 def check_stopped(folder: Path, log: Path, newest: set[int]) -> None:
-    """The run said why it stopped, and its newest checkpoint is as new as can be."""
+    """Check that the run logged why it stopped, and that its newest checkpoint is of the last
+    step."""
     assert (folder / "STOPPED").read_text() == "the launcher is gone\n"
     assert "stopped (the launcher is gone); the same command goes on from here" in log.read_text()
     assert set(complete_steps(folder / "checkpoints")[-1:]) <= newest
@@ -181,7 +184,7 @@ def check_stopped(folder: Path, log: Path, newest: set[int]) -> None:
 def test_accelerate_is_killed(
     tmp_path: Path, tiny_llama: Path, chat_file: Path, undisturbed: Path
 ) -> None:
-    """The same with the real `accelerate launch`, in an evaluation."""
+    """The real `accelerate launch`, killed in an evaluation, leaves a run that can go on."""
     folder = tmp_path / "run"
     config = write_config(
         tmp_path / "c.yaml", **settings(tiny_llama, chat_file), output_dir=str(folder)
@@ -199,7 +202,8 @@ def test_accelerate_is_killed(
 
 
 def hang(moment: str, config: Path, patience: float) -> None:
-    """`train`, of which one rank hangs, with less patience after the launcher's end than the program has."""
+    """Run `train` with one rank that hangs, and less patience after the launcher's end than
+    usual."""
     with mock.patch.object(LauncherWatch.__init__, "__defaults__", (0.1, patience)):
         run_slowly(moment, ["train", str(config)])
 
@@ -208,8 +212,8 @@ def hang(moment: str, config: Path, patience: float) -> None:
 def test_a_rank_that_comes_to_no_stop(
     tmp_path: Path, tiny_llama: Path, chat_file: Path, undisturbed: Path, moment: str, sign: str
 ) -> None:
-    """A rank that hangs, in a step or while the others wait for the data it makes, and those that wait for it in a
-    collective, end a while after their launcher; the run can go on."""
+    """A rank that hangs, in a step or while the others wait for its data, ends a while after its
+    launcher, and so do those that wait for it in a collective; the run can go on."""
     folder, log = tmp_path / "run", tmp_path / "log.txt"
     config = write_config(
         tmp_path / "c.yaml", **settings(tiny_llama, chat_file), output_dir=str(folder)
@@ -229,7 +233,8 @@ def test_a_rank_that_comes_to_no_stop(
 def test_a_rank_that_is_killed_with_the_launcher(
     tmp_path: Path, tiny_llama: Path, chat_file: Path, undisturbed: Path
 ) -> None:
-    """The other rank, which waits for it in a collective, ends without a traceback, and the run can go on."""
+    """The other rank, which waits for the killed one in a collective, ends without a traceback, and
+    the run can go on."""
     folder, log = tmp_path / "run", tmp_path / "log.txt"
     config = write_config(
         tmp_path / "c.yaml", **settings(tiny_llama, chat_file), output_dir=str(folder)
@@ -250,7 +255,8 @@ def test_a_rank_that_is_killed_with_the_launcher(
 def test_a_launcher_that_is_gone_before_its_rank_looks(
     tmp_path: Path, tiny_llama: Path, chat_file: Path
 ) -> None:
-    """A rank that finds nobody at the address of its launcher ends at once, instead of asking for half an hour."""
+    """A rank that finds nobody at the address of its launcher ends at once, instead of trying for
+    half an hour."""
     config = write_config(
         tmp_path / "c.yaml", **settings(tiny_llama, chat_file), output_dir=str(tmp_path / "run")
     )
@@ -259,7 +265,7 @@ def test_a_launcher_that_is_gone_before_its_rank_looks(
 
 
 def be_forsaken() -> None:
-    """Let this process be a rank of a launcher that has ended."""
+    """Make this process a rank of a launcher that has ended."""
     be_rank(0, 2, free_port())
     os.environ.update(TORCHELASTIC_RUN_ID="a run", TORCHELASTIC_USE_AGENT_STORE="True")
 
@@ -267,7 +273,7 @@ def be_forsaken() -> None:
 def test_ctrl_c_for_the_launcher_alone(
     tmp_path: Path, tiny_llama: Path, chat_file: Path, undisturbed: Path
 ) -> None:
-    """SIGINT to the launcher reaches its ranks through it: a checkpoint, and no process is left."""
+    """SIGINT to the launcher reaches its ranks: they save a checkpoint, and no process is left."""
     folder = tmp_path / "run"
     config = write_config(
         tmp_path / "c.yaml", **settings(tiny_llama, chat_file), output_dir=str(folder)
@@ -286,7 +292,8 @@ def test_ctrl_c_for_the_launcher_alone(
 
 
 def test_a_shell_is_no_launcher(tmp_path: Path, tiny_llama: Path, chat_file: Path) -> None:
-    """A run of one process in the background of a shell goes on to its end when the shell is killed."""
+    """A run of one process in the background of a shell goes on to its end when the shell is
+    killed."""
     folder = tmp_path / "run"
     config = write_config(
         tmp_path / "c.yaml", **settings(tiny_llama, chat_file), output_dir=str(folder)
@@ -308,7 +315,8 @@ def test_a_shell_is_no_launcher(tmp_path: Path, tiny_llama: Path, chat_file: Pat
 
 
 def test_a_terminal_that_is_closed(tmp_path: Path, tiny_llama: Path, chat_file: Path) -> None:
-    """A run in a terminal that is closed saves itself, though nothing can be written there any more."""
+    """A run in a terminal that is closed saves a checkpoint, though nothing can be written to the
+    terminal."""
     folder = tmp_path / "run"
     config = write_config(
         tmp_path / "c.yaml", **settings(tiny_llama, chat_file), output_dir=str(folder)

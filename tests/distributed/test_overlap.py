@@ -1,4 +1,5 @@
-"""Collectives that run while layers compute (FSDP2 on the CPU): the same bits as when every one is waited for."""
+"""Collectives that run beside the layers (FSDP2 on the CPU) give the bits of collectives that are
+waited for."""
 
 from pathlib import Path
 from typing import Any, ClassVar
@@ -28,7 +29,7 @@ VOCAB, NUM_STEPS = 320, 3
 
 
 def micro_batches(rank: int, step: int) -> list[MicroBatch]:
-    """Two of a step."""
+    """The two micro-batches of a step."""
     generator = torch.Generator().manual_seed(100 * step + rank)
     rows = [torch.randint(3, VOCAB, (length,), generator=generator).tolist() for length in (12, 20)]
     return [collate([Sample(row, row)], pad_token_id=0) for row in rows]
@@ -37,7 +38,7 @@ def micro_batches(rank: int, step: int) -> list[MicroBatch]:
 def train(
     folder: Path, recompute: int, replicas: int, runtime: Runtime
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """Losses and gradient norms, and the adapter after the last step."""
+    """Losses and gradient norms of the steps, and the adapter after the last."""
     config = TrainConfig(
         model=ModelConfig(path=str(folder), dtype="float32"),
         adapter=AdapterConfig(rank=4),
@@ -58,17 +59,17 @@ def train(
 
 
 gathering: list[bool] = []
-"""Whether the second layer was being gathered already, whenever the first one was at work."""
+"""True at each forward of the first layer during which the second one was being gathered."""
 
 
 def is_gathering(layer: Any) -> bool:
-    """Whether its gather was started, beside the main thread, and not waited for yet."""
+    """True if the layer's gather has started, beside the main thread, and is not waited for yet."""
     result = layer._get_fsdp_state()._fsdp_param_group._all_gather_result
     return result is not None and result.all_gather_work is not None
 
 
 class Watched(Reductions):
-    """Notes how many run, whenever one was started and whenever all were waited for."""
+    """Notes the number of reductions in flight at each start and each wait."""
 
     running: ClassVar[list[int]] = []
 
@@ -105,5 +106,6 @@ def compare(folder: Path) -> None:
 
 
 def test_overlapping_changes_no_bit(families: dict[str, Path]) -> None:
-    """Two ranks, with and without recomputation, accumulation; and two replicas, where reductions do not overlap."""
+    """Two ranks, with and without recomputation and accumulation, train equal bits; and so do two
+    replicas, whose reductions do not overlap."""
     run_on_processes(compare, 2, families["llama"])

@@ -25,7 +25,7 @@ from tests.support.training import lasting_rows, train_here
 
 LENGTHS = (5, 23, 3, 9)
 LIMIT = 1e-5
-"""Relative; float32 sums in another order differ by 1e-6."""
+"""Relative distance; float32 sums in another order differ by 1e-6."""
 
 
 def loss_of(model: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:
@@ -35,7 +35,7 @@ def loss_of(model: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:
 
 
 def gradients(model: torch.nn.Module, losses: list[torch.Tensor]) -> torch.Tensor:
-    """Of the sum, in one vector."""
+    """Gradient of the sum of the losses, in one vector."""
     return torch.cat(
         [
             g.flatten()
@@ -45,7 +45,7 @@ def gradients(model: torch.nn.Module, losses: list[torch.Tensor]) -> torch.Tenso
 
 
 def only_targets_of(samples: list[Sample], chosen: int) -> list[Sample]:
-    """The same samples, where one of them alone has targets."""
+    """The samples with the targets of all but one of them removed."""
     return [
         sample
         if number == chosen
@@ -71,7 +71,8 @@ def compare_all_families(folders: dict[str, Path]) -> None:
         samples = [Sample(ids, ids) for ids in rows]
 
         alone = [loss_of(model, collate([sample], 0)) for sample in samples]
-        # Two packed rows of unequal length: samples 0, 1, 2 in one, 3 in the other, behind it padding.
+        # Two packed rows of unequal length: samples 0, 1, 2 in one, 3 in the other, behind it
+        # padding.
         packed = []
         for number in range(len(samples)):
             chosen = only_targets_of(samples, number)
@@ -93,7 +94,8 @@ def compare_all_families(folders: dict[str, Path]) -> None:
         assert abs(behind_each_other / sum(alone) - 1) <= LIMIT, family
 
         # The same comparison where sample 2 sees its neighbors. By gradients: a loss is one number,
-        # which a leak may leave where it was (by 7e-5 in one of 16 draws of weights), a gradient not.
+        # which a leak may leave where it was (by 7e-5 in one of 16 draws of weights), a gradient
+        # not.
         leaking = collate([join(only_targets_of(samples, 2)[:3])], 0)
         positions = torch.arange(leaking.input_ids.shape[1]).unsqueeze(0)
         leaked = gradients(
@@ -118,8 +120,9 @@ def compare_all_families(folders: dict[str, Path]) -> None:
 
 
 def test_packed_samples_are_trained_as_if_alone(families: dict[str, Path]) -> None:
-    """In every family: each sample's loss, and the gradient of all of them, are within 1e-5 of those without packing,
-    padding beside them or not; one that sees its neighbors is noticed, and a model whose samples would is refused."""
+    """In every family each sample's loss, and the gradient of all samples, are within 1e-5 of those
+    without packing, with and without padding. A sample that sees its neighbors is noticed, and a
+    model whose samples would is refused."""
     assert families.keys() == FAMILIES.keys()
     run_on_processes(compare_all_families, 1, families)
 
@@ -141,8 +144,8 @@ def train_packed(root: Path, model: Path, data: Path, backend: str, processes: i
 def test_packed_runs_are_equal_on_any_number_of_ranks(
     tmp_path: Path, tiny_llama: Path, chat_file: Path
 ) -> None:
-    """One process, two under fsdp and zero3: the same losses, through a stop; every token of every epoch is seen once.
-    What was measured on the way makes sense, and rank 0 alone left a trace."""
+    """One process, and two under fsdp and zero3, have equal losses, through a stop; every token of
+    every epoch is seen once. The measured values are plausible, and rank 0 alone left files."""
     runs = [("single", 1), ("fsdp", 2)] + [("zero3", 2)] * (find_spec("deepspeed") is not None)
     for backend, processes in runs:
         run_on_processes(

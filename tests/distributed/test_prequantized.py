@@ -28,7 +28,8 @@ BAD = "model.layers.1.mlp.down_proj.weight"
 
 @pytest.fixture(scope="module")
 def stored(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Stored:
-    """The tiny Llama in 4 bits, as several programs write it: folder, 4-bit type, double quantization."""
+    """The tiny Llama in 4 bits, as several programs write it: folder, 4-bit type, double
+    quantization."""
     root = tmp_path_factory.mktemp("stored")
     quantize(str(tiny_llama), str(root / "ours"), QuantFormat())
     save_with_transformers(
@@ -55,7 +56,8 @@ def stored(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Stored
 
 
 def load_sharded(folder: Path, quantization: str, double_quant: bool):
-    """The base model of `folder` sharded over the processes of this run, and the bytes that this one read."""
+    """Load the base model of `folder`, sharded over the ranks; return it with the bytes that this
+    one read."""
     runtime = start_runtime(seed=0, dtype="bfloat16")
     config = ModelConfig(str(folder), quantization, double_quant, "bfloat16")
     model = build_skeleton(folder, config, formats_in(folder, config))
@@ -65,7 +67,8 @@ def load_sharded(folder: Path, quantization: str, double_quant: bool):
 
 
 def check_gathered(model, source: Path, quantization: str, double_quant: bool) -> None:
-    """All ranks' parts together are what bitsandbytes makes of each whole matrix of the 16-bit `source`."""
+    """Check that all ranks' parts together are what bitsandbytes makes of each 16-bit matrix of
+    `source`."""
     originals = load_file(source / "model.safetensors")
     expected = dict(originals)
     for name, module in model.named_modules():
@@ -87,7 +90,7 @@ def check_gathered(model, source: Path, quantization: str, double_quant: bool) -
 
 
 def check_bytes_read(folder: Path, bytes_read: int) -> None:
-    """This rank read its share, and of what cannot be shared out only the code books and states."""
+    """Check that this rank read its share; only code books and states are read by all ranks."""
     sizes = {
         name: tensor.numel() * tensor.element_size() for name, tensor in tensors_of(folder).items()
     }
@@ -96,7 +99,8 @@ def check_bytes_read(folder: Path, bytes_read: int) -> None:
     }
     shared = sum(sizes.values()) - sum(common.values())
     world_size = dist.get_world_size()
-    # A share is rounded up to a row, of at most 128 bytes here; states are looked at twice, once when they are checked.
+    # A share is rounded up to a row, of at most 128 bytes here; states are looked at twice, once
+    # when they are checked.
     assert bytes_read <= shared / world_size + 128 * len(sizes) + 2 * sum(common.values())
     total = torch.tensor(bytes_read)
     dist.all_reduce(total)
@@ -115,8 +119,9 @@ def check_stored(stored: Stored, source: Path) -> None:
 def test_parts_are_those_of_quantizing_on_load(
     stored: Stored, tiny_llama: Path, world_size: int
 ) -> None:
-    """Gathered bytes equal quantizing the 16-bit model, for our files, for a float storage whose elements straddle the
-    borders of parts, and for several files; each rank reads and holds its share."""
+    """Gathered bytes equal quantizing the 16-bit model: for files of `quantize`, for a float
+    storage whose elements straddle the borders of parts, and for several files. Each rank reads and
+    holds its share."""
     run_on_processes(check_stored, world_size, stored, tiny_llama)
 
 
@@ -127,7 +132,8 @@ def check_refused_everywhere(folders: list[Path]) -> None:
 
 
 def test_all_ranks_refuse_what_one_of_them_sees(tiny_llama: Path, tmp_path: Path) -> None:
-    """A NaN in the rows of the last rank, in a 16-bit or in a stored matrix, stops all ranks with the same message."""
+    """A NaN in the last rank's rows, in a 16-bit or in a stored matrix, stops all ranks with one
+    message."""
     quantize(str(tiny_llama), str(tmp_path / "stored"), QuantFormat(double_quant=False))
     shutil.copytree(tiny_llama, tmp_path / "plain")
     for name, key in (("stored", f"{BAD}.absmax"), ("plain", BAD)):

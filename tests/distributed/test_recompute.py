@@ -1,4 +1,4 @@
-"""What is recomputed, on two ranks: chosen alike by both, and without a trace in what is trained."""
+"""Recomputation on two ranks: both choose the same, and training has the same bits."""
 
 import math
 from contextlib import AbstractContextManager
@@ -79,18 +79,21 @@ def compare_policies(folder: Path, backend: str, settings: tuple[str | int, ...]
 
 
 def test_training_has_the_same_bits_under_every_policy(tiny_llama: Path) -> None:
-    """On two sharded ranks, with accumulation and dropout, losses and adapters do not depend on `memory.recompute`."""
+    """On two sharded ranks, with accumulation and dropout, losses and adapters do not depend on
+    `memory.recompute`."""
     run_on_processes(compare_policies, 2, tiny_llama, "fsdp", ("selective", 1, "auto"))
 
 
 def test_zero3_has_the_same_bits_under_every_policy(tiny_llama: Path) -> None:
-    """Where parameters are whole only while their module runs, nothing is made again from them."""
+    """ZeRO-3, whose parameters are whole only while their module runs, has equal bits under each
+    policy."""
     pytest.importorskip("deepspeed", reason="deepspeed is an optional dependency")
     run_on_processes(compare_policies, 2, tiny_llama, "zero3", ("selective",))
 
 
 class PretendedMeter(MemoryMeter):
-    """Memory of a process that holds `base` bytes, and in a step what its layers keep on top."""
+    """Memory of a process that holds `base` bytes, and in a step the kept bytes of its layers on
+    top."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
@@ -108,14 +111,15 @@ class PretendedMeter(MemoryMeter):
 
 
 def as_on_a_gpu() -> AbstractContextManager[object]:
-    """Where recomputing selectively is worth it."""
+    """Context in which recomputing selectively frees memory, as on a GPU."""
     return mock.patch.object(RecomputeBudget, "_selective_frees", True)
 
 
 def choices_of(folder: Path, runtime: Runtime, num_layers_less: int) -> list[Recompute]:
-    """What is chosen before and after each of eight steps, when layers turn out to take twice what the formula says,
-    the limit is what three of them take that keep everything, and after the second and the fourth step as much becomes
-    free as one of them takes.
+    """Choices before and after each of eight steps under a pretended memory.
+
+    Layers turn out to take twice what the formula says; the limit is what three layers take that
+    keep everything; and after the second and the fourth step the share of one such layer is freed.
 
     Args:
         num_layers_less: layers that the second rank has less room for.
@@ -194,6 +198,6 @@ def choose_together(folder: Path) -> None:
 
 
 def test_all_ranks_choose_by_the_one_with_the_least_room(tiny_llama: Path) -> None:
-    """Ranks that hold unlike amounts decide alike, before and after the first steps, and after later ones recompute no
-    less; the log says what, and changes."""
+    """Ranks that hold unlike amounts decide alike, before and after the first steps, and later ones
+    recompute no less; the log names the choice and each change."""
     run_on_processes(choose_together, 2, tiny_llama)

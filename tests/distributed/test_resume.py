@@ -1,4 +1,4 @@
-"""A run that was stopped anywhere goes on as if it had not been."""
+"""A run that was stopped at any moment goes on as if it had not been."""
 
 import json
 import os
@@ -22,7 +22,8 @@ ACCUM = 2
 
 
 def settings(model: Path, data: Path, backend: str, **optim: object) -> dict:
-    """Eight steps over the borders of epochs, with dropout, evaluation and checkpoints."""
+    """Settings of eight steps over the borders of epochs, with dropout, evaluation and
+    checkpoints."""
     return {
         "model": {"path": str(model), "dtype": "float32"},
         "adapter": {"rank": 4, "alpha": 8, "dropout": 0.2},
@@ -43,7 +44,8 @@ def settings(model: Path, data: Path, backend: str, **optim: object) -> dict:
 
 @pytest.fixture(scope="module")
 def few_rows(tmp_path_factory, chat_file: Path) -> Path:
-    """Twenty conversations: 15 to train on, so that 8 steps of 4 pass two borders of epochs, neither of them even."""
+    """Twenty conversations, 15 of them to train on: 8 steps of 4 pass two borders of epochs, inside
+    a step each."""
     file = tmp_path_factory.mktemp("few") / "few.jsonl"
     file.write_text("".join(chat_file.read_text().splitlines(keepends=True)[:20]))
     return file
@@ -54,7 +56,8 @@ def interrupt_everywhere(root: Path, model: Path, data: Path) -> None:
     assert train_here(root / "whole", run)
     expected = adapter_bytes(root / "whole"), lasting_rows(root / "whole")
     for step in range(NUM_STEPS):
-        # After the last micro-batch of a step, and in the middle of the next one, in turn; on either rank.
+        # After the last micro-batch of a step, and in the middle of the next one, in turn; on
+        # either rank.
         stop_after = ACCUM * step + 1 + step % ACCUM
         folder = root / f"stopped-{stop_after}"
         if not train_here(folder, run, stop_after, stop_on_rank=step // 2 % 2):
@@ -67,8 +70,9 @@ def interrupt_everywhere(root: Path, model: Path, data: Path) -> None:
 
 
 def test_stopping_anywhere_changes_no_bit(tmp_path: Path, tiny_llama: Path, few_rows: Path) -> None:
-    """Stopped at each of eight steps, between steps and amid accumulation, by a signal to either of two ranks, and
-    started again: adapter and every logged number equal those of the uninterrupted run bit for bit, dropout on."""
+    """A run that is stopped at each of eight steps, between steps and amid accumulation, by a
+    signal to either of two ranks, and started again has the adapter and every logged number of the
+    uninterrupted run bit for bit, with dropout."""
     run_on_processes(interrupt_everywhere, 2, tmp_path, tiny_llama, few_rows)
 
 
@@ -97,14 +101,15 @@ def interrupt_once(root: Path, model: Path, data: Path, backend: str, optimizer:
 def test_every_backend_goes_on_exactly(
     tmp_path: Path, tiny_llama: Path, few_rows: Path, backend: str, optimizer: str
 ) -> None:
-    """Stopped in the middle of a step and started again, two ranks end with the bits of the uninterrupted run."""
+    """Stopped in the middle of a step and started again, two ranks end with the uninterrupted run's
+    bits."""
     if backend.startswith("zero") and find_spec("deepspeed") is None:
         pytest.skip("deepspeed is an optional dependency")
     run_on_processes(interrupt_once, 2, tmp_path, tiny_llama, few_rows, backend, optimizer)
 
 
 def part_of_a_run(folder: Path, run: dict, stop_after: int | None) -> None:
-    """Train until the stop; notes which samples went into the steps that counted."""
+    """Train until the stop; note the samples of each step that counted."""
     seen: list[tuple[int, list[int]]] = []
     step_batches = loader_module.step_batches
 
@@ -129,8 +134,9 @@ PARTS = [(2, "fsdp", 3), (3, "ddp", 2), (2, "zero3", 3), (1, "single", 6)]
 def test_a_run_moves_between_world_sizes_and_backends(
     tmp_path: Path, tiny_llama: Path, chat_file: Path
 ) -> None:
-    """Two ranks under fsdp, three under ddp, two under zero3 and one: together they see every sample exactly once, and
-    give the losses, gradient norms and adapter of one process, dropout on."""
+    """Two ranks under fsdp, three under ddp, two under zero3 and one continue one run: together
+    they see every sample exactly once, and give the losses, gradient norms and adapter of one
+    process, with dropout."""
     parts = [part for part in PARTS if part[1] != "zero3" or find_spec("deepspeed") is not None]
     for number, (processes, backend, accum) in enumerate(parts):
         run = settings(
@@ -181,7 +187,8 @@ def changed_after_a_stop(folder: Path, run: dict, changes: dict) -> None:
 def test_another_configuration_in_the_same_folder_is_refused(
     tmp_path: Path, tiny_llama: Path, few_rows: Path, changes: dict, words: str
 ) -> None:
-    """Going on with other settings is refused with what differs, and the folder is left as it was."""
+    """Resuming with other settings is refused with the difference, and the folder stays
+    untouched."""
     run = settings(tiny_llama, few_rows, "single")
     run_on_processes(changed_after_a_stop, 1, tmp_path / "run", run, changes)
     assert words in (tmp_path / "run.message").read_text()
@@ -191,7 +198,8 @@ def test_another_configuration_in_the_same_folder_is_refused(
 def test_other_contents_under_the_same_name_are_refused(
     tmp_path: Path, tiny_llama: Path, few_rows: Path, what: str
 ) -> None:
-    """Rows or weights that were exchanged in place are noticed: the checkpoint belongs to what they were."""
+    """Rows or weights that were exchanged in place are noticed: a checkpoint belongs to their
+    contents."""
     data = Path(shutil.copy(few_rows, tmp_path / "data.jsonl"))
     model = Path(shutil.copytree(tiny_llama, tmp_path / "model"))
     run = settings(model, data, "single")

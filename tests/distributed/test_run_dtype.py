@@ -1,4 +1,5 @@
-"""A run keeps the compute type that it began with, on any machine; what is frozen does not depend on it."""
+"""A run keeps the compute type that it began with, on any machine; frozen bytes do not depend on
+it."""
 
 import json
 from contextlib import AbstractContextManager
@@ -21,7 +22,7 @@ from tests.support.training import adapter_bytes, lasting_rows, train_here
 
 
 def on_a_cpu_that_is_quick_at(dtype: str) -> AbstractContextManager[object]:
-    """Where `auto` takes that type, whatever the CPU is."""
+    """Context in which `auto` takes that type, on any CPU."""
     return mock.patch.object(
         compute_type, "product_flops", lambda _, name: 1e12 if name == dtype else 1e9
     )
@@ -39,7 +40,7 @@ def settings(model: Path, data: Path, **checkpoint: object) -> dict:
 
 
 def said_dtype(folder: Path) -> tuple[str, str]:
-    """In the resolved configuration, and in the adapter's own record."""
+    """Types in the resolved configuration and in the adapter's own record."""
     config = yaml.safe_load((folder / "config.yaml").read_text())
     recipe = json.loads((folder / "adapter" / "qlora_dist.json").read_text())
     return config["model"]["dtype"], recipe["base"]["dtype"]
@@ -69,8 +70,9 @@ def go_on_elsewhere(root: Path, model: Path, data: Path) -> None:
 def test_a_run_that_goes_on_elsewhere_keeps_its_type(
     tmp_path: Path, tiny_llama: Path, few_texts: Path
 ) -> None:
-    """Stopped where bfloat16 is quick and continued where float32 is, it ends with the bits of a run left in peace; so
-    does one that branches off its checkpoint. Begun anew, it takes what suits the machine."""
+    """A run that stops where bfloat16 is quick and continues where float32 is ends with the bits of
+    an undisturbed run; so does one that branches off its checkpoint. A new run takes the machine's
+    type."""
     run_on_processes(go_on_elsewhere, 1, tmp_path, tiny_llama, few_texts)
 
 
@@ -100,7 +102,8 @@ def load_in_every_type(model: Path) -> None:
 
 
 def test_frozen_bytes_are_the_same_in_every_type(tiny_llama: Path) -> None:
-    """Packed weights and constants; only what is not quantized is kept in the compute type."""
+    """Packed weights and constants have equal bytes in each type; only unquantized weights are kept
+    in the compute type."""
     run_on_processes(load_in_every_type, 1, tiny_llama)
 
 
@@ -127,5 +130,6 @@ def use_elsewhere(root: Path, model: Path, data: Path) -> None:
 def test_an_adapter_is_used_in_the_type_of_the_machine(
     tmp_path: Path, tiny_llama: Path, few_texts: Path
 ) -> None:
-    """And the log says which one it was trained in."""
+    """An adapter is used in the machine's type, and the log names the type that it was trained
+    in."""
     run_on_processes(use_elsewhere, 1, tmp_path, tiny_llama, few_texts)

@@ -1,4 +1,4 @@
-"""What a rank holds of a sharded model: its share and no more, in exactly the bytes of the whole."""
+"""Shards of a model: each rank holds its share and no more, in exactly the bytes of the whole."""
 
 import itertools
 from dataclasses import replace
@@ -29,7 +29,8 @@ from tests.support.processes import run_on_processes
 
 
 def build_sharded(folder: Path, config: ModelConfig, backend: BackendName):
-    """The model of `folder`, sharded over the processes of this run; in the type of its files, bfloat16."""
+    """Build the model of `folder`, sharded over the processes of this run, in bfloat16, its files'
+    type."""
     config = replace(config, dtype="bfloat16")
     runtime = start_runtime(seed=0, dtype=config.dtype)
     train_config = TrainConfig(
@@ -44,7 +45,8 @@ def check_share(folder: Path) -> None:
 
 
 def test_each_of_two_ranks_holds_at_most_its_share(tiny_llama: Path) -> None:
-    """With two ranks, each holds at most 0.55 of the parameters' bytes; constants and embeddings included."""
+    """With two ranks, each holds at most 0.55 of the parameters' bytes, constants and embeddings
+    included."""
     run_on_processes(check_share, 2, tiny_llama)
 
 
@@ -54,7 +56,8 @@ def check_bytes(folder: Path, quantization: str, double_quant: bool) -> None:
 
 
 def assert_bytes_of_whole_matrices(model: nn.Module, config: ModelConfig) -> None:
-    """Gathered packed weights and constants are what bitsandbytes makes of the matrices in the model's files."""
+    """Check that gathered weights and constants are what bitsandbytes makes of the matrices in the
+    files."""
     with safe_open(Path(config.path) / "model.safetensors", framework="pt") as file:
         num_layers = 0
         for name, module in model.named_modules():
@@ -120,8 +123,9 @@ def check_byte_exactness(folder: Path) -> None:
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 5])
 def test_every_format_is_exact_on_any_number_of_ranks(tiny_llama: Path, world_size: int) -> None:
-    """NF4 and FP4, double quantization on and off, blocks of 64 and 128, on one to five ranks: the gathered bytes are
-    those of the whole matrix. Slices of these matrices fall inside rows and inside blocks."""
+    """The gathered bytes are those of the whole matrix for NF4 and FP4, double quantization on and
+    off, blocks of 64 and 128, on one to five ranks. Slices of these matrices fall inside rows and
+    inside blocks."""
     run_on_processes(check_byte_exactness, world_size, tiny_llama)
 
 
@@ -130,6 +134,6 @@ def test_every_format_is_exact_on_any_number_of_ranks(tiny_llama: Path, world_si
 def test_gathered_bytes_are_those_of_the_whole_matrix(
     tiny_llama: Path, world_size: int, quantization: str, double_quant: bool
 ) -> None:
-    """Packed weights and constants, gathered, equal what bitsandbytes makes of the whole matrix, also where slices
-    fall between block borders."""
+    """Packed weights and constants, gathered, equal what bitsandbytes makes of the whole matrix,
+    also if slices fall between block borders."""
     run_on_processes(check_bytes, world_size, tiny_llama, quantization, double_quant)

@@ -1,4 +1,4 @@
-"""ZeRO-2 and ZeRO-3 train as one process does, and hold the shares of the model that they promise."""
+"""ZeRO-2 and ZeRO-3 train as one process does, and hold the promised shares of the model."""
 
 import gc
 import json
@@ -29,7 +29,8 @@ pytestmark = pytest.mark.skipif(
 
 NUM_STEPS = 10
 
-# name: (processes, backend, micro_batch_size, grad_accum_steps, recompute); the global batch is 4 rows throughout
+# name: (processes, backend, micro_batch_size, grad_accum_steps, recompute); the global batch is 4
+# rows throughout
 OFFLOADED = "zero3, offloaded"
 RUNS = {
     "float32": {
@@ -48,14 +49,15 @@ RUNS = {
 }
 
 AS_A_COMMAND = ("float32", "zero3")
-"""The run that a launcher starts, with imports and all, as a user does; the others are forked."""
+"""The way that a launcher starts from scratch, as a user does; the others are forked."""
 
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
 def runs(
     request, tmp_path_factory, tiny_llama: Path, chat_file: Path
 ) -> tuple[str, dict[str, Path]]:
-    """The same training, run in each way of RUNS through the command line; returns dtype and run folders."""
+    """Run folders of one training that is run in each of RUNS through the command line; and its
+    dtype."""
     dtype = request.param
     root = tmp_path_factory.mktemp(f"zero-{dtype}")
     folders = {}
@@ -114,12 +116,13 @@ OUR_LINES = (
     "evaluating ",
     "after step ",
 )
-"""How the lines of a run begin; `/` is the path of the data file, the last ones a busy machine's signs of life."""
+"""Beginnings of a run's lines; `/` is the path of the data file, the last ones a busy machine's
+signs of life."""
 
 
 def test_losses_and_gradient_norms_are_those_of_one_process(runs) -> None:
-    """Training losses, evaluation losses and gradient norms of two ranks equal those of one process, within the
-    rounding of the compute type."""
+    """Training losses, evaluation losses and gradient norms of two ranks equal those of one
+    process, within the rounding of the compute type."""
     dtype, folders = runs
     expected = run_rows(folders["one process"])
     assert len(losses(folders["one process"])) == NUM_STEPS
@@ -138,7 +141,8 @@ def test_losses_and_gradient_norms_are_those_of_one_process(runs) -> None:
 
 
 def test_final_adapters_are_those_of_one_process(runs) -> None:
-    """In float32 the trained adapters agree to a relative L2 distance of 1e-5, under the same names."""
+    """In float32 the trained adapters agree to a relative L2 distance of 1e-5, under equal
+    names."""
     dtype, folders = runs
     if dtype != "float32":
         pytest.skip("bfloat16 rounding makes Adam's sign-like first steps differ in a few elements")
@@ -164,8 +168,8 @@ def check_stage_3(folder: Path) -> None:
         2
     ):  # DeepSpeed learns the order of modules in the first step and fetches ahead from the second
         loss = target_loss_sum(model.train(), ids, torch.ones_like(ids), ids)
-        # A third of the base is one layer. It was 0.92 with bitsandbytes' autograd function, which keeps views of what
-        # was gathered, and 0.95 with DeepSpeed's default buffers.
+        # A third of the base is one layer. It was 0.92 with bitsandbytes' autograd function, which
+        # keeps views of what was gathered, and 0.95 with DeepSpeed's default buffers.
         assert live_integer_bytes() - before <= 0.5 * packed
         engine.backward(loss, is_last_micro_batch=True)
         engine.update(lr=1e-3, max_grad_norm=1.0)
@@ -189,8 +193,9 @@ def live_integer_bytes() -> int:
 
 
 def test_stage_3_holds_its_share_in_the_bytes_of_the_whole(tiny_llama: Path) -> None:
-    """Each of two ranks holds at most 0.55 of the parameters' bytes, after loading and after a step; gathered, they
-    are what bitsandbytes makes of the whole matrix; between forward and backward little more than a layer is kept."""
+    """Each of two ranks holds at most 0.55 of the parameters' bytes, after loading and after a
+    step. Gathered, they are what bitsandbytes makes of the whole matrix. Between forward and
+    backward little more than a layer is kept."""
     run_on_processes(check_stage_3, 2, tiny_llama)
 
 
@@ -209,13 +214,13 @@ def check_uneven_parts(folder: Path, tied_folder: Path) -> None:
 
 
 def embedding_of(folder: Path) -> torch.Tensor:
-    """The input embedding as the model's file holds it."""
+    """The input embedding in the model's file."""
     return load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
 
 
 def test_stage_3_cuts_anywhere(tiny_llama: Path, tmp_path: Path) -> None:
-    """On three ranks, whose parts begin inside rows and quantization blocks, the gathered bytes are the same; an
-    embedding that is the output head too stays one parameter."""
+    """On three ranks, whose parts begin inside rows and quantization blocks, the gathered bytes are
+    those of the whole; an embedding that is the output head too stays one parameter."""
     tied = tmp_path / "tied"
     shutil.copytree(tiny_llama, tied)
     tensors = load_file(tied / "model.safetensors")

@@ -1,7 +1,8 @@
-"""Everything fast at once computes what everything plain does, in each family: loss, logits and all gradients.
+"""All fast paths together compute what the plain ones do, in each family of models.
 
-Plain: 4-bit weights expanded and multiplied by PyTorch's own autograd, peft's layers around them, eager attention, each
-sample by itself, logits of all tokens, nothing recomputed. Fast: what a run does. (tests/distributed does it on ranks.)
+Compared are loss, logits and all gradients. Plain: 4-bit weights expanded and multiplied by
+PyTorch's own autograd, peft's layers around them, eager attention, each sample by itself, logits of
+all tokens, nothing recomputed. Fast: the paths of a run. (tests/distributed does it on ranks.)
 """
 
 import statistics
@@ -32,7 +33,7 @@ from tests.support.families import FAMILIES
 
 
 def random_samples(seed: int) -> list[Sample]:
-    """Three of different lengths, the first three tokens of each without a label."""
+    """Three samples of different lengths, the first three tokens of each without a label."""
     return [
         Sample(ids, [IGNORE_INDEX] * 3 + ids[3:])
         for length in (17, 5, 26)
@@ -53,18 +54,18 @@ PADDED = collate(SAMPLES, pad_token_id=0, seed=7)
 
 @dataclass(frozen=True)
 class Found:
-    """What is compared."""
+    """Results that the tests compare."""
 
     loss: float
     gradient: torch.Tensor
-    """Of all adapters, in one float64 vector."""
+    """Gradient of all adapters, in one float64 vector."""
     logits: torch.Tensor
-    """Of the first sample, in eval mode."""
+    """Logits of the first sample, in eval mode."""
     logits_without: torch.Tensor
-    """The same with the adapter switched off."""
+    """Logits of the first sample with the adapter switched off."""
 
     def distance(self, other: "Found") -> float:
-        """Largest relative distance of loss, gradient and logits from the other's."""
+        """Largest relative distance of loss, gradient and logits from `other`."""
         tensors = (
             (self.gradient, other.gradient),
             (self.logits, other.logits),
@@ -84,7 +85,8 @@ def runtime() -> Runtime:
 
 
 def results(model: PeftModel, losses: Iterator[torch.Tensor], runtime: Runtime) -> Found:
-    """Backward of all losses; then logits, for which the model leaves train mode and its adapter for a while."""
+    """Backward of all losses; then logits, for which the model leaves train mode and its adapter
+    for a while."""
     model.zero_grad()
     total = 0.0
     for loss in losses:
@@ -99,7 +101,7 @@ def results(model: PeftModel, losses: Iterator[torch.Tensor], runtime: Runtime) 
 
 
 def logits(model: PeftModel, runtime: Runtime) -> torch.Tensor:
-    """Of the first sample, in eval mode."""
+    """Logits of the first sample, in eval mode."""
     model.eval()
     with torch.no_grad(), runtime.autocast():
         found = model(input_ids=torch.tensor([SAMPLES[0].input_ids])).logits.double()
@@ -109,7 +111,8 @@ def logits(model: PeftModel, runtime: Runtime) -> torch.Tensor:
 
 @contextmanager
 def plain_layers() -> Iterator[None]:
-    """Models compute as peft composes them, on weights that are expanded for PyTorch's own linear layer."""
+    """Context in which models compute as peft composes them, on weights expanded for PyTorch's own
+    linear."""
 
     def forward(layer: QuantizedLinear, x: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.linear(x, layer.dequantized().to(x.dtype), layer.bias)
@@ -122,7 +125,7 @@ def plain_layers() -> Iterator[None]:
 
 
 def plain(folder: Path, runtime: Runtime, batches: list[MicroBatch], dropout: float = 0.0) -> Found:
-    """Everything plain."""
+    """Results with everything plain."""
 
     def loss(batch: MicroBatch) -> torch.Tensor:
         torch.manual_seed(batch.seed)
@@ -143,14 +146,15 @@ def plain(folder: Path, runtime: Runtime, batches: list[MicroBatch], dropout: fl
 
 
 def fast(model: PeftModel, runtime: Runtime, batch: MicroBatch) -> Found:
-    """As `train_step` does it."""
+    """Results as `train_step` computes them."""
     return results(model, iter([micro_step(model, batch, NUM_TARGETS, runtime)]), runtime)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_float32_is_the_plain_way(families: dict[str, Path], runtime: Runtime, family: str) -> None:
-    """Packed, fused, in chunks, recomputed or not: within 1e-5 of each sample by itself, with and without the adapter;
-    and the same bits again after evaluation, and after the adapter was off."""
+    """Packed, fused, in chunks, recomputed or not, results are within 1e-5 of each sample by
+    itself, with and without the adapter. They have equal bits after an evaluation, and after the
+    adapter was off."""
     expected = plain(families[family], runtime, ALONE)
     for recompute in ("none", "full", 1):
         model = build_adapted(families[family], runtime, recompute=recompute)
@@ -163,7 +167,8 @@ def test_float32_is_the_plain_way(families: dict[str, Path], runtime: Runtime, f
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_dropout_drops_the_same(families: dict[str, Path], runtime: Runtime, family: str) -> None:
-    """With dropout the plain and the fast way drop the same values, recomputed or not: within 1e-5 in float32."""
+    """With dropout the plain and the fast way drop equal values, recomputed or not: within 1e-5 in
+    float32."""
     expected = plain(families[family], runtime, [PADDED], dropout=0.3)
     for recompute in ("none", "full"):
         model = build_adapted(families[family], runtime, dropout=0.3, recompute=recompute)
@@ -173,13 +178,13 @@ def test_dropout_drops_the_same(families: dict[str, Path], runtime: Runtime, fam
 
 
 def test_bfloat16_is_as_exact_as_the_plain_way(families: dict[str, Path], runtime: Runtime) -> None:
-    """In bfloat16 the fast way is no further from the plain float32 gradients than the plain bfloat16 one, on average
-    over families and batches, with dropout or without. After evaluation and with another recomputation it has the same
-    bits.
+    """In bfloat16 the fast way is no further from the plain float32 gradients than the plain
+    bfloat16 one, on average over families and batches, with dropout or without. After evaluation
+    and with another recomputation it has the same bits.
 
-    Rounding in another order is worth 12 % either way (standard deviation) in one family and batch. So the mean of 48
-    is good to 1.7 %, and may be three times that above 1; the mean of a case's three is good to 7 %, and the largest of
-    16 such may be three and a half times that above.
+    Rounding in another order is worth 12 % either way (standard deviation) in one family and batch.
+    So the mean of 48 is good to 1.7 %, and may be three times that above 1; the mean of a case's
+    three is good to 7 %, and the largest of 16 such may be three and a half times that above.
     """
     in_bfloat16 = replace(runtime, compute_dtype=torch.bfloat16)
     ratios = defaultdict(list)
@@ -209,7 +214,8 @@ def test_bfloat16_is_as_exact_as_the_plain_way(families: dict[str, Path], runtim
 
 
 def test_compiled_layers_are_the_plain_way(families: dict[str, Path], runtime: Runtime) -> None:
-    """A recomputed decoder layer that the compiler has traced: within 1e-5, and the same bits after evaluation."""
+    """A compiled, recomputed decoder layer is within 1e-5 of the plain way, with equal bits after
+    an evaluation."""
     expected = plain(families["llama"], runtime, ALONE)
     model = build_adapted(families["llama"], runtime, recompute="full")
     torch.compiler.reset()

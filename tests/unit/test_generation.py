@@ -27,8 +27,9 @@ from tests.support.rows import encode
     ],
 )
 def test_a_prompt_is_what_training_rows_begin_with(tokenizer, row: dict, layout: str) -> None:
-    """Token by token, also where the tokenizer puts a start and an end token around every text: the end token would
-    tell the model that all has been said."""
+    """Prompts equal the beginnings of training rows token by token, also if the tokenizer puts a
+    start and an end token around every text: the end token would tell the model that the text is
+    over."""
     framing = copy.deepcopy(tokenizer)
     framing._tokenizer.post_processor = TemplateProcessing(
         single="<|im_start|> $A <|im_end|>",

@@ -1,4 +1,4 @@
-"""The pieces of the loop that need no model."""
+"""Parts of the training loop that need no model."""
 
 from dataclasses import replace
 
@@ -37,7 +37,7 @@ def batches_of_all_ranks(
 
 
 def test_dropout_depends_on_the_place_in_the_data_only(runtime: Runtime) -> None:
-    """The same micro-batches have the same seeds on one rank and on three, and whether they are one step or three."""
+    """Equal micro-batches have equal seeds on one rank and on three, in one step or in three."""
     expected = batches_of_all_ranks(runtime, 6, accum=3, world=1)
     steps = [
         batch
@@ -52,7 +52,8 @@ def test_dropout_depends_on_the_place_in_the_data_only(runtime: Runtime) -> None
 
 
 def test_no_two_micro_batches_drop_the_same(runtime: Runtime) -> None:
-    """Seeds differ from micro-batch to micro-batch, from epoch to epoch, and with the seed of the run."""
+    """Seeds differ from micro-batch to micro-batch, from epoch to epoch, and with the seed of the
+    run."""
     one = batches_of_all_ranks(runtime, 0, accum=5, world=8)  # four epochs
     other = batches_of_all_ranks(runtime, 0, accum=5, world=8, seed=1)
     assert len({batch.seed for batch in one + other}) == 80
@@ -69,5 +70,5 @@ def test_ranks_without_samples_get_padding(runtime: Runtime) -> None:
     ("every", "due"), [(None, []), (1, [1, 2, 3, 4, 5, 6]), (3, [3, 6]), (7, [])]
 )
 def test_what_is_due(every: int | None, due: list[int]) -> None:
-    """Every N-th step, or never."""
+    """An action is due at every N-th step, or never."""
     assert [step for step in range(1, 7) if is_due(step, every)] == due

@@ -1,4 +1,4 @@
-"""The memory of a micro-batch by formula, and the advice that is drawn from it."""
+"""The memory of a micro-batch by formula, and the advice that follows from it."""
 
 import json
 from types import SimpleNamespace
@@ -22,7 +22,7 @@ from tests.support.command import ROOT
 
 
 def dimensions(shape: dict) -> SimpleNamespace:
-    """What the formula reads of a model's config."""
+    """The fields of a model's config that the formula reads."""
     return SimpleNamespace(
         hidden_size=shape["hidden"],
         num_hidden_layers=shape["layers"],
@@ -34,8 +34,8 @@ def dimensions(shape: dict) -> SimpleNamespace:
 
 
 def test_the_formula_agrees_with_what_was_counted() -> None:
-    """For 7B to 70B on 1 to 16 ranks it gives between 65 and 100 % of what the memory benchmark counted beyond the
-    state between two steps; gathered layers are the rest."""
+    """For 7B to 70B on 1 to 16 ranks the formula gives between 65 and 100 % of the bytes that the
+    memory benchmark counted beyond the state between two steps; gathered layers are the rest."""
     counted = json.loads((ROOT / "benchmarks" / "results" / "memory.json").read_text())
     assert len(counted["runs"]) == 25
     for run in counted["runs"]:
@@ -56,7 +56,8 @@ def test_the_formula_agrees_with_what_was_counted() -> None:
 
 
 def test_targets_cost_a_chunk_of_logits_at_most() -> None:
-    """Where the loss is the peak, it grows with the targets by their gradients only, once a chunk of logits is full."""
+    """If the loss is the peak, more targets add only their gradients once a chunk of logits is
+    full."""
     model = dimensions(
         {"hidden": 64, "layers": 2, "heads": 4, "kv_heads": 4, "intermediate": 128, "vocab": 128256}
     )
@@ -102,7 +103,8 @@ def advice(backend: str, recompute: str | int, rows: int, dropout: float = 0.0) 
 
 
 def test_advice_names_sizes_and_keys() -> None:
-    """The message says what was too large, on what, and what each change would save, largest first."""
+    """The message names the micro-batch, the device and the saving of each change, largest
+    first."""
     text = advice("ddp", "none", rows=6)
     assert "the GPU's memory (24.0 GiB) is full" in text
     assert "6 rows of 4,096 tokens" in text
@@ -118,7 +120,8 @@ def test_advice_names_sizes_and_keys() -> None:
 
 
 def test_advice_leaves_out_what_is_done_already() -> None:
-    """Full recomputation and a single row cannot be made less; what is left is said."""
+    """Full recomputation and a single row cannot be reduced: the message names the other
+    changes."""
     text = advice("fsdp", "full", rows=1)
     assert "memory.recompute" not in text
     assert "micro_batch_size" not in text
@@ -138,7 +141,8 @@ def test_advice_leaves_out_what_is_done_already() -> None:
     ],
 )
 def test_recompute_as_numbers_of_layers(recompute: str | int, expected: tuple[int, int]) -> None:
-    """Every value of memory.recompute stands for a number of layers under each policy; the first ones recompute."""
+    """Every value of memory.recompute stands for a number of layers under each policy; the first
+    layers recompute."""
     found = fixed_recompute(recompute, 32)
     assert (found.num_selective, found.num_full) == expected
     mixed = Recompute(4, num_selective=2, num_full=1)
@@ -160,7 +164,7 @@ def test_recompute_as_numbers_of_layers(recompute: str | int, expected: tuple[in
 def test_more_room_never_means_more_recomputation(
     num_layers: int, sizes: tuple, room: int, more: int, with_selective: bool
 ) -> None:
-    """What is chosen fits wherever anything does, and with more room no layer recomputes more."""
+    """The choice fits whenever any fits, and with more room no layer recomputes more."""
     layer = LayerBytes(*sorted(sizes, reverse=True))
     tight, ample = (
         layer.least_recompute(size, num_layers, layer.none, with_selective)

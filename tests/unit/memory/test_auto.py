@@ -1,4 +1,4 @@
-"""What `memory.recompute: auto` may take."""
+"""`memory.recompute: auto`: the limit that it may take, and its first estimate."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +24,8 @@ from tests.support.adapted import build_adapted
 def test_the_limit(
     budget_gib: float | None, local_world_size: int, device: str, expected: float
 ) -> None:
-    """What is held, what the processes of a host share of what is free, and what the allocator has over; or less."""
+    """The limit is the held memory, the share of each process of a host in the free memory, and the
+    allocator's spare memory; or less."""
     meter = SimpleNamespace(held=lambda: 3 * GIB, unused=lambda: (device == "cuda") * GIB)
     runtime = SimpleNamespace(device=torch.device(device), local_world_size=local_world_size)
     with mock.patch("qlora_dist.runtime.memory.free_bytes", return_value=8 * GIB):
@@ -38,7 +39,8 @@ def test_the_limit(
 def test_a_host_leaves_more_free_until_two_steps_were_measured(
     device: str, num_retries: int, reserves: list[float]
 ) -> None:
-    """Before the first step, after it, after the second and later; a GPU whenever its allocator had to begin anew."""
+    """The reserve before the first step, after it, after the second and later; and on a GPU
+    whenever its allocator had to begin anew."""
     runtime = SimpleNamespace(device=torch.device(device))
     meter = MemoryMeter(runtime.device)
     with mock.patch.object(
@@ -54,13 +56,14 @@ def test_a_host_leaves_more_free_until_two_steps_were_measured(
 
 
 def test_an_allocator_that_has_done_nothing_has_no_retries() -> None:
-    """Its figures are empty before the first allocation."""
+    """An allocator has no figures before the first allocation, which counts as no retries."""
     with mock.patch.object(torch.cuda, "memory_stats", return_value={}):
         assert MemoryMeter(torch.device("cuda")).num_retries() == 0
 
 
 def test_the_first_estimate_counts_the_mask(tiny_llama: Path) -> None:
-    """Layers keep everything where only a mask of nothing is kept, and recompute where it is too large to keep."""
+    """Layers keep everything if the attention mask takes nothing, and recompute if it is too large
+    to keep."""
     runtime = start_runtime(seed=0, dtype="float32")
     if runtime.device.type != "cpu":
         pytest.skip("what is free on a GPU is another matter")

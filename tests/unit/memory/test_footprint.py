@@ -1,4 +1,4 @@
-"""What each rank will hold is known before anything is read, exact to the byte."""
+"""The parameter bytes of each rank are known before anything is read, exact to the byte."""
 
 import dataclasses
 import multiprocessing
@@ -51,8 +51,9 @@ def rows(count: int, num_shards: int, rank: int) -> int:
 
 
 def expected(num_shards: int, rank: int) -> Footprint:
-    """The same by hand: NF4 is half a byte an element, one uint8 constant in 64 elements, one float32 in 256 of those,
-    and one float32 offset a matrix; the rest is bfloat16, the adapters float32."""
+    """The rows' bytes by hand: NF4 is half a byte an element, with one uint8 constant in 64
+    elements, one float32 in 256 of those, and one float32 offset a matrix; the rest is bfloat16,
+    the adapters float32."""
 
     def share(count: int) -> int:
         return rows(count, num_shards, rank)
@@ -69,7 +70,8 @@ def expected(num_shards: int, rank: int) -> Footprint:
 
 @pytest.mark.parametrize("num_shards", [1, 2, 4, 8])
 def test_65b_plan_is_exact(llama_65b, num_shards: int) -> None:
-    """For 1, 2, 4 and 8 ranks the plan of a 65B Llama equals the formula for every rank, to the byte."""
+    """For 1, 2, 4 and 8 ranks the plan of a 65B Llama equals the formula for every rank, to the
+    byte."""
     layers = decoder_layers(llama_65b)
     whole = expected(1, 0)
     for rank in range(num_shards):
@@ -93,7 +95,8 @@ def test_meta_model_holds_no_memory(llama_65b) -> None:
 
 
 def test_a_model_that_cannot_fit_is_refused_with_the_numbers() -> None:
-    """What is needed, for how many processes, and what is free are all in the message; what fits passes."""
+    """The message holds the needed and free bytes and the number of processes; a model that fits
+    passes."""
     free = free_bytes(torch.device("cpu"))
     check_memory(
         Footprint(base=free // 4, adapters=0, largest_unit=0), torch.device("cpu"), num_ranks_here=2
@@ -122,7 +125,8 @@ def test_a_model_that_cannot_fit_is_refused_with_the_numbers() -> None:
     ],
 )
 def test_free_memory_is_that_of_every_control_group(tmp_path, membership, folder, names) -> None:
-    """Of the process's own group and those around it, in both versions; untouched cache is free; some have no limit."""
+    """Free memory is that of the process's own group and the groups around it, in both versions;
+    untouched cache is free; some groups have no limit."""
     limit, used, cached = names
     groups = {"job/step": ("max", 700, 0), "job": (1000, 900, 300), "": (5000, 6000, 10)}
     for group, (allows, uses, caches) in groups.items():
@@ -136,14 +140,15 @@ def test_free_memory_is_that_of_every_control_group(tmp_path, membership, folder
 
 
 def test_without_control_groups_nothing_limits(tmp_path) -> None:
-    """Nor do groups that are not mounted where this container looks."""
+    """No control group, or none that is mounted here, limits nothing."""
     assert free_in_control_groups(tmp_path / "missing", tmp_path) == []
     (tmp_path / "membership").write_text("4:memory:/elsewhere\n0::/\n")
     assert free_in_control_groups(tmp_path / "membership", tmp_path) == []
 
 
 def shares_under_fsdp(folder: str, world_size: int) -> None:
-    """In a process of its own: shard the 65B description over a pretended group and compare with an even share."""
+    """Shard the 65B description over a pretended group, in its own process, and compare with an
+    even share."""
     import os
 
     from torch import distributed as dist
@@ -168,8 +173,9 @@ def shares_under_fsdp(folder: str, world_size: int) -> None:
 
 @pytest.mark.parametrize("world_size", [2, 4, 8])
 def test_fsdp_holds_an_even_share_of_65b(llama_65b, tmp_path: Path, world_size: int) -> None:
-    """Sharded by FSDP2, the first of 2, 4 and 8 ranks holds what the plan says, at most 1.02 of an even share, and the
-    largest unit gathered at once is below 2 % of the model; constants, embedding and adapters included."""
+    """Sharded by FSDP2, the first of 2, 4 and 8 ranks holds the planned bytes, at most 1.02 of an
+    even share, and the largest unit gathered at once is below 2 % of the model; constants,
+    embedding and adapters included."""
     llama_65b.get_base_model().config.save_pretrained(tmp_path)
     process = multiprocessing.get_context("spawn").Process(
         target=shares_under_fsdp, args=(str(tmp_path), world_size)

@@ -1,4 +1,4 @@
-"""A first step that does not fit under `memory.recompute: auto` is taken again with less to keep."""
+"""A first step that does not fit under `memory.recompute: auto` is taken again and keeps less."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,7 +31,7 @@ def run(tmp_path: Path, tiny_llama: Path, chat_file: Path) -> dict:
 
 @pytest.fixture(autouse=True)
 def _no_group() -> Iterator[None]:
-    """A sharded run in one process makes a group of it, and leaves it."""
+    """Leave the process group that a sharded run in one process makes."""
     yield
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -40,8 +40,8 @@ def _no_group() -> Iterator[None]:
 def train_with_errors(
     folder: Path, settings: dict, full_at: tuple[int, ...]
 ) -> tuple[bool, list[Recompute]]:
-    """Train with a memory that is full after the backward of these micro-batches, counted from 1 as they are computed;
-    and what layers recompute in each that is."""
+    """Train with a memory that is full after the backward of these micro-batches, counted from 1 as
+    they are computed; return the policies of the layers in each."""
     found = []
     micro_step = train_module.micro_step
 
@@ -61,7 +61,8 @@ def train_with_errors(
 def test_a_step_that_did_not_fit_is_taken_again(
     full_at: tuple[int, ...], run: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Losses, gradient norms and the adapter have the bits of a run in which nothing went wrong; the log says so."""
+    """Losses, gradient norms and the adapter have the bits of an undisturbed run; the log tells of
+    the second attempt."""
     assert train_here(tmp_path / "whole", run)
     assert "taken again" not in capsys.readouterr().out
     is_finished, found = train_with_errors(tmp_path / "again", run, full_at)
@@ -89,8 +90,8 @@ def test_a_step_that_did_not_fit_is_taken_again(
 def test_otherwise_a_full_memory_ends_the_run(
     changes: dict, full_at: tuple[int, ...], run: dict, tmp_path: Path
 ) -> None:
-    """With what to change: after what was measured, when nothing is left to recompute, when the settings say what to
-    recompute, and where an engine's gathers would be half done."""
+    """The run ends with advice: after measured steps, when nothing is left to recompute, when the
+    settings fix the recomputation, and if an engine's gathers would be half done."""
     with pytest.raises(
         TrainingError, match=r"the GPU's memory .* is full: a micro-batch of 2 rows"
     ):

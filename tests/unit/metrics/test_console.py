@@ -1,4 +1,4 @@
-"""What a person sees."""
+"""Console output, on terminals and in log files."""
 
 import re
 import threading
@@ -55,18 +55,19 @@ EVAL_TEXT = "eval at step 120 | loss 0.5000 | perplexity 1.65 | 12,345 target to
     ],
 )
 def test_duration(seconds: float, text: str) -> None:
-    """The two largest units, with rounding carried over: never 60 seconds, never 60 minutes."""
+    """A duration has its two largest units, with rounding carried over: never 60 seconds, never 60
+    minutes."""
     assert duration(seconds) == text
 
 
 def test_a_logged_step_is_one_line() -> None:
-    """All figures with their units, and the time left where it is known."""
+    """A logged step is one line with all figures, their units, and the time left if it is known."""
     assert step_line(STEP, 1000, None) == STEP_TEXT
     assert step_line(STEP, 1000, 75.0) == f"{STEP_TEXT} | 1m15s left"
 
 
 def report(reporter: Reporter) -> None:
-    """Say one thing of each kind."""
+    """Log a line of each kind."""
     reporter.log("hello")
     with reporter.loading(total_bytes=2**21, total_layers=4) as on_progress:
         on_progress(2**19, 1)
@@ -77,7 +78,7 @@ def report(reporter: Reporter) -> None:
 
 
 def test_plain_lines_where_there_is_no_terminal() -> None:
-    """In a log file: complete lines, in order, without a control character."""
+    """A log file has complete lines, in order, without a control character."""
     out = StringIO()
     report(Reporter(True, file=out))
     hello, loading, step, evaluation = out.getvalue().splitlines()
@@ -88,7 +89,7 @@ def test_plain_lines_where_there_is_no_terminal() -> None:
 
 
 def test_other_ranks_are_silent(capfd: pytest.CaptureFixture[str]) -> None:
-    """A rank other than 0 says nothing, neither to its file nor to the standard streams."""
+    """A rank other than 0 writes nothing, neither to its file nor to the standard streams."""
     out = StringIO()
     report(Reporter(False, file=out))
     report(Reporter(False))
@@ -112,7 +113,8 @@ class Terminal(StringIO):
 
 
 def test_a_live_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a terminal layers and steps move a bar instead of adding lines; an evaluation is a line of its own."""
+    """On a terminal layers and steps move a bar instead of adding lines; an evaluation is a line of
+    its own."""
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "200")
     out = Terminal()
@@ -153,7 +155,7 @@ def reporter_at(out: StringIO, is_main: bool = True) -> tuple[Reporter, Clock]:
 
 
 def test_short_work_leaves_no_line() -> None:
-    """Nothing is written of what takes less than ten seconds, told or not."""
+    """Work of less than ten seconds leaves no line, with or without reported progress."""
     out = StringIO()
     reporter, clock = reporter_at(out)
     with reporter.working("evaluating batch", total=4) as update:
@@ -168,7 +170,7 @@ def test_short_work_leaves_no_line() -> None:
 
 
 def test_long_work_says_how_far_it_is() -> None:
-    """A line every ten seconds, not more, with what is done, and since when."""
+    """Long work has a line every ten seconds, not more, with its progress and its duration."""
     out = StringIO()
     reporter, clock = reporter_at(out)
     with reporter.working("evaluating batch", total=100) as update:
@@ -186,7 +188,7 @@ def test_long_work_says_how_far_it_is() -> None:
 
 
 def test_one_long_call_is_spoken_of_by_a_thread() -> None:
-    """Work that never says how far it is; the thread lives no longer than the work."""
+    """A thread logs work that never reports progress; it lives no longer than the work."""
     out = StringIO()
     num_threads = threading.active_count()
     reporter = Reporter(True, file=out, interval=0.2)
@@ -199,7 +201,7 @@ def test_one_long_call_is_spoken_of_by_a_thread() -> None:
 
 
 def test_every_line_counts_as_a_sign_of_life() -> None:
-    """Ten seconds are counted from the last line, whoever wrote it; the innermost work is what is spoken of."""
+    """Ten seconds count from the last line of any origin; the line is about the innermost work."""
     out = StringIO()
     reporter, clock = reporter_at(out)
     with reporter.working("preparing the run"):
@@ -220,7 +222,7 @@ def test_every_line_counts_as_a_sign_of_life() -> None:
 
 
 def test_steps_that_are_long_or_seldom_logged() -> None:
-    """Where training stands: the last step that is done, and how long the next has been going on."""
+    """The line names the last finished step and the duration of the next one so far."""
     out = StringIO()
     reporter, clock = reporter_at(out)
     with reporter.training(1000):
@@ -255,7 +257,7 @@ def test_steps_that_are_long_or_seldom_logged() -> None:
 
 
 def test_other_ranks_say_nothing_of_long_work() -> None:
-    """And start no thread for it."""
+    """Ranks other than 0 log no long work, and start no thread for it."""
     out = StringIO()
     reporter, clock = reporter_at(out, is_main=False)
     num_threads = threading.active_count()
@@ -267,7 +269,7 @@ def test_other_ranks_say_nothing_of_long_work() -> None:
 
 
 def test_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On 80 columns the step stays whole, and what is said about it is cut off; one line at a time."""
+    """On 80 columns the step stays whole and its note is cut off; there is one line at a time."""
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "80")
     out = Terminal()

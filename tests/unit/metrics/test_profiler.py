@@ -1,4 +1,4 @@
-"""Traces of steps: where they are, what is in them, and that nobody pays for them who has not asked."""
+"""Traces of steps: their place and content, and no cost without a request."""
 
 import gzip
 import json
@@ -11,7 +11,7 @@ from qlora_dist.metrics.profiler import StepProfiler
 
 
 class Ear:
-    """Hears what a reporter would say."""
+    """Collects the lines that a reporter would log."""
 
     def __init__(self) -> None:
         self.said: list[str] = []
@@ -21,7 +21,7 @@ class Ear:
 
 
 def run(folder: Path, num_steps: int | None, steps_of_run: int) -> list[str]:
-    """Steps that each multiply a matrix of another size; returns what was said."""
+    """Profile steps that each multiply a matrix of another size; return the logged lines."""
     ear = Ear()
     with StepProfiler(folder, num_steps, ear) as profiler:
         for step in range(1, steps_of_run + 1):
@@ -34,14 +34,16 @@ def run(folder: Path, num_steps: int | None, steps_of_run: int) -> list[str]:
 def test_the_steps_after_the_first_two_are_traced(
     tmp_path: Path, num_steps: int, steps_of_run: int, traced: int
 ) -> None:
-    """As many as were asked for, or as there were; one compressed file in Chrome's format, under the name that
-    TensorBoard's plugin looks for; one line says where."""
+    """The requested steps, or as many as there were, are traced into one compressed file in
+    Chrome's format, under the name that TensorBoard's plugin looks for; one line names the
+    folder."""
     said = run(tmp_path / "profile", num_steps, steps_of_run)
     [file] = (tmp_path / "profile").iterdir()
     assert file.name.startswith("rank0.")
     assert file.name.endswith(".pt.trace.json.gz")
     assert said == [
-        f"profile written to {tmp_path / 'profile'}: open it at https://ui.perfetto.dev or in TensorBoard"
+        f"profile written to {tmp_path / 'profile'}: open it at https://ui.perfetto.dev "
+        "or in TensorBoard"
     ]
     with gzip.open(file, "rt") as text:
         events = json.load(text)["traceEvents"]
@@ -51,7 +53,7 @@ def test_the_steps_after_the_first_two_are_traced(
 
 
 def test_a_run_of_two_steps_says_that_there_is_no_trace(tmp_path: Path) -> None:
-    """A setting that had no effect does not pass in silence."""
+    """A profile that was requested and not written is mentioned."""
     assert run(tmp_path / "profile", 1, 2) == [
         "nothing was profiled: the run was over before its step 3"
     ]
@@ -59,6 +61,6 @@ def test_a_run_of_two_steps_says_that_there_is_no_trace(tmp_path: Path) -> None:
 
 
 def test_nothing_is_traced_unasked(tmp_path: Path) -> None:
-    """With null, no folder, no line, no profiler."""
+    """With null there is no folder, no line and no profiler."""
     assert run(tmp_path / "profile", None, 5) == []
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""What is measured: the rows of metrics.jsonl and their mirror in TensorBoard."""
+"""Recording: the rows of metrics.jsonl and their mirror in TensorBoard."""
 
 import json
 import math
@@ -62,7 +62,7 @@ def rows(folder: Path) -> list[dict]:
 
 
 def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """What TensorBoard itself reads from the event files: (step, value) by tag."""
+    """Scalars that TensorBoard itself reads from the event files: (step, value) by tag."""
     events = EventAccumulator(str(folder / "tensorboard"))
     events.Reload()
     return {
@@ -76,7 +76,7 @@ def runtime(rank: int = 0) -> Runtime:
 
 
 def sums(loss: float, num_tokens: int, num_targets: int = 1, grad_norm: float = 1.0) -> StepSums:
-    """What a step leaves on the device."""
+    """Results of a step on the device."""
     return StepSums(
         *(torch.tensor(float(value)) for value in (loss, grad_norm, num_targets, num_tokens))
     )
@@ -86,7 +86,8 @@ def sums(loss: float, num_tokens: int, num_targets: int = 1, grad_norm: float = 
 
 
 def test_a_step_is_one_json_object_with_the_documented_fields(tmp_path: Path) -> None:
-    """Exactly the fields of docs/adapter.md, each with its value; what was not measured is null."""
+    """A row has exactly the fields of docs/adapter.md, each with its value; null for no
+    measurement."""
     writer = MetricsWriter(tmp_path, LoggingConfig(tensorboard=False))
     writer.write(STEP)
     writer.close()
@@ -124,7 +125,8 @@ def test_rows_are_there_as_soon_as_they_are_written(tmp_path: Path) -> None:
 
 
 def test_tensorboard_shows_the_same_numbers(tmp_path: Path) -> None:
-    """Each measured number is a scalar at its step, training under train/, evaluation under eval/."""
+    """Each measured number is a scalar at its step, training under train/, evaluation under
+    eval/."""
     writer = MetricsWriter(tmp_path, LoggingConfig(tensorboard=True))
     writer.write(STEP)
     writer.write(EVAL)
@@ -148,7 +150,7 @@ def test_tensorboard_shows_the_same_numbers(tmp_path: Path) -> None:
 
 
 def test_a_run_that_goes_on_has_one_value_per_step(tmp_path: Path) -> None:
-    """TensorBoard drops what was written for steps that are computed again."""
+    """TensorBoard drops the values of steps that are computed again."""
     for first_step, losses in ((1, {1: 1.0, 2: 2.0, 3: 3.0}), (2, {2: 20.0})):
         writer = MetricsWriter(tmp_path, LoggingConfig(tensorboard=True), first_step)
         for step, loss in losses.items():
@@ -169,8 +171,8 @@ def test_tensorboard_can_be_left_out(tmp_path: Path) -> None:
 
 
 def test_rates_count_their_own_tokens_and_utilization_their_operations(tmp_path: Path) -> None:
-    """Targets per second are of targets; MFU is the operations of the window over what its seconds offered, and null
-    when no peak is known."""
+    """Targets per second count targets. MFU is the operations of the window over those that its
+    seconds offered, and null when no peak is known."""
     for peak in (1e6, None):
         folder = tmp_path / str(peak)
         folder.mkdir()
@@ -192,7 +194,8 @@ def test_rates_count_their_own_tokens_and_utilization_their_operations(tmp_path:
 def test_steps_are_logged_when_due_and_at_the_end(
     tmp_path: Path, every: int, logged: list[int]
 ) -> None:
-    """Every N-th step makes a row and the last one always does, on file and on the console alike."""
+    """Every N-th step makes a row and the last one always does, on file and on the console
+    alike."""
     out = StringIO()
     config = LoggingConfig(every=every, tensorboard=False)
     with Recorder(
@@ -246,7 +249,8 @@ def test_a_row_holds_what_the_step_left(tmp_path: Path) -> None:
 
 
 def test_throughput_is_over_all_steps_since_the_last_row(tmp_path: Path) -> None:
-    """Tokens per second times seconds is the tokens of the whole window, not those of its last step."""
+    """Tokens per second times seconds is the tokens of the whole window, not those of its last
+    step."""
     config = LoggingConfig(every=3, tensorboard=False)
     with Recorder(
         tmp_path, config, runtime(), Reporter(False), num_steps=5, first_step=1
@@ -265,9 +269,10 @@ def test_throughput_is_over_all_steps_since_the_last_row(tmp_path: Path) -> None
 
 
 def test_time_spent_evaluating_is_not_training_time(tmp_path: Path) -> None:
-    """What an evaluation says it took is taken out of the next row's seconds.
+    """The duration of an evaluation is taken out of the next row's seconds.
 
-    An hour that never passed: if it is subtracted, the two steps took about minus 1,800 seconds each.
+    An hour that never passed: if it is subtracted, the two steps took about minus 1,800 seconds
+    each.
     """
     config = LoggingConfig(every=2, tensorboard=False)
     with Recorder(
@@ -281,7 +286,7 @@ def test_time_spent_evaluating_is_not_training_time(tmp_path: Path) -> None:
 
 
 def test_time_left_is_told_once_it_can_be_known(tmp_path: Path) -> None:
-    """Not after the first step, which includes warm-up, and not after the last."""
+    """The time left is unknown after the first step, which includes warm-up, and after the last."""
     out = StringIO()
     config = LoggingConfig(tensorboard=False)
     with Recorder(
@@ -298,8 +303,8 @@ def test_time_left_is_told_once_it_can_be_known(tmp_path: Path) -> None:
 
 
 def test_a_loss_spike_is_pointed_out(tmp_path: Path) -> None:
-    """A loss of more than twice the median of the last twenty gets a line of advice; twice is not more than twice, the
-    first twenty are never compared, and a spike does not become the usual loss."""
+    """A loss above twice the median of the last twenty gets a line of advice. Exactly twice does
+    not, the first twenty are never compared, and a spike does not become the usual loss."""
     out = StringIO()
     config = LoggingConfig(tensorboard=False)
     losses = [9.0, *[1.0] * 19, 2.0, 2.1, 1.0, float("nan"), 3.0]
@@ -317,7 +322,7 @@ def test_a_loss_spike_is_pointed_out(tmp_path: Path) -> None:
 
 
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:
-    """Only rank 0 makes files; the others take part without leaving a trace."""
+    """Only rank 0 makes files; the others take part without leaving a file."""
     config = LoggingConfig(tensorboard=True)
     with Recorder(
         tmp_path, config, runtime(rank=1), Reporter(False), num_steps=1, first_step=1
@@ -328,7 +333,7 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
 
 
 def test_peak_memory_of_the_host_is_what_the_kernel_says() -> None:
-    """On CPU: the high-water mark of resident memory, as /proc has it, in GiB."""
+    """Peak memory on CPU is the kernel's high-water mark of resident memory in /proc, in GiB."""
     status = Path("/proc/self/status")
     if not status.exists():
         pytest.skip("the independent figure comes from Linux's /proc")
@@ -339,7 +344,7 @@ def test_peak_memory_of_the_host_is_what_the_kernel_says() -> None:
 
 
 def test_a_loss_that_is_not_finite_is_null(tmp_path: Path) -> None:
-    """JSON has no NaN: strict readers must be able to read the rows of a run that went wrong."""
+    """Rows hold no NaN: strict JSON readers must be able to read those of a run that went wrong."""
     writer = MetricsWriter(tmp_path, LoggingConfig(tensorboard=False))
     writer.write(
         StepMetrics(1, float("nan"), float("inf"), 1.0, 1, 1, 1.0, 1.0, 1.0, 0.0, 1.0, None, 0.0, 0)

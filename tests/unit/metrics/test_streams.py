@@ -1,4 +1,4 @@
-"""Words to where nobody reads any more."""
+"""Output to a terminal or pipe whose reader is gone."""
 
 import os
 from pathlib import Path
@@ -15,7 +15,7 @@ EVAL = EvalMetrics(
 
 
 def test_a_pipe_without_a_reader() -> None:
-    """A reporter goes on when its reader has gone; so does everything else that writes there."""
+    """A reporter goes on when its reader has gone; so does every other writer to that stream."""
     reading, writing = os.pipe()
     os.close(reading)
     with os.fdopen(writing, "w") as file:
@@ -27,7 +27,7 @@ def test_a_pipe_without_a_reader() -> None:
 
 
 def test_a_terminal_that_was_closed() -> None:
-    """The same on a terminal, whose writes fail with another error."""
+    """A reporter goes on after its terminal was closed, whose writes fail with another error."""
     terminal, end = os.openpty()
     os.close(terminal)
     with os.fdopen(end, "w") as file:
@@ -38,7 +38,8 @@ def test_a_terminal_that_was_closed() -> None:
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
 def test_a_disk_that_is_full() -> None:
-    """Lines are lost while there is no space, and the file stays where it is: there may be some later."""
+    """Lines are lost while the disk is full, and the file stays in place: there may be space
+    later."""
     file = open("/dev/full", "w")  # noqa: SIM115 - closing it fails
     Reporter(True, file=file).log("hello")
     assert os.path.samefile(f"/proc/self/fd/{file.fileno()}", "/dev/full")
@@ -47,7 +48,7 @@ def test_a_disk_that_is_full() -> None:
 
 
 def test_other_errors_are_raised() -> None:
-    """Only what the operating system says is passed over."""
+    """Errors of other kinds than the operating system's are raised."""
     reading, writing = os.pipe()
     os.close(reading)
     file = os.fdopen(writing, "w")

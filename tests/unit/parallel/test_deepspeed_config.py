@@ -1,4 +1,4 @@
-"""What DeepSpeed is configured with: this program's settings, a user's tuning options, and no contradictions."""
+"""DeepSpeed's configuration: settings of the run, tuning options of the user, no contradictions."""
 
 import json
 import subprocess
@@ -30,7 +30,8 @@ def settings(file: Path, content: object, config: TrainConfig = CONFIG, stage: i
     return zero_settings(config, stage=stage, world_size=4, json_file=str(file))
 
 
-# What a file sets: key, value, and the run's side of the contradiction. All written out, as a user would read them.
+# What a file sets: key, value, and the run's side of the contradiction. All written out, as a user
+# would read them.
 CONTRADICTIONS = [
     (
         {"train_batch_size": 8},
@@ -72,7 +73,8 @@ CONTRADICTIONS = [
 def test_a_contradiction_is_refused_with_both_values(
     file: Path, content: dict, theirs: str, ours: str
 ) -> None:
-    """The message names the file, its key and value, the run's own key and value, and what to do."""
+    """The message names the file, its key and value, the run's own key and value, and what to
+    do."""
     with pytest.raises(ConfigError) as caught:
         settings(file, content)
     key = theirs.partition(" to ")[0]
@@ -83,7 +85,7 @@ def test_a_contradiction_is_refused_with_both_values(
 
 
 def test_bf16_is_refused_for_a_float32_run(file: Path) -> None:
-    """The compute type is the run's."""
+    """A float32 run refuses a file with bf16: the run's own file decides the compute type."""
     with pytest.raises(
         ConfigError, match=r"sets bf16.enabled to true, but model.dtype is float32\. Remove"
     ):
@@ -115,7 +117,8 @@ def test_no_clipping_is_written_as_zero_there(file: Path) -> None:
     ],
 )
 def test_what_is_not_for_tuning_is_refused(file: Path, content: dict, shown: str) -> None:
-    """An option that would be ignored, or would change the numbers, is an error that lists those that may be set."""
+    """A key that would be ignored, or would change the numbers, is an error that lists the tuning
+    options."""
     with pytest.raises(ConfigError) as caught:
         settings(file, content)
     message = str(caught.value)
@@ -126,7 +129,7 @@ def test_what_is_not_for_tuning_is_refused(file: Path, content: dict, shown: str
 
 
 def test_options_of_the_other_stage_are_refused(file: Path) -> None:
-    """Under ZeRO-2 nothing of stage 3 would have an effect."""
+    """Under ZeRO-2 the options of stage 3, which would have no effect, are refused."""
     with pytest.raises(
         ConfigError,
         match=r"stage3_max_live_parameters, which has no effect: the backend is zero2\.",
@@ -135,7 +138,8 @@ def test_options_of_the_other_stage_are_refused(file: Path) -> None:
 
 
 def test_a_file_full_of_auto_is_accepted_and_tuning_options_arrive(file: Path) -> None:
-    """The usual file of other trainers, its values left open, does no harm; what tunes is passed on."""
+    """The usual file of other trainers, its values left "auto", is accepted; tuning options are
+    passed on."""
     found = settings(
         file,
         {
@@ -176,7 +180,7 @@ def test_a_file_full_of_auto_is_accepted_and_tuning_options_arrive(file: Path) -
 
 
 def test_a_file_that_is_none_is_refused(file: Path) -> None:
-    """Missing, unreadable, or not an object."""
+    """A file that is missing, unreadable, or not an object is refused."""
     with pytest.raises(
         ConfigError, match=r"deepspeed config .*ds\.json does not exist\. Give the path"
     ):
@@ -189,7 +193,7 @@ def test_a_file_that_is_none_is_refused(file: Path) -> None:
 
 
 def test_a_file_for_another_backend_is_refused() -> None:
-    """A setting that would be ignored is an error."""
+    """A file for a backend that would ignore it is refused."""
     with pytest.raises(LaunchError) as caught:
         choose_backend(TrainConfig(parallel=ParallelConfig("fsdp", deepspeed_config="ds.json")))
     assert str(caught.value) == (
@@ -210,7 +214,8 @@ def launched_with_deepspeed(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPat
 def test_auto_follows_a_launcher_that_uses_deepspeed(
     launched_with_deepspeed, file: Path, stage: str
 ) -> None:
-    """The stage comes from the launcher's option, or from the file it was given, whose options then count."""
+    """The stage comes from the launcher's option or from its file, whose other options then count
+    too."""
     launched_with_deepspeed.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", stage)
     assert choose_backend(CONFIG) == f"zero{stage}"
     other = "5" if stage == "3" else "4"
@@ -225,18 +230,19 @@ def test_auto_follows_a_launcher_that_uses_deepspeed(
 
 @pytest.mark.parametrize("asked", ["single", "ddp", "fsdp", "zero2"])
 def test_a_launcher_that_contradicts_the_config_is_refused(launched_with_deepspeed, asked) -> None:
-    """Both sides are named."""
+    """The message names the launcher's and the config's choice."""
     launched_with_deepspeed.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
     with pytest.raises(LaunchError) as caught:
         choose_backend(TrainConfig(parallel=ParallelConfig(asked)))
     assert str(caught.value) == (
-        f"parallel.backend is {asked}, but the launcher was told to use DeepSpeed with ZeRO stage 3. "
+        f"parallel.backend is {asked}, but the launcher was told to use DeepSpeed with ZeRO "
+        "stage 3. "
         "Remove --use_deepspeed from the launcher, or set parallel.backend: auto."
     )
 
 
 def test_other_stages_are_refused(launched_with_deepspeed) -> None:
-    """Stages 0 and 1 shard nothing that `ddp` would not fit."""
+    """ZeRO stages 0 and 1 are refused: they shard nothing that `ddp` would not fit."""
     launched_with_deepspeed.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "1")
     with pytest.raises(
         LaunchError, match=r"DeepSpeed with ZeRO stage 1\. Stages 2 and 3 are supported: "
@@ -245,7 +251,7 @@ def test_other_stages_are_refused(launched_with_deepspeed) -> None:
 
 
 def test_two_files_are_one_too_many(launched_with_deepspeed, file: Path) -> None:
-    """The launcher's and the run's own."""
+    """Two different files, the launcher's and the run's own, are refused."""
     launched_with_deepspeed.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", "theirs.json")
     with pytest.raises(
         LaunchError,
@@ -271,7 +277,10 @@ def test_without_deepspeed_the_message_says_how_to_install_it(tmp_path: Path) ->
         data={"train": str(tmp_path / "chat.jsonl")},
         parallel={"backend": "zero3"},
     )
-    blocked = "import sys; sys.modules['deepspeed'] = None; from qlora_dist.cli import main; main(['train', sys.argv[1]])"
+    blocked = (
+        "import sys; sys.modules['deepspeed'] = None; from qlora_dist.cli import main; "
+        "main(['train', sys.argv[1]])"
+    )
     done = subprocess.run(
         [sys.executable, "-c", blocked, str(config)],
         capture_output=True,

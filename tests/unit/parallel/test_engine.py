@@ -1,4 +1,4 @@
-"""The norm of a gradient: of all its elements, with the same bits however it is cut."""
+"""The norm of a gradient: of all its elements, with equal bits for every cut."""
 
 import math
 
@@ -10,7 +10,7 @@ from qlora_dist.parallel import engine as parallel
 
 @pytest.fixture(scope="module")
 def gradient() -> torch.Tensor:
-    """More than two pieces of a CPU, of sizes from 1e-7 to 1e3."""
+    """A gradient of more than two pieces of a CPU, with sizes from 1e-7 to 1e3."""
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(2 * parallel._CPU_PIECE + 1001, generator=generator)
     return values * 10.0 ** torch.randint(-7, 4, values.shape, generator=generator)
@@ -25,7 +25,8 @@ def test_it_is_the_norm_of_all_elements(gradient: torch.Tensor) -> None:
 def test_it_has_the_same_bits_however_the_gradient_is_cut(
     gradient: torch.Tensor, num_parts: int
 ) -> None:
-    """In float32, in which it is used; parts of one dimension or two, and parts with nothing in them, as shards are."""
+    """The float32 norm has equal bits for parts of one dimension or two, and for empty parts, as
+    shards have them."""
     whole = parallel.squared_norm([gradient]).sqrt().float()
     parts = [
         part.unsqueeze(0) if i % 2 else part for i, part in enumerate(gradient.chunk(num_parts))

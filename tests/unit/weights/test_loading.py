@@ -1,4 +1,4 @@
-"""What the loader accepts, byte for byte, and what it refuses, in one message."""
+"""Loading of stored models: accepted byte for byte, or refused with one message."""
 
 import json
 import shutil
@@ -42,7 +42,7 @@ def tiny_4bit(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Pat
 
 
 def same_parameters(one: torch.nn.Module, other: torch.nn.Module) -> bool:
-    """Whether two models hold the same bytes under the same names."""
+    """True if two models hold equal bytes under equal names."""
     left, right = dict(one.named_parameters()), dict(other.named_parameters())
     return left.keys() == right.keys() and all(
         left[name].dtype == right[name].dtype and torch.equal(left[name], right[name])
@@ -62,8 +62,8 @@ def same_parameters(one: torch.nn.Module, other: torch.nn.Module) -> bool:
 def test_what_transformers_saved_loads_as_it_is(
     tiny_llama: Path, tmp_path: Path, quant_type: str, double_quant: bool, storage: str
 ) -> None:
-    """A 4-bit model saved by transformers, in any storage type and over several files, loads to the same bytes as
-    quantizing on load."""
+    """A 4-bit model saved by transformers, in any storage type and over several files, loads to the
+    bytes of quantizing on load."""
     folder = save_with_transformers(
         tiny_llama,
         tmp_path / "saved",
@@ -78,8 +78,8 @@ def test_what_transformers_saved_loads_as_it_is(
 
 
 def test_modules_that_were_skipped_stay_16_bit(tiny_llama: Path, tmp_path: Path) -> None:
-    """Layers stored in 16 bits stay so, and a head stored in 4 bits (transformers does that to it when a skip list
-    does not name it) is used in 4 bits; logits equal those of transformers."""
+    """Layers stored in 16 bits stay so, and a head stored in 4 bits (transformers stores it so when
+    a skip list does not name it) is used in 4 bits; logits equal those of transformers."""
     folder = save_with_transformers(
         tiny_llama,
         tmp_path / "saved",
@@ -102,7 +102,7 @@ def test_modules_that_were_skipped_stay_16_bit(tiny_llama: Path, tmp_path: Path)
 def test_other_shapes_of_the_packed_bytes(
     tiny_4bit: Path, tmp_path: Path, shape: tuple[int, ...]
 ) -> None:
-    """Packed weights that lie on their side or flat are the same bytes."""
+    """Packed weights of shape (1, n) or (n,) load to equal bytes."""
 
     def reshape(tensors: dict) -> None:
         for name in [name for name in tensors if f"{name}.absmax" in tensors]:
@@ -114,7 +114,8 @@ def test_other_shapes_of_the_packed_bytes(
 
 @given(st.floats(width=32, allow_nan=False, allow_infinity=False))
 def test_offset_survives_json(value: float) -> None:
-    """The mean that double quantization subtracts is kept as a JSON number: every float32 comes back exactly."""
+    """The mean that double quantization subtracts survives as a JSON number: every float32 returns
+    exactly."""
     offset = torch.tensor(value, dtype=torch.float32)
     reread = torch.tensor([json.loads(json.dumps(offset.item()))], dtype=torch.float32)
     assert torch.equal(reread.view(torch.int32), offset.reshape(1).view(torch.int32))
@@ -192,7 +193,8 @@ def with_quantization_config(**values: object) -> Callable[[Path], None]:
 
 
 def converted_storage(folder: Path) -> None:
-    """bfloat16 storage whose values were converted to float16: as many bytes, none of them right."""
+    """Model with bfloat16 storage whose values were converted to float16: as many bytes, none of
+    them right."""
     tensors = tensors_of(folder)
     for name in [name for name in tensors if f"{name}.absmax" in tensors]:
         tensors[name] = tensors[name].view(-1).view(torch.bfloat16).to(torch.float16).unsqueeze(1)
@@ -316,7 +318,7 @@ def test_wrong_files_are_refused(
     change: Callable[[Path], None],
     words: tuple[str, ...],
 ) -> None:
-    """One message that names what is wrong, with the value, the rule and the remedy."""
+    """A wrong file gets one message with the fault, its value, the rule and the remedy."""
     folder = Path(shutil.copytree(tiny_llama if kind == "16" else tiny_4bit, tmp_path / "model"))
     change(folder)
     with pytest.raises(ModelError) as caught:
@@ -331,7 +333,7 @@ def test_wrong_files_are_refused(
 def test_plain_constants_that_are_not_finite_are_refused(
     tiny_llama: Path, tmp_path: Path, value: float
 ) -> None:
-    """Without double quantization the block maxima themselves are looked at."""
+    """Without double quantization the block maxima themselves are checked."""
     quantize(str(tiny_llama), str(tmp_path / "out"), QuantFormat(double_quant=False))
     with_value(f"{Q}.absmax", value)(tmp_path / "out")
     with pytest.raises(
@@ -356,7 +358,8 @@ def test_plain_constants_that_are_not_finite_are_refused(
 def test_settings_that_contradict_the_files_are_refused(
     tiny_llama: Path, tmp_path: Path, stored: tuple, settings: dict, words: tuple[str, ...]
 ) -> None:
-    """The files decide the format; a setting that says otherwise, a default included, is an error naming both."""
+    """The files decide the format; a setting that contradicts them, even a default, is an error
+    naming both."""
     quantize(str(tiny_llama), str(tmp_path / "out"), QuantFormat(*stored))
     with pytest.raises(ConfigError) as caught:
         load_here(tmp_path / "out", **settings)
@@ -365,7 +368,8 @@ def test_settings_that_contradict_the_files_are_refused(
 
 
 def test_all_files_are_looked_at_before_any_is_read(tiny_llama: Path, tmp_path: Path) -> None:
-    """A truncated last file is met before a byte of the first one is read, not after an hour of loading."""
+    """A truncated last file is found before a byte of the first one is read, not after an hour of
+    loading."""
     folder = save_with_transformers(
         tiny_llama, tmp_path / "saved", max_shard_size="40KB", bnb_4bit_quant_type="nf4"
     )
@@ -382,7 +386,8 @@ def test_all_files_are_looked_at_before_any_is_read(tiny_llama: Path, tmp_path: 
 
 
 def test_header_lies_are_refused(tiny_llama: Path, tmp_path: Path) -> None:
-    """A header that places a tensor outside the file is refused before anything is read through it."""
+    """A header that places a tensor outside the file is refused before anything is read through
+    it."""
     folder = Path(shutil.copytree(tiny_llama, tmp_path / "model"))
     file = folder / "model.safetensors"
     raw = file.read_bytes()

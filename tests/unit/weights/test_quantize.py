@@ -1,4 +1,5 @@
-"""`quantize` writes what bitsandbytes would have made of each matrix, in files that both programs load."""
+"""`quantize` writes what bitsandbytes would make of each matrix, in files that both programs
+load."""
 
 import json
 import os
@@ -25,7 +26,7 @@ from tests.support.models import (
 
 @pytest.fixture(scope="module")
 def tied_with_biases(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A float32 Qwen2: biases on three projections, and the head is the embedding."""
+    """A float32 Qwen2 with biases on three projections and a tied head."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(1)
@@ -47,7 +48,8 @@ def tied_with_biases(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def compare_everywhere(source: Path, out: Path, fmt: QuantFormat) -> None:
-    """`out` is `source` in 4 bits: same parameters as quantizing on load, same logits here and in transformers."""
+    """Check that `out` is `source` in 4 bits: parameters of quantizing on load, equal logits here
+    and in transformers."""
     config = {"quantization": fmt.quant_type, "double_quant": fmt.double_quant}
     stored = load_here(out, **config)
     if fmt.block_size == 64:
@@ -71,13 +73,15 @@ def compare_everywhere(source: Path, out: Path, fmt: QuantFormat) -> None:
 def test_both_programs_load_the_same_model(
     tiny_llama: Path, tmp_path: Path, fmt: QuantFormat
 ) -> None:
-    """The stored bytes are those of quantizing on load; logits here and in transformers are equal, bit for bit."""
+    """The stored bytes are those of quantizing on load; logits here and in transformers have equal
+    bits."""
     quantize(str(tiny_llama), str(tmp_path / "out"), fmt)
     compare_everywhere(tiny_llama, tmp_path / "out", fmt)
 
 
 def test_tied_heads_biases_and_float32_sources(tied_with_biases: Path, tmp_path: Path) -> None:
-    """Biases stay 16-bit tensors, a tied head is stored once, and a float32 source is cast before it is quantized."""
+    """Biases stay 16-bit tensors, a tied head is stored once, and a float32 source is cast before
+    it is quantized."""
     quantize(str(tied_with_biases), str(tmp_path / "out"), QuantFormat())
     compare_everywhere(tied_with_biases, tmp_path / "out", QuantFormat())
     tensors = tensors_of(tmp_path / "out")
@@ -86,7 +90,8 @@ def test_tied_heads_biases_and_float32_sources(tied_with_biases: Path, tmp_path:
 
 
 def test_file_is_what_transformers_would_save(tiny_llama: Path, tmp_path: Path) -> None:
-    """Same tensor names, types and bytes as quantizing and saving with transformers; same quantization_config."""
+    """Tensor names, types, bytes and quantization_config are those of quantizing and saving with
+    transformers."""
     quantize(str(tiny_llama), str(tmp_path / "ours"), QuantFormat())
     save_with_transformers(
         tiny_llama, tmp_path / "theirs", bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
@@ -108,7 +113,8 @@ def test_file_is_what_transformers_would_save(tiny_llama: Path, tmp_path: Path) 
 def test_output_is_cut_into_files(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No file is larger than the limit unless one tensor is; the index names every tensor; both programs load it."""
+    """No file is larger than the limit unless one tensor is; the index names every tensor; both
+    programs load it."""
     monkeypatch.setattr(qlora_dist.weights.writer, "MAX_FILE_BYTES", 50_000)
     out = tmp_path / "out"
     quantize(str(tiny_llama), str(out), QuantFormat())
@@ -126,7 +132,8 @@ def test_output_is_cut_into_files(
 
 
 def test_command_copies_what_belongs_to_the_model(tiny_llama: Path, tmp_path: Path) -> None:
-    """The command takes MODEL and OUT by place; tokenizer and generation config come along; others can read it all."""
+    """The command takes MODEL and OUT by position; tokenizer and generation config are copied;
+    other users can read all files."""
     out = tmp_path / "deep" / "out"
     done = run_command(
         "quantize", tiny_llama, out, "--quantization", "fp4", "--double_quant", "false"
@@ -151,7 +158,8 @@ def test_command_copies_what_belongs_to_the_model(tiny_llama: Path, tmp_path: Pa
 def test_nothing_is_left_when_it_fails(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A matrix with a NaN is named and refused; neither OUT nor a partial folder remains, a stale one included."""
+    """A matrix with a NaN is named and refused; neither OUT nor a partial folder remains, not even
+    a stale one."""
 
     def put_nan(tensors: dict) -> None:
         tensors["model.layers.2.mlp.up_proj.weight"][7, 3] = float("nan")
@@ -168,7 +176,7 @@ def test_nothing_is_left_when_it_fails(
 
 
 def test_out_may_be_an_empty_folder_behind_a_link(tiny_llama: Path, tmp_path: Path) -> None:
-    """OUT is often a link to a larger disk: the link stays, the model appears behind it."""
+    """If OUT is a link, often to a larger disk, the link stays and the model appears behind it."""
     (tmp_path / "disk").mkdir()
     (tmp_path / "out").symlink_to(tmp_path / "disk")
     quantize(str(tiny_llama), str(tmp_path / "out"), QuantFormat())
@@ -179,7 +187,7 @@ def test_out_may_be_an_empty_folder_behind_a_link(tiny_llama: Path, tmp_path: Pa
 def test_full_disk_is_said(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A write that fails, or that could not fit, is a message; nothing remains."""
+    """A write that fails, or that could not fit, ends with a message and leaves nothing."""
 
     def no_space(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
@@ -198,7 +206,8 @@ def test_full_disk_is_said(
 
 
 def test_4_bit_sources_and_full_targets_are_refused(tiny_llama: Path, tmp_path: Path) -> None:
-    """Quantizing twice would lose precision twice; OUT is never written over."""
+    """Quantizing twice would lose precision twice, so a 4-bit source is refused; OUT is never
+    overwritten."""
     quantize(str(tiny_llama), str(tmp_path / "out"), QuantFormat())
     with pytest.raises(ModelError, match="4 bits already"):
         quantize(str(tmp_path / "out"), str(tmp_path / "again"), QuantFormat())
