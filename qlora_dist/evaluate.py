@@ -25,8 +25,10 @@ def eval_micro_batches(
     pad_token_id: int,
     runtime: Runtime,
 ) -> tuple[int, Iterator[MicroBatch]]:
-    """Number of this rank's micro-batches in one evaluation, equal on all ranks; and an iterator
-    that collates them one at a time."""
+    """Number of this rank's micro-batches in one evaluation; and the micro-batches.
+
+    The number is equal on all ranks. The iterator collates the micro-batches one at a time.
+    """
     own = eval_batches(len(samples), micro_batch_size, runtime.rank, runtime.world_size)
     groups = list(islice(own, config.max_batches))
     return len(groups), (collate([samples[i] for i in group], pad_token_id) for group in groups)

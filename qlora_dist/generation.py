@@ -69,8 +69,7 @@ def generate(
 def prompt_ids(
     prompt: str, tokenizer: PreTrainedTokenizerBase, layout: PromptLayout
 ) -> torch.Tensor:
-    """Encode a prompt as the adapter was trained: a user turn, or plain text. (1, seq_len)
-    int64."""
+    """Encode a prompt as in training: as a user turn, or as plain text. (1, seq_len) int64."""
     if layout == "messages":
         return chat_ids([{"role": "user", "content": prompt}], tokenizer)
     return torch.tensor([plain_ids(prompt, tokenizer)], dtype=torch.int64)

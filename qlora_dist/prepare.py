@@ -54,8 +54,7 @@ class RunParts:
 
 
 def prepare(config: TrainConfig, backend: Backend, session: Session) -> RunParts | None:
-    """Make the parts of a run: data, checkpoint, model, engine; None when the run is finished
-    already.
+    """Make the parts of a run: data, checkpoint, model, engine; None when it is finished already.
 
     Raises:
         QloraDistError: the input cannot be used, or does not belong together; then nothing was
@@ -119,8 +118,7 @@ def prepare(config: TrainConfig, backend: Backend, session: Session) -> RunParts
 def _starting_point(
     config: TrainConfig, session: Session
 ) -> tuple[Checkpoint | None, TrainState, bool]:
-    """Return the checkpoint to resume from, the state to begin with, and whether the checkpoint is
-    this run's own."""
+    """Checkpoint to resume from, state to begin with, and true for this run's own checkpoint."""
     log, resume = session.reporter.log, config.checkpoint.resume
     with session.reporter.working("looking for a checkpoint"):
         checkpoint = choose_checkpoint(session.folder, resume, session.runtime, log)
@@ -145,8 +143,7 @@ def _start_engine(
     modules: ModelParts,
     checkpoint: Checkpoint | None,
 ) -> Engine:
-    """Build the engine of a loaded model, resume from `checkpoint`, and log how both compute; a
-    collective."""
+    """Build the engine of a loaded model, resume from `checkpoint`, log both; a collective."""
     model, device, log = modules.model, session.runtime.device, session.reporter.log
     if checkpoint:
         checkpoint.load_adapter(model)  # before the engine, which copies the adapter to its buffers

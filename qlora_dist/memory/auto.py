@@ -60,8 +60,7 @@ class RecomputeBudget:
         self._probe: KeptBytesProbe | None = None
 
     def choose(self) -> None:
-        """Choose by the formula; call it when all but optimizer state and activations is in
-        memory."""
+        """Choose by the formula, with all but optimizer state and activations in memory."""
         config, parts, runtime = self._config, self._parts, self._runtime
         if not self._is_auto:
             if config.memory.recompute == "auto":
@@ -83,14 +82,11 @@ class RecomputeBudget:
                 later += sum(4 * whole_shape(param).numel() for param in adapters)
         with runtime.autocast():
             is_loss_chunked = is_chunked(parts.model)
-        rows, length, is_packed = (
-            optim.micro_batch_size,
-            config.data.max_seq_len,
-            config.data.packing,
-        )
-        size, is_on_gpu = runtime.compute_dtype.itemsize, runtime.device.type == "cuda"
-        mask = mask_elements(parts.model, rows, length, is_packed=is_packed, is_on_gpu=is_on_gpu)
-        model, adapter, num_tokens = parts.dimensions, config.adapter, rows * length
+        rows, length = optim.micro_batch_size, config.data.max_seq_len
+        packs, is_on_gpu = config.data.packing, runtime.device.type == "cuda"
+        mask = mask_elements(parts.model, rows, length, is_packed=packs, is_on_gpu=is_on_gpu)
+        model, adapter = parts.dimensions, config.adapter
+        size, num_tokens = runtime.compute_dtype.itemsize, rows * length
         nothing = Recompute(len(parts.layers))
         # Every token may be a target.
         activations = activations_of(

@@ -141,8 +141,7 @@ class Reporter:
     def loading(
         self, total_bytes: int, total_layers: int, check_in: Callable[[], None] = lambda: None
     ) -> Iterator[Callable[[int, int], None]]:
-        """Show the loading of weights; yields a function of the bytes read and layers filled so
-        far.
+        """Show the loading of weights; yields a function of the bytes read and the layers filled.
 
         Args:
             check_in: called after each filled layer, by all ranks alike.

@@ -185,8 +185,7 @@ class Recorder:
         self._window_started += row.seconds
 
     def _warn_of_spike(self, row: StepMetrics) -> None:
-        """Warn when the loss is far above its median: the learning rate may be too high, or the
-        rows of the step unlike the others."""
+        """Warn when the loss is far above its median."""
         is_known = len(self._losses) == self._losses.maxlen
         usual = statistics.median(self._losses) if is_known else math.inf
         if row.loss > _SPIKE * usual:

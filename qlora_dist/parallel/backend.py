@@ -1,5 +1,4 @@
-"""Backend: the way in which processes share the model. A subclass per file, a line in
-`choice.py`."""
+"""Backend: division of a model among processes. One subclass per file, one line in `choice.py`."""
 
 # Tested by tests/distributed/test_sharding.py and tests/distributed/test_equivalence.py.
 
@@ -51,8 +50,7 @@ class Backend(ABC):
 
     @abstractmethod
     def engine(self, parts: ModelParts) -> Engine:
-        """Build the engine and the optimizer of a loaded model, whose adapters have their
-        values."""
+        """Build engine and optimizer of a loaded model; its adapters must have their values."""
 
     def gathered(self, parts: ModelParts) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield each frozen parameter by name, whole, gathered as in forward; a collective."""

@@ -161,16 +161,14 @@ def _decided_here(config: TrainConfig, stage: int, world_size: int) -> dict[str,
     size, accum, clip = optim.micro_batch_size, optim.grad_accum_steps, optim.max_grad_norm
     decay, betas = optim.weight_decay, list(ADAM_BETAS)
     batch, offload = size * accum * world_size, config.parallel.cpu_offload
-    product = (
-        f"optim.micro_batch_size {size} x optim.grad_accum_steps {accum} x {world_size} processes"
-    )
+    product = f"optim.micro_batch_size {size} x optim.grad_accum_steps {accum} x {world_size}"
     clipping = "null" if clip is None else f"{clip:g}"
     adam = "AdamW" if optim.optimizer == "adamw" else None
     schedules = {"constant": "WarmupLR", "linear": "WarmupDecayLR", "cosine": "WarmupCosineLR"}
     home, placed = "cpu" if offload else "none", f"parallel.cpu_offload is {offload}".lower()
     stays = "the optimizer's state stays on the device"
     decided: dict[str, tuple[Any, str]] = {
-        "train_batch_size": (batch, f"{product} is {batch}"),
+        "train_batch_size": (batch, f"{product} processes is {batch}"),
         "train_micro_batch_size_per_gpu": (size, f"optim.micro_batch_size is {size}"),
         "gradient_accumulation_steps": (accum, f"optim.grad_accum_steps is {accum}"),
         "gradient_clipping": (clip or 0, f"optim.max_grad_norm is {clipping}"),

@@ -18,8 +18,7 @@ from qlora_dist.runtime.shards import whole_shape
 
 
 class Engine(Protocol):
-    """Backward of one micro-batch and one update, as the training loop needs them from a
-    backend."""
+    """Backward and update of the training loop, as a backend provides them."""
 
     can_drop_gradients: bool
     """True if a step can begin again after an error in it: no collective is half done then."""
@@ -89,8 +88,7 @@ class FlatEngine(ABC):
 
     @abstractmethod
     def _global_norm(self, gradients: list[torch.Tensor]) -> torch.Tensor:
-        """Norm of the whole gradient, 0-dim float64; sums the gradients over ranks that hold
-        copies."""
+        """Norm of the whole gradient, 0-dim float64; copies of several ranks are summed first."""
 
     def whole_adapter(self) -> dict[str, torch.Tensor]:
         return whole_adapter(self._parts.model, self._runtime.is_main)

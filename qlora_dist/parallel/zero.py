@@ -17,7 +17,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -66,8 +66,13 @@ class Zero(Backend):
             yield name, whole_tensor(param)
 
     def whole_layers(self, parts: ModelParts) -> Iterator[LoraLayer]:
+        if self._stage == 2:
+            yield from super().whole_layers(parts)
+            return
+        import deepspeed
+
         for layer in super().whole_layers(parts):
-            with _gathered(layer):
+            with deepspeed.zero.GatheredParameters(list(layer.parameters())):  # to be read only
                 yield layer
 
 
@@ -101,20 +106,6 @@ def partition_skeleton(parts: ModelParts, settings: Settings, runtime: Runtime) 
             # modules run.
             for param in layer.parameters():
                 deepspeed.zero.register_external_parameter(layer, param)
-
-
-@contextmanager
-def _gathered(module: nn.Module) -> Iterator[None]:
-    """Gather all parameters of a module while the body reads them, if they are cut; a
-    collective."""
-    parts = [param for param in module.parameters() if hasattr(param, "ds_id")]
-    if not parts:
-        yield
-        return
-    import deepspeed
-
-    with deepspeed.zero.GatheredParameters(parts):
-        yield
 
 
 class ZeroEngine:
@@ -210,9 +201,7 @@ class ZeroEngine:
 def _import_deepspeed(runtime: Runtime) -> Any:
     """Import DeepSpeed for this run's device and process group, with its log switched off."""
     if runtime.device.type == "cpu":
-        os.environ["DS_ACCELERATOR"] = (
-            "cpu"  # by default it takes the accelerator that is installed
-        )
+        os.environ["DS_ACCELERATOR"] = "cpu"  # by default: the accelerator that is installed
     os.environ.setdefault("LOCAL_RANK", str(runtime.local_rank))
     import deepspeed
 

@@ -89,8 +89,7 @@ def quantize(model: str, out: str, fmt: QuantFormat) -> None:
 def _quantized_tensors(
     skeleton: PreTrainedModel, reader: SafetensorsReader, fmt: QuantFormat, device: torch.device
 ) -> Iterator[tuple[dict[str, torch.Tensor], int]]:
-    """Yield the output tensors and the element count of each parameter, in the order of the
-    disk."""
+    """Yield the output tensors and the element count of each parameter, in the order of files."""
     quantized = {f"{name}.weight" for name in linear_layers(skeleton)}
     names = [name for name, _ in skeleton.named_parameters()]
     names += [name for name, _ in skeleton.named_buffers() if name in reader]
@@ -152,8 +151,7 @@ def _write_config(folder: Path, partial: Path, skeleton: PreTrainedModel, fmt: Q
 
 
 def _copy_rest(folder: Path, partial: Path) -> None:
-    """Copy the small files that are not about the weights: tokenizer, generation config,
-    license."""
+    """Copy the small files beside the weights: tokenizer, generation config, license."""
     for pattern in _COPIED:
         for file in folder.glob(pattern):
             is_index, target = file.name.endswith(".index.json"), partial / file.name

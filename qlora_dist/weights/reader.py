@@ -78,8 +78,7 @@ class SafetensorsReader:
         return self._read(name, slice(start, stop))
 
     def flat(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Read elements [start, stop) of a tensor of shape (n,), (n, 1) or (1, n): (stop -
-        start,)."""
+        """Read elements [start, stop) of a tensor of shape (n,), (n, 1) or (1, n)."""
         shape = self.shape(name)
         long = max(range(len(shape)), key=shape.__getitem__)
         return self._read(name, (*[slice(None)] * long, slice(start, stop))).reshape(-1)

@@ -26,8 +26,7 @@ MAX_FILE_BYTES = 2 * 2**30
 
 
 class FileWriter:
-    """Collects tensors into safetensors files of at most MAX_FILE_BYTES; reads each back to
-    check."""
+    """Collects tensors into files of at most MAX_FILE_BYTES, and reads each back to check."""
 
     def __init__(self, folder: Path) -> None:
         self.num_bytes = 0

@@ -105,7 +105,7 @@ def test_every_engine_finds_a_scale_and_loses_nothing(
 def scale_in_float32(
     root: Path, model: Path, data: Path, backends: list[str], processes: int
 ) -> None:
-    """Losses, gradient norms and adapter with and without scaled losses, in float32."""
+    """Compare training with and without scaled losses, in float32."""
     train_step = train_module.train_step
 
     def scaled(model: object, engine: Any, *arguments: object) -> object:
