@@ -1,11 +1,11 @@
-"""The training loop: the page to read first.
+"""The training loop: the page to read first, in the order of a run.
 
-:func:`train` starts the processes, lets :func:`~qlora_dist.prepare.prepare` build the run, and
-hands it to a :class:`Training`. Preparing means: read the data, describe the model on the meta
-device, put adapters on it, cut it into shards, stream the weights in, and load the newest
-checkpoint if there is one. Training then repeats :func:`train_step`, and evaluates and saves where
-due. A step runs :func:`micro_step` for each micro-batch and updates the adapters once. The 4-bit
-base model is frozen.
+:func:`train` starts the processes and prepares the run: it reads the data, describes the model on
+the meta device, puts adapters on it, cuts it into shards, streams the weights in, and loads the
+newest checkpoint if there is one. :class:`Training` takes one optimizer step after the other,
+evaluates and saves where due, and writes the adapter at the end. A step is :func:`train_step`:
+forward and backward of each micro-batch (:func:`micro_step`), then one synchronization and one
+update. Only the adapters are trained; the 4-bit base model is frozen.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def train(config: TrainConfig) -> None:
     with Session(folder, config, runtime) as session:
         with session.reporter.working("preparing the run"):
             parts = prepare(config, backend, session)
-        if parts is None:  # an earlier call finished this run
+        if parts is None:  # the run was finished before
             return
         training = Training(config, session, parts)
         training.run()
@@ -70,7 +70,7 @@ def train(config: TrainConfig) -> None:
 
 @dataclass
 class Training:
-    """A prepared run; its methods stand in the order in which they are called."""
+    """A prepared run; its methods stand in the order in which they first run."""
 
     config: TrainConfig
     session: Session
@@ -132,6 +132,7 @@ class Training:
             # float16 gradients may overflow: the step then changed nothing and the scale is halved.
             while parts.loss_scale.is_to_repeat(sums := self._attempt(batches, lr)):
                 pass
+        # With `memory.recompute: auto`, choose anew what layers recompute, by this step's memory.
         parts.budget.after_step(batches)
         state.count_step(parts.plan.after_step(state.num_samples_seen), sums.is_finite)
         epoch = parts.plan.epoch_at(state.num_samples_seen)
@@ -145,7 +146,45 @@ class Training:
             self._report_skipped_step()
         if is_due(state.step, self.config.parallel.check_every):
             self._check_in_sync()
-        parts.checkpoints.poll()
+        parts.checkpoints.poll()  # raises errors of the thread that writes checkpoints
+
+    def _attempt(self, batches: Sequence[MicroBatch], lr: float) -> StepSums:
+        """Call :func:`train_step` with the current loss scale, which a later attempt may halve."""
+        parts, session = self.parts, self.session
+        engine, model, runtime = parts.engine, parts.modules.model, session.runtime
+        max_norm, check_in = self.config.optim.max_grad_norm, session.check_in
+        engine.loss_scale = parts.loss_scale.value
+        can_repeat = engine.can_drop_gradients and parts.budget.can_make_room
+        make_room = self._make_room if can_repeat else None
+        try:
+            return train_step(model, engine, batches, lr, max_norm, runtime, check_in, make_room)
+        except torch.OutOfMemoryError as error:
+            message = largest_batch_message(self.config, parts.modules, batches, runtime.device)
+            raise TrainingError(message) from error
+
+    def _make_room(self) -> None:
+        """Free memory for a second try of this step: drop gradients, recompute all layers."""
+        self.parts.engine.drop_gradients()
+        self.parts.budget.make_room()
+
+    def _report_skipped_step(self) -> None:
+        """Log that a step updated nothing; give up after `optim.max_skipped_steps` in a row."""
+        in_a_row, limit = self.state.num_skipped_in_a_row, self.config.optim.max_skipped_steps
+        self.session.reporter.log(
+            f"step {self.state.step} skipped: its gradient is not finite "
+            f"({in_a_row} in a row, at most {limit})"
+        )
+        if in_a_row >= limit:
+            raise TrainingError(
+                f"the gradient was not finite in {in_a_row} steps in a row "
+                "(optim.max_skipped_steps), so nothing is learned any more. Lower optim.lr (now "
+                f"{self.config.optim.lr:g}), set optim.max_grad_norm, or look at the rows of these "
+                "steps; the last checkpoint is from before."
+            )
+
+    def _check_in_sync(self) -> None:
+        adapters, state = self.parts.modules.adapters, self.state
+        check_in_sync(adapters, state.step, state.num_samples_seen, self.session.runtime)
 
     def after_step(self) -> None:
         """Evaluate and save where due: before the first step, after some steps, after the last."""
@@ -159,7 +198,7 @@ class Training:
         if state.step and (is_last or is_best or is_due(state.step, config.checkpoint.every)):
             self.save()
         elif state.step == 1:
-            self.save(is_trial=True)  # a disk that takes no checkpoint shows now, not in hours
+            self.save(is_trial=True)  # a disk that takes no checkpoint fails now, not in hours
 
     def evaluate(self) -> None:
         """Compute the loss on the held-out samples, record it, and note the best step.
@@ -217,43 +256,6 @@ class Training:
             log(
                 f"the evaluation loss was best after step {state.best_step} "
                 f"({state.best_eval_loss:.4f}): {best}"
-            )
-
-    def _attempt(self, batches: Sequence[MicroBatch], lr: float) -> StepSums:
-        """Call :func:`train_step` with the loss scale of the moment."""
-        parts, session = self.parts, self.session
-        engine, model, runtime = parts.engine, parts.modules.model, session.runtime
-        max_norm, check_in = self.config.optim.max_grad_norm, session.check_in
-        engine.loss_scale = parts.loss_scale.value
-        can_repeat = engine.can_drop_gradients and parts.budget.can_make_room
-        make_room = self._make_room if can_repeat else None
-        try:
-            return train_step(model, engine, batches, lr, max_norm, runtime, check_in, make_room)
-        except torch.OutOfMemoryError as error:
-            message = largest_batch_message(self.config, parts.modules, batches, runtime.device)
-            raise TrainingError(message) from error
-
-    def _make_room(self) -> None:
-        self.parts.engine.drop_gradients()
-        self.parts.budget.make_room()
-
-    def _check_in_sync(self) -> None:
-        adapters, state = self.parts.modules.adapters, self.state
-        check_in_sync(adapters, state.step, state.num_samples_seen, self.session.runtime)
-
-    def _report_skipped_step(self) -> None:
-        """Log that a step updated nothing; give up after `optim.max_skipped_steps` in a row."""
-        in_a_row, limit = self.state.num_skipped_in_a_row, self.config.optim.max_skipped_steps
-        self.session.reporter.log(
-            f"step {self.state.step} skipped: its gradient is not finite "
-            f"({in_a_row} in a row, at most {limit})"
-        )
-        if in_a_row >= limit:
-            raise TrainingError(
-                f"the gradient was not finite in {in_a_row} steps in a row "
-                "(optim.max_skipped_steps), so nothing is learned any more. Lower optim.lr (now "
-                f"{self.config.optim.lr:g}), set optim.max_grad_norm, or look at the rows of these "
-                "steps; the last checkpoint is from before."
             )
 
 
