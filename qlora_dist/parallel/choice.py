@@ -1,6 +1,6 @@
 """Choice of the backend by its name: from the configuration and the launcher's options."""
 
-# Tested by tests/distributed/test_zero.py and tests/distributed/test_failures.py.
+# Tested by tests/unit/parallel/test_deepspeed_config.py and tests/e2e/test_bad_input.py.
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Files of a model: from a folder or hub name to a local folder with safetensors weights."""
 
-# Tested by tests/unit/weights/test_loading.py and tests/unit/commands/test_demo_run.py.
+# Tested by tests/unit/weights/test_loading.py and tests/e2e/test_bad_input.py.
 # Heavy libraries are imported inside functions: commands check their paths before torch is loaded.
 
 from __future__ import annotations
