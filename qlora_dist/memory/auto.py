@@ -105,7 +105,7 @@ class RecomputeBudget:
         stack = ExitStack()
         if self._is_auto:
             self._num_steps += 1
-            if self._is_looking:
+            if self._is_measured_step:
                 self._meter.restart()
             if self._num_steps == 1:
                 self._probe = stack.enter_context(KeptBytesProbe(self._parts.layers))
@@ -119,7 +119,7 @@ class RecomputeBudget:
         Args:
             batches: micro-batches of the step on this rank.
         """
-        if not self._is_auto or not self._is_looking:
+        if not self._is_auto or not self._is_measured_step:
             return
         runtime, parts = self._runtime, self._parts
         if runtime.device.type == "cuda":
@@ -158,11 +158,11 @@ class RecomputeBudget:
         """True if a step that does not fit may be taken again with more recomputation."""
         # Steps 1 and 2 follow an estimate. Of several ranks, others wait in a collective by then.
         is_possible = self._is_auto and self._num_steps <= 2 and self._runtime.world_size == 1
-        return is_possible and recompute_of(self._parts.layers) != self._everything
+        return is_possible and recompute_of(self._parts.layers) != self._all_full
 
     def make_room(self) -> None:
         """Have all layers recompute fully, because this step did not fit."""
-        set_recompute(self._parts.layers, self._everything)
+        set_recompute(self._parts.layers, self._all_full)
         gc.collect()  # cycles may hold activations of the failed attempt
         if self._runtime.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -173,11 +173,11 @@ class RecomputeBudget:
         )
 
     @property
-    def _everything(self) -> Recompute:
+    def _all_full(self) -> Recompute:
         return fixed_recompute("full", len(self._parts.layers))
 
     @property
-    def _is_looking(self) -> bool:
+    def _is_measured_step(self) -> bool:
         """True if this step is measured: steps 1, 2, 4, 8 and so on."""
         return self._num_steps & (self._num_steps - 1) == 0  # a power of two
 
