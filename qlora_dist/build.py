@@ -1,4 +1,4 @@
-"""From a model folder to a model that can run: described on meta, adapted, sharded, filled."""
+"""Construction of a model from its folder: described on meta, adapted, sharded, filled."""
 
 # Tested by tests/distributed/test_sharding.py and tests/unit/test_fast_paths.py.
 
