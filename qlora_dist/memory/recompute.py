@@ -99,8 +99,8 @@ class LayerForward:
             return self._run(store.keep, args, kwargs)
 
     def _run(self, keep: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        is_survey = self.probed is not None and not self.is_compiled
-        if not is_survey:
+        only_counts = self.probed is not None and not self.is_compiled
+        if not only_counts:
             if self.policy == "full":
                 # Non-reentrant: needs no input gradient, and hides nothing from autograd or the
                 # compiler.
@@ -108,9 +108,9 @@ class LayerForward:
             if self.policy == "none" or self.is_compiled:
                 return self._plain(*args, **kwargs)
         # All arguments but the hidden state live on outside of the layer anyway: masks, rotations.
-        with SelectiveForward(_tensors((args[1:], kwargs)), keep, is_survey) as forward:
+        with SelectiveForward(_tensors((args[1:], kwargs)), keep, only_counts) as forward:
             result = self._plain(*args, **kwargs)
-        if is_survey:
+        if only_counts:
             inputs = sum(tensor.untyped_storage().nbytes() for tensor in _tensors(args[:1]))
             found = LayerBytes(*forward.kept, inputs)
             self.probed = max(self.probed, found, key=lambda each: each.none)
