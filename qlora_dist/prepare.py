@@ -1,6 +1,6 @@
 """Everything before the first step: from a configuration to the parts of a run."""
 
-# Tested by tests/distributed/test_resume.py and tests/distributed/test_failures.py.
+# Tested by tests/distributed/test_resume.py and tests/distributed/test_failing_ranks.py.
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
 """Command `data`: facts about a run's data, and samples as the model sees them."""
 
+# Tested by tests/e2e/test_data_command.py.
+
 from __future__ import annotations
 
 import sys

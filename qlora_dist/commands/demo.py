@@ -1,5 +1,7 @@
 """Command `demo`: from a small real model to a trained adapter, on this machine."""
 
+# Tested by tests/unit/test_cli.py and tests/unit/commands/test_demo_run.py.
+
 from __future__ import annotations
 
 from dataclasses import dataclass

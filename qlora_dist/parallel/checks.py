@@ -1,6 +1,6 @@
 """Checks across ranks: the model fits, the ranks agree, the base has the bytes of its files."""
 
-# Tested by tests/distributed/test_faults.py and tests/distributed/test_sharding.py.
+# Tested by tests/distributed/test_failing_ranks.py and tests/distributed/test_sharding.py.
 
 from __future__ import annotations
 

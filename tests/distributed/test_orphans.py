@@ -18,9 +18,8 @@ import pytest
 
 from qlora_dist.run.checkpoint import complete_steps
 from qlora_dist.run.launcher import LauncherWatch
-from tests.distributed.test_failures import children, rank_pid, wait_for
-from tests.distributed.test_faults import settings
 from tests.support.command import ROOT, run_forked, run_ranks, write_config
+from tests.support.interrupted import children, rank_pid, settings, wait_for
 from tests.support.launching import start_launcher
 from tests.support.processes import be_rank, free_port
 from tests.support.slow import run_slowly

@@ -8,9 +8,9 @@ from itertools import pairwise
 from pathlib import Path
 from unittest import mock
 
-from tests.distributed.test_faults import settings
 from tests.support.command import write_config
 from tests.support.data_runs import when_called
+from tests.support.interrupted import settings
 from tests.support.processes import exit_code_of
 
 INTERVAL = 0.4

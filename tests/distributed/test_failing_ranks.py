@@ -3,18 +3,22 @@
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 
-from tests.support.command import ROOT, run_command, write_config
+from qlora_dist import train as train_module
+from qlora_dist.run.checkpoint import complete_steps
+from tests.support.command import run_command, write_config
+from tests.support.interrupted import children, rank_pid, settings, start, wait_for
+from tests.support.processes import run_on_processes
+from tests.support.training import train_here
 
 
-def settings(root: Path, model: Path, data: Path) -> dict:
+def endless_settings(root: Path, model: Path, data: Path) -> dict:
     """Settings of a run of two processes that would last for minutes."""
     return {
         "output_dir": str(root / "out"),
@@ -30,7 +34,7 @@ def test_a_fault_that_one_rank_meets_is_said_once(
 ) -> None:
     """Data that the first process cannot use end both processes with one message, which the
     launcher repeats as the cause."""
-    config = settings(tmp_path, tiny_llama, chat_file)
+    config = endless_settings(tmp_path, tiny_llama, chat_file)
     config["data"]["max_seq_len"] = 2
     started = time.monotonic()
     done = run_command("train", write_config(tmp_path / "config.yaml", **config), processes=2)
@@ -51,7 +55,9 @@ def test_a_killed_rank_takes_the_others_along(
 ) -> None:
     """SIGKILL of one process during training ends the others within a minute; the launcher names
     rank and signal."""
-    config = write_config(tmp_path / "config.yaml", **settings(tmp_path, tiny_llama, chat_file))
+    config = write_config(
+        tmp_path / "config.yaml", **endless_settings(tmp_path, tiny_llama, chat_file)
+    )
     process, log = start(config, tmp_path)
     try:
         wait_for(lambda: "step 2/" in log.read_text(), process, log)
@@ -65,57 +71,6 @@ def test_a_killed_rank_takes_the_others_along(
     assert not children(process.pid)
 
 
-def start(config: Path, root: Path) -> tuple[subprocess.Popen[bytes], Path]:
-    """Start `train` on two processes in the background, writing to a log file."""
-    log = root / "log.txt"
-    command = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--config_file",
-        str(ROOT / "launch" / "cpu_2.yaml"),
-        "--main_process_port",
-        "0",
-        "-m",
-        "qlora_dist",
-        "train",
-        str(config),
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    with log.open("wb") as out:
-        return subprocess.Popen(command, stdout=out, stderr=out, cwd=ROOT, env=environment), log
-
-
-def wait_for(condition, process: subprocess.Popen, log: Path, seconds: float = 120) -> None:
-    """Poll until the condition holds; fail if the run ends before."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, log.read_text()
-        assert time.monotonic() < deadline, log.read_text()
-        time.sleep(0.1)
-
-
-def children(pid: int) -> list[int]:
-    """Process ids of the direct children of `pid` that are still running."""
-    found = []
-    for status in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = status.read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        if int(fields[1]) == pid:
-            found.append(int(status.parent.name))
-    return found
-
-
-def rank_pid(launcher: int, rank: int) -> int:
-    """Process id of rank `rank`."""
-    for pid in children(launcher):
-        if f"RANK={rank}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
-            return pid
-    raise AssertionError(f"no process of rank {rank}")
-
-
 def test_weights_that_only_one_rank_finds_broken(
     tmp_path: Path, tiny_llama: Path, chat_file: Path
 ) -> None:
@@ -126,7 +81,7 @@ def test_weights_that_only_one_rank_finds_broken(
     file.write_bytes(file.read_bytes()[:-500])
     done = run_command(
         "train",
-        write_config(tmp_path / "c.yaml", **settings(tmp_path, model, chat_file)),
+        write_config(tmp_path / "c.yaml", **endless_settings(tmp_path, model, chat_file)),
         processes=2,
     )
     assert done.returncode != 0
@@ -165,7 +120,9 @@ def test_a_rank_that_dies_while_loading(
 ) -> None:
     """SIGKILL of one process while the weights are read ends the others within a minute."""
     process, log = start(
-        write_config(tmp_path / "config.yaml", **settings(tmp_path, slow_to_load, chat_file)),
+        write_config(
+            tmp_path / "config.yaml", **endless_settings(tmp_path, slow_to_load, chat_file)
+        ),
         tmp_path,
     )
     try:
@@ -190,7 +147,7 @@ def test_weights_that_vanish_while_they_are_read(
     """A weight file that is truncated while it is read ends all processes within a minute, with the
     place in the code."""
     model = Path(shutil.copytree(slow_to_load, tmp_path / "model"))
-    config = settings(tmp_path, model, chat_file)
+    config = endless_settings(tmp_path, model, chat_file)
     process, log = start(write_config(tmp_path / "config.yaml", **config), tmp_path)
     try:
         wait_for(lambda: "% of them targets" in log.read_text(), process, log)
@@ -203,3 +160,86 @@ def test_weights_that_vanish_while_they_are_read(
     assert process.returncode != 0
     assert "Bus error" in text or "not a readable safetensors file" in text
     assert not (tmp_path / "out").exists()
+
+
+def hang_on_one_rank(folder: Path, run: dict) -> None:
+    micro_step = train_module.micro_step
+    num_done = 0
+
+    def sleepy_micro_step(*arguments):
+        nonlocal num_done
+        num_done += 1
+        if num_done == 7 and os.environ["RANK"] == "1":
+            time.sleep(1000)
+        return micro_step(*arguments)
+
+    log = os.open(folder.with_name(f"rank-{os.environ['RANK']}.txt"), os.O_WRONLY | os.O_CREAT)
+    os.dup2(log, 2)
+    with mock.patch.object(train_module, "micro_step", sleepy_micro_step):
+        train_here(folder, run)
+
+
+def innermost_frame(report: str) -> str:
+    """Innermost frame of the thread that trains, in a dump of all threads."""
+    [stack] = [block for block in report.split("Thread 0x") if "in train_here" in block]
+    return stack.splitlines()[1]
+
+
+def test_a_rank_that_hangs(tmp_path: Path, tiny_llama: Path, chat_file: Path) -> None:
+    """When one rank hangs, every rank ends after the timeout with the stacks of its threads: the
+    culprit's shows the place, the other's shows a collective."""
+    run = settings(tiny_llama, chat_file)
+    run["parallel"] = {"backend": "fsdp", "hang_timeout_seconds": 8}
+    started = time.monotonic()
+    with pytest.raises(Exception, match="terminated with exit code 1"):
+        run_on_processes(hang_on_one_rank, 2, tmp_path / "run", run)
+    assert time.monotonic() - started < 60
+    culprit = (tmp_path / "rank-1.txt").read_text()
+    assert "[rank 1] no progress for 8 seconds (parallel.hang_timeout_seconds)" in culprit
+    assert innermost_frame(culprit).endswith("in sleepy_micro_step")
+    other = (tmp_path / "rank-0.txt").read_text()
+    assert "[rank 0] no progress for 8 seconds" in other
+    assert "torch/distributed" in innermost_frame(other)
+    assert complete_steps(tmp_path / "run" / "checkpoints") == [3]
+
+
+def test_a_rank_that_computes_something_else(
+    tmp_path: Path, tiny_llama: Path, chat_file: Path
+) -> None:
+    """One flipped bit in one rank's copy of the adapter is noticed at the next check and never
+    saved."""
+    run = settings(tiny_llama, chat_file)
+    run["parallel"] = {"backend": "ddp", "check_every": 1}
+    run_on_processes(flip_one_bit, 2, tmp_path / "run", run)
+    message = (tmp_path / "message").read_text()
+    assert "after step 5 the ranks no longer agree on" in message
+    assert ".layers.1.mlp.up_proj.lora_B" in message
+    assert complete_steps(tmp_path / "run" / "checkpoints") == [3, 4]
+
+
+def flip_one_bit(folder: Path, run: dict) -> None:
+    import torch
+
+    from qlora_dist.errors import TrainingError
+    from qlora_dist.model.adapters import adapter_parameters
+
+    train_step = train_module.train_step
+    num_steps = 0
+
+    def faulty(model, *arguments):
+        nonlocal num_steps
+        sums = train_step(model, *arguments)
+        num_steps += 1
+        if num_steps == 5 and os.environ["RANK"] == "1":
+            for name, param in adapter_parameters(model).items():
+                if ".layers.1.mlp.up_proj.lora_B" in name:
+                    param.data.view(-1)[3:4].view(torch.int32).bitwise_xor_(1)
+        return sums
+
+    with (
+        mock.patch.object(train_module, "train_step", faulty),
+        pytest.raises(TrainingError) as error,
+    ):
+        train_here(folder, run)
+    if os.environ["RANK"] == "0":
+        folder.with_name("message").write_text(str(error.value))
