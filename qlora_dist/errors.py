@@ -1,5 +1,7 @@
 """Errors that a user can mend: each message has the mistake, the value, the rule and the remedy."""
 
+# Tested by tests/unit/test_cli.py.
+
 EXIT_USER_ERROR = 2
 EXIT_RESUME = 75
 """Exit code of a run that stopped before its end and can go on: EX_TEMPFAIL of sysexits.h."""

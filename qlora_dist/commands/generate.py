@@ -1,5 +1,7 @@
 """Command `generate`: answers of the 4-bit base model with a trained adapter."""
 
+# Tested by tests/unit/test_cli.py and tests/unit/test_generation.py.
+
 from __future__ import annotations
 
 import sys

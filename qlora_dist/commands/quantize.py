@@ -1,5 +1,7 @@
 """Command `quantize`: a 4-bit copy of a 16-bit model."""
 
+# Tested by tests/unit/test_cli.py and tests/unit/weights/test_quantize.py.
+
 from __future__ import annotations
 
 import sys

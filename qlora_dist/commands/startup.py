@@ -1,5 +1,7 @@
 """Start of a command: its options, and its heavy imports once its settings are known to be good."""
 
+# Tested by tests/unit/test_cli.py and tests/e2e/test_help.py.
+
 from __future__ import annotations
 
 import logging

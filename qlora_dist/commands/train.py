@@ -1,5 +1,7 @@
 """Command `train`: a training run with the settings of a YAML file."""
 
+# Tested by tests/e2e/test_bad_input.py and tests/e2e/test_help.py.
+
 from __future__ import annotations
 
 import faulthandler

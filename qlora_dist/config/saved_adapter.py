@@ -1,5 +1,7 @@
 """Settings that a saved adapter was trained with, read from its JSON files alone, without torch."""
 
+# Tested by tests/unit/config/test_rules.py.
+
 from __future__ import annotations
 
 import json

@@ -6,6 +6,8 @@ last character of each turn. A row is then rendered once and matched against tha
 text has equal turns. Rows of equal shape share an outline.
 """
 
+# Tested by tests/unit/data/test_chat_template.py.
+
 from __future__ import annotations
 
 import json

@@ -1,5 +1,7 @@
 """Micro-batches: samples as tensors."""
 
+# Tested by tests/unit/data/test_order.py and tests/unit/data/test_packing.py.
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence

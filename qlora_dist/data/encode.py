@@ -1,5 +1,7 @@
 """Encoding of a source's rows as samples, with an account of each row."""
 
+# Tested by tests/unit/data/test_tokenization.py and tests/unit/data/test_formats.py.
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator

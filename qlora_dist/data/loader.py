@@ -1,5 +1,7 @@
 """The micro-batches of the next step, made in the background while the current step computes."""
 
+# Tested by tests/unit/test_train.py and tests/gpu/test_loader.py.
+
 from __future__ import annotations
 
 import time

@@ -1,5 +1,7 @@
 """Conversations with marks in place of words, which show where a chat template puts each part."""
 
+# Tested by tests/unit/data/test_chat_template.py.
+
 from __future__ import annotations
 
 import json

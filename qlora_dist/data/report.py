@@ -1,5 +1,7 @@
 """Account of each row of a source: used, cut, split, dropped or faulty."""
 
+# Tested by tests/unit/data/test_dataset.py and tests/unit/data/test_tokenization.py.
+
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field

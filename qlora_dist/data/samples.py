@@ -1,5 +1,7 @@
 """Tokenized samples: one in memory, many on disk, and the rows that a run makes of them."""
 
+# Tested by tests/unit/data/test_cache.py and tests/unit/data/test_packing.py.
+
 from __future__ import annotations
 
 import hashlib

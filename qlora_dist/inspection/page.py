@@ -1,5 +1,7 @@
 """The page that `qlora-dist data` prints, for a terminal and for a log file."""
 
+# Tested by tests/unit/inspection/test_inspect_data.py.
+
 from __future__ import annotations
 
 from collections.abc import Sequence

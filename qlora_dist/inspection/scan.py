@@ -1,5 +1,7 @@
 """A single pass over tokenized samples, with a few bytes of results per sample."""
 
+# Tested by tests/unit/inspection/test_facts.py.
+
 from __future__ import annotations
 
 import hashlib

@@ -1,5 +1,7 @@
 """Logits: the transform between a head's output and its logits, found by running the model."""
 
+# Tested by tests/unit/model/test_loss.py.
+
 from __future__ import annotations
 
 import math

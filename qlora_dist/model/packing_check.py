@@ -1,5 +1,7 @@
 """Check that samples in a shared row do not see each other, by running the model on such rows."""
 
+# Tested by tests/distributed/test_packed_training.py.
+
 from __future__ import annotations
 
 import torch

@@ -1,5 +1,7 @@
 """Parts of a model, found once: its base, decoder layers, embedding, head and adapters."""
 
+# Tested by tests/unit/memory/test_footprint.py and tests/distributed/test_families.py.
+
 from __future__ import annotations
 
 from collections.abc import Iterator

@@ -3,6 +3,8 @@
 Building it reads no weights.
 """
 
+# Tested by tests/unit/weights/test_loading.py and tests/distributed/test_families.py.
+
 from __future__ import annotations
 
 from collections.abc import Mapping

@@ -1,5 +1,7 @@
 """Learning rate as a function of the step."""
 
+# Tested by tests/unit/optim/test_adamw.py.
+
 from __future__ import annotations
 
 import math

@@ -9,6 +9,8 @@
 Tensors are whole and named by parameter, so that any backend on any number of ranks can continue.
 """
 
+# Tested by tests/distributed/test_interrupted_runs.py and tests/distributed/test_resume.py.
+
 from __future__ import annotations
 
 import hashlib

@@ -1,5 +1,7 @@
 """End of a failing run: one process reports the reason, to its launcher too; others stay silent."""
 
+# Tested by tests/distributed/test_failing_ranks.py.
+
 from __future__ import annotations
 
 import json

@@ -1,5 +1,7 @@
 """A process's part in a run from start to end: folder, lock, requests to stop, watchdog."""
 
+# Tested by tests/distributed/test_failing_ranks.py and tests/distributed/test_orphans.py.
+
 from __future__ import annotations
 
 from contextlib import suppress

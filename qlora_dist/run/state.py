@@ -1,5 +1,7 @@
 """Position of a run, and identity of its base model, data, adapter and settings."""
 
+# Tested by tests/distributed/test_resume.py.
+
 from __future__ import annotations
 
 import math

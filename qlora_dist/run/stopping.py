@@ -1,5 +1,7 @@
 """Orderly stops, by signal, STOP file or loss of the launcher: all ranks agree before they act."""
 
+# Tested by tests/distributed/test_resume.py and tests/distributed/test_orphans.py.
+
 from __future__ import annotations
 
 import os

@@ -1,5 +1,7 @@
 """End of a process that hangs, with the stacks of its threads."""
 
+# Tested by tests/distributed/test_failing_ranks.py.
+
 from __future__ import annotations
 
 import faulthandler

@@ -1,5 +1,7 @@
 """Free, held and peak memory of a process."""
 
+# Tested by tests/unit/memory/test_footprint.py and tests/unit/memory/test_auto.py.
+
 from __future__ import annotations
 
 import os

@@ -6,6 +6,8 @@ tensor, as plain parameters that are empty between uses and keep this rank's par
 pair (first element, one past the last).
 """
 
+# Tested by tests/distributed/test_sharding.py and tests/unit/memory/test_footprint.py.
+
 from __future__ import annotations
 
 import torch

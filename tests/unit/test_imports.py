@@ -1,4 +1,4 @@
-"""The layers of the package, read from its source: who may import whom, who knows a backend, who may print."""
+"""Rooms of the package, read from its source: imports, names of backends, and printing."""
 
 import ast
 import importlib
@@ -100,7 +100,7 @@ KNOWS_BACKENDS = {
 
 
 def imports(tree: ast.AST) -> Iterator[tuple[str, bool]]:
-    """(module of this package, whether it is imported inside a function) for each import below `tree`."""
+    """Yield each import of this package below `tree`, and whether it is inside a function."""
     inside = {
         id(node)
         for scope in ast.walk(tree)
@@ -148,7 +148,7 @@ def test_the_source_is_found() -> None:
 
 
 def test_rooms_import_what_the_table_says(capsys: pytest.CaptureFixture[str]) -> None:
-    """Each room imports just the rooms of its line, all of which stand above it in the table; prints the table."""
+    """Each room imports the rooms of its line, all of which stand before it; prints the table."""
     found: dict[str, set[str]] = {room: set() for room in ROOMS}
     num_files = Counter(room_of(module) for module in MODULES)
     for module in MODULES:
@@ -190,7 +190,7 @@ def test_only_the_command_imports_the_loop_and_only_when_it_runs_it() -> None:
 
 
 def test_what_only_a_cpu_needs_is_reached_through_few_lines() -> None:
-    """A reader of the GPU's path need not enter `model/cpu`: a module of it is imported by one or two others."""
+    """A reader of the GPU's path need not enter `model/cpu`: one to three modules import each."""
     inside = "qlora_dist.model.cpu."
     for module in (module for module in MODULES if module.startswith(inside)):
         users = {
@@ -209,7 +209,7 @@ def test_the_batch_script_imports_what_is_there() -> None:
 
 
 def test_imports_form_no_circle() -> None:
-    """Modules can be put in an order in which each imports only earlier ones; imports for types alone do not count."""
+    """Modules have an order in which each imports only earlier ones, but for types alone."""
     graph = {}
     for module, tree in TREES.items():
         for_types = {
@@ -234,9 +234,9 @@ def string_literals(tree: ast.Module) -> Iterator[str]:
 
 @pytest.mark.parametrize("backend", ["fsdp", "ddp", "deepspeed", "zero2", "zero3"])
 def test_backends_are_named_in_one_place(backend: str) -> None:
-    """Only `parallel/choice.py` decides by a backend's name; the configuration lists them, and the demo writes one.
+    """Only `parallel/choice.py` decides by a backend's name.
 
-    A message may name one as a remedy: what counts is a string that is a name, as in a comparison.
+    The configuration lists the names, and the demo writes one. A message may name one as a remedy: what counts is a string that is a name, as in a comparison.
     """
     users = {module for module, tree in TREES.items() if backend in string_literals(tree)}
     assert users <= KNOWS_BACKENDS
@@ -251,7 +251,7 @@ def test_no_module_is_a_drawer_for_everything() -> None:
 
 
 def test_nothing_prints() -> None:
-    """What a person sees goes through the reporter, which is silent on all ranks but one."""
+    """All output goes through the reporter, which is silent on all ranks but one."""
     calls = [
         f"{module}:{node.lineno}"
         for module, tree in TREES.items()

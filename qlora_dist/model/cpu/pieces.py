@@ -1,5 +1,7 @@
 """Pieces of tensors that a CPU's cache holds; a GPU takes tensors whole."""
 
+# Tested by tests/unit/parallel/test_engine.py and tests/unit/model/test_nf4.py.
+
 from __future__ import annotations
 
 from collections.abc import Sequence
