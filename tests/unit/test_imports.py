@@ -236,7 +236,8 @@ def string_literals(tree: ast.Module) -> Iterator[str]:
 def test_backends_are_named_in_one_place(backend: str) -> None:
     """Only `parallel/choice.py` decides by a backend's name.
 
-    The configuration lists the names, and the demo writes one. A message may name one as a remedy: what counts is a string that is a name, as in a comparison.
+    The configuration lists the names, and the demo writes one. A message may name one as a remedy:
+    what counts is a string that is a name, as in a comparison.
     """
     users = {module for module, tree in TREES.items() if backend in string_literals(tree)}
     assert users <= KNOWS_BACKENDS

@@ -113,11 +113,11 @@ def test_functions_and_files_are_short() -> None:
 
 
 def test_hard_lines_have_comments(capsys: pytest.CaptureFixture[str]) -> None:
-    """Five comments for 100 lines of code, at the line that needs one; prints both numbers."""
+    """Five comments for 100 lines of code; prints both numbers."""
     counts = [code_and_comments(path) for path in PACKAGE]
     code, comments = (sum(column) for column in zip(*counts, strict=True))
-    with capsys.disabled():
-        print(f"\n  {code:,} lines of code, {comments} comments", end="")  # noqa: T201 - for who runs it
+    with capsys.disabled():  # for whoever runs it by hand
+        print(f"\n  {code:,} lines of code, {comments} comments", end="")  # noqa: T201
     assert comments >= 0.05 * code
 
 
