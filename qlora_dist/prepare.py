@@ -32,7 +32,7 @@ from qlora_dist.run.folder import identity
 from qlora_dist.run.session import Session
 from qlora_dist.run.state import RunIdentity, TrainState
 from qlora_dist.runtime.shards import local_bytes, whole_bytes
-from qlora_dist.weights.files import fingerprint, resolve_model_folder
+from qlora_dist.weights.files import model_fingerprint, resolve_model_folder
 
 
 @dataclass
@@ -84,7 +84,7 @@ def prepare(config: TrainConfig, backend: Backend, session: Session) -> RunParts
         modules = build_model(config, model_folder, backend, session.reporter, session.check_in)
     model = modules.model
     shapes, settings = adapter_shapes(model), identity(config)
-    belongs_to = RunIdentity(fingerprint(model_folder), data.fingerprint(), shapes, settings)
+    belongs_to = RunIdentity(model_fingerprint(model_folder), data.fingerprint(), shapes, settings)
     if checkpoint:
         checkpoint.check(belongs_to, is_own)
     # Counted before the first forward: one without backward leaves some engines' head gathered.

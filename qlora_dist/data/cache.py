@@ -18,7 +18,7 @@ from qlora_dist.config.schema import DataConfig
 from qlora_dist.data.encode import encode_rows
 from qlora_dist.data.report import Report
 from qlora_dist.data.samples import SampleStore, SampleWriter
-from qlora_dist.data.sources import fingerprint, load_rows, stamp
+from qlora_dist.data.sources import load_rows, source_fingerprint, stamp
 from qlora_dist.errors import DataError
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ class _Request:
         tokenizer, config = self.tokenizer, self.config
         made_from = {
             "path": self.path,  # the report's messages name it
-            "data": fingerprint(self.path, self.key),
+            "data": source_fingerprint(self.path, self.key),
             "tokenizer": [
                 tokenizer.backend_tokenizer.to_str(),
                 tokenizer.chat_template,

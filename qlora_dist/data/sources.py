@@ -147,7 +147,7 @@ def load_rows(path: str, key: str) -> Iterator[Row]:
         raise DataError(f"{key} {path} holds no rows.")
 
 
-def fingerprint(path: str, key: str) -> str:
+def source_fingerprint(path: str, key: str) -> str:
     """Return a digest of a source's contents: the bytes of its files, or the hub table's own.
 
     Raises:

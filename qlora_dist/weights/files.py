@@ -128,7 +128,7 @@ def _download(name: str, wanted: list[str]) -> Path:
         ) from None
 
 
-def fingerprint(folder: Path) -> str:
+def model_fingerprint(folder: Path) -> str:
     """Hash a model folder: its config, and name, size, header and samples of every weight file."""
     # Not every byte, which would take as long as loading: two fine-tunings of one model differ in
     # the samples.

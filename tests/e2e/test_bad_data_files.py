@@ -312,7 +312,7 @@ def swap(file: Path) -> None:
         (append, "load_rows", ("d.jsonl changed while it was read", "Start again")),
         (append, "encode_rows", ("d.jsonl changed while it was read", "Start again")),
         (Path.unlink, "load_rows", ("d.jsonl does not exist", "Give the path")),
-        (Path.unlink, "fingerprint", ("d.jsonl does not exist", "Give the path")),
+        (Path.unlink, "source_fingerprint", ("d.jsonl does not exist", "Give the path")),
         (Path.unlink, "Report.check", ("d.jsonl does not exist", "Give the path")),
         (swap, "load_rows", ("line 1: not valid JSON",)),
     ],
