@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from qlora_dist.build import load_trained
@@ -66,16 +67,14 @@ def generate(
     runtime.close()
 
 
-def prompt_ids(
-    prompt: str, tokenizer: PreTrainedTokenizerBase, layout: PromptLayout
-) -> torch.Tensor:
+def prompt_ids(prompt: str, tokenizer: PreTrainedTokenizerBase, layout: PromptLayout) -> Tensor:
     """Encode a prompt as in training: as a user turn, or as plain text. (1, seq_len) int64."""
     if layout == "messages":
         return chat_ids([{"role": "user", "content": prompt}], tokenizer)
     return torch.tensor([plain_ids(prompt, tokenizer)], dtype=torch.int64)
 
 
-def chat_ids(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+def chat_ids(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> Tensor:
     """Encode a conversation up to the assistant's next answer. (1, seq_len) int64."""
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     return tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
@@ -85,7 +84,7 @@ def chat_ids(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase)
 def answer(
     model: PeftModel,
     tokenizer: PreTrainedTokenizerBase,
-    input_ids: torch.Tensor,
+    input_ids: Tensor,
     sampling: Sampling,
     runtime: Runtime,
     *,

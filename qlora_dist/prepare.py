@@ -7,7 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
+from torch import Tensor
 
 from qlora_dist.build import build_model
 from qlora_dist.config.schema import TrainConfig
@@ -98,7 +98,7 @@ def prepare(config: TrainConfig, backend: Backend, session: Session) -> RunParts
     budget = RecomputeBudget(config, modules, runtime, log)
     budget.choose()
 
-    def write_adapter(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    def write_adapter(path: Path, tensors: dict[str, Tensor]) -> None:
         save_adapter(path, model, tensors, tokenizer, AdapterRecord(config.model, data.layout))
 
     folder, keep = session.folder / "checkpoints", config.checkpoint.keep

@@ -16,6 +16,7 @@ from functools import cached_property
 
 import torch
 from peft import PeftModel
+from torch import Tensor
 
 from qlora_dist.config.schema import TrainConfig
 from qlora_dist.data.batch import MicroBatch
@@ -286,7 +287,7 @@ def train_step(
     counts = torch.tensor(own, dtype=torch.float32, device=runtime.device)  # (2,)
     num_targets, num_tokens = runtime.sum_over_ranks(counts).unbind()
 
-    def forward_and_backward() -> torch.Tensor:
+    def forward_and_backward() -> Tensor:
         loss = torch.zeros((), device=runtime.device)  # this rank's share
         for number, batch in enumerate(batches, start=1):
             check_in()
@@ -311,8 +312,8 @@ def train_step(
 
 
 def micro_step(
-    model: PeftModel, batch: MicroBatch, num_targets: torch.Tensor, runtime: Runtime
-) -> torch.Tensor:
+    model: PeftModel, batch: MicroBatch, num_targets: Tensor, runtime: Runtime
+) -> Tensor:
     """Return the micro-batch's share of the global mean loss, 0-dim float32.
 
     Args:

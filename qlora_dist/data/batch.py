@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
+from torch import Tensor
 
 from qlora_dist.config.schema import IGNORE_INDEX
 from qlora_dist.data.samples import Sample
@@ -17,11 +18,11 @@ from qlora_dist.data.samples import Sample
 class MicroBatch:
     """One forward pass of one rank, right-padded to its longest sample."""
 
-    input_ids: torch.Tensor  # (micro_batch_size, seq_len) int64
-    attention_mask: torch.Tensor  # (micro_batch_size, seq_len) int64, 1 for real tokens
-    labels: torch.Tensor  # (micro_batch_size, seq_len) int64, IGNORE_INDEX where there is no target
+    input_ids: Tensor  # (micro_batch_size, seq_len) int64
+    attention_mask: Tensor  # (micro_batch_size, seq_len) int64, 1 for real tokens
+    labels: Tensor  # (micro_batch_size, seq_len) int64, IGNORE_INDEX where there is no target
     # (micro_batch_size, seq_len) int64, from 0 in each sample; None: not packed
-    position_ids: torch.Tensor | None
+    position_ids: Tensor | None
     num_tokens: int
     num_targets: int
     seed: int = 0
@@ -33,11 +34,11 @@ class MicroBatch:
 
     def pinned(self) -> MicroBatch:
         """Return the batch in page-locked memory, from which a GPU copies while it computes."""
-        return self._with_tensors(torch.Tensor.pin_memory)
+        return self._with_tensors(Tensor.pin_memory)
 
-    def _with_tensors(self, change: Callable[[torch.Tensor], torch.Tensor]) -> MicroBatch:
+    def _with_tensors(self, change: Callable[[Tensor], Tensor]) -> MicroBatch:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        tensors = {name: x for name, x in values.items() if isinstance(x, torch.Tensor)}
+        tensors = {name: x for name, x in values.items() if isinstance(x, Tensor)}
         return replace(self, **{name: change(x) for name, x in tensors.items()})
 
 

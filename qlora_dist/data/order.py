@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 
 import torch
+from torch import Tensor
 
 from qlora_dist.config.schema import OptimConfig, TrainConfig
 from qlora_dist.data.dataset import RunData
@@ -60,7 +61,7 @@ class SampleOrder:
         weights = self.weights or (1.0,) * len(self.sizes)
         return [max(1, round(w * size)) for w, size in zip(weights, self.sizes, strict=True)]
 
-    def _shuffled(self, epoch: int) -> torch.Tensor:  # (epoch_size,) int64
+    def _shuffled(self, epoch: int) -> Tensor:  # (epoch_size,) int64
         parts = []
         first = 0
         for number, (size, count) in enumerate(zip(self.sizes, self._counts(), strict=True)):
@@ -73,11 +74,11 @@ class SampleOrder:
         whole = torch.cat(parts)
         return whole[_permutation(len(whole), self.seed, "epoch", epoch)]
 
-    def _grouped(self, indices: torch.Tensor, epoch: int) -> torch.Tensor:  # (epoch_size,) int64
+    def _grouped(self, indices: Tensor, epoch: int) -> Tensor:  # (epoch_size,) int64
         if self.lengths is None:
             return indices
         lengths = torch.tensor(self.lengths)[indices]
-        chunks: list[torch.Tensor] = []
+        chunks: list[Tensor] = []
         for start in range(0, len(indices), _WINDOW):
             by_length = torch.sort(lengths[start : start + _WINDOW], stable=True).indices
             chunks += indices[start : start + _WINDOW][by_length].split(_CHUNK)
@@ -85,7 +86,7 @@ class SampleOrder:
         return torch.cat([chunks[i] for i in shuffle.tolist()])
 
 
-def _permutation(size: int, *key: int | str) -> torch.Tensor:  # (size,) int64
+def _permutation(size: int, *key: int | str) -> Tensor:  # (size,) int64
     return torch.randperm(size, generator=torch.Generator().manual_seed(seed_of(*key)))
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from qlora_dist.config.schema import MemoryConfig
@@ -121,9 +121,9 @@ def _forwards(layers: Iterable[nn.Module]) -> Iterable[LayerForward]:
     return (layer.forward for layer in layers)
 
 
-def _tensors(value: Any) -> list[torch.Tensor]:
+def _tensors(value: Any) -> list[Tensor]:
     """Collect the tensors in a layer's arguments, nested ones included."""
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, Tensor):
         return [value]
     if isinstance(value, dict):
         value = value.values()

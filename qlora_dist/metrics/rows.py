@@ -6,18 +6,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True)
 class StepSums:
     """Results of one optimizer step on the device, 0-dim float32; reading them waits for it."""
 
-    loss: torch.Tensor
+    loss: Tensor
     """This rank's share of the global mean loss; the shares of all ranks add up to it."""
-    grad_norm: torch.Tensor
-    num_targets: torch.Tensor
-    num_tokens: torch.Tensor
+    grad_norm: Tensor
+    num_targets: Tensor
+    num_tokens: Tensor
 
     @property
     def is_finite(self) -> bool:

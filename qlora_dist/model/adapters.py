@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qlora_dist.config.saved_adapter import ADAPTER_WEIGHTS, BASE_KEEPING_INITS
@@ -195,7 +195,7 @@ def _all_adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: param for name, param in model.named_parameters() if ".lora_" in name}
 
 
-def whole_adapter(model: nn.Module, is_wanted: bool = True) -> dict[str, torch.Tensor]:
+def whole_adapter(model: nn.Module, is_wanted: bool = True) -> dict[str, Tensor]:
     """Gather all adapter tensors whole on the CPU, by parameter name; a collective.
 
     Args:

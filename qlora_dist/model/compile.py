@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import _dynamo, nn
+from torch import Tensor, _dynamo, nn
 
 from qlora_dist.errors import LaunchError
 
@@ -70,7 +70,7 @@ class CompiledForward:
         self._layer, self._plain = layer, layer.forward
         self._compiled = torch.compile(self._plain, **_COMPILER)
 
-    def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         if not (self._layer.training and torch.is_grad_enabled()):
             return self._plain(hidden_states, *args, **kwargs)
         if not hidden_states.requires_grad:

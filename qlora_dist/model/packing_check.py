@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import torch
 from peft import PeftModel
+from torch import Tensor
 
 from qlora_dist.errors import ModelError
 from qlora_dist.model.parts import base_model
@@ -45,5 +46,5 @@ def check_packing(model: PeftModel, device: torch.device) -> None:
         )
 
 
-def _logits(model: PeftModel, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+def _logits(model: PeftModel, input_ids: Tensor, position_ids: Tensor) -> Tensor:
     return model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits.float()

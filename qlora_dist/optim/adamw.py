@@ -9,7 +9,7 @@ from operator import is_not
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qlora_dist.config.schema import OptimConfig
 from qlora_dist.optim.moments import BufferSlice, Moments
@@ -50,7 +50,7 @@ class FlatAdamW:
         return Moments(self._optimizer, buffers, pieces, shards, device)
 
     @property
-    def gradients(self) -> list[torch.Tensor]:
+    def gradients(self) -> list[Tensor]:
         """This rank's flat float32 gradient of each group."""
         return [group.flat_grad for group in self._groups]
 

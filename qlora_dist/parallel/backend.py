@@ -10,6 +10,7 @@ from typing import ClassVar
 
 import torch
 from peft.tuners.lora import LoraLayer
+from torch import Tensor
 
 from qlora_dist.config.schema import BackendName, TrainConfig
 from qlora_dist.model.parts import ModelParts, lora_layers
@@ -52,7 +53,7 @@ class Backend(ABC):
     def engine(self, parts: ModelParts) -> Engine:
         """Build engine and optimizer of a loaded model; its adapters must have their values."""
 
-    def gathered(self, parts: ModelParts) -> Iterator[tuple[str, torch.Tensor]]:
+    def gathered(self, parts: ModelParts) -> Iterator[tuple[str, Tensor]]:
         """Yield each frozen parameter by name, whole, gathered as in forward; a collective."""
         for name, param in parts.model.named_parameters():
             if not param.requires_grad:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from qlora_dist.config.schema import OptimConfig
 from qlora_dist.model.adapters import whole_adapter
@@ -25,14 +26,14 @@ class Engine(Protocol):
     loss_scale: float
     """Power of two that multiplies a loss before backward; gradients are divided by it again."""
 
-    def backward(self, loss: torch.Tensor, is_last_micro_batch: bool) -> None:
+    def backward(self, loss: Tensor, is_last_micro_batch: bool) -> None:
         """Add the gradient of a micro-batch; gradients are summed over ranks at the last one.
 
         Args:
             loss: 0-dim float32, divided by the target tokens of the global batch already.
         """
 
-    def update(self, lr: float, max_grad_norm: float | None) -> torch.Tensor:
+    def update(self, lr: float, max_grad_norm: float | None) -> Tensor:
         """Clip, step, clear gradients; a collective that waits for the device.
 
         Returns:
@@ -43,16 +44,16 @@ class Engine(Protocol):
     def drop_gradients(self) -> None:
         """Forget the gradients since the last update."""
 
-    def whole_adapter(self) -> dict[str, torch.Tensor]:
+    def whole_adapter(self) -> dict[str, Tensor]:
         """Gather all adapter tensors by parameter name on rank 0, none elsewhere; a collective."""
 
-    def optimizer_state(self) -> dict[str, torch.Tensor]:
+    def optimizer_state(self) -> dict[str, Tensor]:
         """Gather the optimizer's moments on rank 0, see `Moments.gather`; a collective.
 
         Call it after the first update.
         """
 
-    def load_optimizer_state(self, saved: Mapping[str, torch.Tensor], num_updates: int) -> None:
+    def load_optimizer_state(self, saved: Mapping[str, Tensor], num_updates: int) -> None:
         """Load moments that any engine returned, on any number of ranks.
 
         Args:
@@ -71,7 +72,7 @@ class FlatEngine(ABC):
         self._runtime = runtime
         self._optimizer = FlatAdamW(parts.adapters, config)
 
-    def update(self, lr: float, max_grad_norm: float | None) -> torch.Tensor:
+    def update(self, lr: float, max_grad_norm: float | None) -> Tensor:
         self._optimizer.collect_gradients()
         gradients = self._optimizer.gradients
         norm = (self._global_norm(gradients) / self.loss_scale).float()
@@ -87,17 +88,17 @@ class FlatEngine(ABC):
         self._optimizer.clear_gradients()
 
     @abstractmethod
-    def _global_norm(self, gradients: list[torch.Tensor]) -> torch.Tensor:
+    def _global_norm(self, gradients: list[Tensor]) -> Tensor:
         """Norm of the whole gradient, 0-dim float64; copies of several ranks are summed first."""
 
-    def whole_adapter(self) -> dict[str, torch.Tensor]:
+    def whole_adapter(self) -> dict[str, Tensor]:
         return whole_adapter(self._parts.model, self._runtime.is_main)
 
-    def optimizer_state(self) -> dict[str, torch.Tensor]:
+    def optimizer_state(self) -> dict[str, Tensor]:
         sizes = {name: whole_shape(param).numel() for name, param in self._parts.adapters.items()}
         return self._optimizer.moments(self._runtime.device).gather(sizes)
 
-    def load_optimizer_state(self, saved: Mapping[str, torch.Tensor], num_updates: int) -> None:
+    def load_optimizer_state(self, saved: Mapping[str, Tensor], num_updates: int) -> None:
         self._optimizer.moments(self._runtime.device).scatter(saved, num_updates)
 
 
@@ -105,7 +106,7 @@ _CPU_PIECE = 2**17
 """Elements that a CPU squares at a time: their copy in float64, 1 MiB, stays in its cache."""
 
 
-def squared_norm(gradients: list[torch.Tensor]) -> torch.Tensor:
+def squared_norm(gradients: list[Tensor]) -> Tensor:
     """Sum of squares of all gradients, 0-dim float64."""
     # float64, rounded back to float32 later, gives the norm the same bits however the gradient is
     # cut. In float32 clipping would carry the difference into every weight.
@@ -117,7 +118,7 @@ def squared_norm(gradients: list[torch.Tensor]) -> torch.Tensor:
     return (torch.stack(norms) ** 2).sum()
 
 
-def _clip(gradients: list[torch.Tensor], norm: torch.Tensor, max_norm: float | None) -> None:
+def _clip(gradients: list[Tensor], norm: Tensor, max_norm: float | None) -> None:
     if max_norm is not None:
         factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)  # as torch's clip_grad_norm_
         for gradient in gradients:

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from packaging.version import Version
 from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
 from torch import distributed as dist
-from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 
@@ -81,7 +81,7 @@ class Fsdp(Backend):
     def engine(self, parts: ModelParts) -> Engine:
         return ShardedEngine(parts, self.config.optim, self.runtime)
 
-    def gathered(self, parts: ModelParts) -> Iterator[tuple[str, torch.Tensor]]:
+    def gathered(self, parts: ModelParts) -> Iterator[tuple[str, Tensor]]:
         named = parts.model.named_modules()
         units = {name: module for name, module in named if isinstance(module, FSDPModule)}
         for prefix, unit in units.items():
@@ -123,7 +123,7 @@ class ShardedEngine(FlatEngine):
         # FSDP2 overlaps collectives on streams, and a CPU has none: there they run asynchronously.
         self._reductions = overlap_on_cpu(parts) if runtime.device.type == "cpu" else None
 
-    def backward(self, loss: torch.Tensor, is_last_micro_batch: bool) -> None:
+    def backward(self, loss: Tensor, is_last_micro_batch: bool) -> None:
         # Until the last micro-batch each rank adds up whole gradients, without a collective.
         self._model.set_requires_gradient_sync(is_last_micro_batch)
         self._model.set_is_last_backward(is_last_micro_batch)
@@ -131,7 +131,7 @@ class ShardedEngine(FlatEngine):
         if self._reductions is not None:
             self._reductions.wait()
 
-    def _global_norm(self, gradients: list[torch.Tensor]) -> torch.Tensor:
+    def _global_norm(self, gradients: list[Tensor]) -> Tensor:
         # Offloaded gradients are on the host, where the group of a GPU cannot sum.
         squared = squared_norm(gradients).to(self._runtime.device)
         dist.all_reduce(squared, group=self._group)
@@ -148,9 +148,7 @@ def _integer_parameters_allowed() -> Iterator[None]:
         return
     original = nn.Parameter.__new__
 
-    def new(
-        cls: type, data: torch.Tensor | None = None, requires_grad: bool = True
-    ) -> torch.Tensor:
+    def new(cls: type, data: Tensor | None = None, requires_grad: bool = True) -> Tensor:
         return original(cls, data, requires_grad and (data is None or data.is_floating_point()))
 
     nn.Parameter.__new__ = new

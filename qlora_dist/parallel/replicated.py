@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-import torch
+from torch import Tensor
 
 from qlora_dist.model.parts import ModelParts
 from qlora_dist.parallel.backend import Backend
@@ -26,10 +26,10 @@ class ReplicatedEngine(FlatEngine):
 
     can_drop_gradients = True
 
-    def backward(self, loss: torch.Tensor, is_last_micro_batch: bool) -> None:
+    def backward(self, loss: Tensor, is_last_micro_batch: bool) -> None:
         (loss * self.loss_scale).backward()
 
-    def _global_norm(self, gradients: list[torch.Tensor]) -> torch.Tensor:
+    def _global_norm(self, gradients: list[Tensor]) -> Tensor:
         for gradient in gradients:
             self._runtime.sum_over_ranks(gradient)
         return squared_norm(gradients).sqrt()

@@ -22,8 +22,8 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
 from torch import distributed as dist
-from torch import nn
 
 from qlora_dist.config.schema import BackendName, OptimConfig, TrainConfig
 from qlora_dist.model.adapters import whole_adapter
@@ -61,7 +61,7 @@ class Zero(Backend):
     def engine(self, parts: ModelParts) -> Engine:
         return ZeroEngine(parts, self.config.optim, self.settings, self.runtime)
 
-    def gathered(self, parts: ModelParts) -> Iterator[tuple[str, torch.Tensor]]:
+    def gathered(self, parts: ModelParts) -> Iterator[tuple[str, Tensor]]:
         for name, param in super().gathered(parts):
             yield name, whole_tensor(param)
 
@@ -132,7 +132,7 @@ class ZeroEngine:
         self._accumulation = ExitStack()
         self._is_accumulating = False
 
-    def backward(self, loss: torch.Tensor, is_last_micro_batch: bool) -> None:
+    def backward(self, loss: Tensor, is_last_micro_batch: bool) -> None:
         # All micro-batches but the last add up without a collective.
         if not is_last_micro_batch and not self._is_accumulating:
             self._accumulation.enter_context(self._engine.coalesce_grad_reduction())
@@ -149,7 +149,7 @@ class ZeroEngine:
             self._accumulation.close()  # reduces the accumulated gradients
             self._is_accumulating = False
 
-    def update(self, lr: float, max_grad_norm: float | None) -> torch.Tensor:
+    def update(self, lr: float, max_grad_norm: float | None) -> Tensor:
         engine, optimizer = self._engine, self._optimizer
         for group, multiplier in zip(optimizer.param_groups, self._lr_multipliers, strict=True):
             group["lr"] = lr * multiplier
@@ -166,14 +166,14 @@ class ZeroEngine:
     def drop_gradients(self) -> None:
         raise NotImplementedError("DeepSpeed's buckets and hooks cannot be put back")
 
-    def whole_adapter(self) -> dict[str, torch.Tensor]:
+    def whole_adapter(self) -> dict[str, Tensor]:
         return whole_adapter(self._parts.model, self._runtime.is_main)
 
-    def optimizer_state(self) -> dict[str, torch.Tensor]:
+    def optimizer_state(self) -> dict[str, Tensor]:
         sizes = {name: whole_shape(param).numel() for name, param in self._parts.adapters.items()}
         return self._moments().gather(sizes)
 
-    def load_optimizer_state(self, saved: Mapping[str, torch.Tensor], num_updates: int) -> None:
+    def load_optimizer_state(self, saved: Mapping[str, Tensor], num_updates: int) -> None:
         self._moments().scatter(saved, num_updates)
 
     def _moments(self) -> Moments:

@@ -11,6 +11,7 @@ import torch
 from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from qlora_dist.atomic import read_json, whole_folder, write_text
@@ -38,7 +39,7 @@ class AdapterRecord:
 def save_adapter(
     folder: Path,
     model: PeftModel,
-    tensors: dict[str, torch.Tensor],
+    tensors: dict[str, Tensor],
     tokenizer: PreTrainedTokenizerBase,
     recipe: AdapterRecord,
 ) -> None:
@@ -103,7 +104,7 @@ def read_adapter_record(folder: Path) -> AdapterRecord:
     return AdapterRecord(base, saved.get("layout", "messages"))
 
 
-def _verify(folder: Path, weights: dict[str, torch.Tensor]) -> None:
+def _verify(folder: Path, weights: dict[str, Tensor]) -> None:
     """Refuse a folder that does not read back as the adapter that was written."""
     try:
         reread = load_file(folder / ADAPTER_WEIGHTS)

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from qlora_dist.atomic import remove, sync_folder, whole_folder, write_text
 from qlora_dist.config.saved_adapter import ADAPTER_WEIGHTS
@@ -77,19 +77,19 @@ class Checkpoint:
             for name, param in adapter_parameters(model).items():
                 keep_local(param, file.get_tensor(saved_name(name)))
 
-    def optimizer_tensors(self) -> Mapping[str, torch.Tensor]:
+    def optimizer_tensors(self) -> Mapping[str, Tensor]:
         """Return the saved moments by name; a tensor is read when it is looked up."""
         return _LazyTensors(self.path / _OPTIMIZER)
 
 
-class _LazyTensors(Mapping[str, torch.Tensor]):
+class _LazyTensors(Mapping[str, Tensor]):
     """Tensors of a safetensors file, mapped into memory."""
 
     def __init__(self, path: Path) -> None:
         self._file = safe_open(path, framework="pt").__enter__()  # open as long as this object
         self._names = list(self._file.keys())
 
-    def __getitem__(self, name: str) -> torch.Tensor:
+    def __getitem__(self, name: str) -> Tensor:
         return self._file.get_tensor(name)
 
     def __iter__(self) -> Iterator[str]:
@@ -114,7 +114,7 @@ class Checkpoints:
     identity: RunIdentity
     runtime: Runtime
     backend: str
-    write_adapter: Callable[[Path, dict[str, torch.Tensor]], None]
+    write_adapter: Callable[[Path, dict[str, Tensor]], None]
     """Function that writes an adapter folder from whole tensors."""
     _written: set[int] = field(default_factory=set, init=False)
     _thread: threading.Thread | None = field(default=None, init=False)
@@ -135,8 +135,8 @@ class Checkpoints:
     def write(
         self,
         state: TrainState,
-        adapter: dict[str, torch.Tensor],
-        optimizer: dict[str, torch.Tensor],
+        adapter: dict[str, Tensor],
+        optimizer: dict[str, Tensor],
         is_trial: bool,
     ) -> None:
         """Begin to write a checkpoint of `state`, once the previous one is written.
@@ -185,8 +185,8 @@ class Checkpoints:
     def _write(
         self,
         state: TrainState,
-        adapter: dict[str, torch.Tensor],
-        optimizer: dict[str, torch.Tensor],
+        adapter: dict[str, Tensor],
+        optimizer: dict[str, Tensor],
         is_trial: bool,
     ) -> None:
         path = self.path(state.step)
@@ -346,7 +346,7 @@ def _delete(path: Path) -> None:
     remove(path)
 
 
-def _verify_tensors(path: Path, expected: dict[str, torch.Tensor]) -> None:
+def _verify_tensors(path: Path, expected: dict[str, Tensor]) -> None:
     """Refuse a file whose tensors are not, byte for byte, the expected ones."""
     reread, as_bytes = _LazyTensors(path), torch.uint8  # as bytes a NaN equals itself
     for name, tensor in expected.items():

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 DType = Literal["bfloat16", "float16", "float32"]
 
@@ -115,7 +116,7 @@ def product_flops(device: torch.device, name: str) -> float:
         torch.set_num_threads(num_threads)
 
 
-def _quickest(product: Callable[[], torch.Tensor], device: torch.device) -> float:
+def _quickest(product: Callable[[], Tensor], device: torch.device) -> float:
     """Return the seconds of the quickest of at least three runs in 0.03 s."""
     is_gpu = device.type == "cuda"
     # Processor time on a CPU: on a shared machine a product may wait longer than it computes.

@@ -13,6 +13,7 @@ from typing import Any, TypeVar, cast
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, set_seed
+from torch import Tensor
 from torch import distributed as dist
 
 from qlora_dist.errors import PeerError, QloraDistError
@@ -71,7 +72,7 @@ class Runtime:
             raise PeerError(failed)
         return make() if made is None else made
 
-    def sum_over_ranks(self, tensor: torch.Tensor) -> torch.Tensor:
+    def sum_over_ranks(self, tensor: Tensor) -> Tensor:
         """Sum a tensor in place over all ranks and return it; a collective."""
         if self.world_size > 1:
             dist.all_reduce(tensor)
@@ -109,7 +110,7 @@ class Runtime:
         dist.all_gather_object(values, value, group=self.host_group)
         return values
 
-    def max_of_each(self, tensor: torch.Tensor) -> torch.Tensor:
+    def max_of_each(self, tensor: Tensor) -> Tensor:
         """Return a new tensor with the largest value of each element on any rank; a collective."""
         tensor = tensor.clone()
         if self.world_size > 1:

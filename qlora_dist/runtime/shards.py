@@ -11,13 +11,13 @@ pair (first element, one past the last).
 from __future__ import annotations
 
 import torch
+from torch import Tensor, nn
 from torch import distributed as dist
-from torch import nn
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 
-def local_range(param: torch.Tensor) -> tuple[int, int]:
+def local_range(param: Tensor) -> tuple[int, int]:
     """Return the range of elements that this rank holds; both ends are equal when it holds none."""
     if is_partitioned(param):
         first = min(param.ds_numel, param.ds_zero_partition_rank * param.ds_tensor.numel())
@@ -32,7 +32,7 @@ def local_range(param: torch.Tensor) -> tuple[int, int]:
     return offset[0] * row, (offset[0] + shape[0]) * row
 
 
-def local_part(param: torch.Tensor) -> torch.Tensor:
+def local_part(param: Tensor) -> Tensor:
     """Return this rank's elements, in the parameter's own memory; flat (ZeRO-3) or in rows."""
     if is_partitioned(param):
         first, end = local_range(param)
@@ -40,13 +40,13 @@ def local_part(param: torch.Tensor) -> torch.Tensor:
     return param.to_local() if isinstance(param, DTensor) else param
 
 
-def keep_local(param: torch.Tensor, whole: torch.Tensor) -> None:
+def keep_local(param: Tensor, whole: Tensor) -> None:
     """Copy this rank's part of the whole tensor into a parameter."""
     start, stop = local_range(param)
     local_part(param).view(-1).copy_(whole.view(-1)[start:stop])
 
 
-def shard_group(param: torch.Tensor) -> dist.ProcessGroup | None:
+def shard_group(param: Tensor) -> dist.ProcessGroup | None:
     """Return the ranks that together hold the parameter once; None if this rank holds all of it."""
     if is_partitioned(param):
         return dist.group.WORLD
@@ -57,13 +57,13 @@ def shard_group(param: torch.Tensor) -> dist.ProcessGroup | None:
     return param.device_mesh.get_group(dims[0]) if dims else None
 
 
-def shard_world(param: torch.Tensor) -> int:
+def shard_world(param: Tensor) -> int:
     """Return the number of parts that the parameter is cut into."""
     group = shard_group(param)
     return 1 if group is None else dist.get_world_size(group)
 
 
-def planned_range(param: torch.Tensor, rank: int) -> tuple[int, int]:
+def planned_range(param: Tensor, rank: int) -> tuple[int, int]:
     """Return the range of part `rank`, of ceil(n / parts) rows each; under ZeRO-3, of elements."""
     shape, num_shards = whole_shape(param), shard_world(param)
     if is_partitioned(param):
@@ -81,7 +81,7 @@ def planned_rows(num_rows: int, num_shards: int, rank: int) -> tuple[int, int]:
     return min(num_rows, size * rank), min(num_rows, size * (rank + 1))
 
 
-def whole_tensor(param: nn.Parameter) -> torch.Tensor:
+def whole_tensor(param: nn.Parameter) -> Tensor:
     """Return the whole parameter on every rank; a collective when it is sharded."""
     if is_partitioned(param):
         # An offloaded part is on the host, where a group of GPUs may be unable to gather.
@@ -94,7 +94,7 @@ def whole_tensor(param: nn.Parameter) -> torch.Tensor:
     return param.detach()
 
 
-def whole_shape(param: torch.Tensor) -> torch.Size:
+def whole_shape(param: Tensor) -> torch.Size:
     """Return the shape of the whole parameter; under ZeRO-3 its `shape` is (0,) between uses."""
     return param.ds_shape if is_partitioned(param) else param.shape
 
@@ -109,6 +109,6 @@ def whole_bytes(module: nn.Module) -> int:
     return sum(whole_shape(p).numel() * p.element_size() for p in module.parameters())
 
 
-def is_partitioned(param: torch.Tensor) -> bool:
+def is_partitioned(param: Tensor) -> bool:
     """True for a parameter that ZeRO-3 has cut up."""
     return getattr(param, "ds_tensor", None) is not None

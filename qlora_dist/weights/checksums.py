@@ -13,8 +13,8 @@ import math
 from collections.abc import Callable, Iterator
 
 import torch
+from torch import Tensor, nn
 from torch import distributed as dist
-from torch import nn
 
 from qlora_dist.errors import ModelError
 from qlora_dist.runtime.shards import (
@@ -51,7 +51,7 @@ def check_shards(model: nn.Module, num_shards: int) -> None:
         )
 
 
-def loaded_checksums(params: dict[str, nn.Parameter], device: torch.device) -> torch.Tensor:
+def loaded_checksums(params: dict[str, nn.Parameter], device: torch.device) -> Tensor:
     """Checksum of each whole parameter, from its loaded parts: (num_params,) int64; a collective.
 
     Checksums of parts add up to that of the whole parameter, so no parameter is gathered.
@@ -69,9 +69,9 @@ def loaded_checksums(params: dict[str, nn.Parameter], device: torch.device) -> t
 
 def check_gathered(
     params: dict[str, nn.Parameter],
-    expected: torch.Tensor,
-    gathered: Iterator[tuple[str, torch.Tensor]],
-    agree: Callable[[torch.Tensor], torch.Tensor],
+    expected: Tensor,
+    gathered: Iterator[tuple[str, Tensor]],
+    agree: Callable[[Tensor], Tensor],
 ) -> None:
     """Compare parameters, gathered as in training, with their loaded bytes.
 
@@ -101,7 +101,7 @@ def check_gathered(
         )
 
 
-def checksum(tensor: torch.Tensor, first_byte: int, word_bytes: int) -> torch.Tensor:
+def checksum(tensor: Tensor, first_byte: int, word_bytes: int) -> Tensor:
     """Position-dependent sum of a tensor's bytes, 0-dim int64 (arithmetic modulo 2^64).
 
     Args:
@@ -122,6 +122,6 @@ def checksum(tensor: torch.Tensor, first_byte: int, word_bytes: int) -> torch.Te
     return total
 
 
-def _word_bytes(param: torch.Tensor) -> int:
+def _word_bytes(param: Tensor) -> int:
     """Size of the largest word that no border between shards cuts."""
     return math.gcd(8, planned_range(param, 0)[1] * param.element_size())

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
+from torch import Tensor, nn
 from torch import distributed as dist
-from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
@@ -93,7 +93,7 @@ def load_base_weights(
         done: set[int] = set()
         layers = {id(layer): number for number, layer in enumerate(decoder_layers(model))}
         num_layers = released = 0
-        finite: dict[str, torch.Tensor] = {}
+        finite: dict[str, Tensor] = {}
         group = None
         for name, module in model.named_modules():
             num_layers = layers.get(id(module), num_layers)
@@ -151,7 +151,7 @@ def _check_headers(model: nn.Module, reader: SafetensorsReader) -> None:
 
 
 def _refuse_not_finite(
-    finite: dict[str, torch.Tensor], folder: Path, group: dist.ProcessGroup | None
+    finite: dict[str, Tensor], folder: Path, group: dist.ProcessGroup | None
 ) -> None:
     """Refuse weights that are not finite, on all ranks; a collective of one sum for the model."""
     # Only the rank whose rows hold a NaN can see it, but all must stop. (num_tensors,) float32
@@ -187,7 +187,7 @@ def _load_plain(name: str, param: nn.Parameter, reader: SafetensorsReader) -> No
 
 def _load_quantized(
     name: str, layer: QuantizedLinear, reader: SafetensorsReader, device: torch.device
-) -> torch.Tensor:
+) -> Tensor:
     """Fill this rank's part of a layer from a 16-bit matrix.
 
     Returns:
@@ -223,7 +223,7 @@ def _load_quantized(
 
 def _read_elements(
     name: str, columns: int, first: int, end: int, reader: SafetensorsReader
-) -> torch.Tensor:
+) -> Tensor:
     """Read elements [first, end) of the row-major flattened tensor, in whole rows of `columns`."""
     first_row, end_row = first // columns, -(-end // columns)
     rows = reader.rows(name, first_row, end_row).reshape(-1)

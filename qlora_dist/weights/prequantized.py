@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from qlora_dist.atomic import read_json
 from qlora_dist.config.schema import ModelConfig
@@ -226,7 +227,7 @@ def check_stored_matrix(name: str, layer: QuantizedLinear, reader: SafetensorsRe
 
 def load_prequantized(
     name: str, layer: QuantizedLinear, reader: SafetensorsReader, device: torch.device
-) -> torch.Tensor:
+) -> Tensor:
     """Fill this rank's part of a layer from a stored matrix, bytes as they are.
 
     Returns:
@@ -253,13 +254,13 @@ def load_prequantized(
     return torch.stack([torch.isfinite(values).all() for values in constants]).all().to(device)
 
 
-def _fill(param: torch.Tensor, key: str, reader: SafetensorsReader) -> torch.Tensor:
+def _fill(param: Tensor, key: str, reader: SafetensorsReader) -> Tensor:
     values = reader.flat(key, *local_range(param))
     local_part(param).copy_(values)
     return values
 
 
-def _check_code(key: str, code: torch.Tensor, reader: SafetensorsReader) -> None:
+def _check_code(key: str, code: Tensor, reader: SafetensorsReader) -> None:
     # Not bit for bit: the device that quantized computed the books, and FP4's involves a division.
     if not torch.allclose(reader.whole(key).reshape(-1), code, rtol=0, atol=1e-6):
         raise _refusal(reader, key, "is another code book than bitsandbytes' own", _REMEDY)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from qlora_dist.atomic import read_json, whole_folder
@@ -88,7 +88,7 @@ def quantize(model: str, out: str, fmt: QuantFormat) -> None:
 
 def _quantized_tensors(
     skeleton: PreTrainedModel, reader: SafetensorsReader, fmt: QuantFormat, device: torch.device
-) -> Iterator[tuple[dict[str, torch.Tensor], int]]:
+) -> Iterator[tuple[dict[str, Tensor], int]]:
     """Yield the output tensors and the element count of each parameter, in the order of files."""
     quantized = {f"{name}.weight" for name in linear_layers(skeleton)}
     names = [name for name, _ in skeleton.named_parameters()]

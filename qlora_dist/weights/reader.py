@@ -10,8 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from qlora_dist.atomic import read_json
 from qlora_dist.errors import ModelError
@@ -69,7 +69,7 @@ class SafetensorsReader:
         """Return the type of a stored tensor as safetensors spells it: BF16, F32, U8 and so on."""
         return str(self._slice(name).get_dtype())
 
-    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Read rows [start, stop) of a tensor along dimension 0, on the CPU in the file's dtype.
 
         Raises:
@@ -77,17 +77,17 @@ class SafetensorsReader:
         """
         return self._read(name, slice(start, stop))
 
-    def flat(self, name: str, start: int, stop: int) -> torch.Tensor:
+    def flat(self, name: str, start: int, stop: int) -> Tensor:
         """Read elements [start, stop) of a tensor of shape (n,), (n, 1) or (1, n)."""
         shape = self.shape(name)
         long = max(range(len(shape)), key=shape.__getitem__)
         return self._read(name, (*[slice(None)] * long, slice(start, stop))).reshape(-1)
 
-    def whole(self, name: str) -> torch.Tensor:
+    def whole(self, name: str) -> Tensor:
         """Read a whole tensor, on the CPU in the file's dtype."""
         return self._read(name, slice(None) if self.shape(name) else ...)  # 0-dim takes no slice
 
-    def _read(self, name: str, index: Any) -> torch.Tensor:
+    def _read(self, name: str, index: Any) -> Tensor:
         try:
             values = self._slice(name)[index]
         except (SafetensorError, OSError) as error:

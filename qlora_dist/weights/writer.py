@@ -11,6 +11,7 @@ import torch
 from bitsandbytes.functional import QuantState
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from qlora_dist.errors import ModelError
 from qlora_dist.model.nf4 import (
@@ -32,11 +33,11 @@ class FileWriter:
         self.num_bytes = 0
         self.num_files = 0
         self._folder = folder
-        self._pending: dict[str, torch.Tensor] = {}
+        self._pending: dict[str, Tensor] = {}
         self._pending_bytes = 0
         self._files: dict[str, int] = {}
 
-    def add(self, tensors: dict[str, torch.Tensor]) -> None:
+    def add(self, tensors: dict[str, Tensor]) -> None:
         """Take the tensors of one parameter; they go into the same file."""
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         if self._pending and self._pending_bytes + size > MAX_FILE_BYTES:
@@ -81,7 +82,7 @@ class FileWriter:
         return self._folder / f"{number}.safetensors"
 
 
-def stored_tensors(name: str, matrix: torch.Tensor, fmt: QuantFormat) -> dict[str, torch.Tensor]:
+def stored_tensors(name: str, matrix: Tensor, fmt: QuantFormat) -> dict[str, Tensor]:
     """Quantize a matrix into the tensors that bitsandbytes saves for it, on the CPU.
 
     Args:
@@ -112,6 +113,6 @@ def stored_tensors(name: str, matrix: torch.Tensor, fmt: QuantFormat) -> dict[st
     }
 
 
-def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+def _bytes(tensor: Tensor) -> Tensor:
     # Compared as bytes: NaN is not equal to itself.
     return tensor.reshape(-1).view(torch.uint8)
