@@ -21,8 +21,8 @@ from qlora_dist.model.attention import attention_note
 from qlora_dist.model.loss import loss_note
 from qlora_dist.model.packing_check import check_packing
 from qlora_dist.model.parts import ModelParts
-from qlora_dist.optim.adamw import OPTIMIZERS
 from qlora_dist.optim.loss_scale import LossScale
+from qlora_dist.optim.optimizers import OPTIMIZERS
 from qlora_dist.optim.schedule import check_warmup
 from qlora_dist.parallel.backend import Backend
 from qlora_dist.parallel.engine import Engine

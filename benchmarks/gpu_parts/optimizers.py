@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from qlora_dist.config.schema import OptimConfig
-from qlora_dist.optim.adamw import build_optimizer
+from qlora_dist.optim.optimizers import build_optimizer
 
 _NUMEL = 2**18
 """Elements: above the 100,000 from which bitsandbytes pages; a megabyte of managed memory."""

@@ -4,12 +4,13 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import dataclass
 
 from qlora_dist.commands.startup import check_sources, loading_libraries, parse_known
 from qlora_dist.config.load import load_config
-from qlora_dist.errors import ConfigError
+from qlora_dist.errors import ConfigError, LaunchError
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Options:
 
 
 def main(argv: list[str]) -> None:
-    """Print facts about the data of CONFIG.yaml."""
+    """Read and tokenize the data as training would, and print facts about it; loads no weights."""
     if not argv or argv[0] in ("-h", "--help"):
         argv = ["", "--help"]
     options, overrides = parse_known(Options, argv[1:], "qlora-dist data CONFIG.yaml")
@@ -36,6 +37,24 @@ def main(argv: list[str]) -> None:
     config = load_config(argv[0], overrides)
     check_sources(config)
     with loading_libraries(sys.stderr):
-        from qlora_dist.inspection.inspect_data import inspect_data
+        from qlora_dist.data.dataset import load_tokenizer_and_data
+        from qlora_dist.inspection import page
+        from qlora_dist.inspection.facts import gather_facts
+        from qlora_dist.metrics.console import Reporter
+        from qlora_dist.runtime.processes import launched_world_size
+        from qlora_dist.weights.files import resolve_model_folder
 
-    inspect_data(config, num_shown=options.show, as_json=options.json)
+    if launched_world_size() > 1:
+        raise LaunchError("data runs as one process. Start it without a launcher.")
+    reporter = Reporter(is_main=True, file=sys.stderr)  # the page goes to standard output alone
+    folder = resolve_model_folder(config.model.path, needs_weights=False)
+    tokenizer, data = load_tokenizer_and_data(config, folder, reporter)
+    with reporter.preparing() as show:
+        facts = gather_facts(data, config, tokenizer, show)
+    if options.json:
+        sys.stdout.write(json.dumps(facts.to_json(), indent=2) + "\n")
+        return
+    console = page.page_console()
+    page.print_facts(console, facts)
+    page.print_samples(console, page.choose_rows(data, options.show, config.seed), tokenizer)
+    page.print_warnings(console, facts)

@@ -1,15 +1,18 @@
 """The page that `qlora-dist data` prints, for a terminal and for a log file."""
 
-# Tested by tests/unit/inspection/test_inspect_data.py.
-
 from __future__ import annotations
 
+import random
+import sys
 from collections.abc import Sequence
+from io import TextIOWrapper
+from itertools import accumulate, zip_longest
 
 from rich.console import Console
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
+from qlora_dist.data.dataset import RunData
 from qlora_dist.data.samples import Sample
 from qlora_dist.inspection.facts import Batching, Facts, PartFacts, SourceFacts
 from qlora_dist.inspection.masked_text import legend, masked_text, visible
@@ -304,3 +307,30 @@ def _print_table(console: Console, rows: list[list[str]]) -> None:
         aligned = [cell.rjust(n) for cell, n in zip(cells, widths[1:], strict=True)]
         style = "dim" if number == 0 else "bold" if name.startswith(_CHOSEN) else ""
         _print(console, "  ".join([name.ljust(widths[0]), *aligned]), style)
+
+
+_MAX_WIDTH = 120  # longer lines are hard to read
+
+
+def page_console() -> Console:
+    """Return a console on standard output, with lines of at most 120 characters."""
+    if isinstance(sys.stdout, TextIOWrapper):
+        # Data hold characters that not every terminal can show.
+        sys.stdout.reconfigure(errors="replace")
+    console = Console(file=sys.stdout, highlight=False, emoji=False, markup=False)
+    console.width = min(console.width, _MAX_WIDTH)
+    return console
+
+
+def choose_rows(data: RunData, num_rows: int, seed: int) -> list[tuple[str, Sample]]:
+    """Return training rows to show, each with its source; sources take turns.
+
+    The rows are a function of the data and the seed.
+    """
+    piles = []
+    firsts = accumulate(data.sizes, initial=0)
+    for report, first, size in zip(data.reports, firsts, data.sizes, strict=False):
+        chosen = random.Random(seed).sample(range(first, first + size), min(size, num_rows))
+        piles.append([(report.path, index) for index in chosen])
+    in_turn = [item for turn in zip_longest(*piles) for item in turn if item is not None]
+    return [(path, data.train[index]) for path, index in in_turn[:num_rows]]

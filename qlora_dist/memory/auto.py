@@ -26,7 +26,7 @@ from qlora_dist.model.attention import mask_elements
 from qlora_dist.model.cpu.heap import trim_heap
 from qlora_dist.model.loss import is_chunked
 from qlora_dist.model.parts import ModelParts
-from qlora_dist.optim.adamw import OPTIMIZERS
+from qlora_dist.optim.optimizers import OPTIMIZERS
 from qlora_dist.runtime.memory import GIB, MemoryMeter, memory_limit
 from qlora_dist.runtime.processes import Runtime
 from qlora_dist.runtime.shards import local_bytes, local_part, whole_bytes, whole_shape

@@ -14,7 +14,7 @@ from qlora_dist.atomic import read_json
 from qlora_dist.config.schema import TrainConfig
 from qlora_dist.errors import ConfigError, LaunchError
 from qlora_dist.model.parts import ModelParts
-from qlora_dist.optim.adamw import ADAM_BETAS, ADAM_EPS
+from qlora_dist.optim.optimizers import ADAM_BETAS, ADAM_EPS
 from qlora_dist.runtime.shards import whole_shape
 
 Settings = dict[str, Any]

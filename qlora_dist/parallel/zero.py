@@ -29,8 +29,8 @@ from qlora_dist.config.schema import BackendName, OptimConfig, TrainConfig
 from qlora_dist.model.adapters import whole_adapter
 from qlora_dist.model.lora_linear import FusedLinear
 from qlora_dist.model.parts import ModelParts, lora_layers
-from qlora_dist.optim.adamw import build_optimizer, parameter_groups
 from qlora_dist.optim.moments import BufferSlice, Moments
+from qlora_dist.optim.optimizers import build_optimizer, parameter_groups
 from qlora_dist.parallel.backend import Backend
 from qlora_dist.parallel.deepspeed_config import Settings, run_settings, sized_settings
 from qlora_dist.parallel.engine import Engine

@@ -20,8 +20,8 @@ from qlora_dist.config.schema import (
 from qlora_dist.data.batch import collate
 from qlora_dist.data.samples import Sample
 from qlora_dist.model.adapters import adapter_parameters
-from qlora_dist.optim.adamw import build_optimizer
 from qlora_dist.optim.moments import BufferSlice, Moments
+from qlora_dist.optim.optimizers import build_optimizer
 from qlora_dist.runtime.processes import start_runtime
 from qlora_dist.train import train_step
 from tests.support.built import build

@@ -26,7 +26,7 @@ from qlora_dist.memory.policy import Recompute
 from qlora_dist.memory.recompute import recompute_of
 from qlora_dist.model.adapters import adapter_parameters, whole_adapter
 from qlora_dist.model.parts import ModelParts, base_model
-from qlora_dist.optim.adamw import OPTIMIZERS
+from qlora_dist.optim.optimizers import OPTIMIZERS
 from qlora_dist.runtime.memory import GIB, MemoryMeter
 from qlora_dist.runtime.processes import Runtime, start_runtime
 from qlora_dist.train import train_step

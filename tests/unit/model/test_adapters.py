@@ -19,7 +19,7 @@ from qlora_dist.model.adapters import (
     wrap_with_saved_adapter,
 )
 from qlora_dist.model.skeleton import build_skeleton
-from qlora_dist.optim.adamw import parameter_groups
+from qlora_dist.optim.optimizers import parameter_groups
 from qlora_dist.run.adapter_folder import AdapterRecord, save_adapter
 from qlora_dist.weights.loading import materialize
 from tests.support.models import edit_json

@@ -5,8 +5,9 @@ import torch
 from torch import nn
 
 from qlora_dist.config.schema import OptimConfig
-from qlora_dist.optim.adamw import FlatAdamW, build_optimizer
+from qlora_dist.optim.adamw import FlatAdamW
 from qlora_dist.optim.moments import BufferSlice, Moments
+from qlora_dist.optim.optimizers import build_optimizer
 
 SIZES = {"a": (80, 100), "b": (100, 30), "c": (70, 3)}
 NUMELS = {name: shape[0] * shape[1] for name, shape in SIZES.items()}

@@ -13,8 +13,14 @@ from qlora_dist.config.schema import DataConfig, OptimConfig, Source, TrainConfi
 from qlora_dist.data.dataset import RunData, load_data
 from qlora_dist.errors import ModelError
 from qlora_dist.inspection.facts import gather_facts
-from qlora_dist.inspection.inspect_data import choose_rows
-from qlora_dist.inspection.page import bars, print_facts, print_samples, print_warnings, warnings
+from qlora_dist.inspection.page import (
+    bars,
+    choose_rows,
+    print_facts,
+    print_samples,
+    print_warnings,
+    warnings,
+)
 from qlora_dist.weights.files import resolve_model_folder
 from tests.unit.data.test_dataset import chat_rows
 
