@@ -32,7 +32,7 @@ ROOMS = {
     "run": ("errors", "atomic", "config", "runtime", "metrics", "model", "data"),
     "optim": ("errors", "config", "runtime", "metrics", "run"),
     "memory": ("errors", "config", "runtime", "model", "data", "optim"),
-    "inspection": ("errors", "config", "runtime", "metrics", "data", "weights"),
+    "inspection": ("config", "data"),
     "evaluate": ("config", "runtime", "metrics", "model", "data"),
     "parallel": ("errors", "atomic", "config", "runtime", "model", "weights", "optim", "memory"),
     "build": (
