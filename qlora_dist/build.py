@@ -1,6 +1,6 @@
 """Construction of a model from its folder: described on meta, adapted, sharded, filled."""
 
-# Tested by tests/distributed/test_sharding.py and tests/unit/test_fast_paths.py.
+# Tested by tests/distributed/test_sharding.py and tests/e2e/test_fast_paths.py.
 
 from __future__ import annotations
 

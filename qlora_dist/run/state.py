@@ -1,6 +1,7 @@
 """Position of a run, and identity of its base model, data, adapter and settings."""
 
-# Tested by tests/distributed/test_resume.py.
+# Tested by tests/distributed/test_resume.py. A run that goes on with another world size takes its
+# position from here, and cuts its tensors anew in optim/moments.py and model/adapters.py.
 
 from __future__ import annotations
 
