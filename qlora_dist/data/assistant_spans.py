@@ -102,8 +102,8 @@ class TurnFinder:
         messages, tools = sketch.content.messages, sketch.content.tools
         whole = self.template.render(messages, tools)
         spans = []
-        for index, message in enumerate(messages):
-            if message["role"] != "assistant" or index < sketch.content.num_given:
+        for index in range(len(messages)):
+            if not sketch.content.is_target(index):
                 continue
             before = self.template.render(messages[:index], tools, is_prompt=True)
             is_last = index + 1 == len(messages)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_dist.data.formats import RowFault
+from qlora_dist.data.formats import Conversation, RowFault
 from qlora_dist.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -158,6 +160,55 @@ class ChatTemplate:
             ) from None
         return text, parts[0] if parts else []
 
+    def fitted(self, content: Conversation) -> Conversation:
+        """Return a conversation in the form that this template takes.
+
+        The role `developer` becomes `system` where the template does not show it, and arguments of
+        tool calls become JSON text where the template cannot take an object.
+        """
+        messages = [
+            {**message, "role": "system"}
+            if message["role"] == "developer" and not self.shows_developer
+            else message
+            for message in content.messages
+        ]
+        if any("tool_calls" in message for message in messages) and self.wants_text_arguments:
+            messages = [_with_text_arguments(message) for message in messages]
+        return replace(content, messages=messages)
+
+    @cached_property
+    def text(self) -> str:
+        """The template, or all of several."""
+        return "".join(_own_templates(self.tokenizer).values())
+
+    @cached_property
+    def shows_developer(self) -> bool:
+        """True if the template shows messages of the role `developer`."""
+        rule = "zQruleQz"
+        turns = [{"role": "developer", "content": rule}, {"role": "user", "content": "zQaskedQz"}]
+        try:
+            return rule in self.render(turns, None)
+        except RowFault:
+            return False
+
+    @cached_property
+    def wants_text_arguments(self) -> bool:
+        """True if the template takes the arguments of a tool call as JSON text only."""
+        value = "zQvalueQz"
+        function = {"name": "zQnameQz", "arguments": {"a": value}}
+        call = {"id": "zQ00000Qz", "type": "function", "function": function}
+        answer: dict[str, Any] = {"role": "assistant", "content": "", "tool_calls": [call]}
+        turns: list[dict[str, Any]] = [{"role": "user", "content": "zQaskedQz"}, answer]
+        try:
+            # Written as it is, an object has Python's quotes.
+            return repr(function["arguments"]) in self.render(turns, None)
+        except RowFault:
+            pass
+        try:
+            return value in self.render([turns[0], _with_text_arguments(answer)], None)
+        except RowFault:
+            return False
+
     @cached_property
     def _special_tokens_map(self) -> dict[str, Any]:
         # Cached: the tokenizer builds its map anew on each access.
@@ -190,6 +241,22 @@ class ChatTemplate:
         # The first one counts: a second one may end the conversation, which nothing has to learn.
         special = re.search("|".join(map(re.escape, self.special_tokens)) or "(?!)", after)
         return special and special.group()
+
+
+def _with_text_arguments(message: dict[str, Any]) -> dict[str, Any]:
+    if "tool_calls" not in message:
+        return message
+    calls = [
+        {
+            **call,
+            "function": {
+                **call["function"],
+                "arguments": json.dumps(call["function"]["arguments"], ensure_ascii=False),
+            },
+        }
+        for call in message["tool_calls"]
+    ]
+    return {**message, "tool_calls": calls}
 
 
 def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int | None:

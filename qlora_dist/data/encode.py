@@ -91,6 +91,11 @@ def _content(row: Row, report: Report, template: ChatTemplate) -> _Content:
             if content.layout == "messages":
                 report.is_open_ended = _is_open_ended(template, report.path)
             report.layout = content.layout
+        if isinstance(content, Conversation):
+            for key in content.unread:
+                if key not in template.text:
+                    report.count_unread(key, row.where)
+            content = template.fitted(content)
     except RowFault as fault:
         return fault
     except RecursionError:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from qlora_dist.data.formats import Conversation
@@ -112,8 +112,9 @@ def mark_conversation(content: Conversation) -> MarkedConversation:
         messages.append(sketched)
         ends.append(end)
         words.append(own)
-    shape = json.dumps([messages, content.tools, content.num_given], default=repr)
-    sketch = Conversation(messages, content.tools, content.num_given)
+    muted = sorted(content.muted)
+    shape = json.dumps([messages, content.tools, content.num_given, muted], default=repr)
+    sketch = replace(content, messages=messages)
     return MarkedConversation(sketch, marks.said, ends, words, shape)
 
 
@@ -130,7 +131,7 @@ def marked(content: Conversation) -> MarkedConversation:
             said["content"] = text + end + message["content"][len(text) :]
         messages.append(said)
         ends.append(end)
-    sketch = Conversation(messages, content.tools, content.num_given)
+    sketch = replace(content, messages=messages)
     return MarkedConversation(sketch, marks.said, ends, [[] for _ in messages])
 
 

@@ -66,6 +66,13 @@ class Report:
     is_open_ended: bool = False
     """The chat template ends the assistant's turns without a special token."""
     faulty: FaultyRows = field(default_factory=FaultyRows)
+    unread: dict[str, tuple[int, str]] = field(default_factory=dict)
+    """Keys of messages that nothing reads: number of rows, and the place of the first."""
+
+    def count_unread(self, key: str, where: str) -> None:
+        """Count a row with a key of messages that nothing reads."""
+        number, first = self.unread.get(key, (0, where))
+        self.unread[key] = number + 1, first
 
     def count(self, sample: Sample) -> None:
         """Add a sample that is used."""
@@ -88,6 +95,8 @@ class Report:
             (self.faulty.num_rows, f"faulty rows left out: {self.faulty}"),
         ):
             text += f", {count:,} {fate}" if count else ""
+        for key, (count, where) in self.unread.items():
+            text += f"; nothing reads the key `{key}` of messages ({count:,} rows, first: {where})"
         if self.is_open_ended:
             text += (
                 "; the chat template ends the assistant's turns without a special token, so the "
@@ -105,7 +114,8 @@ class Report:
         faulty = FaultyRows(**values["faulty"])
         # JSON makes lists of tuples.
         faulty.reasons = {reason: (n, where) for reason, (n, where) in faulty.reasons.items()}
-        return cls(**{**values, "faulty": faulty})
+        unread = {key: (n, where) for key, (n, where) in values["unread"].items()}
+        return cls(**{**values, "faulty": faulty, "unread": unread})
 
     def check(self, config: DataConfig) -> None:
         """Refuse a source of which too little can be used.

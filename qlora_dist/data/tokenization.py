@@ -37,7 +37,7 @@ def tokenize(
     drafts: list[_Draft | RowFault] = []
     for content in contents:
         try:
-            drafts.append(_draft(content, turns))
+            drafts.append(_draft(content, turns, train_on))
         except RowFault as fault:
             drafts.append(fault)
     good = [draft for draft in drafts if isinstance(draft, _Draft)]
@@ -61,8 +61,17 @@ class _Draft:
     spans: list[Span] | None = None  # the targets in `text`; None: all plain text but the prompt
 
 
-def _draft(content: Conversation | PlainText, turns: TurnFinder) -> _Draft:
+def _draft(
+    content: Conversation | PlainText, turns: TurnFinder, train_on: Literal["completions", "all"]
+) -> _Draft:
     if isinstance(content, Conversation):
+        if content.muted and train_on == "all":
+            raise RowFault(
+                "turn not to be learned, with data.train_on: all",
+                "an assistant turn is marked not to be learned (weight: 0 or train: false), but "
+                "data.train_on: all learns every token. Set data.train_on: completions, or remove "
+                "the mark.",
+            )
         text, spans = turns.render(content)
         _check_characters(text)
         return _Draft("", text, spans)

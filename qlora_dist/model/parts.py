@@ -105,8 +105,19 @@ def linear_layers(base: PreTrainedModel) -> list[str]:
     return [
         name
         for name, module in base.named_modules()
-        if type(module) is nn.Linear and module is not head and not kept & set(name.split("."))
+        if is_linear(module) and module is not head and not kept & set(name.split("."))
     ]
+
+
+def is_linear(module: nn.Module) -> bool:
+    """True if a module is a linear layer: `nn.Linear`, or a model's own subclass of it.
+
+    Falcon's and others' have a `forward` of their own that computes the same product. PyTorch's own
+    subclasses (in `nn.MultiheadAttention`, or quantized) give their weight to others.
+    """
+    library = type(module).__module__.partition(".")[0]
+    is_own = library not in ("torch", "bitsandbytes", "peft", "qlora_dist")
+    return type(module) is nn.Linear or (isinstance(module, nn.Linear) and is_own)
 
 
 def lora_layers(module: nn.Module) -> Iterator[LoraLayer]:

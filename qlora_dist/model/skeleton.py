@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from qlora_dist.config.schema import ModelConfig
@@ -20,7 +19,7 @@ from qlora_dist.errors import ModelError
 from qlora_dist.model.attention import attention_arguments
 from qlora_dist.model.cpu.attention import use_cpu_attention
 from qlora_dist.model.nf4 import QuantFormat, QuantizedLinear
-from qlora_dist.model.parts import linear_layers
+from qlora_dist.model.parts import is_linear, linear_layers
 from qlora_dist.model.supported import check_supported
 
 DTYPES = {
@@ -33,7 +32,10 @@ DTYPES = {
 
 
 def build_skeleton(
-    folder: Path, config: ModelConfig, stored_formats: Mapping[str, QuantFormat] | None = None
+    folder: Path,
+    config: ModelConfig,
+    stored_formats: Mapping[str, QuantFormat] | None = None,
+    is_tied: bool = True,
 ) -> PreTrainedModel:
     """Build the causal language model of a folder on meta, with its linear layers in 4 bits.
 
@@ -42,6 +44,8 @@ def build_skeleton(
     Args:
         stored_formats: formats of the layers that the folder holds in 4 bits, by name; None for a
             16-bit model, whose linear layers get the format of `config`.
+        is_tied: false gives the output head weights of its own, whatever the model's configuration
+            says of them.
 
     Raises:
         ModelError: the architecture is unknown, or :func:`check_supported` refuses it.
@@ -53,6 +57,9 @@ def build_skeleton(
         if stored_formats is not None:
             # transformers builds a 16-bit model then; the layers themselves know their formats.
             del model_config.quantization_config
+        if not is_tied:
+            for part in (model_config, model_config.get_text_config()):
+                part.tie_word_embeddings = False
         attention = attention_arguments(config, model_config)
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(
@@ -81,7 +88,7 @@ def quantize_skeleton(
 ) -> None:
     """Replace linear layers by empty 4-bit ones; ignore names in `formats` of other modules."""
     for name, module in list(model.named_modules()):
-        if name in formats and type(module) is nn.Linear:
+        if name in formats and is_linear(module):
             shape, has_bias = (module.in_features, module.out_features), module.bias is not None
             model.set_submodule(name, QuantizedLinear(*shape, has_bias, formats[name], dtype))
     # peft asks the model, not the layer, whether it may find 4-bit layers.

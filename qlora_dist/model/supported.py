@@ -36,3 +36,36 @@ def check_supported(model: PreTrainedModel, folder: Path) -> None:
             "adapters. "
             "Use a model with nn.Linear projections, such as Llama, Mistral, Qwen, Gemma or Phi."
         )
+
+
+def check_positions(model: PreTrainedModel, max_seq_len: int) -> str | None:
+    """Hold the longest row against the positions that the model knows.
+
+    Returns:
+        a line for the log if rows may be longer than the model was trained for.
+
+    Raises:
+        ModelError: positions are learned, and rows may be longer than there are.
+    """
+    known = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(known, int) or max_seq_len <= known:
+        return None
+    for name, module in model.named_modules():
+        leaf = name.rpartition(".")[2]
+        is_of_positions = leaf in ("wpe", "position_embeddings") or "position" in leaf
+        # Some (OPT's) have a few rows more, for an offset.
+        if (
+            isinstance(module, nn.Embedding)
+            and is_of_positions
+            and module.num_embeddings < known + 9
+        ):
+            raise ModelError(
+                f"data.max_seq_len is {max_seq_len:,}, but {type(model).__name__} has {known:,} "
+                f"learned positions ({name}), and none beyond them. Set data.max_seq_len: {known}, "
+                "or less."
+            )
+    return (
+        f"data.max_seq_len is {max_seq_len:,}, more than the {known:,} positions that the model "
+        "was made for (max_position_embeddings). It computes them, but was not trained on them: "
+        f"data.max_seq_len: {known} stays within"
+    )

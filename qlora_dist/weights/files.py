@@ -86,11 +86,17 @@ def check_new_folder(folder: Path) -> None:
 
 
 def weight_files(folder: Path) -> dict[str, Path]:
-    """Map each tensor name in the folder's safetensors files to the file that holds it."""
-    from safetensors import SafetensorError, safe_open
+    """Map each tensor name of a model folder to the file that holds it.
 
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
+    The files are those that transformers reads: `model.safetensors`, else the files of the index,
+    else all safetensors files.
+
+    Raises:
+        ModelError: a file is missing or broken, or two files hold one tensor and nothing says
+            which of them counts.
+    """
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if index.is_file() and not single.is_file():
         names = read_json(index, ModelError).get("weight_map")
         if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
             raise ModelError(
@@ -103,15 +109,41 @@ def weight_files(folder: Path) -> dict[str, Path]:
                 )
         return {tensor: folder / name for tensor, name in names.items()}
     files: dict[str, Path] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(str(file), framework="pt") as reader:
-                files.update(dict.fromkeys(reader.keys(), file))
-        except (SafetensorError, OSError) as error:
+    for file in [single] if single.is_file() else sorted(folder.glob("*.safetensors")):
+        names = _tensor_names(file)
+        if twice := sorted(files.keys() & names):
             raise ModelError(
-                f"{file} is not a readable safetensors file ({error}). Copy the model again."
-            ) from None
+                f"{files[twice[0]]} and {file} both hold the tensor {twice[0]} "
+                f"({len(twice)} tensors in all), and no {index.name} says which of them counts. "
+                "Remove the file that does not belong to the model."
+            )
+        files.update(dict.fromkeys(names, file))
     return files
+
+
+def unread_files(folder: Path) -> str | None:
+    """Name the safetensors files of a model folder that are not read; None if there are none."""
+    read = set(weight_files(folder).values())
+    if not (unread := sorted(set(folder.glob("*.safetensors")) - read)):
+        return None
+    names = ", ".join(file.name for file in unread[:4]) + (" and others" if unread[4:] else "")
+    return (
+        f"model folder {folder}: {names} {'is' if len(unread) == 1 else 'are'} not read: the "
+        f"weights are those of {min(file.name for file in read)}"
+        f"{' and the other files of the index' if len(read) > 1 else ''}"
+    )
+
+
+def _tensor_names(file: Path) -> set[str]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(file), framework="pt") as reader:
+            return set(reader.keys())
+    except (SafetensorError, OSError) as error:
+        raise ModelError(
+            f"{file} is not a readable safetensors file ({error}). Copy the model again."
+        ) from None
 
 
 def _download(name: str, wanted: list[str]) -> Path:
@@ -133,7 +165,7 @@ def model_fingerprint(folder: Path) -> str:
     # Not every byte, which would take as long as loading: two fine-tunings of one model differ in
     # the samples.
     digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in sorted(set(weight_files(folder).values())):
         size = path.stat().st_size
         digest.update(f"{path.name} {size}".encode())
         with path.open("rb") as file:

@@ -8,7 +8,8 @@ subtracts their mean over the whole matrix.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +30,10 @@ from qlora_dist.weights.files import weight_files
 from qlora_dist.weights.prequantized import has_state, load_prequantized
 from qlora_dist.weights.reader import SafetensorsReader
 
+_WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)+|(?<=\.)_orig_mod\.")
+# Tensors of older files that are computed and not learned: rotations, causal masks.
+_NO_WEIGHTS = (r"rotary_emb\.inv_freq$", r"\.masked_bias$", r"\.attn\.bias$")
+_COMPARED_ROWS = 4096  # of head and embedding at a time
 _MAX_MAPPED_BYTES = 2**24
 """Bytes read between two unmappings: pages of mapped files count as this process's memory."""
 
@@ -70,6 +75,8 @@ class LoadStats:
 
     bytes_read: int
     elements_quantized: int
+    unused: tuple[str, ...] = ()
+    """Tensors of the files that the model has no place for."""
 
 
 @torch.no_grad()
@@ -90,6 +97,7 @@ def load_base_weights(
     with SafetensorsReader(folder) as reader:
         reader.rename(_renaming(base_model(model)))
         _check_headers(model, reader)
+        unused = _unused_tensors(model, reader)
         done: set[int] = set()
         layers = {id(layer): number for number, layer in enumerate(decoder_layers(model))}
         num_layers = released = 0
@@ -121,7 +129,7 @@ def load_base_weights(
         on_progress(reader.bytes_read, len(layers))
     if finite:
         _refuse_not_finite(finite, folder, group)
-    return LoadStats(reader.bytes_read, reader.elements_quantized)
+    return LoadStats(reader.bytes_read, reader.elements_quantized, tuple(unused))
 
 
 def _renaming(model: PreTrainedModel) -> Callable[[str], str]:
@@ -131,7 +139,84 @@ def _renaming(model: PreTrainedModel) -> Callable[[str], str]:
     renamings = [step for step in steps if isinstance(step, WeightRenaming)]
     named = model.named_parameters(remove_duplicate=False)
     own, prefix = {_checkpoint_name(name): param for name, param in named}, model.base_model_prefix
-    return lambda stored: rename_source_key(stored, renamings, [], prefix, own)[0]
+
+    def model_name(stored: str) -> str:
+        name: str = rename_source_key(stored, renamings, [], prefix, own)[0]
+        if name in own:
+            return name
+        # Data-parallel wrappers and torch.compile put their own names in front.
+        bare = _WRAPPERS.sub("", stored)
+        return name if bare == stored else rename_source_key(bare, renamings, [], prefix, own)[0]
+
+    return model_name
+
+
+def own_head(model: PreTrainedModel, folder: Path) -> str | None:
+    """Name a head in the files that is not the embedding, though the configuration ties the two.
+
+    Args:
+        model: skeleton on the meta device.
+
+    Returns:
+        name of the head's weight, or None if the files agree with the configuration.
+    """
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is None or head.weight is not embedding.weight:
+        return None
+    names = {id(module): f"{name}.weight" for name, module in model.named_modules()}
+    ours, theirs = names[id(head)], names[id(embedding)]
+    with SafetensorsReader(folder) as reader:
+        reader.rename(_renaming(model))
+        if ours not in reader or theirs not in reader:
+            return None
+        shape = reader.shape(ours)
+        if shape != reader.shape(theirs):
+            return ours
+        for start in range(0, shape[0], _COMPARED_ROWS):
+            rows = start, min(start + _COMPARED_ROWS, shape[0])
+            if not torch.equal(reader.rows(ours, *rows), reader.rows(theirs, *rows)):
+                return ours
+    return None
+
+
+def unused_note(unused: Sequence[str]) -> str:
+    """Say which tensors of the files the model has no place for."""
+    names = ", ".join(unused[:3]) + (f" and {len(unused) - 3} more" if unused[3:] else "")
+    return (
+        f"the files hold {len(unused)} tensors that this model has no place for, and that are not "
+        f"read: {names}. A model that needs them would have another config.json"
+    )
+
+
+def _unused_tensors(model: nn.Module, reader: SafetensorsReader) -> list[str]:
+    """List tensors of the files that nothing in the model takes; refuse those of decoder layers.
+
+    Raises:
+        ModelError: a decoder layer of the files, or a part of one, has no place in the model.
+    """
+    base = base_model(model)
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
+    taken = {_checkpoint_name(name) for name, _ in named}
+    ignored = [*_NO_WEIGHTS, *(getattr(base, "_keys_to_ignore_on_load_unexpected", None) or ())]
+    unused = [
+        name
+        for name in reader.names()
+        if name not in taken
+        and f"{name.partition('.weight.')[0]}.weight" not in taken  # quantization state
+        and not any(re.search(pattern, name) for pattern in ignored)
+    ]
+    first = decoder_layers(model)[0]
+    place = next(name for name, module in base.named_modules() if module is first)
+    prefix = place.rpartition(".")[0] + "."
+    if lost := [name for name in unused if name.startswith(prefix)]:
+        num_layers = len(decoder_layers(model))
+        raise ModelError(
+            f"model folder {reader.folder} holds {len(lost)} decoder weights that its config.json "
+            f"has no place for, such as {lost[0]} (it describes {num_layers} layers). They would "
+            "be left out, and the model would be another one. config.json and weights do not "
+            "belong together: copy both from the same place."
+        )
+    return unused
 
 
 def _check_headers(model: nn.Module, reader: SafetensorsReader) -> None:

@@ -114,7 +114,8 @@ def stored_formats(reader: SafetensorsReader, config: ModelConfig) -> dict[str, 
     if not names:
         raise ModelError(
             f"model folder {reader.folder}: config.json says that the weights are stored in 4 "
-            f"bits, but no tensor has a quantization state (*{_STATE}nf4). {_COPY}"
+            f"bits, but no tensor has a quantization state (*{_STATE}nf4). If the model was merged "
+            f"into 16 bits, remove quantization_config from its config.json. Otherwise: {_COPY}"
         )
     formats = {name: read_state(name, reader).format for name in names}
     kinds = {(fmt.quant_type, fmt.double_quant): name for name, fmt in formats.items()}

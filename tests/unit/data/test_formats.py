@@ -169,7 +169,7 @@ def test_content_in_parts_is_joined() -> None:
     image = [*parts, {"type": "image_url", "image_url": {"url": "x"}}]
     assert (
         reason({"messages": [{"role": "user", "content": image}, ANSWER]}, "messages")
-        == "message without `content`"
+        == "part of `content` that is no text"
     )
 
 

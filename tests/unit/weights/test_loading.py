@@ -216,11 +216,13 @@ def with_index(**changes: str | None) -> Callable[[Path], None]:
     """Give the folder an index that names one tensor or file wrongly."""
 
     def change(folder: Path) -> None:
-        names = dict.fromkeys(load_file(folder / "model.safetensors"), "model.safetensors")
+        weights, part = folder / "model.safetensors", folder / "model-00001-of-00001.safetensors"
+        names = dict.fromkeys(load_file(weights), part.name)
         if "file" in changes:
             names[Q] = str(changes["file"])
         if "extra" in changes:
             set_tensor(str(changes["extra"]), None)(folder)
+        weights.rename(part)  # beside a file of that name, an index does not count
         index = {"weight_map": None if "map" in changes else names}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
