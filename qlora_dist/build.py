@@ -68,7 +68,8 @@ def build_model(
     assert config.model.dtype == runtime.dtype_name, "model.dtype is to be settled before"
     path = config.model.path
     skeleton = describe_base(folder, config.model, reporter.log)
-    if note := check_positions(skeleton, config.data.max_seq_len):
+    is_shared = config.data.packing or config.optim.micro_batch_size > 1
+    if note := check_positions(skeleton, config.data.max_seq_len, is_shared):
         reporter.log(note)
     base_path = path if looks_like_hub_name(path) else str(folder.resolve())
     model = add_adapters(skeleton, config.adapter, base_path)

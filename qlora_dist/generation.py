@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from qlora_dist.build import load_trained
 from qlora_dist.data.chat_template import end_of_turn_id
-from qlora_dist.data.formats import PromptLayout
+from qlora_dist.data.messages import PromptLayout
 from qlora_dist.data.tokenization import plain_ids
 from qlora_dist.data.tokenizer import pad_token_id
 from qlora_dist.errors import ConfigError, LaunchError

@@ -34,7 +34,7 @@ from qlora_dist.parallel.checks import check_in_sync
 from qlora_dist.parallel.choice import choose_backend, make_backend
 from qlora_dist.parallel.engine import Engine
 from qlora_dist.prepare import RunParts, prepare
-from qlora_dist.run.folder import check_run_folder, dtype_of_run
+from qlora_dist.run.folder import check_run_folder, date_of_run, dtype_of_run
 from qlora_dist.run.session import Session
 from qlora_dist.run.state import TrainState
 from qlora_dist.runtime.processes import Runtime, is_first_process, start_runtime
@@ -55,8 +55,10 @@ def train(config: TrainConfig) -> None:
     patience = config.parallel.hang_timeout_seconds
     with Reporter(is_first_process()).working("waiting for all processes to start"):
         runtime = start_runtime(config.seed, dtype, patience, is_dtype_kept=is_kept)
-    # `model.dtype: auto` is settled now: the processes have agreed on a type.
+    # `model.dtype: auto` and the date are settled now: the processes have agreed on them.
     config = replace(config, model=replace(config.model, dtype=runtime.dtype_name))
+    date = runtime.from_main(date_of_run(config, folder))
+    config = replace(config, data=replace(config.data, template_date=date))
     backend = make_backend(backend_name, config, runtime)
     with Session(folder, config, runtime) as session:
         with session.reporter.working("preparing the run"):

@@ -13,6 +13,7 @@ import typing
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -233,6 +234,8 @@ def _convert(value: Any, hint: Any) -> Any:
             return float(value)  # text included: YAML 1.1 reads 2e-4, without a dot, as text
     elif hint is str and type(value) in (str, int, float):
         return str(value)
+    elif hint is str and isinstance(value, date):  # YAML reads 2026-01-31 as a date
+        return value.isoformat()
     raise TypeError
 
 

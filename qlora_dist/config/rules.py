@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from datetime import datetime
 from typing import Any, get_args
 
 from qlora_dist.config.saved_adapter import check_agreement, read_saved_adapter
@@ -30,6 +31,7 @@ def validate(config: TrainConfig) -> None:
         _check_range(key, value)
     _check_files("data.train", config.data.sources)
     _check_files("data.eval", [Source(path) for path in config.data.eval_files])
+    _check_date(config.data.template_date)
     _check_optim(config)
     _check_contradictions(config, settings)
 
@@ -45,6 +47,16 @@ def _check_range(key: str, value: Any) -> None:
     if broken:
         nullable = " (or null, to leave it out)" if type(None) in get_args(hint) else ""
         raise ConfigError(f"{key} is {value}, but {broken[0]}{nullable}.")
+
+
+def _check_date(date: str | None) -> None:
+    try:
+        datetime.fromisoformat(date or "2000-01-01")
+    except ValueError:
+        raise ConfigError(
+            f"data.template_date is {date}, but must be a date such as 2026-01-31, or a date and "
+            "time such as 2026-01-31T12:00:00."
+        ) from None
 
 
 def _check_files(key: str, sources: Sequence[Source]) -> None:

@@ -128,6 +128,9 @@ class DataConfig:
     train_on: Literal["completions", "all"] = "completions"
     """Tokens that count in the loss: the assistant's (or the completion's)
     only, or all. In `text` rows all tokens count."""
+    allow_lost: tuple[Literal["text", "thoughts", "tool_calls", "tools"], ...] | None = None
+    """Parts that the chat template may leave out without making the row faulty: `text` of
+    a turn, `thoughts` of the last one, `tool_calls`, `tools`. The log counts them."""
     max_bad_fraction: Annotated[float, FRACTION] = 0.05
     """Share of a source's rows that may be faulty, in [0, 1): up to this
     share they are left out and counted, beyond it the run stops."""
@@ -136,6 +139,9 @@ class DataConfig:
     chat_template: str | None = None
     """A Jinja file, the name of one of the tokenizer's templates, or
     `chatml`, instead of the tokenizer's usual template."""
+    template_date: str | None = None
+    """Date, and time, that the chat template is told (2026-01-31 or 2026-01-31T12:00:00); null:
+    those of the run's first start, which a run that goes on keeps."""
     cache_dir: str | None = None
     """Folder for tokenized data, which later runs find there; null:
     `qlora_dist` in the user's cache folder."""

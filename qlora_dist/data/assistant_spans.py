@@ -12,20 +12,22 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, chain
 
 from qlora_dist.data.chat_template import ChatTemplate
-from qlora_dist.data.formats import Conversation, RowFault
 from qlora_dist.data.long_text import Span
+from qlora_dist.data.messages import Conversation, RowFault
 from qlora_dist.data.placeholders import (
     MARK,
     OPEN_THOUGHTS,
+    LostKind,
     MarkedConversation,
     mark_conversation,
     marked,
+    probe_of,
     unmarked,
 )
 
@@ -35,8 +37,10 @@ _MOST_OUTLINES = 4096  # outlines in memory, some kilobytes each
 class TurnFinder:
     """Renders conversations and finds the turns to learn in them."""
 
-    def __init__(self, template: ChatTemplate) -> None:
+    def __init__(self, template: ChatTemplate, allow_lost: Collection[LostKind] = ()) -> None:
         self.template = template
+        self._allow_lost = frozenset(allow_lost)
+        self._lost: dict[str, dict[tuple[LostKind, int], bool] | None] = {}
         self._outlines: dict[str, _Outline | None] = {}
 
     def render(self, content: Conversation) -> tuple[str, list[Span]]:
@@ -50,15 +54,70 @@ class TurnFinder:
                 because of later turns in a way that hides the turn's position.
             DataError: see `ChatTemplate.render`.
         """
+        return self.render_with_lost(content)[:2]
+
+    def render_with_lost(
+        self, content: Conversation
+    ) -> tuple[str, list[Span], frozenset[LostKind]]:
+        """Return the result of :meth:`render`, and the kinds of parts that are left out."""
         text = self.template.render(content.messages, content.tools)
         sketch = mark_conversation(content)
+        lost = self._lost_parts(sketch.shape, content)
+        if lost:
+            self._refuse_lost(content, lost)
         if sketch.shape not in self._outlines:
             if len(self._outlines) >= _MOST_OUTLINES:
                 self._outlines.clear()
             self._outlines[sketch.shape] = self._outline(sketch)
         outline = self._outlines[sketch.shape]
         spans = outline.fit(text, sketch.said) if outline is not None else None
-        return text, self._spans_by_content(content, text) if spans is None else spans
+        if spans is None:
+            spans = self._spans_by_content(content, text, is_checked=lost is not None)
+        if self.template.ends_with_next_role:
+            text, spans = self.template.with_ends(text, spans)
+        return text, spans, frozenset(kind for kind, _ in lost or ())
+
+    def _lost_parts(
+        self, shape: str, content: Conversation
+    ) -> dict[tuple[LostKind, int], bool] | None:
+        """Return the parts that the template leaves out of conversations of a shape.
+
+        Returns:
+            (kind, number of the message), with true where nothing of that kind is left of the
+            message; None if the template refuses the marks.
+        """
+        if shape not in self._lost:
+            if len(self._lost) >= _MOST_OUTLINES:
+                self._lost.clear()
+            self._lost[shape] = self._find_lost(content)
+        return self._lost[shape]
+
+    def _find_lost(self, content: Conversation) -> dict[tuple[LostKind, int], bool] | None:
+        probe, parts = probe_of(content)
+        try:
+            text = self.template.render(probe.messages, probe.tools)
+        except RowFault:
+            return None
+        there = {part for mark, part in parts.items() if mark in text}
+        missing = dict.fromkeys(part for mark, part in parts.items() if mark not in text)
+        return {part: part not in there for part in missing}
+
+    def _refuse_lost(self, content: Conversation, lost: dict[tuple[LostKind, int], bool]) -> None:
+        """Refuse a conversation that would be learned without something that it says.
+
+        Raises:
+            RowFault: a part is left out, and `data.allow_lost` does not name its kind.
+        """
+        last = max(
+            i for i, message in enumerate(content.messages) if message["role"] == "assistant"
+        )
+        for (kind, number), is_all in lost.items():
+            # Templates of reasoning models cut thoughts on purpose, most of them those of earlier
+            # turns. One that does not know thoughts drops them all.
+            is_cut = kind == "thoughts" and (number - 1 != last or "think" in self.template.text)
+            if kind in self._allow_lost or is_cut:
+                continue
+            raise _left_out(content, kind, number, is_all)
 
     def _outline(self, sketch: MarkedConversation) -> _Outline | None:
         """Return the outline of a sketch, or None if it cannot stand for all rows of its shape.
@@ -67,13 +126,14 @@ class TurnFinder:
         """
         try:
             outline = self._locate(sketch)
-            _check_nothing_left_out(sketch.content, outline.text(), missing=set())
         except RowFault:
             return None
         there = set(outline.marks)
         return outline if all(there & set(words) for words in sketch.words if words) else None
 
-    def _spans_by_content(self, content: Conversation, text: str) -> list[Span]:
+    def _spans_by_content(
+        self, content: Conversation, text: str, is_checked: bool = False
+    ) -> list[Span]:
         """Return the turns of a row that no outline fits.
 
         Either the template looks at what is said, or the row has a fault.
@@ -91,7 +151,8 @@ class TurnFinder:
                 there = set(outline.marks)
                 missing -= {number for number, mark in enumerate(sketch.marks) if mark in there}
                 break
-        _check_nothing_left_out(content, text, missing)
+        if not is_checked:
+            _check_nothing_left_out(content, text, missing)
         if spans is None:
             assert fault is not None  # without marks, the text is its own outline
             raise fault
@@ -285,6 +346,44 @@ def _forms(said: str) -> Iterator[str]:
 
 def _quoted(said: str) -> str:
     return json.dumps(said, ensure_ascii=False)[1:-1]
+
+
+def _left_out(content: Conversation, kind: LostKind, number: int, is_all: bool) -> RowFault:
+    """Return the fault of a row a part of which the template leaves out."""
+    allow = f"data.allow_lost: [{kind}] trains the row without it."
+    if kind == "tools":
+        names = [tool.get("function", tool).get("name") for tool in content.tools or ()]
+        return RowFault(
+            "tools left out by the template",
+            f"the chat template leaves out the tool {names[0]!r}. Use a model whose template lists "
+            f"tools, or remove the column `tools`. {allow}",
+        )
+    if kind == "tool_calls":
+        what = "the tool call" if is_all else "a tool call, or its arguments,"
+        return RowFault(
+            "tool call left out by the template",
+            f"the chat template leaves out {what} of message {number}. Use a model whose template "
+            f"knows tool calls, or write the call as text. {allow}",
+        )
+    role = content.messages[number - 1]["role"]
+    if kind == "thoughts":
+        return RowFault(
+            "thoughts left out by the template",
+            f"the chat template leaves out the thoughts of message {number} (reasoning_content). "
+            f"Use a model whose template knows thoughts, or write them into `content`. {allow}",
+        )
+    if not is_all or "tool_calls" in content.messages[number - 1]:
+        return RowFault(
+            f"text of the {role} turn left out by the template",
+            f"the chat template leaves out text of message {number} ({role}), "
+            f"{content.messages[number - 1]['content']!r:.60}. Remove it, or use a model whose "
+            f"template shows it. {allow}",
+        )
+    return RowFault(
+        f"{role} turn left out by the template",
+        f"the chat template leaves out message {number} ({role}). Use a model whose template knows "
+        f"such turns, or put the text into another turn. {allow}",
+    )
 
 
 def _check_nothing_left_out(content: Conversation, text: str, missing: set[int]) -> None:

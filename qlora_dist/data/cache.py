@@ -107,7 +107,14 @@ class _Request:
                 tokenizer.bos_token_id,
                 tokenizer.eos_token_id,
             ],
-            "settings": [config.format, config.max_seq_len, config.too_long, config.train_on],
+            "settings": [
+                config.format,
+                config.max_seq_len,
+                config.too_long,
+                config.train_on,
+                config.allow_lost,
+                config.template_date if "strftime_now" in str(tokenizer.chat_template) else None,
+            ],
             "code": [*code, transformers.__version__, tokenizers.__version__],
         }
         return hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:32]
@@ -139,6 +146,7 @@ class _Request:
 _CODE = (
     "sources",
     "formats",
+    "messages",
     "chat_template",
     "placeholders",
     "assistant_spans",

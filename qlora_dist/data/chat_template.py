@@ -6,11 +6,13 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_dist.data.formats import Conversation, RowFault
+from qlora_dist.data.long_text import Span
+from qlora_dist.data.messages import Conversation, RowFault
 from qlora_dist.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -103,8 +105,16 @@ _FAILURES = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeE
 class ChatTemplate:
     """A tokenizer's chat template at work, in Jinja's sandbox and on plain data only."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, date: str | None = None) -> None:
+        """Take the template of a tokenizer.
+
+        Args:
+            date: date and time that the template is told (ISO 8601); None: the present ones.
+        """
         self.tokenizer = tokenizer
+        self._variables: dict[str, Any] = {}
+        if date is not None:
+            self._variables["strftime_now"] = datetime.fromisoformat(date).strftime
 
     def render(
         self, messages: list[dict[str, Any]], tools: list[Any] | None, *, is_prompt: bool = False
@@ -142,7 +152,12 @@ class ChatTemplate:
         template = self.tokenizer.get_chat_template(tools=tools)
         try:
             [text], [*parts] = render_jinja_template(
-                [messages], tools, chat_template=template, **options, **self._special_tokens_map
+                [messages],
+                tools,
+                chat_template=template,
+                **options,
+                **self._variables,
+                **self._special_tokens_map,
             )
         # The sandbox raises OverflowError for a large range; it is an ArithmeticError as well.
         except (SecurityError, OverflowError, MemoryError) as error:
@@ -175,6 +190,34 @@ class ChatTemplate:
         if any("tool_calls" in message for message in messages) and self.wants_text_arguments:
             messages = [_with_text_arguments(message) for message in messages]
         return replace(content, messages=messages)
+
+    @cached_property
+    def ends_with_next_role(self) -> bool:
+        """True if the token that opens the next message ends the assistant's turns (GLM)."""
+        question, answer = "zQaskedQz", "zQsaidQz"
+        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        try:
+            if self.end_of_turn is not None:
+                return False
+            after = self.render([*turns, turns[0]], None).partition(answer)[2]
+        except RowFault:
+            return False
+        return _first_special(after, self.special_tokens) is not None
+
+    def with_ends(self, text: str, spans: list[Span]) -> tuple[str, list[Span]]:
+        """Let each turn end with the token that the model is to write after it.
+
+        Only for templates that end turns with the next message's token: after the last message
+        comes the tokenizer's end token.
+        """
+        ended = []
+        for first, last in spans:
+            token = _first_special(text[last:], self.special_tokens)
+            if token is None and last == len(text):
+                token = self.tokenizer.eos_token or ""
+                text += token
+            ended.append((first, last + len(token or "")))
+        return text, ended
 
     @cached_property
     def text(self) -> str:
@@ -241,6 +284,10 @@ class ChatTemplate:
         # The first one counts: a second one may end the conversation, which nothing has to learn.
         special = re.search("|".join(map(re.escape, self.special_tokens)) or "(?!)", after)
         return special and special.group()
+
+
+def _first_special(text: str, special_tokens: tuple[str, ...]) -> str | None:
+    return next((token for token in special_tokens if text.startswith(token)), None)
 
 
 def _with_text_arguments(message: dict[str, Any]) -> dict[str, Any]:

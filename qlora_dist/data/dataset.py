@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from qlora_dist.config.schema import DataConfig, TrainConfig
 from qlora_dist.data.cache import TokenizedSource, tokenized
 from qlora_dist.data.chat_template import set_chat_template
-from qlora_dist.data.formats import PromptLayout
+from qlora_dist.data.messages import PromptLayout
 from qlora_dist.data.packing import pack
 from qlora_dist.data.report import Report
 from qlora_dist.data.samples import Rows

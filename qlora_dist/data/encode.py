@@ -5,12 +5,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from qlora_dist.config.schema import DataConfig
 from qlora_dist.data.assistant_spans import TurnFinder
 from qlora_dist.data.chat_template import ChatTemplate, check_chat_template
-from qlora_dist.data.formats import Conversation, PlainText, RowFault, read_row, recognize_format
+from qlora_dist.data.formats import PlainText, read_row, recognize_format
+from qlora_dist.data.messages import Conversation, RowFault
+from qlora_dist.data.placeholders import LostKind
 from qlora_dist.data.report import Report
 from qlora_dist.data.samples import Sample
 from qlora_dist.data.sources import Row
@@ -43,10 +45,16 @@ def encode_rows(
     """
     format, rows = recognize_format(rows, config.format)
     report = Report(path, format)
-    turns = TurnFinder(ChatTemplate(tokenizer))
+    turns = TurnFinder(ChatTemplate(tokenizer, config.template_date), config.allow_lost or ())
     for batch in _batches((row.where, _content(row, report, turns.template)) for row in rows):
-        good = [content for _, content in batch if not isinstance(content, RowFault)]
-        samples = iter(tokenize(good, turns, config.train_on, _num_needed(report, config)))
+        good = [placed for placed in batch if not isinstance(placed[1], RowFault)]
+
+        def count_lost(number: int, kind: LostKind, good: Any = good) -> None:
+            report.count_lost(kind, good[number][0])
+
+        contents = [content for _, content in good if not isinstance(content, RowFault)]
+        num_needed = _num_needed(report, config)
+        samples = iter(tokenize(contents, turns, config.train_on, num_needed, count_lost))
         for where, content in batch:
             result = content if isinstance(content, RowFault) else next(samples)
             if isinstance(result, RowFault):
@@ -148,7 +156,7 @@ def _is_open_ended(template: ChatTemplate, path: str) -> bool:
     """True if no special token ends the assistant's turns; refuse a template that is unusable."""
     try:
         check_chat_template(template.tokenizer)
-        return template.end_of_turn is None
+        return template.end_of_turn is None and not template.ends_with_next_role
     except DataError as error:
         raise DataError(f"{path} holds chat messages, but {error}") from None
     except RowFault:  # it wants more than a question and an answer

@@ -7,12 +7,16 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
-from qlora_dist.data.formats import Conversation
+from qlora_dist.data.messages import Conversation
 
 # Nine letters and digits: some templates want ids of that form, and no template changes it.
 MARK = re.compile(r"(zQ\d{5}Qz)")
+
+
+LostKind = Literal["text", "thoughts", "tool_calls", "tools"]
+"""Kinds of parts that a template may leave out."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,14 @@ class _Marks:
         arguments = self.of_values(call["function"]["arguments"])
         return {**call, **ids, "function": {**call["function"], "arguments": arguments}}
 
+    def of_tool(self, tool: Any) -> Any:
+        """Return the description of a tool with a mark after its name."""
+        function = tool.get("function", tool)
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            return tool
+        marked_function = {**function, "name": function["name"] + self.new("")}
+        return {**tool, "function": marked_function} if "function" in tool else marked_function
+
     def after_last_name(self, calls: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], str]:
         """Return tool calls with a mark after the last function's name, and the mark."""
         # A turn ends soon after its last call, whose name is always there and always text.
@@ -139,3 +151,49 @@ def unmarked(content: Conversation) -> MarkedConversation:
     """Return the conversation as it is."""
     num = len(content.messages)
     return MarkedConversation(content, {}, [None] * num, [[] for _ in range(num)])
+
+
+def probe_of(content: Conversation) -> tuple[Conversation, dict[str, tuple[LostKind, int]]]:
+    """Return a conversation with a mark in or after each of its parts, and the part of each mark.
+
+    A part whose mark is not in the rendered text is left out by the template: text of a message, a
+    thought, a tool call or its arguments, or a tool of the list.
+
+    Returns:
+        the conversation, and (kind of the part, number of its message from 1; 0 for tools).
+    """
+    marks = _Marks()
+    parts: dict[str, tuple[LostKind, int]] = {}
+    messages = []
+
+    def note(kind: LostKind, number: int) -> None:
+        for mark in list(marks.said)[len(parts) :]:
+            parts[mark] = kind, number
+
+    for number, message in enumerate(content.messages, start=1):
+        marked_message = {**message, "content": marks.of_text(message["content"])}
+        note("text", number)
+        if "</think>" in message["content"]:
+            # Thoughts may be written into the content: everything before the tag that ends them.
+            before = marked_message["content"].rpartition("</think>")[0]
+            for mark in MARK.findall(before):
+                parts[mark] = "thoughts", number
+        for name in _THOUGHTS:
+            if isinstance(message.get(name), str):
+                marked_message[name] = marks.of_text(message[name])
+        note("thoughts", number)
+        if "tool_calls" in message:
+            calls = []
+            for call in message["tool_calls"]:
+                function = call["function"]
+                arguments = marks.of_values(function["arguments"])
+                name = function["name"] + marks.new("")
+                calls.append(
+                    {**call, "function": {**function, "name": name, "arguments": arguments}}
+                )
+            marked_message["tool_calls"] = calls
+        note("tool_calls", number)
+        messages.append(marked_message)
+    tools = content.tools and [marks.of_tool(tool) for tool in content.tools]
+    note("tools", 0)
+    return replace(content, messages=messages, tools=tools), parts

@@ -8,9 +8,17 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from qlora_dist.config.schema import DataConfig
-from qlora_dist.data.formats import Format, PromptLayout, RowFault
+from qlora_dist.data.formats import Format
+from qlora_dist.data.messages import PromptLayout, RowFault
 from qlora_dist.data.samples import Sample
 from qlora_dist.errors import DataError
+
+_LOST = {
+    "text": "text",
+    "thoughts": "thoughts (reasoning_content, or <think> in the text)",
+    "tool_calls": "tool calls",
+    "tools": "the list of tools",
+}
 
 
 @dataclass
@@ -66,8 +74,15 @@ class Report:
     is_open_ended: bool = False
     """The chat template ends the assistant's turns without a special token."""
     faulty: FaultyRows = field(default_factory=FaultyRows)
+    lost: dict[str, tuple[int, str]] = field(default_factory=dict)
+    """Kinds of parts that the chat template leaves out: number of rows, place of the first."""
     unread: dict[str, tuple[int, str]] = field(default_factory=dict)
     """Keys of messages that nothing reads: number of rows, and the place of the first."""
+
+    def count_lost(self, kind: str, where: str) -> None:
+        """Count a row of which the template leaves out a part."""
+        number, first = self.lost.get(kind, (0, where))
+        self.lost[kind] = number + 1, first
 
     def count_unread(self, key: str, where: str) -> None:
         """Count a row with a key of messages that nothing reads."""
@@ -95,6 +110,10 @@ class Report:
             (self.faulty.num_rows, f"faulty rows left out: {self.faulty}"),
         ):
             text += f", {count:,} {fate}" if count else ""
+        for kind, (count, where) in self.lost.items():
+            text += (
+                f"; the chat template leaves out {_LOST[kind]} of {count:,} rows (first: {where})"
+            )
         for key, (count, where) in self.unread.items():
             text += f"; nothing reads the key `{key}` of messages ({count:,} rows, first: {where})"
         if self.is_open_ended:
@@ -114,8 +133,11 @@ class Report:
         faulty = FaultyRows(**values["faulty"])
         # JSON makes lists of tuples.
         faulty.reasons = {reason: (n, where) for reason, (n, where) in faulty.reasons.items()}
-        unread = {key: (n, where) for key, (n, where) in values["unread"].items()}
-        return cls(**{**values, "faulty": faulty, "unread": unread})
+        counted = {
+            name: {key: (n, where) for key, (n, where) in values[name].items()}
+            for name in ("lost", "unread")
+        }
+        return cls(**{**values, **counted, "faulty": faulty})
 
     def check(self, config: DataConfig) -> None:
         """Refuse a source of which too little can be used.

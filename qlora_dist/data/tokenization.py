@@ -6,15 +6,17 @@ In a conversation, the loss is on what the assistant says only.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from qlora_dist.config.schema import IGNORE_INDEX
 from qlora_dist.data.assistant_spans import TurnFinder
 from qlora_dist.data.chat_template import ChatTemplate
-from qlora_dist.data.formats import Conversation, PlainText, RowFault
+from qlora_dist.data.formats import PlainText
 from qlora_dist.data.long_text import Span, is_long, long_ids, long_ids_and_spans
+from qlora_dist.data.messages import Conversation, RowFault
+from qlora_dist.data.placeholders import LostKind
 from qlora_dist.data.samples import Sample
 
 if TYPE_CHECKING:
@@ -26,18 +28,23 @@ def tokenize(
     turns: TurnFinder,
     train_on: Literal["completions", "all"],
     num_tokens: int | None = None,
+    on_lost: Callable[[int, LostKind], None] = lambda number, kind: None,
 ) -> list[Sample | RowFault]:
     """Return the sample of each content, or its fault.
 
     Args:
         num_tokens: the tokens at the start of a sample that are needed, though more may come; None:
             all.
+        on_lost: called with the number of a content, from 0, and a kind of parts that the template
+            leaves out of it.
     """
     tokenizer = turns.template.tokenizer
     drafts: list[_Draft | RowFault] = []
-    for content in contents:
+    for number, content in enumerate(contents):
         try:
-            drafts.append(_draft(content, turns, train_on))
+            drafts.append(draft := _draft(content, turns, train_on))
+            for kind in sorted(draft.lost):
+                on_lost(number, kind)
         except RowFault as fault:
             drafts.append(fault)
     good = [draft for draft in drafts if isinstance(draft, _Draft)]
@@ -59,6 +66,7 @@ class _Draft:
     opening: str  # gets the start token; tokenized by itself, so that the border is exact
     text: str  # tokenized as it stands
     spans: list[Span] | None = None  # the targets in `text`; None: all plain text but the prompt
+    lost: frozenset[LostKind] = frozenset()
 
 
 def _draft(
@@ -72,9 +80,9 @@ def _draft(
                 "data.train_on: all learns every token. Set data.train_on: completions, or remove "
                 "the mark.",
             )
-        text, spans = turns.render(content)
+        text, spans, lost = turns.render_with_lost(content)
         _check_characters(text)
-        return _Draft("", text, spans)
+        return _Draft("", text, spans, lost)
     _check_characters(content.prompt + content.text)
     return _Draft(content.prompt, content.text) if content.prompt else _Draft(content.text, "")
 

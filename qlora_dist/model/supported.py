@@ -38,15 +38,28 @@ def check_supported(model: PreTrainedModel, folder: Path) -> None:
         )
 
 
-def check_positions(model: PreTrainedModel, max_seq_len: int) -> str | None:
+def check_positions(
+    model: PreTrainedModel, max_seq_len: int, is_shared: bool = False
+) -> str | None:
     """Hold the longest row against the positions that the model knows.
+
+    Args:
+        is_shared: several samples go through one forward, in a row or in a micro-batch.
 
     Returns:
         a line for the log if rows may be longer than the model was trained for.
 
     Raises:
-        ModelError: positions are learned, and rows may be longer than there are.
+        ModelError: positions are learned, and rows may be longer than there are; or the longest
+            row of a forward decides the rotations of all.
     """
+    if is_shared and (border := _border_of_rotations(model)) and max_seq_len > border[1]:
+        raise ModelError(
+            f"{type(model).__name__} has {border[0]} rotary positions: as soon as one row is "
+            f"longer than {border[1]:,}, all rows of the same forward get other rotations, and a "
+            "sample's loss depends on its neighbors. Set data.packing: false and "
+            f"optim.micro_batch_size: 1, or data.max_seq_len: {border[1]} (now {max_seq_len:,})."
+        )
     known = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if not isinstance(known, int) or max_seq_len <= known:
         return None
@@ -69,3 +82,18 @@ def check_positions(model: PreTrainedModel, max_seq_len: int) -> str | None:
         "was made for (max_position_embeddings). It computes them, but was not trained on them: "
         f"data.max_seq_len: {known} stays within"
     )
+
+
+def _border_of_rotations(model: PreTrainedModel) -> tuple[str, int] | None:
+    """Return the type of rotations that depend on the longest row, and the length from which."""
+    config = model.config.get_text_config()
+    parameters = getattr(config, "rope_parameters", None) or {}
+    # Of one kind, or by kind of layer.
+    for one in (parameters, *(p for p in parameters.values() if isinstance(p, dict))):
+        kind = one.get("rope_type", one.get("type"))
+        if kind in ("longrope", "dynamic"):
+            original = one.get("original_max_position_embeddings") or getattr(
+                config, "original_max_position_embeddings", None
+            )
+            return kind, int(original or config.max_position_embeddings)
+    return None

@@ -22,7 +22,7 @@ from qlora_dist.config.saved_adapter import (
     check_adapter_files,
 )
 from qlora_dist.config.schema import ModelConfig
-from qlora_dist.data.formats import PromptLayout
+from qlora_dist.data.messages import PromptLayout
 from qlora_dist.errors import CheckpointError, ModelError
 from qlora_dist.model.adapters import saved_name
 

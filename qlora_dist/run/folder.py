@@ -8,6 +8,7 @@ import os
 import socket
 from contextlib import suppress
 from dataclasses import asdict
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +61,8 @@ def check_run_folder(config: TrainConfig) -> Path:
     differing = [
         f"{key}: {previous[key]!r} there, {value!r} now"
         for key, value in identity(config).items()
-        # config.yaml has the type that `auto` stood for.
-        if previous[key] != value and (key, value) != ("model.dtype", "auto")
+        # config.yaml has the type that `auto` stood for, and the date of the first start.
+        if previous[key] != value and (key, value) not in _SETTLED_AT_START
     ]
     if differing:
         raise CheckpointError(
@@ -71,21 +72,41 @@ def check_run_folder(config: TrainConfig) -> Path:
     return folder
 
 
+_SETTLED_AT_START = (("model.dtype", "auto"), ("data.template_date", None))
+
+
+def date_of_run(config: TrainConfig, folder: Path) -> str | None:
+    """Return the `data.template_date` to use: that of the run's first start if it goes on.
+
+    None for a run that began without one: its templates are told the present date.
+    """
+    if config.data.template_date is not None:
+        return config.data.template_date
+    has_begun, began_with = _began_with(config, folder, "data.template_date")
+    return began_with if has_begun else datetime.now().isoformat(timespec="seconds")
+
+
 def dtype_of_run(config: TrainConfig, folder: Path) -> tuple[str, bool]:
     """Return the `model.dtype` to use, and True if a run that goes on began with it.
 
     A run keeps its compute type on any machine: `auto` then stands for the type that it began with.
     """
-    asked, began_with = config.model.dtype, None
-    if config.checkpoint.resume != "never" and (folder / "config.yaml").is_file():
-        began_with = load_config(folder / "config.yaml").model.dtype
-    elif config.checkpoint.resume not in ("auto", "never"):
-        with suppress(CheckpointError):  # refused later, when the checkpoint is loaded
-            saved = read_checkpoint(Path(config.checkpoint.resume), verify=False)
-            began_with = saved.identity.settings.get("model.dtype")
+    asked = config.model.dtype
+    began_with = _began_with(config, folder, "model.dtype")[1]
     if began_with is None or asked not in ("auto", began_with):
         return asked, False
     return began_with, True
+
+
+def _began_with(config: TrainConfig, folder: Path, key: str) -> tuple[bool, Any]:
+    """Return true if a run goes on, and the value of a setting with which it began."""
+    if config.checkpoint.resume != "never" and (folder / "config.yaml").is_file():
+        return True, flatten(load_config(folder / "config.yaml"))[key]
+    if config.checkpoint.resume not in ("auto", "never"):
+        with suppress(CheckpointError):  # refused later, when the checkpoint is loaded
+            saved = read_checkpoint(Path(config.checkpoint.resume), verify=False)
+            return True, saved.identity.settings.get(key)
+    return False, None
 
 
 def identity(config: TrainConfig) -> dict[str, Any]:

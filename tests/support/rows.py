@@ -1,13 +1,17 @@
 """Rows as the trainer sees them, without a file."""
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 
-from qlora_dist.config.schema import DataConfig
+import pytest
+
+from qlora_dist.config.schema import IGNORE_INDEX, DataConfig
 from qlora_dist.data.encode import encode_rows
 from qlora_dist.data.report import Report
 from qlora_dist.data.samples import Rows, Sample, SampleStore, SampleWriter
 from qlora_dist.data.sources import Row
+from qlora_dist.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -35,3 +39,22 @@ def stored(samples: list[Sample], folder: Path) -> Rows:
     for sample in samples:
         writer.add(sample)
     return Rows.of(SampleStore(folder, writer.close()))
+
+
+def targets(sample: Sample, tokenizer) -> str:
+    """Return the text that counts in the loss."""
+    return tokenizer.decode([label for label in sample.labels if label != IGNORE_INDEX])
+
+
+def with_template(tokenizer, template: str | None):
+    """Return the tokenizer with another chat template."""
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = template
+    return other
+
+
+def refusal(rows: list[dict], tokenizer, layout: str = "messages", **config) -> str:
+    """Return the message with which rows are refused."""
+    with pytest.raises(DataError) as caught:
+        encode(rows, tokenizer, layout, **config)
+    return str(caught.value)

@@ -4,14 +4,8 @@ import contextlib
 
 import pytest
 
-from qlora_dist.data.formats import (
-    COLUMNS,
-    Conversation,
-    PlainText,
-    RowFault,
-    read_row,
-    recognize_format,
-)
+from qlora_dist.data.formats import COLUMNS, PlainText, read_row, recognize_format
+from qlora_dist.data.messages import Conversation, RowFault
 from qlora_dist.data.sources import Row
 from qlora_dist.errors import DataError
 

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from qlora_dist.data import long_text
 from qlora_dist.data.assistant_spans import TurnFinder
 from qlora_dist.data.chat_template import ChatTemplate
-from qlora_dist.data.formats import Conversation, PlainText
+from qlora_dist.data.formats import PlainText
 from qlora_dist.data.long_text import is_long, long_ids, long_ids_and_spans
+from qlora_dist.data.messages import Conversation
 from qlora_dist.data.tokenization import tokenize
 
 SENTENCES = [

@@ -9,9 +9,8 @@ from hypothesis import strategies as st
 from tokenizers.processors import ByteLevel, TemplateProcessing
 
 from qlora_dist.config.schema import IGNORE_INDEX
-from qlora_dist.data.samples import Sample
 from qlora_dist.errors import DataError
-from tests.support.rows import encode
+from tests.support.rows import encode, refusal, targets, with_template
 
 END = "<|im_end|>"
 
@@ -68,25 +67,6 @@ def chat(*contents: str, system: str | None = None) -> dict:
         {"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)
     ]
     return {"messages": ([{"role": "system", "content": system}] if system else []) + messages}
-
-
-def targets(sample: Sample, tokenizer) -> str:
-    """Return the text that counts in the loss."""
-    return tokenizer.decode([label for label in sample.labels if label != IGNORE_INDEX])
-
-
-def with_template(tokenizer, template: str | None):
-    """Return the tokenizer with another chat template."""
-    other = copy.deepcopy(tokenizer)
-    other.chat_template = template
-    return other
-
-
-def refusal(rows: list[dict], tokenizer, layout: str = "messages") -> str:
-    """Return the message with which rows are refused."""
-    with pytest.raises(DataError) as caught:
-        encode(rows, tokenizer, layout)
-    return str(caught.value)
 
 
 # -- the mask

@@ -1,0 +1,202 @@
+"""Parts of rows that a chat template does not show: found by marks, refused or counted."""
+
+import json
+from typing import Any
+
+import pytest
+
+from qlora_dist.data.messages import Conversation
+from qlora_dist.data.placeholders import probe_of
+from tests.support.rows import encode, refusal, targets, with_template
+
+# A template that knows nothing but roles and contents.
+PLAIN = (
+    "{% for m in messages %}{{ '<' + m['role'] + '>' + (m['content'] or '') + '<end>' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
+)
+# A template that shows one call, and then not the words beside it.
+ONE_CALL = (
+    "{% for m in messages %}{{ '<' + m['role'] + '>' }}{% if m.tool_calls %}"
+    "{{ m.tool_calls[0].function | tojson }}{% else %}{{ m['content'] }}{% endif %}{{ '<end>' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
+)
+NAMES_ONLY = ONE_CALL.replace("function | tojson", "function.name")
+
+
+def called(*names: str, content: str = "", question: str = "well?") -> dict[str, Any]:
+    """A row in which the assistant calls functions by name, with an argument each."""
+    calls = [{"function": {"name": name, "arguments": {"at": f"the {name}"}}} for name in names]
+    return {
+        "messages": [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": content, "tool_calls": calls},
+            {"role": "tool", "content": "done"},
+            {"role": "assistant", "content": "so it is"},
+        ]
+    }
+
+
+@pytest.mark.parametrize(
+    ("template", "row", "what"),
+    [
+        (PLAIN, called("weather"), "the tool call of message 2"),
+        (PLAIN, called("weather", question="use the weather tool"), "the tool call of message 2"),
+        (PLAIN, called("so"), "the tool call of message 2"),
+        (ONE_CALL, called("one", "two"), "a tool call, or its arguments, of message 2"),
+        (NAMES_ONLY, called("one"), "a tool call, or its arguments, of message 2"),
+        (ONE_CALL, called("one", content="let me see"), "text of message 2 (assistant)"),
+        (ONE_CALL, {**called("one"), "tools": [{"name": "one"}]}, "leaves out the tool 'one'"),
+    ],
+)
+def test_an_answer_without_a_part_is_refused(
+    tokenizer, template: str, row: dict[str, Any], what: str
+) -> None:
+    """A name that stands elsewhere in the text does not hide the loss; the message names a way."""
+    message = refusal([row], with_template(tokenizer, template))
+    assert what in message
+    assert "data.allow_lost: [" in message
+
+
+@pytest.mark.parametrize(
+    ("kind", "template", "row"),
+    [
+        ("tool_calls", PLAIN, called("weather")),
+        ("text", ONE_CALL, called("one", content="let me see")),
+        ("tools", ONE_CALL, {**called("one"), "tools": [{"name": "one"}]}),
+    ],
+)
+def test_allowed_losses_are_counted(
+    tokenizer, kind: str, template: str, row: dict[str, Any]
+) -> None:
+    """With `data.allow_lost` the rows train, and the account has their number and the first."""
+    report = encode([row, row], with_template(tokenizer, template), allow_lost=(kind,)).report
+    number, first = report.lost[kind]
+    assert number == 2
+    assert first.endswith("row 1")
+    assert "the chat template leaves out" in report.sentence(64)
+
+
+THOUGHT = [
+    {"role": "user", "content": "two and two?"},
+    {"role": "assistant", "content": "four", "reasoning_content": "sums"},
+]
+
+
+def test_thoughts_that_a_template_does_not_know(tokenizer) -> None:
+    """A template without a word of thoughts is refused rows with them; one that cuts them is not.
+
+    The second cuts on purpose, as those of reasoning models do; the account says so.
+    """
+    assert "the thoughts of message 2" in refusal(
+        [{"messages": THOUGHT}], with_template(tokenizer, PLAIN)
+    )
+    cutting = with_template(tokenizer, PLAIN + "{# <think> is cut #}")
+    assert encode([{"messages": THOUGHT}], cutting).report.lost["thoughts"][0] == 1
+
+
+def test_rows_that_lose_nothing_are_silent(tokenizer) -> None:
+    """No loss is counted, and the account has no word of it."""
+    both = ONE_CALL.replace("{% else %}{{ m['content'] }}{% endif %}", "{% endif %}{{ m.content }}")
+    report = encode([called("one", content="let me see")], with_template(tokenizer, both)).report
+    assert report.lost == {}
+    assert "leaves out" not in report.sentence(64)
+
+
+def test_each_part_has_a_mark() -> None:
+    """Texts, thoughts, names, arguments and tools; the parts know their message."""
+    row = called("one", "two", content="see")
+    thoughtful = [*row["messages"], {"role": "assistant", "content": "<think>so</think>yes"}]
+    tools = [{"type": "function", "function": {"name": "one"}}, {"name": "two"}]
+    probe, parts = probe_of(Conversation(thoughtful, tools))
+    text = json.dumps([probe.messages, probe.tools])
+    assert all(mark in text for mark in parts)
+    assert sorted(set(parts.values())) == [
+        ("text", 1),
+        ("text", 2),
+        ("text", 3),
+        ("text", 4),
+        ("text", 5),
+        ("thoughts", 5),
+        ("tool_calls", 2),
+        ("tools", 0),
+    ]
+
+
+MUTED = [
+    {"role": "user", "content": "first?"},
+    {"role": "assistant", "content": "wrong"},
+    {"role": "user", "content": "again?"},
+    {"role": "assistant", "content": "right"},
+]
+
+
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"train": False}, {"weight": 0.0, "train": None}])
+@pytest.mark.parametrize("form", ["messages", "sharegpt"])
+def test_a_turn_that_is_not_to_be_learned_is_context(tokenizer, mark: dict, form: str) -> None:
+    """Its words are in the row and none of them counts; other marks change nothing."""
+    turns = [{**turn} for turn in MUTED]
+    turns[1] |= mark
+    turns[3] |= {"weight": 1, "train": True}
+    row: dict[str, Any] = {"messages": turns}
+    if form == "sharegpt":
+        names = {"user": "human", "assistant": "gpt"}
+        row = {
+            "conversations": [
+                {"from": names[turn.pop("role")], "value": turn.pop("content"), **turn}
+                for turn in turns
+            ]
+        }
+    sample = encode([row], with_template(tokenizer, PLAIN), form).samples[0]
+    assert targets(sample, tokenizer) == "right<end>"
+    assert "wrong" in tokenizer.decode(sample.input_ids)
+
+
+@pytest.mark.parametrize(
+    ("mark", "what"),
+    [
+        ({"weight": 0.5}, "has weight: 0.5, but a turn is learned (1, true) or not"),
+        ({"train": "no"}, "has train: 'no'"),
+    ],
+)
+def test_other_marks_are_refused(tokenizer, mark: dict, what: str) -> None:
+    """A weight that cannot be trained is not rounded in silence."""
+    turns = [MUTED[0], {**MUTED[1], **mark}]
+    assert what in refusal([{"messages": turns}], with_template(tokenizer, PLAIN))
+
+
+def test_a_row_without_anything_to_learn_is_refused(tokenizer) -> None:
+    """All turns muted, or every token asked for."""
+    muted = [MUTED[0], {**MUTED[1], "weight": 0}]
+    plain = with_template(tokenizer, PLAIN)
+    assert "every assistant turn is marked" in refusal([{"messages": muted}], plain)
+    row = {"messages": [*muted, *MUTED[2:]]}
+    assert "data.train_on: all" in refusal([row], plain, train_on="all")
+
+
+def test_unknown_keys_are_named_once(tokenizer) -> None:
+    """A key with a value that nothing reads is in the account, unless the template knows it."""
+    turns = [MUTED[0], {**MUTED[1], "score": 3, "empty": None}]
+    report = encode([{"messages": turns}] * 3, with_template(tokenizer, PLAIN)).report
+    assert list(report.unread) == ["score"]
+    assert report.unread["score"][0] == 3
+    assert "nothing reads the key `score` of messages (3 rows, first: " in report.sentence(64)
+    knowing = with_template(tokenizer, PLAIN.replace("<end>", "{{ '' }}<end>") + "{# score #}")
+    assert encode([{"messages": turns}], knowing).report.unread == {}
+
+
+GLM = (
+    "{{ '<s>' }}{% for m in messages %}{{ '<|' + m.role + '|>' + m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+
+def test_the_next_roles_token_ends_an_answer(tokenizer) -> None:
+    """The next message's token is learned if a template ends turns with it.
+
+    After the last answer comes the tokenizer's end token.
+    """
+    glm = with_template(tokenizer, GLM)
+    glm.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|assistant|>"]})
+    encoded = encode([{"messages": MUTED}], glm)
+    assert targets(encoded.samples[0], glm) == f"wrong<|user|>right{glm.eos_token}"
+    assert not encoded.report.is_open_ended

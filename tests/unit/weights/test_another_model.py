@@ -1,0 +1,148 @@
+"""Files that would make another model than their config.json says: named, or refused."""
+
+import io
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, FalconConfig
+
+from qlora_dist.build import build_model, describe_base
+from qlora_dist.config.schema import ModelConfig, TrainConfig
+from qlora_dist.errors import ModelError
+from qlora_dist.metrics.console import Reporter
+from qlora_dist.model.nf4 import QuantizedLinear
+from qlora_dist.model.parts import base_model
+from qlora_dist.parallel.choice import make_backend
+from qlora_dist.runtime.processes import start_runtime
+from qlora_dist.weights.files import weight_files
+
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+
+@pytest.fixture
+def folder(tmp_path: Path, tiny_llama: Path) -> Path:
+    """A copy of a model folder, to be spoiled."""
+    return Path(shutil.copytree(tiny_llama, tmp_path / "model"))
+
+
+def change(folder: Path, **tensors: torch.Tensor | None) -> None:
+    """Write tensors into the folder's file; None removes one. Two underscores stand for a dot."""
+    weights = load_file(folder / "model.safetensors")
+    for name, tensor in tensors.items():
+        if tensor is None:
+            weights.pop(name.replace("__", "."))
+        else:
+            weights[name.replace("__", ".")] = tensor
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def set_config(folder: Path, **values: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **values}))
+
+
+def build(folder: Path, **model: object) -> tuple[torch.nn.Module, str]:
+    """Load a folder as a run does; returns the model and the log."""
+    runtime, log = start_runtime(seed=0, dtype="float32"), io.StringIO()
+    config = TrainConfig(model=ModelConfig(str(folder), dtype="float32", **model))
+    backend = make_backend("single", config, runtime)
+    return build_model(config, folder, backend, Reporter(True, file=log)).model, log.getvalue()
+
+
+def test_model_safetensors_counts_alone(folder: Path) -> None:
+    """A copy beside it, and an index of other files, are not read; the log names the copy."""
+    zeros = {
+        name: torch.zeros_like(t) for name, t in load_file(folder / "model.safetensors").items()
+    }
+    save_file(zeros, folder / "older.safetensors")
+    index = {"weight_map": dict.fromkeys(zeros, "older.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert {path.name for path in weight_files(folder).values()} == {"model.safetensors"}
+    model, log = build(folder)
+    assert "older.safetensors is not read" in log
+    assert base_model(model).get_input_embeddings().weight.norm() > 0
+
+
+def test_two_files_with_one_tensor_are_refused(folder: Path) -> None:
+    """Without an index and without `model.safetensors` nothing says which of them counts."""
+    (folder / "model.safetensors").rename(folder / "a.safetensors")
+    shutil.copy(folder / "a.safetensors", folder / "b.safetensors")
+    with pytest.raises(ModelError, match=r"a\.safetensors and .*b\.safetensors both hold the"):
+        weight_files(folder)
+
+
+@pytest.mark.parametrize("is_same", [True, False])
+def test_a_head_of_its_own_stays(folder: Path, is_same: bool) -> None:
+    """A tied model whose files hold another head keeps it, and the log says so."""
+    embedding = load_file(folder / "model.safetensors")[EMBEDDING]
+    change(folder, lm_head__weight=embedding.clone() if is_same else embedding + 1)
+    set_config(folder, tie_word_embeddings=True)
+    model, log = build(folder)
+    base = base_model(model)
+    head, ours = base.get_output_embeddings().weight, base.get_input_embeddings().weight
+    assert (head is ours) == is_same
+    assert ("lm_head.weight with other values" in log) != is_same
+    stored = load_file(folder / "model.safetensors")[HEAD].float()
+    assert torch.equal(head, stored)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.layers.3.mlp.up_proj.weight", "model.layers.0.self_attn.q_proj.bias"]
+)
+def test_decoder_weights_without_a_place_are_refused(folder: Path, name: str) -> None:
+    """A layer more than config.json describes, or a bias: the model would be another one."""
+    change(folder, **{name.replace(".", "__"): torch.ones(4)})
+    with pytest.raises(
+        ModelError, match=r"decoder weights that its config\.json has no place"
+    ) as e:
+        build(folder)
+    assert name in str(e.value)
+
+
+def test_other_tensors_without_a_place_are_named(folder: Path) -> None:
+    """A tower that text does not need is not read; what older files computed needs no word."""
+    rotations = {
+        f"model__layers__{i}__self_attn__rotary_emb__inv_freq": torch.ones(2) for i in (0, 1)
+    }
+    change(folder, tower__patch__weight=torch.ones(2), **rotations)
+    _, log = build(folder)
+    assert "the files hold 1 tensors that this model has no place for" in log
+    assert "tower.patch.weight" in log
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_names_of_wrappers_are_understood(folder: Path, prefix: str) -> None:
+    """Weights saved from a data-parallel or compiled model are those of the model."""
+    plain, _ = build(folder)
+    weights = load_file(folder / "model.safetensors")
+    save_file({prefix + name: t for name, t in weights.items()}, folder / "model.safetensors")
+    wrapped, log = build(folder)
+    for (name, one), other in zip(plain.named_parameters(), wrapped.parameters(), strict=True):
+        assert ".lora_A." in name or torch.equal(one, other)
+    assert "no place" not in log
+
+
+def test_a_merged_model_with_an_entry_left_over(folder: Path) -> None:
+    """16-bit weights under a 4-bit config.json: the message says which entry to remove."""
+    set_config(folder, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+    with pytest.raises(ModelError, match=r"remove quantization_config from its config\.json"):
+        build(folder)
+
+
+def test_linear_layers_of_another_class_are_in_4_bits(tmp_path: Path) -> None:
+    """Falcon's are a subclass of `nn.Linear`: all of its decoder layers are quantized."""
+    config = FalconConfig(
+        vocab_size=64, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, alibi=False
+    )
+    AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(tmp_path)
+    said: list[str] = []
+    model = describe_base(tmp_path, ModelConfig(str(tmp_path), dtype="float32"), said.append)
+    quantized = [name for name, m in model.named_modules() if isinstance(m, QuantizedLinear)]
+    assert len(quantized) == 2 * 4
+    loaded, _ = build(tmp_path)
+    logits = loaded(input_ids=torch.arange(8).unsqueeze(0)).logits
+    assert logits.isfinite().all()
