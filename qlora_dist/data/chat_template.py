@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 
 _BUILT_IN = Path(__file__).parent / "templates"
+_DATE_CALL = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 
@@ -112,9 +113,7 @@ class ChatTemplate:
             date: date and time that the template is told (ISO 8601); None: the present ones.
         """
         self.tokenizer = tokenizer
-        self._variables: dict[str, Any] = {}
-        if date is not None:
-            self._variables["strftime_now"] = datetime.fromisoformat(date).strftime
+        self._date = None if date is None else datetime.fromisoformat(date)
 
     def render(
         self, messages: list[dict[str, Any]], tools: list[Any] | None, *, is_prompt: bool = False
@@ -149,15 +148,10 @@ class ChatTemplate:
         from jinja2.exceptions import SecurityError
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        template = self.tokenizer.get_chat_template(tools=tools)
+        template = self._dated(self.tokenizer.get_chat_template(tools=tools))
         try:
             [text], [*parts] = render_jinja_template(
-                [messages],
-                tools,
-                chat_template=template,
-                **options,
-                **self._variables,
-                **self._special_tokens_map,
+                [messages], tools, chat_template=template, **options, **self._special_tokens_map
             )
         # The sandbox raises OverflowError for a large range; it is an ArithmeticError as well.
         except (SecurityError, OverflowError, MemoryError) as error:
@@ -174,6 +168,14 @@ class ChatTemplate:
                 f"{str(error) or type(error).__name__}.",
             ) from None
         return text, parts[0] if parts else []
+
+    def _dated(self, template: str) -> str:
+        """Return a template that is told the run's date instead of the present one."""
+        date = self._date
+        if date is None or "strftime_now" not in template:
+            return template
+        # transformers lets callers pass plain data only, so the calls are replaced in the text.
+        return _DATE_CALL.sub(lambda call: json.dumps(date.strftime(call[2])), template)
 
     def fitted(self, content: Conversation) -> Conversation:
         """Return a conversation in the form that this template takes.

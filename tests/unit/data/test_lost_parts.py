@@ -200,3 +200,15 @@ def test_the_next_roles_token_ends_an_answer(tokenizer) -> None:
     encoded = encode([{"messages": MUTED}], glm)
     assert targets(encoded.samples[0], glm) == f"wrong<|user|>right{glm.eos_token}"
     assert not encoded.report.is_open_ended
+
+
+def test_a_date_belongs_to_the_run(tokenizer) -> None:
+    """A template is told `data.template_date`, in any literal format; without it, the present."""
+    dated = with_template(
+        tokenizer, "{{ strftime_now('%d %b %Y') ~ strftime_now( \"%H\" ) }}" + PLAIN
+    )
+    rows = [{"messages": MUTED}]
+    told = encode(rows, dated, template_date="2024-02-29T07:05:00").samples[0]
+    assert dated.decode(told.input_ids).startswith("29 Feb 202407<user>")
+    now = encode(rows, dated).samples[0]
+    assert not dated.decode(now.input_ids).startswith("29 Feb 2024")
