@@ -101,7 +101,7 @@ class _FusedProduct(torch.autograd.Function):
         out.view(-1, out.shape[-1]).addmm_(inner, lora_b.to(x.dtype).t(), alpha=scaling)
         ctx.layer, ctx.adapter = layer, adapter
         ctx.save_for_backward(x, inner)
-        return out
+        return out.data  # no view of a matrix: some models (RoCBert) add to it in place
 
     @staticmethod
     @once_differentiable

@@ -153,7 +153,8 @@ class _FrozenMatmul(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, layer: QuantizedLinear) -> Tensor:
         ctx.layer = layer
         state = layer.quant_state_now()
-        return bnb.matmul_4bit(x, layer.weight, quant_state=state, bias=layer.bias)
+        out: Tensor = bnb.matmul_4bit(x, layer.weight, quant_state=state, bias=layer.bias)
+        return out.data  # no view of a matrix: some models add to it in place
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # (..., out_features)

@@ -205,6 +205,24 @@ def test_adapters_can_be_switched_while_fused() -> None:
     assert len({out.sum().item() for out in expected["composed"]}) == 4
 
 
+@pytest.mark.parametrize("is_fused", [True, False])
+def test_the_result_may_be_changed_in_place(is_fused: bool) -> None:
+    """A model that adds to a layer's result in place trains as one that adds beside it."""
+    layer, x = adapted_layer(dtype=torch.bfloat16, bias=True), torch.randn(2, 5, IN)
+    x = x.to(torch.bfloat16)
+    if is_fused:
+        fuse_adapters(layer)
+    gradients = []
+    for in_place in (True, False):
+        given = x.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            result = layer(given)
+        result = result.add_(1) if in_place else result + 1
+        (result.float() ** 2).sum().backward()
+        gradients.append(given.grad)
+    assert torch.equal(*gradients)
+
+
 @pytest.mark.parametrize("shape", [(2, 5), (9,)])
 def test_the_compiler_traces_it_whole(shape: tuple[int, ...]) -> None:
     """Compiled code has no break in its graph, keeps the bits, and keeps no weight."""
