@@ -50,6 +50,7 @@ def build_model(
     backend: Backend,
     reporter: Reporter,
     check_in: Callable[[], None] = lambda: None,
+    longest: int = 0,
 ) -> ModelParts:
     """Build this rank's part of the adapted model; a collective.
 
@@ -58,6 +59,7 @@ def build_model(
     Args:
         folder: the result of `resolve_model_folder` for `model.path`.
         check_in: called while weights are read, by all ranks alike; may raise to end the loading.
+        longest: tokens of the longest sample, which the model's positions must take.
 
     Raises:
         ModelError, ConfigError: the folder, its weights or the adapter's targets cannot be used.
@@ -69,7 +71,7 @@ def build_model(
     path = config.model.path
     skeleton = describe_base(folder, config.model, reporter.log)
     is_shared = config.data.packing or config.optim.micro_batch_size > 1
-    if note := check_positions(skeleton, config.data.max_seq_len, is_shared):
+    if note := check_positions(skeleton, longest, is_shared):
         reporter.log(note)
     base_path = path if looks_like_hub_name(path) else str(folder.resolve())
     model = add_adapters(skeleton, config.adapter, base_path)

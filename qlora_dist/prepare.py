@@ -81,7 +81,10 @@ def prepare(config: TrainConfig, backend: Backend, session: Session) -> RunParts
 
     session.watch()  # all ranks check in from here on; reading data may take any time before
     with working("building the model"):
-        modules = build_model(config, model_folder, backend, session.reporter, session.check_in)
+        longest = max(report.max_sample_len for report in data.reports)
+        modules = build_model(
+            config, model_folder, backend, session.reporter, session.check_in, longest
+        )
     model = modules.model
     shapes, settings = adapter_shapes(model), identity(config)
     belongs_to = RunIdentity(model_fingerprint(model_folder), data.fingerprint(), shapes, settings)

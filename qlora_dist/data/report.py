@@ -69,6 +69,8 @@ class Report:
     """Rows that were dropped for that reason."""
     num_without_targets: int = 0
     """Rows that were dropped because none of their tokens within the limit counts in the loss."""
+    max_sample_len: int = 0
+    """Tokens of the longest sample."""
     max_token_id: int = -1
     """The largest token id of all samples."""
     is_open_ended: bool = False
@@ -94,6 +96,7 @@ class Report:
         self.num_samples += 1
         self.num_tokens += len(sample.input_ids)
         self.num_targets += sample.num_targets
+        self.max_sample_len = max(self.max_sample_len, len(sample.input_ids))
         self.max_token_id = max(self.max_token_id, *sample.input_ids)
 
     def sentence(self, max_seq_len: int) -> str:

@@ -1,7 +1,5 @@
 """Models that are supported, and refusals of others with the reason."""
 
-# Tested by tests/distributed/test_families.py.
-
 from __future__ import annotations
 
 from pathlib import Path
@@ -38,30 +36,31 @@ def check_supported(model: PreTrainedModel, folder: Path) -> None:
         )
 
 
-def check_positions(
-    model: PreTrainedModel, max_seq_len: int, is_shared: bool = False
-) -> str | None:
-    """Hold the longest row against the positions that the model knows.
+def check_positions(model: PreTrainedModel, longest: int, is_shared: bool) -> str | None:
+    """Hold the longest sample against the positions that the model knows.
 
     Args:
+        longest: its tokens.
         is_shared: several samples go through one forward, in a row or in a micro-batch.
 
     Returns:
-        a line for the log if rows may be longer than the model was trained for.
+        a line for the log if samples are longer than the model was made for.
 
     Raises:
-        ModelError: positions are learned, and rows may be longer than there are; or the longest
-            row of a forward decides the rotations of all.
+        ModelError: positions are learned, and there are fewer; or the longest sample of a forward
+            decides the rotations of all.
     """
-    if is_shared and (border := _border_of_rotations(model)) and max_seq_len > border[1]:
+    kind, border = _border_of_rotations(model) or ("", longest)
+    if is_shared and longest > border:
         raise ModelError(
-            f"{type(model).__name__} has {border[0]} rotary positions: as soon as one row is "
-            f"longer than {border[1]:,}, all rows of the same forward get other rotations, and a "
-            "sample's loss depends on its neighbors. Set data.packing: false and "
-            f"optim.micro_batch_size: 1, or data.max_seq_len: {border[1]} (now {max_seq_len:,})."
+            f"{type(model).__name__} has {kind} rotary positions: as soon as one sample is longer "
+            f"than {border:,}, all samples of the same forward get other rotations, and the loss "
+            f"of each depends on its neighbors. The longest one has {longest:,} tokens. Set "
+            "data.packing: false and optim.micro_batch_size: 1, or data.max_seq_len: "
+            f"{border}."
         )
     known = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if not isinstance(known, int) or max_seq_len <= known:
+    if not isinstance(known, int) or longest <= known:
         return None
     for name, module in model.named_modules():
         leaf = name.rpartition(".")[2]
@@ -73,14 +72,14 @@ def check_positions(
             and module.num_embeddings < known + 9
         ):
             raise ModelError(
-                f"data.max_seq_len is {max_seq_len:,}, but {type(model).__name__} has {known:,} "
-                f"learned positions ({name}), and none beyond them. Set data.max_seq_len: {known}, "
-                "or less."
+                f"the longest sample has {longest:,} tokens, but {type(model).__name__} has "
+                f"{known:,} learned positions ({name}), and none beyond them. Set "
+                f"data.max_seq_len: {known}, or less."
             )
     return (
-        f"data.max_seq_len is {max_seq_len:,}, more than the {known:,} positions that the model "
-        "was made for (max_position_embeddings). It computes them, but was not trained on them: "
-        f"data.max_seq_len: {known} stays within"
+        f"the longest sample has {longest:,} tokens, more than the {known:,} positions that the "
+        "model was made for (max_position_embeddings). It computes them, but was not trained on "
+        f"them: data.max_seq_len: {known} stays within"
     )
 
 
