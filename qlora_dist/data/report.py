@@ -113,18 +113,26 @@ class Report:
             (self.faulty.num_rows, f"faulty rows left out: {self.faulty}"),
         ):
             text += f", {count:,} {fate}" if count else ""
-        for kind, (count, where) in self.lost.items():
-            text += (
-                f"; the chat template leaves out {_LOST[kind]} of {count:,} rows (first: {where})"
-            )
-        for key, (count, where) in self.unread.items():
-            text += f"; nothing reads the key `{key}` of messages ({count:,} rows, first: {where})"
+        text += "".join(f"; {remark}" for remark in self.remarks())
         if self.is_open_ended:
             text += (
                 "; the chat template ends the assistant's turns without a special token, so the "
                 "model does not learn to stop: choose another one with data.chat_template"
             )
         return text
+
+    def remarks(self) -> list[str]:
+        """Say what of the rows is not learned although they are used, each with count and place."""
+        return [
+            *(
+                f"the chat template leaves out {_LOST[kind]} of {count:,} rows (first: {where})"
+                for kind, (count, where) in self.lost.items()
+            ),
+            *(
+                f"nothing reads the key `{key}` of messages ({count:,} rows, first: {where})"
+                for key, (count, where) in self.unread.items()
+            ),
+        ]
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as plain data."""

@@ -97,7 +97,7 @@ def source_lines(source: SourceFacts, max_seq_len: int, is_one_of_several: bool)
             lines.append(f"{count:,} {fate} ({count / report.num_rows:.1%}){end}")
     for reason, count, where in report.faulty.most_frequent():
         lines.append(f"  {count:,} x {visible(reason)}, first: {visible(where)}")
-    return lines
+    return [*lines, *map(visible, report.remarks())]
 
 
 def _print_totals(console: Console, title: str, part: PartFacts) -> None:

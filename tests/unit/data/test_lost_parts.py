@@ -7,6 +7,8 @@ import pytest
 
 from qlora_dist.data.messages import Conversation
 from qlora_dist.data.placeholders import probe_of
+from qlora_dist.inspection.facts import SourceFacts
+from qlora_dist.inspection.page import source_lines
 from tests.support.rows import encode, refusal, targets, with_template
 
 # A template that knows nothing but roles and contents.
@@ -74,6 +76,8 @@ def test_allowed_losses_are_counted(
     assert number == 2
     assert first.endswith("row 1")
     assert "the chat template leaves out" in report.sentence(64)
+    lines = source_lines(SourceFacts("data.train", 1.0, 1.0, report), 64, False)
+    assert lines[-1] in report.sentence(64), "the page and the log say it alike"
 
 
 THOUGHT = [
