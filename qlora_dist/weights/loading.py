@@ -96,6 +96,7 @@ def load_base_weights(
     """
     with SafetensorsReader(folder) as reader:
         reader.rename(_renaming(base_model(model)))
+        _find_tied(model, reader)
         _check_headers(model, reader)
         unused = _unused_tensors(model, reader)
         done: set[int] = set()
@@ -149,6 +150,17 @@ def _renaming(model: PreTrainedModel) -> Callable[[str], str]:
         return name if bare == stored else rename_source_key(bare, renamings, [], prefix, own)[0]
 
     return model_name
+
+
+def _find_tied(model: nn.Module, reader: SafetensorsReader) -> None:
+    """Let a tied parameter be read by its first name, under whichever of its names it is stored."""
+    names: dict[int, list[str]] = {}
+    for name, param in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(param), []).append(_checkpoint_name(name))
+    for first, *others in names.values():
+        stored = next((name for name in others if name in reader), None)
+        if first not in reader and stored is not None:
+            reader.alias(first, stored)
 
 
 def own_head(model: PreTrainedModel, folder: Path) -> str | None:

@@ -39,6 +39,10 @@ class SafetensorsReader:
         """Rename all tensors: `model_name` translates the names in the files."""
         self._stored = {model_name(stored): stored for stored in sorted(self._files)}
 
+    def alias(self, name: str, other: str) -> None:
+        """Let a tensor be read under another name, too."""
+        self._stored[name] = self._stored[other]
+
     def release(self) -> None:
         """Unmap all files; the next read maps them again."""
         # Pages that were read count as this process's memory until then.

@@ -90,6 +90,17 @@ def test_a_head_of_its_own_stays(folder: Path, is_same: bool) -> None:
     assert torch.equal(head, stored)
 
 
+def test_a_tied_weight_is_found_under_its_other_name(folder: Path) -> None:
+    """Files that hold the head alone give the embedding its values."""
+    embedding = load_file(folder / "model.safetensors")[EMBEDDING]
+    change(folder, lm_head__weight=embedding + 1, model__embed_tokens__weight=None)
+    set_config(folder, tie_word_embeddings=True)
+    base = base_model(build(folder)[0])
+    assert base.get_output_embeddings().weight is base.get_input_embeddings().weight
+    stored = load_file(folder / "model.safetensors")[HEAD].float()
+    assert torch.equal(base.get_input_embeddings().weight, stored)
+
+
 @pytest.mark.parametrize(
     "name", ["model.layers.3.mlp.up_proj.weight", "model.layers.0.self_attn.q_proj.bias"]
 )
