@@ -154,10 +154,11 @@ def embedding_as_target(root: Path, settings: dict) -> None:
 
 
 def tied_head_as_target(root: Path, settings: dict) -> None:
-    edit_json(
-        copy_model(root, settings) / "config.json",
-        lambda config: config.update(tie_word_embeddings=True),
-    )
+    folder = copy_model(root, settings)
+    edit_json(folder / "config.json", lambda config: config.update(tie_word_embeddings=True))
+    weights = load_file(folder / "model.safetensors")
+    del weights["lm_head.weight"]  # a head of its own would stay
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     settings["adapter"] = {"target_modules": ["q_proj", "lm_head"]}
 
 
