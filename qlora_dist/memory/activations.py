@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+
+from torch import nn
 
 from qlora_dist.config.schema import AdapterConfig
 from qlora_dist.memory.policy import Recompute
 from qlora_dist.model.loss import FULL_LOGITS_BYTES, loss_bytes
+from qlora_dist.model.parts import ModelParts
 
 
 @dataclass(frozen=True)
@@ -67,43 +69,76 @@ class Activations:
         return self.kept + max(self.working, self.loss)
 
 
+@dataclass(frozen=True)
+class Widths:
+    """Widths of a decoder layer's tensors, in elements a token."""
+
+    hidden: int
+    """d_model."""
+    inputs: tuple[int, ...]
+    """in_features of each linear layer."""
+    outputs: tuple[int, ...]
+    """out_features of each."""
+    vocab: int = 0
+    """Entries of the vocabulary."""
+
+    @property
+    def largest_matrix(self) -> int:
+        """Elements of the largest matrix."""
+        return max(map(int.__mul__, self.inputs, self.outputs), default=0)
+
+    @classmethod
+    def of(cls, parts: ModelParts) -> Widths:
+        """Return the widths of a model's widest layer: those of some families differ."""
+        hidden, vocab = parts.dimensions.hidden_size, parts.embedding.num_embeddings
+        layers = [cls(hidden, *_features(layer), int(vocab)) for layer in parts.layers]
+        return max(layers, key=lambda widths: (sum(widths.outputs), sum(widths.inputs)))
+
+
+def _features(layer: nn.Module) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return in_features and out_features of the linear layers, without those of adapters."""
+    found = [
+        (module.in_features, module.out_features)
+        for name, module in layer.named_modules()
+        if isinstance(module, nn.Linear) and ".lora_" not in name
+    ]
+    return tuple(size for size, _ in found), tuple(size for _, size in found)
+
+
 def layer_bytes(
-    model: Any, num_tokens: int, element_size: int, adapter: AdapterConfig, mask_bytes: int = 0
+    model: Widths, num_tokens: int, element_size: int, adapter: AdapterConfig, mask_bytes: int = 0
 ) -> LayerBytes:
-    """Estimate the bytes that a decoder layer keeps, from its dimensions.
+    """Estimate the bytes that a decoder layer keeps, from its widths.
 
     The formula is fitted, on the safe side, to a count of every storage (`benchmarks/memory.py`).
-    It takes all seven linear layers for adapted.
+    It takes all linear layers for adapted.
 
     Args:
-        model: the text part of a transformers config.
         num_tokens: padding included.
         element_size: bytes of an element of the compute type.
         mask_bytes: bytes of a mask that attention keeps besides.
     """
-    hidden, heads = model.hidden_size, model.num_attention_heads
-    key_value = hidden * (getattr(model, "num_key_value_heads", None) or heads) // heads
-    width = getattr(model, "intermediate_size", None) or 4 * hidden
+    hidden, outputs, widest = model.hidden, sum(model.outputs), max(model.inputs, default=0)
     token = num_tokens * element_size
-    # LoRA's A(x) of seven linear layers: (tokens, rank) each.
-    others = token * 7 * adapter.rank + mask_bytes
+    # LoRA's A(x) of each linear layer: (tokens, rank).
+    others = token * len(model.outputs) * adapter.rank + mask_bytes
     if adapter.dropout:
         # The remaining input, and a byte per element that says which remained.
-        others += num_tokens * (element_size + 1) * (6 * hidden + width)
+        others += num_tokens * (element_size + 1) * sum(model.inputs)
     # DoRA keeps one more vector of each output, and a second one when it recomputes selectively: of
     # both products.
-    outputs = token * (3 * hidden + 2 * key_value + 2 * width) if adapter.use_dora else 0
-    # 8 vectors of d_model (inputs of norms and projections, residuals), 2 of keys and values, 4 of
-    # the MLP: a layer written out operation by operation. Norms and MLPs that are one function each
-    # (`fused_norm_mlp.py`) keep a quarter less.
-    none = token * (8 * hidden + 2 * key_value + 4 * width) + others + outputs
-    # Half of d_model's and the MLP's remain: norms, activations and products are made again.
-    selective = token * (4 * hidden + 2 * key_value + 2 * width) + others + 2 * outputs
+    for_dora = token * outputs if adapter.use_dora else 0
+    # The outputs of all products, five vectors of d_model (inputs of norms and projections,
+    # residuals) and two of the MLP: a layer written out operation by operation. Norms and MLPs
+    # that are one function each (`fused_norm_mlp.py`) keep a quarter less.
+    none = token * (outputs + 5 * hidden + 2 * widest) + others + for_dora
+    # The outputs and an input remain: norms, activations and products are made again.
+    selective = token * (outputs + hidden) + others + 2 * for_dora
     return LayerBytes(none, selective, full=token * hidden)
 
 
 def activations_of(
-    model: Any,
+    model: Widths,
     num_tokens: int,
     num_targets: int,
     recompute: Recompute,
@@ -119,11 +154,9 @@ def activations_of(
         num_targets: tokens whose logits are computed.
         is_loss_chunked: result of :func:`~qlora_dist.model.loss.is_chunked` for the model.
     """
-    hidden = model.hidden_size
-    width = getattr(model, "intermediate_size", None) or 4 * hidden
     layer = layer_bytes(model, num_tokens, element_size, adapter, mask_bytes)
-    loss = loss_bytes(num_targets, model.vocab_size, hidden, element_size)
+    loss = loss_bytes(num_targets, model.vocab, model.hidden, element_size)
     if not is_loss_chunked:
-        loss = num_tokens * model.vocab_size * FULL_LOGITS_BYTES
-    working = (layer.none if recompute.num_full else 0) + hidden * width * element_size
+        loss = num_tokens * model.vocab * FULL_LOGITS_BYTES
+    working = (layer.none if recompute.num_full else 0) + model.largest_matrix * element_size
     return Activations(layer.kept(recompute), working, loss)

@@ -19,7 +19,7 @@ import torch
 
 from qlora_dist.config.schema import TrainConfig
 from qlora_dist.data.batch import MicroBatch
-from qlora_dist.memory.activations import LayerBytes, activations_of, layer_bytes
+from qlora_dist.memory.activations import LayerBytes, Widths, activations_of, layer_bytes
 from qlora_dist.memory.policy import Recompute, fixed_recompute
 from qlora_dist.memory.recompute import KeptBytesProbe, is_compiled, recompute_of, set_recompute
 from qlora_dist.model.attention import mask_elements
@@ -85,7 +85,7 @@ class RecomputeBudget:
         rows, length = optim.micro_batch_size, config.data.max_seq_len
         packs, is_on_gpu = config.data.packing, runtime.device.type == "cuda"
         mask = mask_elements(parts.model, rows, length, is_packed=packs, is_on_gpu=is_on_gpu)
-        model, adapter = parts.dimensions, config.adapter
+        model, adapter = Widths.of(parts), config.adapter
         size, num_tokens = runtime.compute_dtype.itemsize, rows * length
         nothing = Recompute(len(parts.layers))
         # Every token may be a target.

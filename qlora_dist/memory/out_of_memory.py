@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
 from qlora_dist.config.schema import TrainConfig
 from qlora_dist.data.batch import MicroBatch
-from qlora_dist.memory.activations import activations_of
+from qlora_dist.memory.activations import Widths, activations_of
 from qlora_dist.memory.policy import Recompute, fixed_recompute
 from qlora_dist.memory.recompute import recompute_of
 from qlora_dist.model.parts import ModelParts
@@ -25,7 +24,7 @@ def largest_batch_message(
     rows, length = batch.input_ids.shape
     return out_of_memory_message(
         config,
-        modules.dimensions,
+        Widths.of(modules),
         recompute_of(modules.layers),
         rows=rows,
         length=length,
@@ -37,7 +36,7 @@ def largest_batch_message(
 
 def out_of_memory_message(
     config: TrainConfig,
-    model: Any,
+    model: Widths,
     recompute: Recompute,
     *,
     rows: int,
@@ -49,7 +48,6 @@ def out_of_memory_message(
     """Say which micro-batch was too large, and the saving of each possible change, largest first.
 
     Args:
-        model: the text part of a transformers config.
         recompute: policies of the layers in that step.
         rows, length: shape of the micro-batch that did not fit.
         num_targets: its target tokens.

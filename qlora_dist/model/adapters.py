@@ -18,6 +18,7 @@ from qlora_dist.config.saved_adapter import ADAPTER_WEIGHTS, BASE_KEEPING_INITS
 from qlora_dist.config.schema import AdapterConfig
 from qlora_dist.errors import CheckpointError, ConfigError
 from qlora_dist.model.dora import DoraVariant
+from qlora_dist.model.linear_layers import linear_layers
 from qlora_dist.model.parts import adapter_parameters, lora_layers
 from qlora_dist.runtime.shards import keep_local, whole_shape, whole_tensor
 
@@ -30,8 +31,10 @@ def add_adapters(model: PreTrainedModel, config: AdapterConfig, base_path: str) 
             an output head that shares its weights with the embedding.
     """
     asked = config.target_modules
-    targets = asked if isinstance(asked, str) else list(asked)
-    if isinstance(targets, list):
+    if asked == "all-linear":
+        targets = linear_layers(model)  # peft shortens the list where it can
+    else:
+        targets = list(asked)
         if config.path is None:  # an adapter that is continued may name more than this model has
             _check_all_named(model, targets)
         _check_head(model, targets)
@@ -48,7 +51,7 @@ def add_adapters(model: PreTrainedModel, config: AdapterConfig, base_path: str) 
     try:
         peft_model = _wrap(model, lora)
     except ValueError as error:
-        problem = f"adapter.target_modules is {targets}, which peft refuses: {error}"
+        problem = f"adapter.target_modules is {asked}, which peft refuses: {error}"
         raise ConfigError(problem) from None
     lora.base_model_name_or_path = base_path
     return peft_model

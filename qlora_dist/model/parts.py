@@ -81,32 +81,22 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
         ModelError: the model has no list of blocks.
     """
     base = base_model(model)
-    modules = list(base.modules())
-    names = set(getattr(base, "_no_split_modules", None) or ())
+    # A multimodal wrapper has blocks in its towers, too. Some families call their head a decoder.
+    for place in (base.get_decoder() or base, base):
+        if blocks := _blocks(place, set(getattr(base, "_no_split_modules", None) or ())):
+            return blocks
+    name = type(base).__name__
+    raise ModelError(f"{name} has no list of decoder layers, so it cannot be trained here.")
+
+
+def _blocks(place: nn.Module, names: set[str]) -> list[nn.Module]:
+    """Return the modules of these classes, else the longest list of modules."""
+    modules = list(place.modules())
     # FSDP2 puts its name in front of a class's.
     blocks = [module for module in modules if type(module).__name__.removeprefix("FSDP") in names]
-    if not blocks:  # code that is shipped with a model may not name them: the longest list
-        lists = (list(module) for module in modules if isinstance(module, nn.ModuleList))
-        blocks = max(lists, key=len, default=[])
-    if not blocks:
-        name = type(base).__name__
-        raise ModelError(f"{name} has no list of decoder layers, so it cannot be trained here.")
-    return blocks
-
-
-def linear_layers(base: PreTrainedModel) -> list[str]:
-    """Names of the linear layers that are kept in 4 bits, as transformers chooses them by default.
-
-    Left out are the output head and modules that the architecture wants in float32 (some routers
-    and gates).
-    """
-    head = base.get_output_embeddings()
-    kept = set(getattr(base, "_keep_in_fp32_modules", None) or ())
-    return [
-        name
-        for name, module in base.named_modules()
-        if is_linear(module) and module is not head and not kept & set(name.split("."))
-    ]
+    # Code that is shipped with a model may not name its blocks.
+    lists = (list(module) for module in modules if isinstance(module, nn.ModuleList))
+    return blocks or max(lists, key=len, default=[])
 
 
 def is_linear(module: nn.Module) -> bool:

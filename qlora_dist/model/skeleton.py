@@ -18,9 +18,11 @@ from qlora_dist.config.schema import ModelConfig
 from qlora_dist.errors import ModelError
 from qlora_dist.model.attention import attention_arguments
 from qlora_dist.model.cpu.attention import use_cpu_attention
+from qlora_dist.model.linear_layers import linear_layers, linear_layers_and_reasons
 from qlora_dist.model.nf4 import QuantFormat, QuantizedLinear
-from qlora_dist.model.parts import is_linear, linear_layers
+from qlora_dist.model.parts import is_linear
 from qlora_dist.model.supported import check_supported
+from qlora_dist.model.text_reach import leave_out_towers
 
 DTYPES = {
     "auto": torch.bfloat16,  # nobody computes with the skeleton: 16 bits, whichever type it gets
@@ -65,22 +67,39 @@ def build_skeleton(
             model = AutoModelForCausalLM.from_config(
                 model_config, dtype=dtype, trust_remote_code=trust_code, **attention
             )
-    except (ValueError, ImportError, KeyError) as error:
+    except (ValueError, ImportError, KeyError, AttributeError, TypeError) as error:
         asked = "" if config.attention == "auto" else f" with model.attention {config.attention}"
         problem = f"model.path {folder} cannot be built by transformers{asked}: {error}"
         raise ModelError(problem) from None
-    if config.attention == "auto" and config.dtype == "bfloat16" and not torch.cuda.is_available():
-        use_cpu_attention(model)
     model.tie_weights()  # each parameter was put on meta by itself
     model.requires_grad_(False)
+    leave_out_towers(model)
+    if config.attention == "auto" and config.dtype == "bfloat16" and not torch.cuda.is_available():
+        use_cpu_attention(model)
     check_supported(model, folder)
     formats = stored_formats
     if formats is None and config.quantization != "none":
         fmt = QuantFormat(config.quantization, config.double_quant)
         formats = dict.fromkeys(linear_layers(model), fmt)
+    elif formats is not None:
+        _check_stored(model, formats, folder)
     if formats:
         quantize_skeleton(model, formats, dtype)
     return model
+
+
+def _check_stored(model: PreTrainedModel, formats: Mapping[str, QuantFormat], folder: Path) -> None:
+    """Refuse a layer that is stored in 4 bits, but whose weight the model's own code reads.
+
+    Raises:
+        ModelError: naming the layer.
+    """
+    for name, reason in linear_layers_and_reasons(model).items():
+        if name in formats and reason.startswith("its weight"):
+            raise ModelError(
+                f"model.path {folder} holds {name} in 4 bits, but {reason}, which needs the matrix "
+                "itself. Give the original 16-bit model: such layers then stay in 16 bits."
+            )
 
 
 def quantize_skeleton(

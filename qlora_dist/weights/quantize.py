@@ -21,8 +21,8 @@ from qlora_dist.atomic import read_json, whole_folder
 from qlora_dist.config.schema import ModelConfig
 from qlora_dist.errors import LaunchError, ModelError
 from qlora_dist.metrics.console import Reporter
+from qlora_dist.model.linear_layers import linear_layers
 from qlora_dist.model.nf4 import QuantFormat, QuantizedLinear
-from qlora_dist.model.parts import linear_layers
 from qlora_dist.model.skeleton import build_skeleton
 from qlora_dist.runtime.processes import launched_world_size, start_runtime
 from qlora_dist.weights.check_headers import check_headers

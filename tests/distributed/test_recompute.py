@@ -20,12 +20,12 @@ from qlora_dist.config.schema import (
 )
 from qlora_dist.data.batch import collate
 from qlora_dist.data.samples import Sample
-from qlora_dist.memory.activations import LayerBytes, layer_bytes
+from qlora_dist.memory.activations import LayerBytes, Widths, layer_bytes
 from qlora_dist.memory.auto import RecomputeBudget
 from qlora_dist.memory.policy import Recompute
 from qlora_dist.memory.recompute import recompute_of
 from qlora_dist.model.adapters import adapter_parameters, whole_adapter
-from qlora_dist.model.parts import ModelParts, base_model
+from qlora_dist.model.parts import ModelParts
 from qlora_dist.optim.optimizers import OPTIMIZERS
 from qlora_dist.runtime.memory import GIB, MemoryMeter
 from qlora_dist.runtime.processes import Runtime, start_runtime
@@ -131,7 +131,7 @@ def choices_of(folder: Path, runtime: Runtime, num_layers_less: int) -> list[Rec
     )
     parts, _ = build(config, folder, "ddp", runtime)
     model = parts.model.train()
-    by_formula = layer_bytes(base_model(model).config, LENGTH, 4, AdapterConfig())
+    by_formula = layer_bytes(Widths.of(parts), LENGTH, 4, AdapterConfig())
     layer = LayerBytes(*(2 * size for size in vars(by_formula).values()))
     said: list[str] = []
     num_adapted = sum(param.numel() for param in adapter_parameters(model).values())

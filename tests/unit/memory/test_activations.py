@@ -1,7 +1,6 @@
 """The memory of a micro-batch by formula, and the advice that follows from it."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -14,23 +13,19 @@ from qlora_dist.config.schema import (
     ParallelConfig,
     TrainConfig,
 )
-from qlora_dist.memory.activations import LayerBytes, activations_of
+from qlora_dist.memory.activations import LayerBytes, Widths, activations_of
 from qlora_dist.memory.out_of_memory import out_of_memory_message
 from qlora_dist.memory.policy import Recompute, fixed_recompute
 from qlora_dist.runtime.memory import GIB
 from tests.support.command import ROOT
 
 
-def dimensions(shape: dict) -> SimpleNamespace:
-    """The fields of a model's config that the formula reads."""
-    return SimpleNamespace(
-        hidden_size=shape["hidden"],
-        num_hidden_layers=shape["layers"],
-        num_attention_heads=shape["heads"],
-        num_key_value_heads=shape["kv_heads"],
-        intermediate_size=shape["intermediate"],
-        vocab_size=shape["vocab"],
-    )
+def dimensions(shape: dict) -> Widths:
+    """The widths of a Llama's layer."""
+    hidden, mlp = shape["hidden"], shape["intermediate"]
+    key_value = hidden * shape["kv_heads"] // shape["heads"]
+    outputs = (hidden, key_value, key_value, hidden, mlp, mlp, hidden)
+    return Widths(hidden, (hidden,) * 6 + (mlp,), outputs, shape["vocab"])
 
 
 def test_the_formula_agrees_with_what_was_counted() -> None:
@@ -46,7 +41,7 @@ def test_the_formula_agrees_with_what_was_counted() -> None:
                 model,
                 tokens,
                 tokens,
-                fixed_recompute("full", model.num_hidden_layers),
+                fixed_recompute("full", counted["shapes"][run["shape"]]["layers"]),
                 2,
                 AdapterConfig(),
             ).total
@@ -93,7 +88,7 @@ def advice(backend: str, recompute: str | int, rows: int, dropout: float = 0.0) 
     return out_of_memory_message(
         config,
         LLAMA_7B,
-        fixed_recompute(recompute, LLAMA_7B.num_hidden_layers),
+        fixed_recompute(recompute, 32),
         rows=rows,
         length=4096,
         num_targets=rows * 4096,

@@ -14,13 +14,13 @@ from benchmarks.memory import StorageCounter
 from qlora_dist.config.schema import AdapterConfig
 from qlora_dist.data.batch import collate
 from qlora_dist.data.samples import Sample
-from qlora_dist.memory.activations import LayerBytes, layer_bytes
+from qlora_dist.memory.activations import LayerBytes, Widths, layer_bytes
 from qlora_dist.memory.policy import Recompute
 from qlora_dist.memory.recompute import KeptBytesProbe, LayerForward, recompute_of, set_recompute
 from qlora_dist.memory.selective import SelectiveForward
 from qlora_dist.model.adapters import adapter_parameters
 from qlora_dist.model.compile import CompiledForward
-from qlora_dist.model.parts import ModelParts, base_model
+from qlora_dist.model.parts import ModelParts
 from qlora_dist.runtime.processes import Runtime, start_runtime
 from qlora_dist.train import micro_step
 from tests.support.adapted import build_adapted
@@ -146,7 +146,9 @@ def test_the_formula_is_on_the_safe_side(
         model(input_ids=ids, use_cache=False)  # the first one asks the model for more
         with KeptBytesProbe(ModelParts(model).layers) as probe:
             model(input_ids=ids, use_cache=False)
-    expected = layer_bytes(base_model(model).config, ids.numel(), 2, AdapterConfig(rank=4, **kind))
+    expected = layer_bytes(
+        Widths.of(ModelParts(model)), ids.numel(), 2, AdapterConfig(rank=4, **kind)
+    )
     for found, formula in zip(vars(probe.result).values(), vars(expected).values(), strict=True):
         assert 0.5 <= found / formula <= 1.05, (probe.result, expected)
 
