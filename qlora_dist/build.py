@@ -27,8 +27,8 @@ from qlora_dist.model.dora import init_magnitudes
 from qlora_dist.model.fused_norm_mlp import fuse_norms_and_mlps
 from qlora_dist.model.lora_linear import fuse_adapters
 from qlora_dist.model.parts import ModelParts, decoder_layers
+from qlora_dist.model.positions import check_positions
 from qlora_dist.model.skeleton import build_skeleton
-from qlora_dist.model.supported import check_positions
 from qlora_dist.parallel.backend import Backend
 from qlora_dist.parallel.checks import check_fits, verify_base
 from qlora_dist.run.adapter_folder import AdapterRecord

@@ -18,6 +18,7 @@ from qlora_dist.data.tokenizer import pad_token_id
 from qlora_dist.memory.auto import RecomputeBudget
 from qlora_dist.memory.offload import check_offload
 from qlora_dist.model.attention import attention_note
+from qlora_dist.model.inventory import Inventory
 from qlora_dist.model.loss import loss_note
 from qlora_dist.model.packing_check import check_packing
 from qlora_dist.model.parts import ModelParts
@@ -29,9 +30,10 @@ from qlora_dist.parallel.engine import Engine
 from qlora_dist.run.adapter_folder import AdapterRecord, save_adapter
 from qlora_dist.run.checkpoint import Checkpoint, Checkpoints, adapter_shapes, choose_checkpoint
 from qlora_dist.run.folder import identity
+from qlora_dist.run.inventory import write_inventory
 from qlora_dist.run.session import Session
 from qlora_dist.run.state import RunIdentity, TrainState
-from qlora_dist.runtime.shards import local_bytes, whole_bytes
+from qlora_dist.runtime.shards import local_bytes
 from qlora_dist.weights.files import model_fingerprint, resolve_model_folder
 
 
@@ -90,14 +92,12 @@ def prepare(config: TrainConfig, backend: Backend, session: Session) -> RunParts
     belongs_to = RunIdentity(model_fingerprint(model_folder), data.fingerprint(), shapes, settings)
     if checkpoint:
         checkpoint.check(belongs_to, is_own)
+    inventory = Inventory.of(modules)
+    log("\n".join(inventory.lines()))
     # Counted before the first forward: one without backward leaves some engines' head gathered.
-    held_mib, whole_mib = local_bytes(model) / 2**20, whole_bytes(model) / 2**20
+    held = runtime.from_all(local_bytes(model))
     engine = _start_engine(config, backend, session, modules, checkpoint)
-    log(
-        f"{backend.name}, {runtime.world_size} x {runtime.device.type}: this rank holds "
-        f"{held_mib:,.0f} of {whole_mib:,.0f} MiB | {num_steps:,} steps of "
-        f"{plan.global_batch_size:,} rows"
-    )
+    log(_run_note(backend, held[0], inventory.num_bytes, num_steps, plan))
     budget = RecomputeBudget(config, modules, runtime, log)
     budget.choose()
 
@@ -109,12 +109,26 @@ def prepare(config: TrainConfig, backend: Backend, session: Session) -> RunParts
     if checkpoint and is_own:
         checkpoints.mark_written(state.step)
     session.claim_folder(resumed_step=state.step if checkpoint else None)
+    if runtime.is_main:
+        write_inventory(session.folder, inventory, data, held)
     padding = pad_token_id(tokenizer, modules.dimensions.vocab_size)
     is_on_gpu = runtime.device.type == "cuda"
     loader = StepLoader(plan, data.train, runtime.rank, padding, pin_memory=is_on_gpu)
     scale = LossScale(state, runtime, log)
     return RunParts(
         data, plan, num_steps, loader, padding, modules, engine, budget, checkpoints, state, scale
+    )
+
+
+def _run_note(
+    backend: Backend, held_bytes: int, whole_bytes: int, num_steps: int, plan: BatchPlan
+) -> str:
+    """Sum up how a run uses its processes."""
+    runtime = backend.runtime
+    return (
+        f"{backend.name}, {runtime.world_size} x {runtime.device.type}: this rank holds "
+        f"{held_bytes / 2**20:,.0f} of {whole_bytes / 2**20:,.0f} MiB | {num_steps:,} steps of "
+        f"{plan.global_batch_size:,} rows"
     )
 
 
@@ -154,7 +168,7 @@ def _start_engine(
     # These run the model, so they come after the engine, which has prepared forward.
     with session.runtime.autocast():
         if config.data.packing:
-            check_packing(model, device)
+            check_packing(model, device, config.data.max_seq_len)
         if note := loss_note(model):
             log(note)
     if checkpoint:

@@ -30,7 +30,7 @@ from qlora_dist.metrics.rows import StepSums
 from qlora_dist.model.loss import target_loss_sum
 from qlora_dist.model.mfu import Flops, flops_of, peak_flops
 from qlora_dist.optim.schedule import lr_at
-from qlora_dist.parallel.checks import check_in_sync
+from qlora_dist.parallel.checks import check_all_learn, check_in_sync
 from qlora_dist.parallel.choice import choose_backend, make_backend
 from qlora_dist.parallel.engine import Engine
 from qlora_dist.prepare import RunParts, prepare
@@ -126,7 +126,8 @@ class Training:
 
         Raises:
             Stopped: a stop was requested; the step has changed nothing.
-            TrainingError: the memory is full, the ranks disagree, or too many steps were skipped.
+            TrainingError: the memory is full, the ranks disagree, an adapter gets no gradient, or
+                too many steps were skipped.
         """
         parts, state = self.parts, self.state
         batches = parts.loader.take(state.num_samples_seen)
@@ -147,6 +148,8 @@ class Training:
         self.recorder.step(state.step, lr, sums, epoch, skipped, waited, flops)
         if state.num_skipped_in_a_row:
             self._report_skipped_step()
+        if state.num_updates == 1 and sums.is_finite and self.config.adapter.path is None:
+            check_all_learn(parts.modules.adapters, self.session.runtime)
         if is_due(state.step, self.config.parallel.check_every):
             self._check_in_sync()
         parts.checkpoints.poll()  # raises errors of the thread that writes checkpoints

@@ -108,6 +108,15 @@ class SampleStore:
         """Tokens of each sample. (num_samples,)"""
         return np.diff(self._bounds)
 
+    @property
+    def num_targets(self) -> NDArray[np.int64]:
+        """Targets of each sample; its first token is none. (num_samples,)"""
+        if not len(self):
+            return np.empty(0, dtype=np.int64)
+        firsts = self._bounds[:-1]
+        marked: NDArray[np.int64] = np.add.reduceat(self._targets, firsts, dtype=np.int64)
+        return marked - self._targets[firsts].astype(np.int64)
+
     def __getitem__(self, index: int) -> Sample:
         tokens, targets = self.arrays(index)
         return Sample(tokens.tolist(), np.where(targets, tokens, IGNORE_INDEX).tolist())
@@ -172,6 +181,12 @@ class Rows(Sequence[Sample]):
         """Tokens of each row. (num_rows,)"""
         lengths = _joined([store.lengths for store in self._stores])
         return np.diff(_bounds_of(lengths[self._members])[self._bounds])
+
+    @property
+    def num_targets(self) -> int:
+        """Tokens that count in the loss, of all rows."""
+        targets = _joined([store.num_targets for store in self._stores])
+        return int(targets[self._members].sum())
 
     @property
     def num_samples(self) -> int:

@@ -25,6 +25,9 @@ from torch import Tensor, nn
 from qlora_dist.model.parts import ModelParts
 from qlora_dist.runtime.processes import Runtime
 
+_ATTENTION_OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj", "wo")
+"""Names of the projection that takes the concatenated heads."""
+
 
 @dataclass(frozen=True)
 class Flops:
@@ -65,19 +68,44 @@ def flops_of(parts: ModelParts) -> Flops:
                 per_target += operations
             else:
                 per_token += operations
-    return Flops(per_token, per_target, _attention_of(parts.dimensions))
+    return Flops(per_token, per_target, _attention_of(parts))
 
 
-def _attention_of(config: Any) -> tuple[tuple[int, int | None], ...]:
-    """Read `Flops.attention` off a transformers config."""
-    heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+def _attention_of(parts: ModelParts) -> tuple[tuple[int, int | None], ...]:
+    """Return `Flops.attention` of a model: widths by its modules, windows by its configuration."""
+    config = parts.dimensions
     window = getattr(config, "sliding_window", None)
     usual = "full_attention" if window is None else "sliding_attention"
-    windows = {"full_attention": None, "sliding_attention": window}
-    types = getattr(config, "layer_types", None) or [usual] * config.num_hidden_layers
+    chunk = getattr(config, "attention_chunk_size", None)
+    windows = {
+        "full_attention": None,
+        "sliding_attention": window,
+        "chunked_attention": chunk,
+        "attention": None,
+        "hybrid": None,
+    }
+    types = getattr(config, "layer_types", None) or [usual] * len(parts.layers)
     # Layers of all other types, such as recurrent ones, have no pairs.
-    return tuple((12 * heads * head_dim, windows[kind]) for kind in types if kind in windows)
+    return tuple(
+        (12 * width, windows[kind])
+        for layer, kind in zip(parts.layers, types, strict=False)
+        if kind in windows and (width := _attention_width(layer, config))
+    )
+
+
+def _attention_width(layer: nn.Module, config: Any) -> int:
+    """Return the number of heads times their width in a decoder layer; 0 without attention."""
+    attention = [module for module in layer.modules() if "Attention" in type(module).__name__]
+    for module in attention:
+        for name, child in module.named_children():
+            width = getattr(child, "in_features", None)
+            if name in _ATTENTION_OUTPUTS and isinstance(width, int):
+                return width
+    heads = getattr(config, "num_attention_heads", None)
+    if not attention or not isinstance(heads, int):
+        return 0
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return int(heads * head_dim)
 
 
 def _attended_pairs(mask: Tensor, position_ids: Tensor | None, window: int | None) -> int:

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 from peft import PeftModel
 from torch import Tensor
@@ -12,15 +14,19 @@ from qlora_dist.errors import ModelError
 from qlora_dist.model.parts import base_model
 
 _LENGTH = 8
+_BORDERS = ("sliding_window", "attention_chunk_size", "chunk_size", "mamba_chunk_size")
+"""Keys of transformers' configurations: lengths from which on a layer computes otherwise."""
 
 
 @torch.no_grad()
-def check_packing(model: PeftModel, device: torch.device) -> None:
+def check_packing(model: PeftModel, device: torch.device, max_seq_len: int) -> None:
     """Refuse a model in which packed samples see each other; a collective.
 
     Compares logits of a sample alone, behind a different sample in a packed row, and as that
     sample's continuation: three forwards of a few tokens. Packed, the logits must be those of the
-    sample alone, up to rounding: at most a tenth of the change by seeing the first sample.
+    sample alone, up to rounding: at most a tenth of the change by seeing the first sample. The same
+    holds of samples a little longer than each length from which on the model computes otherwise,
+    such as a window, if a row takes them.
 
     Raises:
         ModelError: the model's layers do not tell samples apart by their positions.
@@ -29,22 +35,52 @@ def check_packing(model: PeftModel, device: torch.device) -> None:
     model.eval()
     vocab = base_model(model).get_input_embeddings().num_embeddings
     rng = torch.Generator().manual_seed(0)
-    first, second = (torch.randint(vocab, (1, _LENGTH), generator=rng).to(device) for _ in range(2))
-    both = torch.cat([first, second], dim=1)
-    positions = torch.arange(2 * _LENGTH, device=device).unsqueeze(0)  # (1, 2 * _LENGTH)
-    alone = _logits(model, second, positions[:, :_LENGTH])
-    packed = _logits(model, both, positions % _LENGTH)[:, _LENGTH:]
-    seeing = _logits(model, both, positions)[:, _LENGTH:]
+
+    def random_ids(length: int) -> Tensor:  # (1, length)
+        return torch.randint(vocab, (1, length), generator=rng).to(device)
+
+    first = random_ids(_LENGTH)
+
+    def leak_into(second: Tensor) -> float:
+        """Return how far the last logits of a sample move when it stands behind another one."""
+        row = torch.cat([first, second], dim=1)
+        packed = _last_logits(model, row, torch.cat([_positions(first), _positions(second)], dim=1))
+        return (packed - _last_logits(model, second, _positions(second))).norm().item()
+
+    second = random_ids(_LENGTH)
+    row = torch.cat([first, second], dim=1)
+    alone = _last_logits(model, second, _positions(second))
+    effect = (_last_logits(model, row, _positions(row)) - alone).norm().item()
+    leaks = {_LENGTH: leak_into(second)}
+    for border in _borders(model):
+        if border + 2 * _LENGTH <= max_seq_len:
+            leaks[border + _LENGTH] = leak_into(random_ids(border + _LENGTH))
     model.train(was_training)
-    leak, effect = (packed - alone).norm().item(), (seeing - alone).norm().item()
-    if not leak <= 0.1 * effect:  # also if either is NaN
-        raise ModelError(
-            "samples packed into one row would see each other in "
-            f"{type(base_model(model)).__name__}: logits of a sample behind another one move by "
-            f"{leak:.3g}, of {effect:.3g} when it is that one's continuation. "
-            "Set data.packing: false."
-        )
+    for length, leak in leaks.items():
+        if not leak <= 0.1 * effect:  # also if either is NaN
+            raise ModelError(
+                f"data.packing is refused for {type(base_model(model)).__name__}: samples in one "
+                f"row would see each other. The logits of a sample of {length:,} tokens move by "
+                f"{leak:.3g} behind another one; those of a short one move by {effect:.3g} when it "
+                "continues that one. Set data.packing: false."
+            )
 
 
-def _logits(model: PeftModel, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-    return model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits.float()
+def _borders(model: PeftModel) -> list[int]:
+    """Return the lengths from which on layers of the model compute otherwise, in order."""
+    config = base_model(model).config.get_text_config()
+    values = {getattr(config, key, None) for key in _BORDERS}
+    return sorted(value for value in values if isinstance(value, int) and value > 0)
+
+
+def _positions(ids: Tensor) -> Tensor:  # (1, length)
+    return torch.arange(ids.shape[1], device=ids.device).unsqueeze(0)
+
+
+def _last_logits(model: PeftModel, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+    """Return the logits of the last tokens, (1, _LENGTH, vocab) float32."""
+    # A long row's logits may take gigabytes.
+    takes_number = "logits_to_keep" in inspect.signature(base_model(model).forward).parameters
+    keep = {"logits_to_keep": _LENGTH} if takes_number else {}
+    logits = model(input_ids=input_ids, position_ids=position_ids, use_cache=False, **keep).logits
+    return logits[:, -_LENGTH:].float()

@@ -21,6 +21,7 @@ from qlora_dist.model.cpu.attention import use_cpu_attention
 from qlora_dist.model.linear_layers import linear_layers, linear_layers_and_reasons
 from qlora_dist.model.nf4 import QuantFormat, QuantizedLinear
 from qlora_dist.model.parts import is_linear
+from qlora_dist.model.positions import forget_longest
 from qlora_dist.model.supported import check_supported
 from qlora_dist.model.text_reach import leave_out_towers
 
@@ -74,6 +75,7 @@ def build_skeleton(
     model.tie_weights()  # each parameter was put on meta by itself
     model.requires_grad_(False)
     leave_out_towers(model)
+    forget_longest(model)
     if config.attention == "auto" and config.dtype == "bfloat16" and not torch.cuda.is_available():
         use_cpu_attention(model)
     check_supported(model, folder)

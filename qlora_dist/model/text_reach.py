@@ -109,15 +109,14 @@ class LeftOut(nn.Module):
             self.add_module(name, LeftOut(child))
 
 
-def leave_out_towers(model: PreTrainedModel) -> list[str]:
+def leave_out_towers(model: PreTrainedModel) -> None:
     """Replace the parts of a multimodal wrapper that text does not pass through, on meta.
 
-    Returns:
-        their names; empty for a model of text alone, or where it is not known what text reaches.
+    Nothing is replaced in a model of text alone, or where it is not known what text reaches.
     """
     reached = reached_by_text(model)
     if reached is None or model.config.get_text_config() is model.config:
-        return []
+        return
     kept = {id(module) for module in model.get_decoder().modules()}
     kept |= {id(part) for part in (model.get_input_embeddings(), model.get_output_embeddings())}
     towers: list[str] = []
@@ -128,4 +127,9 @@ def leave_out_towers(model: PreTrainedModel) -> list[str]:
             towers.append(name)
     for name in towers:
         model.set_submodule(name, LeftOut(model.get_submodule(name)))
-    return towers
+
+
+def left_out_towers(model: nn.Module) -> list[str]:
+    """Return the names of the parts that :func:`leave_out_towers` replaced."""
+    names = [name for name, module in model.named_modules() if isinstance(module, LeftOut)]
+    return [name for name in names if name.rpartition(".")[0] not in names]

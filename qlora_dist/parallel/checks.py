@@ -12,6 +12,7 @@ from qlora_dist.memory.footprint import check_memory, plan_footprint
 from qlora_dist.model.parts import ModelParts
 from qlora_dist.parallel.backend import Backend
 from qlora_dist.runtime.processes import Runtime
+from qlora_dist.runtime.shards import local_part
 from qlora_dist.weights.checksums import check_gathered, check_shards, loaded_checksums
 
 
@@ -56,6 +57,33 @@ def check_in_sync(
             "this is saved: start the same command again to go on from the last checkpoint, and "
             "watch whether one machine repeats it."
         )
+
+
+def check_all_learn(adapters: dict[str, nn.Parameter], runtime: Runtime) -> None:
+    """Refuse adapters that the first update of a run has left as they were; a collective.
+
+    B is zero before it, and differs from zero wherever its gradient does.
+
+    Args:
+        adapters: this rank's parts.
+
+    Raises:
+        TrainingError: on every rank, naming the adapters without a gradient.
+    """
+    matrices = {name: param for name, param in adapters.items() if ".lora_B." in name}
+    parts = (local_part(param) for param in matrices.values())
+    moved = torch.stack([part.count_nonzero().gt(0).float() for part in parts])  # (num_matrices,)
+    reached = runtime.max_of_each(moved.to(runtime.device)).bool().tolist()
+    still = [name for name, is_moved in zip(matrices, reached, strict=True) if not is_moved]
+    if not still:
+        return
+    layers = [name.removeprefix("base_model.model.").partition(".lora_B.")[0] for name in still]
+    more = f" and {len(layers) - 3} more" if layers[3:] else ""
+    raise TrainingError(
+        f"{len(layers)} of {len(matrices)} adapters got no gradient in the first step: "
+        f"{', '.join(layers[:3])}{more}. They would stay without effect: the loss does not depend "
+        "on their layers. Name the layers that do learn in adapter.target_modules."
+    )
 
 
 def verify_base(parts: ModelParts, backend: Backend) -> None:

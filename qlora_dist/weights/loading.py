@@ -24,6 +24,7 @@ from transformers.core_model_loading import WeightRenaming, rename_source_key
 from qlora_dist.errors import ModelError
 from qlora_dist.model.nf4 import QuantizedLinear, quantize_absmax, quantize_blocks
 from qlora_dist.model.parts import base_model, decoder_layers
+from qlora_dist.model.text_reach import left_out_towers
 from qlora_dist.runtime.shards import keep_local, local_part, local_range, shard_group, whole_shape
 from qlora_dist.weights.check_headers import check_headers
 from qlora_dist.weights.files import weight_files
@@ -210,10 +211,12 @@ def _unused_tensors(model: nn.Module, reader: SafetensorsReader) -> list[str]:
     named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
     taken = {_checkpoint_name(name) for name, _ in named}
     ignored = [*_NO_WEIGHTS, *(getattr(base, "_keys_to_ignore_on_load_unexpected", None) or ())]
+    towers = tuple(f"{name}." for name in left_out_towers(base))  # named elsewhere
     unused = [
         name
         for name in reader.names()
         if name not in taken
+        and not name.startswith(towers)
         and f"{name.partition('.weight.')[0]}.weight" not in taken  # quantization state
         and not any(re.search(pattern, name) for pattern in ignored)
     ]

@@ -7,6 +7,7 @@ from unittest import mock
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from qlora_dist.config.schema import IGNORE_INDEX, AdapterConfig, ModelConfig, TrainConfig
 from qlora_dist.data.batch import MicroBatch, collate
@@ -19,7 +20,7 @@ from qlora_dist.model.packing_check import check_packing
 from qlora_dist.runtime.processes import start_runtime
 from tests.support.built import build
 from tests.support.command import run_rows
-from tests.support.families import FAMILIES
+from tests.support.families import FAMILIES, GROUPED
 from tests.support.processes import run_on_processes
 from tests.support.training import lasting_rows, train_here
 
@@ -104,7 +105,7 @@ def compare_all_families(folders: dict[str, Path]) -> None:
         unseen = gradients(model, [loss_of(model, collate([samples[2]], 0))])
         leak = ((leaked - unseen).norm() / expected.norm()).item()
         assert leak > 1e3 * LIMIT, f"{family}: of a leak this comparison would see only {leak:.1e}"
-        check_packing(model, runtime.device)
+        check_packing(model, runtime.device, 64)
 
     forward = type(model).forward
 
@@ -115,8 +116,79 @@ def compare_all_families(folders: dict[str, Path]) -> None:
         mock.patch.object(type(model), "forward", without_positions),
         pytest.raises(ModelError) as error,
     ):
-        check_packing(model, runtime.device)
-    assert "samples packed into one row would see each other" in str(error.value)
+        check_packing(model, runtime.device, 64)
+    assert "samples in one row would see each other" in str(error.value)
+
+
+def leak_in_long_rows(folder: Path) -> None:
+    """Run a model with a window of 8 whose samples see each other in rows of over 20 tokens."""
+    runtime = start_runtime(seed=0, dtype="float32")
+    config = TrainConfig(model=ModelConfig(str(folder), dtype="float32"))
+    model = build(config, folder, "single", runtime)[0].model.eval()
+    forward = type(model).forward
+
+    def leaking(self, *arguments, position_ids=None, **keywords):
+        is_long = position_ids.shape[1] > 20
+        return forward(self, *arguments, position_ids=None if is_long else position_ids, **keywords)
+
+    with mock.patch.object(type(model), "forward", leaking):
+        check_packing(model, runtime.device, max_seq_len=23)
+        with pytest.raises(ModelError, match="of a sample of 16 tokens move by"):
+            check_packing(model, runtime.device, max_seq_len=24)
+
+
+def test_packing_is_checked_beyond_the_window(families: dict[str, Path]) -> None:
+    """A model whose samples see each other only in rows longer than its window is refused, where a
+    row may be so long."""
+    run_on_processes(leak_in_long_rows, 1, families["mistral"])
+
+
+ROTATIONS = {
+    "longrope": {
+        "rope_type": "longrope",
+        "short_factor": [1.0] * 8,
+        "long_factor": [4.0] * 8,
+        "original_max_position_embeddings": 32,
+        "rope_theta": 10000.0,
+    },
+    "dynamic": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0},
+}
+"""Rotary positions whose frequencies the longest sample of a forward decides, above 32 tokens."""
+
+
+def compare_micro_batches(root: Path) -> None:
+    """Compare micro-batches of one, two and eight samples, and one packed row."""
+    runtime = start_runtime(seed=0, dtype="float32")
+    generator = torch.Generator().manual_seed(0)
+    lengths = (5, 23, 3, 9, 32, 14, 31, 7)
+    samples = [
+        Sample(ids := torch.randint(3, 320, (n,), generator=generator).tolist(), ids)
+        for n in lengths
+    ]
+    for kind, parameters in ROTATIONS.items():
+        torch.manual_seed(0)
+        known = 32 if kind == "dynamic" else 128
+        text = {**GROUPED, "max_position_embeddings": known, "rope_parameters": parameters}
+        folder = root / kind
+        LlamaForCausalLM(LlamaConfig(**text)).save_pretrained(folder)
+        config = TrainConfig(model=ModelConfig(str(folder), dtype="float32"))
+        model = build(config, folder, "single", runtime)[0].model.train()
+        losses = {
+            size: sum(
+                loss_of(model, collate(samples[first : first + size], 0)).item()
+                for first in range(0, len(samples), size)
+            )
+            for size in (1, 2, 8)
+        }
+        losses["packed"] = loss_of(model, collate([join(samples)], 0)).item()
+        for batched in losses.values():
+            assert abs(batched / losses[1] - 1) <= LIMIT, (kind, losses)
+
+
+def test_samples_within_the_positions_do_not_depend_on_their_neighbors(tmp_path: Path) -> None:
+    """Within the length from which on LongRoPE and dynamic NTK change their frequencies, the loss
+    of samples is the same in micro-batches of 1, 2 and 8, and packed; longer ones are refused."""
+    run_on_processes(compare_micro_batches, 1, tmp_path)
 
 
 def test_packed_samples_are_trained_as_if_alone(families: dict[str, Path]) -> None:

@@ -34,7 +34,7 @@ def test_a_packed_sample_is_computed_as_if_alone(
         pytest.skip("the package flash-attn is not installed")
     runtime = start_runtime(seed=0, dtype=dtype)
     model = build_adapted(tiny_llama, runtime, attention=attention)
-    check_packing(model, device)
+    check_packing(model, device, 64)
     generator = torch.Generator().manual_seed(0)
     samples = [
         Sample(ids, ids)

@@ -1,6 +1,7 @@
 """Models that are refused for their positions, and those that get a line in the log."""
 
 import pytest
+import torch
 from accelerate import init_empty_weights
 from transformers import (
     AutoModelForCausalLM,
@@ -12,7 +13,7 @@ from transformers import (
 )
 
 from qlora_dist.errors import ModelError
-from qlora_dist.model.supported import check_positions
+from qlora_dist.model.positions import check_positions, forget_longest
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 64}
 
@@ -75,3 +76,26 @@ def test_rotations_by_the_longest_sample_are_not_shared(config) -> None:
     check_positions(model, 33, False)
     with pytest.raises(ModelError, match=r"packing: false and .*micro_batch_size: 1"):
         check_positions(model, 33, True)
+
+
+def test_rotations_do_not_depend_on_samples_before() -> None:
+    """With dynamic NTK a sample has the logits of a fresh model, whatever was computed before it:
+    shorter and longer samples, on either side of the border."""
+    config = LlamaConfig(
+        max_position_embeddings=32,
+        intermediate_size=64,
+        rope_parameters={"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0},
+        **SIZES,
+    )
+    ids = torch.randint(64, (1, 100), generator=torch.Generator().manual_seed(0))
+
+    def fresh() -> PreTrainedModel:
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(config).eval()
+
+    used = fresh()
+    forget_longest(used)
+    with torch.no_grad():
+        for length in (20, 100, 50, 32, 33, 20):
+            expected = fresh()(ids[:, :length], use_cache=False).logits
+            assert torch.equal(used(ids[:, :length], use_cache=False).logits, expected), length
