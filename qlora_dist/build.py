@@ -9,9 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from peft import PeftModel
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from qlora_dist.config.schema import ModelConfig, TrainConfig
+from qlora_dist.config.schema import TrainConfig
 from qlora_dist.data.tokenizer import load_tokenizer
 from qlora_dist.memory.recompute import apply_recompute
 from qlora_dist.metrics.console import Reporter
@@ -28,20 +28,14 @@ from qlora_dist.model.fused_norm_mlp import fuse_norms_and_mlps
 from qlora_dist.model.lora_linear import fuse_adapters
 from qlora_dist.model.parts import ModelParts, decoder_layers
 from qlora_dist.model.positions import check_positions
-from qlora_dist.model.skeleton import build_skeleton
 from qlora_dist.parallel.backend import Backend
 from qlora_dist.parallel.checks import check_fits, verify_base
 from qlora_dist.run.adapter_folder import AdapterRecord
 from qlora_dist.runtime.processes import Runtime
-from qlora_dist.weights.files import looks_like_hub_name, resolve_model_folder, unread_files
-from qlora_dist.weights.loading import (
-    checkpoint_bytes,
-    load_base_weights,
-    materialize,
-    own_head,
-    unused_note,
-)
-from qlora_dist.weights.prequantized import formats_in
+from qlora_dist.weights.description import describe_base
+from qlora_dist.weights.files import looks_like_hub_name, resolve_model_folder
+from qlora_dist.weights.loading import checkpoint_bytes, load_base_weights, materialize
+from qlora_dist.weights.names import unused_note
 
 
 def build_model(
@@ -106,26 +100,6 @@ def build_model(
             # Norms of the loaded weights, so after them: one gathered layer at a time.
             init_magnitudes(backend.whole_layers(parts))
     return parts
-
-
-def describe_base(folder: Path, config: ModelConfig, log: Callable[[str], None]) -> PreTrainedModel:
-    """Describe the model that the files of `folder` hold, on meta; log where they differ from it.
-
-    Raises:
-        ModelError, ConfigError: see `build_skeleton` and `formats_in`.
-    """
-    if note := unread_files(folder):
-        log(note)
-    formats = formats_in(folder, config)
-    model = build_skeleton(folder, config, formats)
-    if name := own_head(model, folder):
-        log(
-            f"model folder {folder}: its config.json says that the output head is the embedding "
-            f"(tie_word_embeddings), but the files hold {name} with other values. The two stay "
-            "apart, as in transformers. Set tie_word_embeddings to false in config.json to say so"
-        )
-        model = build_skeleton(folder, config, formats, is_tied=False)
-    return model
 
 
 def load_trained(

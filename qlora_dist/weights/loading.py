@@ -8,8 +8,7 @@ subtracts their mean over the whole matrix.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,23 +17,17 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch import distributed as dist
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from qlora_dist.errors import ModelError
 from qlora_dist.model.nf4 import QuantizedLinear, quantize_absmax, quantize_blocks
 from qlora_dist.model.parts import base_model, decoder_layers
-from qlora_dist.model.text_reach import left_out_towers
 from qlora_dist.runtime.shards import keep_local, local_part, local_range, shard_group, whole_shape
 from qlora_dist.weights.check_headers import check_headers
 from qlora_dist.weights.files import weight_files
+from qlora_dist.weights.names import checkpoint_name, reader_of, unused_tensors
 from qlora_dist.weights.prequantized import has_state, load_prequantized
 from qlora_dist.weights.reader import SafetensorsReader
 
-_WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)+|(?<=\.)_orig_mod\.")
-# Tensors of older files that are computed and not learned: rotations, causal masks.
-_NO_WEIGHTS = (r"rotary_emb\.inv_freq$", r"\.masked_bias$", r"\.attn\.bias$")
-_COMPARED_ROWS = 4096  # of head and embedding at a time
 _MAX_MAPPED_BYTES = 2**24
 """Bytes read between two unmappings: pages of mapped files count as this process's memory."""
 
@@ -95,11 +88,9 @@ def load_base_weights(
     Raises:
         ModelError: a tensor is missing, not finite, or not of the model's shape or type.
     """
-    with SafetensorsReader(folder) as reader:
-        reader.rename(_renaming(base_model(model)))
-        _find_tied(model, reader)
+    with reader_of(model, folder) as reader:
         _check_headers(model, reader)
-        unused = _unused_tensors(model, reader)
+        unused = unused_tensors(model, reader)
         done: set[int] = set()
         layers = {id(layer): number for number, layer in enumerate(decoder_layers(model))}
         num_layers = released = 0
@@ -111,7 +102,7 @@ def load_base_weights(
                 reader.release()
                 released = reader.bytes_read
             if isinstance(module, QuantizedLinear):
-                stored = _checkpoint_name(name)
+                stored = checkpoint_name(name)
                 load = load_prequantized if has_state(stored, reader) else _load_quantized
                 finite[f"{stored}.weight"] = load(stored, module, reader, device)
                 group = shard_group(module.weight)
@@ -120,7 +111,7 @@ def load_base_weights(
             else:
                 for leaf, param in _own_base_parameters(name, module):
                     if id(param) not in done:  # tied embeddings are one parameter under two names
-                        stored = _checkpoint_name(f"{name}.{leaf}")
+                        stored = checkpoint_name(f"{name}.{leaf}")
                         _load_plain(stored, param, reader)
                         done.add(id(param))
                         # Other types have the range of the stored ones; 65,504 is float16's
@@ -134,106 +125,6 @@ def load_base_weights(
     return LoadStats(reader.bytes_read, reader.elements_quantized, tuple(unused))
 
 
-def _renaming(model: PreTrainedModel) -> Callable[[str], str]:
-    """Return a function from the name of a tensor in the files to its name in the model."""
-    # transformers has renamed parts of some families over time.
-    steps = get_model_conversion_mapping(model)
-    renamings = [step for step in steps if isinstance(step, WeightRenaming)]
-    named = model.named_parameters(remove_duplicate=False)
-    own, prefix = {_checkpoint_name(name): param for name, param in named}, model.base_model_prefix
-
-    def model_name(stored: str) -> str:
-        name: str = rename_source_key(stored, renamings, [], prefix, own)[0]
-        if name in own:
-            return name
-        # Data-parallel wrappers and torch.compile put their own names in front.
-        bare = _WRAPPERS.sub("", stored)
-        return name if bare == stored else rename_source_key(bare, renamings, [], prefix, own)[0]
-
-    return model_name
-
-
-def _find_tied(model: nn.Module, reader: SafetensorsReader) -> None:
-    """Let a tied parameter be read by its first name, under whichever of its names it is stored."""
-    names: dict[int, list[str]] = {}
-    for name, param in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(param), []).append(_checkpoint_name(name))
-    for first, *others in names.values():
-        stored = next((name for name in others if name in reader), None)
-        if first not in reader and stored is not None:
-            reader.alias(first, stored)
-
-
-def own_head(model: PreTrainedModel, folder: Path) -> str | None:
-    """Name a head in the files that is not the embedding, though the configuration ties the two.
-
-    Args:
-        model: skeleton on the meta device.
-
-    Returns:
-        name of the head's weight, or None if the files agree with the configuration.
-    """
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    if head is None or head.weight is not embedding.weight:
-        return None
-    names = {id(module): f"{name}.weight" for name, module in model.named_modules()}
-    ours, theirs = names[id(head)], names[id(embedding)]
-    with SafetensorsReader(folder) as reader:
-        reader.rename(_renaming(model))
-        if ours not in reader or theirs not in reader:
-            return None
-        shape = reader.shape(ours)
-        if shape != reader.shape(theirs):
-            return ours
-        for start in range(0, shape[0], _COMPARED_ROWS):
-            rows = start, min(start + _COMPARED_ROWS, shape[0])
-            if not torch.equal(reader.rows(ours, *rows), reader.rows(theirs, *rows)):
-                return ours
-    return None
-
-
-def unused_note(unused: Sequence[str]) -> str:
-    """Say which tensors of the files the model has no place for."""
-    names = ", ".join(unused[:3]) + (f" and {len(unused) - 3} more" if unused[3:] else "")
-    return (
-        f"the files hold {len(unused)} tensors that this model has no place for, and that are not "
-        f"read: {names}. A model that needs them would have another config.json"
-    )
-
-
-def _unused_tensors(model: nn.Module, reader: SafetensorsReader) -> list[str]:
-    """List tensors of the files that nothing in the model takes; refuse those of decoder layers.
-
-    Raises:
-        ModelError: a decoder layer of the files, or a part of one, has no place in the model.
-    """
-    base = base_model(model)
-    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
-    taken = {_checkpoint_name(name) for name, _ in named}
-    ignored = [*_NO_WEIGHTS, *(getattr(base, "_keys_to_ignore_on_load_unexpected", None) or ())]
-    towers = tuple(f"{name}." for name in left_out_towers(base))  # named elsewhere
-    unused = [
-        name
-        for name in reader.names()
-        if name not in taken
-        and not name.startswith(towers)
-        and f"{name.partition('.weight.')[0]}.weight" not in taken  # quantization state
-        and not any(re.search(pattern, name) for pattern in ignored)
-    ]
-    first = decoder_layers(model)[0]
-    place = next(name for name, module in base.named_modules() if module is first)
-    prefix = place.rpartition(".")[0] + "."
-    if lost := [name for name in unused if name.startswith(prefix)]:
-        num_layers = len(decoder_layers(model))
-        raise ModelError(
-            f"model folder {reader.folder} holds {len(lost)} decoder weights that its config.json "
-            f"has no place for, such as {lost[0]} (it describes {num_layers} layers). They would "
-            "be left out, and the model would be another one. config.json and weights do not "
-            "belong together: copy both from the same place."
-        )
-    return unused
-
-
 def _check_headers(model: nn.Module, reader: SafetensorsReader) -> None:
     plain: dict[str, tuple[int, ...]] = {}
     layers: dict[str, QuantizedLinear] = {}
@@ -241,11 +132,11 @@ def _check_headers(model: nn.Module, reader: SafetensorsReader) -> None:
     for name, module in model.named_modules():
         own = dict(_own_base_parameters(name, module))
         if isinstance(module, QuantizedLinear):
-            layers[_checkpoint_name(name)] = module
+            layers[checkpoint_name(name)] = module
             own = {"bias": module.bias} if module.bias is not None else {}
         for leaf, param in own.items():
             if id(param) not in done:
-                plain[_checkpoint_name(f"{name}.{leaf}")] = tuple(whole_shape(param))
+                plain[checkpoint_name(f"{name}.{leaf}")] = tuple(whole_shape(param))
                 done.add(id(param))
     check_headers(plain, layers, reader)
 
@@ -272,11 +163,6 @@ def _refuse_not_finite(
 def _own_base_parameters(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     if ".lora_" not in name:
         yield from module.named_parameters(recurse=False)
-
-
-def _checkpoint_name(name: str) -> str:
-    """Return a parameter's name without the parts that peft adds."""
-    return name.removeprefix("base_model.model.").replace(".base_layer", "")
 
 
 def _load_plain(name: str, param: nn.Parameter, reader: SafetensorsReader) -> None:

@@ -24,9 +24,12 @@ from qlora_dist.metrics.console import Reporter
 from qlora_dist.model.linear_layers import linear_layers
 from qlora_dist.model.nf4 import QuantFormat, QuantizedLinear
 from qlora_dist.model.skeleton import build_skeleton
+from qlora_dist.model.text_reach import left_out_towers
 from qlora_dist.runtime.processes import launched_world_size, start_runtime
 from qlora_dist.weights.check_headers import check_headers
+from qlora_dist.weights.description import describe_base
 from qlora_dist.weights.files import check_new_folder, resolve_model_folder
+from qlora_dist.weights.names import reader_of, unused_note, unused_tensors
 from qlora_dist.weights.prequantized import formats_in, is_prequantized
 from qlora_dist.weights.reader import SafetensorsReader
 from qlora_dist.weights.writer import FileWriter, stored_tensors
@@ -53,14 +56,17 @@ def quantize(model: str, out: str, fmt: QuantFormat) -> None:
             "directly."
         )
     config = ModelConfig(path=model, quantization="none", dtype="bfloat16")
-    skeleton = build_skeleton(folder, config)
-    device = start_runtime(seed=0, dtype="bfloat16").device
     reporter = Reporter(is_main=True)
+    skeleton = describe_base(folder, config, reporter.log)
+    _check_classes(skeleton, folder)
+    device = start_runtime(seed=0, dtype="bfloat16").device
     try:
         with whole_folder(target) as partial:
-            with SafetensorsReader(folder) as reader:
+            with reader_of(skeleton, folder) as reader:
                 shapes = {name: tuple(param.shape) for name, param in skeleton.named_parameters()}
                 check_headers(shapes, {}, reader)
+                if unused := unused_tensors(skeleton, reader):
+                    reporter.log(unused_note(unused))
                 _check_space(partial, skeleton, fmt)
                 total = sum(param.numel() * 2 for param in skeleton.parameters())
                 with reporter.quantizing(total) as on_bytes:
@@ -91,8 +97,11 @@ def _quantized_tensors(
 ) -> Iterator[tuple[dict[str, Tensor], int]]:
     """Yield the output tensors and the element count of each parameter, in the order of files."""
     quantized = {f"{name}.weight" for name in linear_layers(skeleton)}
+    towers = tuple(f"{name}." for name in left_out_towers(skeleton))
     names = [name for name, _ in skeleton.named_parameters()]
     names += [name for name, _ in skeleton.named_buffers() if name in reader]
+    # Text does not pass through these, but other programs read the whole model.
+    names += [name for name in reader.names() if name.startswith(towers)]
     for name in sorted(names, key=reader.file):
         tensor = reader.whole(name)
         if name not in quantized:
@@ -109,6 +118,22 @@ def _quantized_tensors(
                 "model again, or use another version of it."
             )
         yield stored_tensors(name, matrix, fmt), tensor.numel()
+
+
+def _check_classes(skeleton: PreTrainedModel, folder: Path) -> None:
+    """Refuse a model with 4-bit layers of a class that transformers would not read in 4 bits.
+
+    Raises:
+        ModelError: naming the class.
+    """
+    for name in linear_layers(skeleton):
+        kind = type(skeleton.get_submodule(name))
+        if kind is not nn.Linear:
+            raise ModelError(
+                f"model folder {folder}: {name} is a {kind.__name__}, which transformers keeps in "
+                "16 bits: it could not load a 4-bit model of this kind. Train with the 16-bit "
+                "model: each process quantizes its part while it loads."
+            )
 
 
 def _check_space(folder: Path, skeleton: PreTrainedModel, fmt: QuantFormat) -> None:
@@ -131,6 +156,12 @@ def _write_config(folder: Path, partial: Path, skeleton: PreTrainedModel, fmt: Q
     config = read_json(folder / "config.json", ModelError)
     config.pop("torch_dtype", None)  # the older name of the next key
     config["dtype"] = "bfloat16"
+    head, embedding = skeleton.get_output_embeddings(), skeleton.get_input_embeddings()
+    if head is not None and head.weight is not embedding.weight:
+        # A head of its own in the files counts more than what config.json says of it.
+        for part in (config, config.get("text_config")):
+            if isinstance(part, dict) and part.get("tie_word_embeddings"):
+                part["tie_word_embeddings"] = False
     quantized = set(linear_layers(skeleton))
     named = skeleton.named_modules()
     config["quantization_config"] = BitsAndBytesConfig(
@@ -141,7 +172,8 @@ def _write_config(folder: Path, partial: Path, skeleton: PreTrainedModel, fmt: Q
         bnb_4bit_quant_storage="uint8",
         # Named, although it is transformers' default: other readers have other defaults.
         llm_int8_skip_modules=[
-            name for name, layer in named if type(layer) is nn.Linear and name not in quantized
+            *(n for n, layer in named if isinstance(layer, nn.Linear) and n not in quantized),
+            *left_out_towers(skeleton),
         ],
     ).to_dict()
     target = partial / "config.json"
@@ -171,5 +203,5 @@ def _check_result(partial: Path, fmt: QuantFormat) -> None:
         for name, param in skeleton.named_parameters()
         if name.rpartition(".")[0] not in layers or name.endswith(".bias")
     }
-    with SafetensorsReader(partial) as reader:
+    with reader_of(skeleton, partial) as reader:
         check_headers(plain, layers, reader)

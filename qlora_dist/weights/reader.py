@@ -36,8 +36,20 @@ class SafetensorsReader:
         self._open.close()
 
     def rename(self, model_name: Callable[[str], str]) -> None:
-        """Rename all tensors: `model_name` translates the names in the files."""
-        self._stored = {model_name(stored): stored for stored in sorted(self._files)}
+        """Rename all tensors: `model_name` translates the names in the files.
+
+        Raises:
+            ModelError: two tensors would have one name.
+        """
+        self._stored = {}
+        for stored in sorted(self._files):
+            other = self._stored.setdefault(model_name(stored), stored)
+            if other != stored:
+                raise ModelError(
+                    f"model folder {self.folder} holds {model_name(stored)} twice, as {other} and "
+                    f"as {stored}. Nothing says which of them counts: remove the one that does not "
+                    "belong to the model."
+                )
 
     def alias(self, name: str, other: str) -> None:
         """Let a tensor be read under another name, too."""

@@ -21,7 +21,7 @@ SLOW = {
     "sample_order": "qlora_dist.prepare",
     "load_data": "qlora_dist.data.dataset",
     "choose_checkpoint": "qlora_dist.prepare",
-    "build_skeleton": "qlora_dist.build",
+    "build_skeleton": "qlora_dist.weights.description",
     "load_base_weights": "qlora_dist.build",
     "verify_base": "qlora_dist.build",
     "loss_note": "qlora_dist.prepare",

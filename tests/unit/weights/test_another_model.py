@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, FalconConfig
 
-from qlora_dist.build import build_model, describe_base
+from qlora_dist.build import build_model
 from qlora_dist.config.schema import ModelConfig, TrainConfig
 from qlora_dist.errors import ModelError
 from qlora_dist.metrics.console import Reporter
@@ -18,6 +18,7 @@ from qlora_dist.model.nf4 import QuantizedLinear
 from qlora_dist.model.parts import base_model
 from qlora_dist.parallel.choice import make_backend
 from qlora_dist.runtime.processes import start_runtime
+from qlora_dist.weights.description import describe_base
 from qlora_dist.weights.files import weight_files
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -135,6 +136,14 @@ def test_names_of_wrappers_are_understood(folder: Path, prefix: str) -> None:
     for (name, one), other in zip(plain.named_parameters(), wrapped.parameters(), strict=True):
         assert ".lora_A." in name or torch.equal(one, other)
     assert "no place" not in log
+
+
+def test_one_tensor_under_two_names_is_refused(folder: Path) -> None:
+    """Nothing says which of two tensors counts that have one name in the model."""
+    weights = load_file(folder / "model.safetensors")
+    change(folder, _orig_mod__model__embed_tokens__weight=weights[EMBEDDING] + 1)
+    with pytest.raises(ModelError, match=rf"{EMBEDDING} twice, as _orig_mod\.{EMBEDDING} and as"):
+        build(folder)
 
 
 def test_a_merged_model_with_an_entry_left_over(folder: Path) -> None:

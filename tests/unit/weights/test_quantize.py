@@ -3,6 +3,7 @@ load."""
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -216,3 +217,91 @@ def test_4_bit_sources_and_full_targets_are_refused(tiny_llama: Path, tmp_path: 
     (tmp_path / "file").write_text("mine")
     with pytest.raises(ModelError, match="a file"):
         quantize(str(tiny_llama), str(tmp_path / "file"), QuantFormat())
+
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def with_own_head(tensors: dict[str, torch.Tensor]) -> None:
+    tensors[HEAD] = tensors[EMBEDDING] + 1
+
+
+def with_names_of_wrappers(tensors: dict[str, torch.Tensor]) -> None:
+    for name in list(tensors):
+        tensors[f"_orig_mod.module.{name}"] = tensors.pop(name)
+
+
+def with_head_alone(tensors: dict[str, torch.Tensor]) -> None:
+    tensors[HEAD] = tensors.pop(EMBEDDING)
+
+
+@pytest.mark.parametrize("change", [with_own_head, with_names_of_wrappers, with_head_alone])
+def test_what_training_reads_is_what_is_quantized(
+    tied_with_biases: Path, tmp_path: Path, change: Callable[[dict[str, torch.Tensor]], None]
+) -> None:
+    """A head of its own in the files of a tied model, names of wrappers, and a tied weight under
+    its other name: the 4-bit model is the one that training would make of these files."""
+    source = spoiled(tied_with_biases, tmp_path / "source", change)
+    quantize(str(source), str(tmp_path / "out"), QuantFormat())
+    out = load_there(tmp_path / "out")
+    head, embedding = out.get_output_embeddings().weight, out.get_input_embeddings().weight
+    expected = tensors_of(tied_with_biases)[EMBEDDING].to(torch.bfloat16)
+    assert torch.equal(embedding, expected)
+    is_own = change is with_own_head
+    assert torch.equal(head, tensors_of(source)[HEAD].to(torch.bfloat16) if is_own else expected)
+    assert torch.equal(logits(out), logits(load_here(tmp_path / "out")))
+
+
+def test_a_multimodal_wrapper_stays_whole(tmp_path: Path) -> None:
+    """The language model of a wrapper is in 4 bits; its towers, which training does not read, stay
+    in 16 bits, so that transformers misses nothing."""
+    from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration
+
+    text = {
+        "vocab_size": 320,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+    }
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 14,
+    }
+    torch.manual_seed(0)
+    model = Gemma3ForConditionalGeneration(
+        Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    ).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "source")
+    quantize(str(tmp_path / "source"), str(tmp_path / "out"), QuantFormat())
+    out = tmp_path / "out"
+    _, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    there = load_there(out)
+    theirs = dict(there.named_parameters())
+    towers = {name: param for name, param in model.named_parameters() if "language" not in name}
+    assert len(towers) > 10
+    for name, param in towers.items():
+        if "lm_head" not in name:
+            assert torch.equal(theirs[name], param), name
+    assert theirs["model.language_model.layers.0.mlp.up_proj.weight"].dtype == torch.uint8
+    assert torch.equal(logits(there), logits(load_here(out)))
+
+
+def test_layers_that_transformers_keeps_in_16_bits_are_refused(tmp_path: Path) -> None:
+    """Falcon's linear layers are of a class of their own, which transformers does not read in 4
+    bits: the message says how to train all the same."""
+    from transformers import FalconConfig, FalconForCausalLM
+
+    config = FalconConfig(vocab_size=64, hidden_size=64, num_hidden_layers=1, num_attention_heads=4)
+    FalconForCausalLM(config).save_pretrained(tmp_path / "source")
+    with pytest.raises(ModelError, match=r"is a FalconLinear.*Train with the 16-bit model"):
+        quantize(str(tmp_path / "source"), str(tmp_path / "out"), QuantFormat())
+    assert not (tmp_path / "out").exists()
