@@ -27,11 +27,14 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: setup  ## fine-tune a real small model on this machine
 	$(BIN)/qlora-dist demo
 
+# Two at a time: many tests start two processes themselves, and some measure silences in seconds.
+PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+
 test: setup  ## unit, distributed and end-to-end tests
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m 'not slow'
+	$(PYTEST) -m 'not slow'
 
 test-unit: setup  ## the unit tests alone
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m 'not slow' tests/unit
+	$(PYTEST) -m 'not slow' tests/unit
 
 test-slow: setup  ## what needs the demo's model or many minutes
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow
