@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from qlora_dist.build import load_trained
-from qlora_dist.data.chat_template import end_of_turn_id
-from qlora_dist.data.messages import PromptLayout
+from qlora_dist.data.chat_template import ChatTemplate, end_of_turn_id
+from qlora_dist.data.messages import PromptLayout, RowFault
 from qlora_dist.data.tokenization import plain_ids
 from qlora_dist.data.tokenizer import pad_token_id
-from qlora_dist.errors import ConfigError, LaunchError
+from qlora_dist.errors import ConfigError, DataError, LaunchError
 from qlora_dist.metrics.console import Reporter
-from qlora_dist.run.adapter_folder import read_adapter_record
+from qlora_dist.run.adapter_folder import AdapterRecord, read_adapter_record
 from qlora_dist.runtime.processes import Runtime, launched_world_size, start_runtime
 
 
@@ -59,24 +60,44 @@ def generate(
         model, tokenizer = load_trained(Path(adapter), recipe, runtime=runtime, reporter=reporter)
     settings = Sampling(max_new_tokens, temperature)
     if chat:
-        _converse(model, tokenizer, recipe.layout, settings, runtime)
+        _converse(model, tokenizer, recipe, settings, runtime)
     else:
         assert prompt is not None
-        input_ids = prompt_ids(prompt, tokenizer, recipe.layout)
+        input_ids = prompt_ids(prompt, tokenizer, recipe.layout, recipe.template_kwargs)
         answer(model, tokenizer, input_ids, settings, runtime, stream=True)
     runtime.close()
 
 
-def prompt_ids(prompt: str, tokenizer: PreTrainedTokenizerBase, layout: PromptLayout) -> Tensor:
+def prompt_ids(
+    prompt: str,
+    tokenizer: PreTrainedTokenizerBase,
+    layout: PromptLayout,
+    template_kwargs: Mapping[str, Any] | None = None,
+) -> Tensor:
     """Encode a prompt as in training: as a user turn, or as plain text. (1, seq_len) int64."""
     if layout == "messages":
-        return chat_ids([{"role": "user", "content": prompt}], tokenizer)
+        return chat_ids([{"role": "user", "content": prompt}], tokenizer, template_kwargs)
     return torch.tensor([plain_ids(prompt, tokenizer)], dtype=torch.int64)
 
 
-def chat_ids(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """Encode a conversation up to the assistant's next answer. (1, seq_len) int64."""
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+def chat_ids(
+    messages: list[dict[str, str]],
+    tokenizer: PreTrainedTokenizerBase,
+    template_kwargs: Mapping[str, Any] | None = None,
+) -> Tensor:
+    """Encode a conversation up to the assistant's next answer. (1, seq_len) int64.
+
+    Args:
+        template_kwargs: variables that the chat template is given.
+
+    Raises:
+        DataError: the chat template refuses the conversation.
+    """
+    template = ChatTemplate(tokenizer, variables=template_kwargs)
+    try:
+        text = template.render(messages, None, is_prompt=True)
+    except RowFault as fault:
+        raise DataError(str(fault)) from None
     return tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
 
 
@@ -126,12 +147,12 @@ def _end_token_ids(model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> list
 def _converse(
     model: PeftModel,
     tokenizer: PreTrainedTokenizerBase,
-    layout: PromptLayout,
+    recipe: AdapterRecord,
     sampling: Sampling,
     runtime: Runtime,
 ) -> None:
     """Read user turns from standard input and answer each, until an empty line or the end."""
-    if layout != "messages":
+    if recipe.layout != "messages":
         raise ConfigError(
             "this adapter was trained on plain text, not on conversations. Use --prompt TEXT."
         )
@@ -144,6 +165,6 @@ def _converse(
         if not text:
             return
         messages.append({"role": "user", "content": text})
-        input_ids = chat_ids(messages, tokenizer)
+        input_ids = chat_ids(messages, tokenizer, recipe.template_kwargs)
         reply = answer(model, tokenizer, input_ids, sampling, runtime, stream=True)
         messages.append({"role": "assistant", "content": reply})

@@ -102,7 +102,9 @@ def prepare(config: TrainConfig, backend: Backend, session: Session) -> RunParts
     budget.choose()
 
     def write_adapter(path: Path, tensors: dict[str, Tensor]) -> None:
-        save_adapter(path, model, tensors, tokenizer, AdapterRecord(config.model, data.layout))
+        variables = config.data.template_kwargs or {}
+        record = AdapterRecord(config.model, data.layout, variables)
+        save_adapter(path, model, tensors, tokenizer, record)
 
     folder, keep = session.folder / "checkpoints", config.checkpoint.keep
     checkpoints = Checkpoints(folder, keep, belongs_to, runtime, backend.name, write_adapter)

@@ -285,7 +285,7 @@ def _show_answers(run: Path, eval_file: Path, reporter: Reporter) -> None:
     turns = [[turn["content"] for turn in row["messages"]] for row in _json_lines(eval_file)]
     # About 420 characters are a function of a dozen lines.
     question, authors_answer = min(turns, key=lambda turn: abs(len(turn[0]) - 420))
-    ids = prompt_ids(question, tokenizer, "messages")
+    ids = prompt_ids(question, tokenizer, "messages", recipe.template_kwargs)
     with reporter.working("answering"):
         with model.disable_adapter():
             before = answer(model, tokenizer, ids, Sampling(max_new_tokens=80), runtime)

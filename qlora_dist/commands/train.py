@@ -41,16 +41,23 @@ def _show_help() -> None:
 
     registry = ConstructorRegistry()
 
+    # For lists of dataclasses and optional mappings tyro would make subcommands.
+    in_yaml = (
+        (str | tuple[Source, ...], "STR|[STR|{path: STR, weight: FLOAT}, ...]"),
+        (dict[str, Any] | None, "{NAME: VALUE, ...}|None"),
+    )
+
     @registry.primitive_rule
-    def sources(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
-        """Show `data.train` as one value; for a list of dataclasses tyro would make subcommands."""
-        if info.type != str | tuple[Source, ...]:
+    def one_value(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+        """Show settings that are written as lists or mappings as one value."""
+        metavar = next((metavar for hint, metavar in in_yaml if info.type == hint), None)
+        if metavar is None:
             return None
         return PrimitiveConstructorSpec(
             nargs=1,  # this and the conversions below are never used: only help is asked for
-            metavar="STR|[STR|{path: STR, weight: FLOAT}, ...]",
+            metavar=metavar,
             instance_from_str=lambda words: words[0],
-            is_instance=lambda value: isinstance(value, (str, tuple)),
+            is_instance=lambda value: True,
             str_from_instance=lambda value: [str(value)],
         )
 

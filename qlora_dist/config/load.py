@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -226,6 +227,9 @@ def _convert(value: Any, hint: Any) -> Any:
             if dataclasses.is_dataclass(item_hint):
                 return tuple(_convert_entry(item, item_hint, n) for n, item in enumerate(items, 1))
             return tuple(_convert(item, item_hint) for item in items)
+    elif origin is dict:
+        if isinstance(value, Mapping):
+            return {_convert(name, str): _plain(item) for name, item in value.items()}
     elif hint in (type(None), bool, int):
         if type(value) is hint:  # not isinstance: a bool is an int as well
             return value
@@ -237,6 +241,24 @@ def _convert(value: Any, hint: Any) -> Any:
     elif hint is str and isinstance(value, date):  # YAML reads 2026-01-31 as a date
         return value.isoformat()
     raise TypeError
+
+
+def _plain(value: Any) -> Any:
+    """Return data of YAML as JSON has it: dates as text.
+
+    Raises:
+        TypeError: JSON has no such value: bytes, a set, infinity.
+    """
+    if isinstance(value, Mapping):
+        return {_convert(name, str): _plain(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return list(map(_plain, value))
+    if isinstance(value, date):
+        return value.isoformat()
+    is_plain = value is None or isinstance(value, (str, bool, int, float))
+    if not is_plain or (isinstance(value, float) and not math.isfinite(value)):
+        raise TypeError
+    return value
 
 
 def _convert_entry(value: Any, cls: Any, number: int) -> Any:
@@ -278,6 +300,8 @@ def _describe(hint: Any) -> str:
             return "a list of names"
         keys = ", ".join(f"{item.name}: …" for item in dataclasses.fields(item_hint))
         return f"a list whose entries are names or {{{keys}}}"
+    if origin is dict:
+        return "a mapping of names to plain values"
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
     return names.get(hint, "null")
 

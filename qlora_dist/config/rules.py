@@ -32,6 +32,7 @@ def validate(config: TrainConfig) -> None:
     _check_files("data.train", config.data.sources)
     _check_files("data.eval", [Source(path) for path in config.data.eval_files])
     _check_date(config.data.template_date)
+    _check_template_kwargs(config.data.template_kwargs or {})
     _check_optim(config)
     _check_contradictions(config, settings)
 
@@ -57,6 +58,39 @@ def _check_date(date: str | None) -> None:
             f"data.template_date is {date}, but must be a date such as 2026-01-31, or a date and "
             "time such as 2026-01-31T12:00:00."
         ) from None
+
+
+_TEMPLATE_RESERVED = {
+    "messages": "the rows give it",
+    "conversations": "the rows give it",
+    "tools": "the rows give it, in a column of that name",
+    "documents": "no format of rows has them",
+    "add_generation_prompt": "training and `generate` set it where it is due",
+    "continue_final_message": "every turn of a row is complete",
+    "tokenize": "training tokenizes by itself",
+    "chat_template": "data.chat_template chooses the template",
+    "strftime_now": "data.template_date sets the date",
+    "raise_exception": "templates refuse rows by it",
+}
+"""Names that the chat template gets elsewhere, and where from."""
+_OF_TOKENIZER = ("padding", "truncation", "max_length", "tokenizer_kwargs")
+_OF_TOKENIZER += ("return_dict", "return_tensors", "return_assistant_tokens_mask")
+
+
+def _check_template_kwargs(variables: dict[str, Any]) -> None:
+    """Refuse variables of the chat template that are no names, or that something else sets."""
+    for name in variables:
+        owner = _TEMPLATE_RESERVED.get(name)
+        if name in _OF_TOKENIZER:
+            owner = "it is an option of the tokenizer, not of the template"
+        elif name.endswith(("_token", "_special_tokens")):
+            owner = "the tokenizer gives it"
+        elif not name.isidentifier():
+            owner = "a variable's name has letters, digits and _ only"
+        if owner:
+            raise ConfigError(
+                f"data.template_kwargs sets {name}, but cannot: {owner}. Remove {name}."
+            )
 
 
 def _check_files(key: str, sources: Sequence[Source]) -> None:

@@ -142,6 +142,10 @@ class DataConfig:
     template_date: str | None = None
     """Date, and time, that the chat template is told (2026-01-31 or 2026-01-31T12:00:00); null:
     those of the run's first start, which a run that goes on keeps."""
+    template_kwargs: dict[str, Any] | None = None
+    """Variables that the chat template is given, such as
+    {enable_thinking: false}; saved with the adapter, and given by
+    `generate` as well."""
     cache_dir: str | None = None
     """Folder for tokenized data, which later runs find there; null:
     `qlora_dist` in the user's cache folder."""

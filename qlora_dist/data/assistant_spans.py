@@ -166,9 +166,12 @@ class TurnFinder:
         for index in range(len(messages)):
             if not sketch.content.is_target(index):
                 continue
-            before = self.template.render(messages[:index], tools, is_prompt=True)
             is_last = index + 1 == len(messages)
             through = whole if is_last else self.template.render(messages[: index + 1], tools)
+            if index:
+                before = self.template.render(messages[:index], tools, is_prompt=True)
+            else:
+                before = self._before_first(sketch, through)
             end = self._end(through, _place(through, sketch.marks[index]), len(before))
             span: Span | None = len(before), end
             # Templates rewrite earlier turns, for example without their thoughts.
@@ -183,6 +186,29 @@ class TurnFinder:
                 )
             spans.append(span)
         return _Outline.of(whole, spans)
+
+    def _before_first(self, sketch: MarkedConversation, through: str) -> str:
+        """Return the text up to an assistant's turn that opens the conversation, with its heading.
+
+        Raises:
+            RowFault: the turn has neither the heading of an answer nor words.
+        """
+        # Many templates fail without any message, so there is no prompt to render.
+        prompt = self.template.generation_prompt
+        words = (_place(through, mark) for mark in sketch.words[0])
+        first_word = min((place[0] for place in words if place), default=-1)
+        # Prompts may open thoughts that are no part of an answer without them.
+        for heading in (prompt, OPEN_THOUGHTS.sub("", prompt)):
+            at = through.find(heading) if heading else -1
+            if at >= 0 and (first_word < 0 or at + len(heading) <= first_word):
+                return through[: at + len(heading)]
+        if first_word >= 0:
+            return through[:first_word]
+        raise RowFault(
+            "first turn that cannot be located",
+            "the conversation starts with an assistant turn, and the chat template does not show "
+            "where it begins. Put a user turn before it, or remove it.",
+        )
 
     def _end(self, through: str, mark: Span | None, len_before: int) -> int:
         """Return the place past the end token of the turn that a text ends with."""

@@ -114,6 +114,7 @@ class _Request:
                 config.train_on,
                 config.allow_lost,
                 config.template_date if "strftime_now" in str(tokenizer.chat_template) else None,
+                config.template_kwargs,
             ],
             "code": [*code, transformers.__version__, tokenizers.__version__],
         }
@@ -147,6 +148,7 @@ _CODE = (
     "sources",
     "formats",
     "messages",
+    "message_forms",
     "chat_template",
     "placeholders",
     "assistant_spans",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime
 from functools import cached_property
@@ -12,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_dist.data.long_text import Span
-from qlora_dist.data.messages import Conversation, RowFault
+from qlora_dist.data.message_forms import CALL_FORMS, SIMILAR_ROLES, CallForm
+from qlora_dist.data.messages import EVERY_TEMPLATES_ROLES, Conversation, RowFault, unknown_role
 from qlora_dist.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -21,6 +23,9 @@ if TYPE_CHECKING:
 
 _BUILT_IN = Path(__file__).parent / "templates"
 _DATE_CALL = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
+_DATE_PARTS = (*"aAbBcdDeFGHIjklmMnpPrRsStTuUVwWxXyYzZ", *(f"-{x}" for x in "dHIjmMSU"))
+"""Letters that follow a percent sign in formats of dates."""
+_GENERATION_TAG = re.compile(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}")
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 
@@ -106,14 +111,22 @@ _FAILURES = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeE
 class ChatTemplate:
     """A tokenizer's chat template at work, in Jinja's sandbox and on plain data only."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, date: str | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        date: str | None = None,
+        variables: Mapping[str, Any] | None = None,
+    ) -> None:
         """Take the template of a tokenizer.
 
         Args:
             date: date and time that the template is told (ISO 8601); None: the present ones.
+            variables: further variables that the template is given (`data.template_kwargs`).
         """
         self.tokenizer = tokenizer
         self._date = None if date is None else datetime.fromisoformat(date)
+        self._variables = dict(variables or {})
+        self._roles: dict[str, str | None] = {}
 
     def render(
         self, messages: list[dict[str, Any]], tools: list[Any] | None, *, is_prompt: bool = False
@@ -124,7 +137,8 @@ class ChatTemplate:
             RowFault: the template refuses the conversation.
             DataError: the template does what the sandbox forbids, whatever the row is.
         """
-        return self._render(messages, tools, add_generation_prompt=is_prompt)[0]
+        written = self._written(messages)
+        return self._render(written, tools, add_generation_prompt=is_prompt)[0]
 
     def generations(
         self, messages: list[dict[str, Any]], tools: list[Any] | None
@@ -138,7 +152,8 @@ class ChatTemplate:
         """
         if not _GENERATION.search(self.tokenizer.get_chat_template(tools=tools)):
             return []
-        parts = self._render(messages, tools, return_assistant_tokens_mask=True)[1]
+        written = self._written(messages)
+        parts = self._render(written, tools, return_assistant_tokens_mask=True)[1]
         return [(int(first), int(last)) for first, last in parts]
 
     def _render(
@@ -149,9 +164,10 @@ class ChatTemplate:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         template = self._dated(self.tokenizer.get_chat_template(tools=tools))
+        given = {**options, **self._special_tokens_map, **self._variables}
         try:
             [text], [*parts] = render_jinja_template(
-                [messages], tools, chat_template=template, **options, **self._special_tokens_map
+                [messages], tools, chat_template=template, **given
             )
         # The sandbox raises OverflowError for a large range; it is an ArithmeticError as well.
         except (SecurityError, OverflowError, MemoryError) as error:
@@ -161,12 +177,7 @@ class ChatTemplate:
                 "template; choose another one with data.chat_template."
             ) from None
         except (TemplateError, *_FAILURES) as error:
-            roles = ", ".join(message["role"] for message in messages)
-            raise RowFault(
-                "refused by the chat template",
-                f"the model's chat template refuses this conversation ({roles}): "
-                f"{str(error) or type(error).__name__}.",
-            ) from None
+            raise _refused(messages, error) from None
         return text, parts[0] if parts else []
 
     def _dated(self, template: str) -> str:
@@ -175,36 +186,122 @@ class ChatTemplate:
         if date is None or "strftime_now" not in template:
             return template
         # transformers lets callers pass plain data only, so the calls are replaced in the text.
-        return _DATE_CALL.sub(lambda call: json.dumps(date.strftime(call[2])), template)
+        template = _DATE_CALL.sub(lambda call: json.dumps(date.strftime(call[2])), template)
+        # A format that stands in a variable: a macro takes the place of the function.
+        return _clock_macro(date) + template if "strftime_now" in template else template
 
-    def fitted(self, content: Conversation) -> Conversation:
-        """Return a conversation in the form that this template takes.
-
-        The role `developer` becomes `system` where the template does not show it, and arguments of
-        tool calls become JSON text where the template cannot take an object.
-        """
-        messages = [
-            {**message, "role": "system"}
-            if message["role"] == "developer" and not self.shows_developer
-            else message
-            for message in content.messages
-        ]
-        if any("tool_calls" in message for message in messages) and self.wants_text_arguments:
-            messages = [_with_text_arguments(message) for message in messages]
-        return replace(content, messages=messages)
+    def _written(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Return messages with their tool calls in the form that the template takes."""
+        if not any("tool_calls" in message for message in messages):
+            return messages
+        return [self.call_form.applied_to(message) for message in messages]
 
     @cached_property
+    def call_form(self) -> CallForm:
+        """The first form of tool calls that the template shows whole; the usual one if none."""
+        arguments = {"a": "zQvalueQz"}
+        function = {"name": "zQnameQz", "arguments": arguments}
+        call = {"id": "zQ00000Qz", "type": "function", "function": function}
+        answer: dict[str, Any] = {"role": "assistant", "content": "", "tool_calls": [call]}
+        for form in CALL_FORMS:
+            turns = [{"role": "user", "content": "zQaskedQz"}, form.applied_to(answer)]
+            try:
+                text = self._render(turns, None)[0]
+            except RowFault:
+                continue
+            # Written as it is, an object has Python's quotes.
+            if "zQnameQz" in text and "zQvalueQz" in text and repr(arguments) not in text:
+                return form
+        return CALL_FORMS[0]
+
+    def fitted(self, content: Conversation) -> Conversation:
+        """Return a conversation with the roles under which the template shows its messages.
+
+        Raises:
+            RowFault: neither the template nor this program knows a role.
+        """
+        roles = {message["role"] for message in content.messages}.difference(EVERY_TEMPLATES_ROLES)
+        names = {role: self.role_for(role) for role in roles}
+        if all(role == name for role, name in names.items()):
+            return content
+        for number, message in enumerate(content.messages, start=1):
+            if names.get(message["role"], "") is None:
+                raise unknown_role(message["role"], number)
+        messages = [
+            {**message, "role": names.get(message["role"], message["role"])}
+            for message in content.messages
+        ]
+        renamed = {(role, name) for role, name in names.items() if name and role != name}
+        return replace(content, messages=messages, renamed=frozenset(renamed))
+
+    def role_for(self, role: str) -> str | None:
+        """Return the role under which the template shows messages of a role; None: unknown."""
+        if role not in self._roles:
+            self._roles[role] = self._find_role(role)
+        return self._roles[role]
+
+    def _find_role(self, role: str) -> str | None:
+        others = SIMILAR_ROLES.get(role, ())
+        shown = [name for name in (role, *others) if self._shows(name)]
+        known = [name for name in shown if self._names_role(name)]
+        if known and role != "developer":
+            return known[0]
+        if role not in SIMILAR_ROLES:
+            return None  # a template that writes any role writes misspelled ones, too
+        if role == "developer":
+            return role if role in shown else "system"
+        return "tool" if "tool" in shown or not shown else shown[0]
+
+    def _shows(self, role: str) -> bool:
+        """True if the template shows messages of a role where they stand in conversations."""
+        call = {"id": "zQ00000Qz", "type": "function"}
+        call |= {"function": {"name": "zQnameQz", "arguments": {"a": "zQvalueQz"}}}
+        asked = {"role": "user", "content": "zQaskedQz"}
+        calling: dict[str, Any] = {"role": "assistant", "content": "", "tool_calls": [call]}
+        said = {"role": role, "content": "zQsaidQz"}
+        answering = {**said, "tool_call_id": "zQ00000Qz", "name": "zQnameQz"}
+        first, *later = [said, asked], [asked, said], [asked, calling, answering]
+        for turns in [first] if role in ("system", "developer") else later:
+            with suppress(RowFault):
+                if said["content"] in self.render(turns, None):
+                    return True
+        return False
+
+    def _names_role(self, role: str) -> bool:
+        """True if the template compares with a role, or the vocabulary has a token for it."""
+        name = re.escape(role)
+        compared = rf"[=!]=\s*(['\"]){name}\1|\bin\s*[\[(][^\])]*(['\"]){name}\2"
+        return f"<|{role}|>" in self.special_tokens or bool(re.search(compared, self.text))
+
+    @property
+    def unused_variables(self) -> list[str]:
+        """Names of the given variables that the template does not use."""
+        from jinja2 import Environment, meta
+
+        environment = Environment(extensions=["jinja2.ext.loopcontrols"], autoescape=True)
+        used: set[str] = set()
+        for text in _own_templates(self.tokenizer).values():
+            plain = _GENERATION_TAG.sub("", text)
+            used |= meta.find_undeclared_variables(environment.parse(plain))
+        return [name for name in self._variables if name not in used]
+
+    @property
     def ends_with_next_role(self) -> bool:
         """True if the token that opens the next message ends the assistant's turns (GLM)."""
+        return self.next_role_token is not None
+
+    @cached_property
+    def next_role_token(self) -> str | None:
+        """The token that opens a question and so ends the answer before it; None: another does."""
         question, answer = "zQaskedQz", "zQsaidQz"
         turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         try:
             if self.end_of_turn is not None:
-                return False
+                return None
             after = self.render([*turns, turns[0]], None).partition(answer)[2]
         except RowFault:
-            return False
-        return _first_special(after, self.special_tokens) is not None
+            return None
+        return _first_special(after, self.special_tokens)
 
     def with_ends(self, text: str, spans: list[Span]) -> tuple[str, list[Span]]:
         """Let each turn end with the token that the model is to write after it.
@@ -222,37 +319,20 @@ class ChatTemplate:
         return text, ended
 
     @cached_property
+    def generation_prompt(self) -> str:
+        """The text after a question that asks for an answer; empty if there is none."""
+        turns = [{"role": "user", "content": "zQaskedQz"}]
+        try:
+            asked = self.render(turns, None)
+            prompt = self.render(turns, None, is_prompt=True)
+        except RowFault:
+            return ""
+        return prompt[len(asked) :] if prompt.startswith(asked) else ""
+
+    @cached_property
     def text(self) -> str:
         """The template, or all of several."""
         return "".join(_own_templates(self.tokenizer).values())
-
-    @cached_property
-    def shows_developer(self) -> bool:
-        """True if the template shows messages of the role `developer`."""
-        rule = "zQruleQz"
-        turns = [{"role": "developer", "content": rule}, {"role": "user", "content": "zQaskedQz"}]
-        try:
-            return rule in self.render(turns, None)
-        except RowFault:
-            return False
-
-    @cached_property
-    def wants_text_arguments(self) -> bool:
-        """True if the template takes the arguments of a tool call as JSON text only."""
-        value = "zQvalueQz"
-        function = {"name": "zQnameQz", "arguments": {"a": value}}
-        call = {"id": "zQ00000Qz", "type": "function", "function": function}
-        answer: dict[str, Any] = {"role": "assistant", "content": "", "tool_calls": [call]}
-        turns: list[dict[str, Any]] = [{"role": "user", "content": "zQaskedQz"}, answer]
-        try:
-            # Written as it is, an object has Python's quotes.
-            return repr(function["arguments"]) in self.render(turns, None)
-        except RowFault:
-            pass
-        try:
-            return value in self.render([turns[0], _with_text_arguments(answer)], None)
-        except RowFault:
-            return False
 
     @cached_property
     def _special_tokens_map(self) -> dict[str, Any]:
@@ -267,6 +347,33 @@ class ChatTemplate:
         texts = {str(token) for token in added if token.special}
         texts.update(self.tokenizer.all_special_tokens)
         return tuple(sorted(filter(None, texts), key=lambda text: (-len(text), text)))
+
+    def special_token_in(self, content: Conversation) -> tuple[int, str] | None:
+        """Return the first special token in what others than the assistant say.
+
+        Returns:
+            the number of the message, from 1, and the token.
+        """
+        for number, message in enumerate(content.messages, start=1):
+            if message["role"] == "assistant":
+                continue
+            text = message["content"]
+            for opening, tokens in self._special_openings.items():
+                at = text.find(opening)
+                while at >= 0:
+                    if text.startswith(tokens, at):
+                        return number, next(t for t in tokens if text.startswith(t, at))
+                    at = text.find(opening, at + 1)
+        return None
+
+    @cached_property
+    def _special_openings(self) -> dict[str, tuple[str, ...]]:
+        """Special tokens by their first two characters, which few texts have."""
+        # A vocabulary has up to thousands of them; a pattern of them all would be slow.
+        openings: dict[str, list[str]] = {}
+        for token in self.special_tokens:
+            openings.setdefault(token[:2], []).append(token)
+        return {opening: tuple(tokens) for opening, tokens in openings.items()}
 
     @cached_property
     def special_ids(self) -> frozenset[int]:
@@ -288,24 +395,34 @@ class ChatTemplate:
         return special and special.group()
 
 
+def _refused(messages: list[dict[str, Any]], error: Exception) -> RowFault:
+    """Return the fault of a conversation that a template refuses."""
+    roles = [message["role"] for message in messages]
+    remedy = "Change the row, or choose another template with data.chat_template."
+    if next((role for role in roles if role not in ("system", "developer")), "") == "assistant":
+        remedy = (
+            "It starts with an assistant turn, which nothing asked for: put a user turn before it, "
+            "remove it, or choose another template with data.chat_template."
+        )
+    return RowFault(
+        "refused by the chat template",
+        f"the model's chat template refuses this conversation ({', '.join(roles)}): "
+        f"{(str(error) or type(error).__name__).rstrip('.')}. {remedy}",
+    )
+
+
 def _first_special(text: str, special_tokens: tuple[str, ...]) -> str | None:
     return next((token for token in special_tokens if text.startswith(token)), None)
 
 
-def _with_text_arguments(message: dict[str, Any]) -> dict[str, Any]:
-    if "tool_calls" not in message:
-        return message
-    calls = [
-        {
-            **call,
-            "function": {
-                **call["function"],
-                "arguments": json.dumps(call["function"]["arguments"], ensure_ascii=False),
-            },
-        }
-        for call in message["tool_calls"]
-    ]
-    return {**message, "tool_calls": calls}
+def _clock_macro(date: datetime) -> str:
+    """Return a Jinja macro that formats one date as `strftime_now` formats the present one."""
+    # The sign stands for a percent sign while the others are replaced.
+    steps = [("%%", "\0"), *((f"%{letter}", date.strftime(f"%{letter}")) for letter in _DATE_PARTS)]
+    filters = "".join(f" | replace({json.dumps(old)}, {json.dumps(new)})" for old, new in steps)
+    filters += f" | replace({json.dumps(chr(0))}, '%')"
+    # Jinja drops the line break, so that the template begins on a line of its own.
+    return f"{{%- macro strftime_now(format) -%}}{{{{ format{filters} }}}}{{%- endmacro %}}\n"
 
 
 def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
@@ -314,7 +431,9 @@ def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
     None if the tokenizer has no template, or its template ends turns without a special token.
     """
     try:
-        token = ChatTemplate(tokenizer).end_of_turn if tokenizer.chat_template else None
+        template = ChatTemplate(tokenizer)
+        has_one = bool(tokenizer.chat_template)
+        token = (template.end_of_turn or template.next_role_token) if has_one else None
     except RowFault:
         return None
     return None if token is None else int(tokenizer.convert_tokens_to_ids(token))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qlora_dist.config.schema import DataConfig, TrainConfig
 from qlora_dist.data.cache import TokenizedSource, tokenized
-from qlora_dist.data.chat_template import set_chat_template
+from qlora_dist.data.chat_template import ChatTemplate, set_chat_template
 from qlora_dist.data.messages import PromptLayout
 from qlora_dist.data.packing import pack
 from qlora_dist.data.report import Report
@@ -74,6 +74,7 @@ def load_data(
     reports = tuple(source.report for source in [*sources, *eval_sources])
     weights = tuple(source.weight for source in config.sources)
     notes = [report.sentence(limit) for report in reports]
+    notes += unused_variables(reports, tokenizer, config)
     for number, weight in enumerate(weights):
         if len(weights) > 1 or weight != 1:
             notes[number] += f", weight {weight:g}"
@@ -95,6 +96,23 @@ def load_data(
     sizes = tuple(map(len, train))
     train_rows, eval_rows = Rows.concatenated(train), Rows.concatenated(held_out)
     return RunData(train_rows, eval_rows, sizes, weights, reports, notes)
+
+
+def unused_variables(
+    reports: Sequence[Report], tokenizer: PreTrainedTokenizerBase, config: DataConfig
+) -> list[str]:
+    """Return a sentence about the variables of `data.template_kwargs` that have no effect."""
+    variables = config.template_kwargs or {}
+    unused = list(variables)
+    if any(report.layout == "messages" for report in reports):
+        unused = ChatTemplate(tokenizer, variables=variables).unused_variables
+    if not unused:
+        return []
+    return [
+        f"data.template_kwargs sets {', '.join(unused)}, which the chat template does not use: "
+        f"remove {'it' if len(unused) == 1 else 'them'}, or choose another template with "
+        "data.chat_template"
+    ]
 
 
 def _split(source: TokenizedSource, eval_fraction: float, seed: int) -> tuple[Rows, Rows]:

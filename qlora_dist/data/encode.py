@@ -45,8 +45,9 @@ def encode_rows(
     """
     format, rows = recognize_format(rows, config.format)
     report = Report(path, format)
-    turns = TurnFinder(ChatTemplate(tokenizer, config.template_date), config.allow_lost or ())
-    for batch in _batches((row.where, _content(row, report, turns.template)) for row in rows):
+    template = ChatTemplate(tokenizer, config.template_date, config.template_kwargs)
+    turns = TurnFinder(template, config.allow_lost or ())
+    for batch in _batches((row.where, _content(row, report, template)) for row in rows):
         good = [placed for placed in batch if not isinstance(placed[1], RowFault)]
 
         def count_lost(number: int, kind: LostKind, good: Any = good) -> None:
@@ -100,10 +101,8 @@ def _content(row: Row, report: Report, template: ChatTemplate) -> _Content:
                 report.is_open_ended = _is_open_ended(template, report.path)
             report.layout = content.layout
         if isinstance(content, Conversation):
-            for key in content.unread:
-                if key not in template.text:
-                    report.count_unread(key, row.where)
             content = template.fitted(content)
+            report.count_content(content, template, row.where)
     except RowFault as fault:
         return fault
     except RecursionError:

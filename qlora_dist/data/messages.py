@@ -13,9 +13,11 @@ from typing import Any, ClassVar, Literal
 PromptLayout = Literal["messages", "prompt_completion", "text"]
 """Ways to show rows to the model: by its chat template, or as text with or without a prompt."""
 
-ROLES = ("system", "user", "assistant", "tool", "developer")
-OTHER_ROLES = {"function": "tool", "ipython": "tool", "observation": "tool"}
-"""Names that other programs give the roles of `messages`."""
+EVERY_TEMPLATES_ROLES = ("system", "user", "assistant")
+TOOL_ROLES = ("tool", "ipython", "observation", "function", "tool_response", "tool_results")
+"""Names that templates and data give the role of a tool's answer; the usual one first."""
+_USUAL_ROLES = (*EVERY_TEMPLATES_ROLES, "developer", *TOOL_ROLES)
+"""Roles that are read under any template; others only where the template knows them."""
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _KNOWN_KEYS = frozenset(
     [
@@ -56,6 +58,8 @@ class Conversation:
     """Indices of assistant turns that are marked not to be learned: they are context."""
     unread: frozenset[str] = frozenset()
     """Keys of messages with a value that neither this program nor templates in general know."""
+    renamed: frozenset[tuple[str, str]] = frozenset()
+    """Roles that the chat template does not know, each with the role that stands for it."""
     layout: ClassVar[PromptLayout] = "messages"
 
     def is_target(self, index: int) -> bool:
@@ -87,19 +91,16 @@ def read_conversation(messages: Any, row: Mapping[str, Any], column: str) -> Con
     )
     unread = frozenset(chain(*checked)) - _KNOWN_KEYS
     roles = [message["role"] for message in checked]
-    if next((role for role in roles if role not in ("system", "developer")), "") == "assistant":
-        raise RowFault(
-            "starts with an assistant turn",
-            "the conversation starts with an assistant turn, which nothing asked for. Put a user "
-            "turn before it, or remove it.",
-        )
     for number, (before, role) in enumerate(zip(["nobody", *roles], roles, strict=False), start=1):
-        if role == "tool" and before not in ("assistant", "tool"):
+        if role in TOOL_ROLES and before not in ("assistant", *TOOL_ROLES):
             raise RowFault(
                 "tool turn that nothing called",
-                f"message {number} has the role tool, but comes after {before}: a tool answers an "
-                "assistant's call.",
+                f"message {number} has the role {role}, but comes after {before}: a tool answers "
+                "an assistant's call. Put the call before it, or remove it.",
             )
+    for number, role in enumerate(roles, start=1):
+        if "assistant" not in roles and role not in _USUAL_ROLES:
+            raise unknown_role(role, number)
     if "assistant" not in roles:
         raise RowFault(
             "no assistant turn",
@@ -115,20 +116,23 @@ def read_conversation(messages: Any, row: Mapping[str, Any], column: str) -> Con
     return Conversation(checked, _tools(row), muted=muted, unread=unread)
 
 
+def unknown_role(role: object, number: int) -> RowFault:
+    """Return the fault of a message whose role nothing knows."""
+    return RowFault(
+        "unknown role",
+        f"message {number} has the role {role!r}, which the chat template does not know. Use one "
+        f"of {', '.join(_USUAL_ROLES)}, or a template that knows it (data.chat_template).",
+    )
+
+
 def _checked(message: Any, number: int) -> dict[str, Any]:
     if not isinstance(message, Mapping):
         raise _without_content(message, number)
     role = message.get("role")
-    role = OTHER_ROLES.get(role, role) if isinstance(role, str) else role
-    if role not in ROLES:
-        raise RowFault(
-            "unknown role",
-            f"message {number} has the role {role!r}, but a role is one of {', '.join(ROLES)} "
-            f"(also read are {', '.join(OTHER_ROLES)}).",
-        )
+    if not isinstance(role, str):
+        raise unknown_role(role, number)
     # Tables give every message all names; templates test some of them for existence.
     checked = {name: value for name, value in message.items() if value is not None}
-    checked["role"] = role
     # OpenAI's older form: one call, beside or instead of the list.
     if older := checked.pop("function_call", None):
         checked["tool_calls"] = [*_listed(checked.get("tool_calls")), older]
@@ -139,9 +143,20 @@ def _checked(message: Any, number: int) -> dict[str, Any]:
     content = checked.get("content", "" if "tool_calls" in checked else None)
     if isinstance(content, list):
         content = "".join(_text_of_part(part, number) for part in content if part is not None)
+    if not isinstance(content, str) and role not in _USUAL_ROLES:
+        raise unknown_role(role, number)
     if not isinstance(content, str):
         raise _without_content(message, number, " or `tool_calls`" if role == "assistant" else "")
     return {**checked, "content": content}
+
+
+def unopened_thoughts(content: Conversation) -> int | None:
+    """Return the number of the first answer that ends thoughts which it does not begin."""
+    for number, message in enumerate(content.messages, start=1):
+        before, tag, _ = message["content"].partition("</think>")
+        if tag and "<think>" not in before and message["role"] == "assistant":
+            return number
+    return None
 
 
 def _is_muted(message: dict[str, Any], number: int) -> bool:

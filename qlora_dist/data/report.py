@@ -8,17 +8,38 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from qlora_dist.config.schema import DataConfig
+from qlora_dist.data.chat_template import ChatTemplate
 from qlora_dist.data.formats import Format
-from qlora_dist.data.messages import PromptLayout, RowFault
+from qlora_dist.data.messages import Conversation, PromptLayout, RowFault, unopened_thoughts
 from qlora_dist.data.samples import Sample
 from qlora_dist.errors import DataError
 
+_OTHER_TEMPLATE = "choose a template that shows them with data.chat_template"
 _LOST = {
-    "text": "text",
-    "thoughts": "thoughts (reasoning_content, or <think> in the text)",
-    "tool_calls": "tool calls",
-    "tools": "the list of tools",
+    "text": ("text", f"remove it from the rows, or {_OTHER_TEMPLATE}"),
+    "thoughts": ("thoughts (reasoning_content, or <think> in the text)", _OTHER_TEMPLATE),
+    "tool_calls": ("tool calls", f"{_OTHER_TEMPLATE}, or write them as text"),
+    "tools": ("the list of tools", f"remove the column, or {_OTHER_TEMPLATE}"),
 }
+"""Parts that a template leaves out, each with the remedy."""
+_SUSPECT = {
+    "closing tag": (
+        "assistant's answers have </think> without <think> before it",
+        "write the opening tag, or remove the closing one",
+    ),
+    "special token": (
+        "the text of system, user or tool has a special token, which the model takes for one of "
+        "the template's own",
+        "remove it from the text, unless it is meant",
+    ),
+}
+"""Likely mistakes in the text of rows, each with the remedy."""
+
+
+def _count(counts: dict[str, tuple[int, str]], key: str, where: str) -> None:
+    """Count a row; the place of the first one stays."""
+    number, first = counts.get(key, (0, where))
+    counts[key] = number + 1, first
 
 
 @dataclass
@@ -33,8 +54,7 @@ class FaultyRows:
     def add(self, fault: RowFault, where: str) -> None:
         self.num_rows += 1
         self.first_message = self.first_message or f"{where}: {fault}"
-        count, first = self.reasons.get(fault.reason, (0, where))
-        self.reasons[fault.reason] = count + 1, first
+        _count(self.reasons, fault.reason, where)
 
     def most_frequent(self) -> list[tuple[str, int, str]]:
         """Return (reason, number of rows, place of the first), the most frequent first."""
@@ -81,15 +101,32 @@ class Report:
     unread: dict[str, tuple[int, str]] = field(default_factory=dict)
     """Keys of messages that nothing reads: number of rows, and the place of the first."""
 
+    roles: dict[str, tuple[int, str]] = field(default_factory=dict)
+    """Roles unknown to the template, as "developer as system": number of rows, place of the first.
+    """
+    suspect: dict[str, tuple[int, str]] = field(default_factory=dict)
+    """Likely mistakes in the text: number of rows, and the place of the first."""
+    call_form: str = ""
+    """Form in which the template takes tool calls, if the rows have some and it is unusual."""
+
     def count_lost(self, kind: str, where: str) -> None:
         """Count a row of which the template leaves out a part."""
-        number, first = self.lost.get(kind, (0, where))
-        self.lost[kind] = number + 1, first
+        _count(self.lost, kind, where)
 
-    def count_unread(self, key: str, where: str) -> None:
-        """Count a row with a key of messages that nothing reads."""
-        number, first = self.unread.get(key, (0, where))
-        self.unread[key] = number + 1, first
+    def count_content(self, content: Conversation, template: ChatTemplate, where: str) -> None:
+        """Count what is odd about a conversation, before it is rendered."""
+        for key in content.unread:
+            if key not in template.text:
+                _count(self.unread, key, where)
+        for role, name in sorted(content.renamed):
+            _count(self.roles, f"{role} as {name}", where)
+        if number := unopened_thoughts(content):
+            _count(self.suspect, "closing tag", f"{where}, message {number}")
+        if found := template.special_token_in(content):
+            number, token = found
+            _count(self.suspect, "special token", f"{where}, message {number}: {token}")
+        if not self.call_form and any("tool_calls" in message for message in content.messages):
+            self.call_form = str(template.call_form)
 
     def count(self, sample: Sample) -> None:
         """Add a sample that is used."""
@@ -113,26 +150,42 @@ class Report:
             (self.faulty.num_rows, f"faulty rows left out: {self.faulty}"),
         ):
             text += f", {count:,} {fate}" if count else ""
-        text += "".join(f"; {remark}" for remark in self.remarks())
+        text += "".join(f"\n  {remark}" for remark in self.remarks())
         if self.is_open_ended:
             text += (
-                "; the chat template ends the assistant's turns without a special token, so the "
+                "\n  the chat template ends the assistant's turns without a special token, so the "
                 "model does not learn to stop: choose another one with data.chat_template"
             )
         return text
 
     def remarks(self) -> list[str]:
         """Say what of the rows is not learned although they are used, each with count and place."""
-        return [
-            *(
-                f"the chat template leaves out {_LOST[kind]} of {count:,} rows (first: {where})"
-                for kind, (count, where) in self.lost.items()
-            ),
-            *(
-                f"nothing reads the key `{key}` of messages ({count:,} rows, first: {where})"
-                for key, (count, where) in self.unread.items()
-            ),
+        told = [
+            f"the chat template leaves out {_LOST[kind][0]} of {count:,} rows (first: {where}): "
+            f"{_LOST[kind][1]}"
+            for kind, (count, where) in self.lost.items()
         ]
+        told += [
+            f"nothing reads the key `{key}` of messages ({count:,} rows, first: {where}): remove "
+            "it, or choose a template that reads it"
+            for key, (count, where) in self.unread.items()
+        ]
+        told += [
+            f"the chat template does not know the role {names.partition(' ')[0]}, so it reads "
+            f"{names} ({count:,} rows, first: {where}): rename the role, or choose a template that "
+            "knows it"
+            for names, (count, where) in self.roles.items()
+        ]
+        told += [
+            f"{_SUSPECT[kind][0]} ({count:,} rows, first: {where}): {_SUSPECT[kind][1]}"
+            for kind, (count, where) in self.suspect.items()
+        ]
+        if self.call_form:
+            told.append(
+                f"the chat template takes {self.call_form}: the rows' calls are written so for it, "
+                "and can stay as they are"
+            )
+        return told
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as plain data."""
@@ -146,7 +199,7 @@ class Report:
         faulty.reasons = {reason: (n, where) for reason, (n, where) in faulty.reasons.items()}
         counted = {
             name: {key: (n, where) for key, (n, where) in values[name].items()}
-            for name in ("lost", "unread")
+            for name in ("lost", "unread", "roles", "suspect")
         }
         return cls(**{**values, **counted, "faulty": faulty})
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qlora_dist.config.schema import TrainConfig
-from qlora_dist.data.dataset import RunData
+from qlora_dist.data.dataset import RunData, unused_variables
 from qlora_dist.data.order import BatchPlan, SampleOrder, run_end, sample_order
 from qlora_dist.data.packing import pack
 from qlora_dist.data.report import Report
@@ -148,6 +148,8 @@ class Facts:
     run: RunFacts
     leak: Leak | None
     """None: nothing is evaluated."""
+    remarks: tuple[str, ...] = ()
+    """Sentences about settings without effect."""
 
     @property
     def configured(self) -> Batching:
@@ -186,6 +188,7 @@ def gather_facts(
         batchings=batchings(data, config),
         run=_run(order, config, int(targets[stream].sum())),
         leak=_leak(train_scan, eval_scan) if len(held_out) else None,
+        remarks=tuple(unused_variables(data.reports, tokenizer, config.data)),
     )
 
 

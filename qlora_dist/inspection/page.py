@@ -202,6 +202,7 @@ def warnings(facts: Facts) -> list[str]:
         *(_about_cuts(source, facts.run.max_seq_len) for source in facts.sources),
         _about_padding(facts),
         _about_short_epoch(facts),
+        *(f"{visible(remark)}." for remark in facts.remarks),
     ]
     return [sentence for sentence in found if sentence]
 

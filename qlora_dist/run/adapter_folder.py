@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -34,6 +35,8 @@ class AdapterRecord:
     base: ModelConfig
     layout: PromptLayout
     """Form in which the model saw its training data, and in which `generate` writes prompts."""
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Variables that the chat template was given, and that `generate` gives it."""
 
 
 def save_adapter(
@@ -101,7 +104,8 @@ def read_adapter_record(folder: Path) -> AdapterRecord:
     saved = read_json(record, ModelError) if record.is_file() else {}
     # PEFT's file decides on the path: users edit it when the base model has moved.
     base = ModelConfig(**{**saved.get("base", {}), "path": str(base_path)})
-    return AdapterRecord(base, saved.get("layout", "messages"))
+    layout, variables = saved.get("layout", "messages"), saved.get("template_kwargs") or {}
+    return AdapterRecord(base, layout, variables)
 
 
 def _verify(folder: Path, weights: dict[str, Tensor]) -> None:

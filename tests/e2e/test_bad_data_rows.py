@@ -39,11 +39,6 @@ BAD_ROWS: dict[str, tuple[dict, str, str]] = {
         "message 1 is 'hello'",
     ),
     "no answer": (chat(ASKED), "no assistant turn", "Add the answer"),
-    "an answer first": (
-        chat(ANSWERED, ASKED),
-        "starts with an assistant turn",
-        "Put a user turn before it",
-    ),
     "a tool that nothing called": (
         chat(ASKED, ("tool", "4"), ANSWERED),
         "tool turn that nothing called",

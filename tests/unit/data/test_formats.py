@@ -179,7 +179,6 @@ CALL = {"function": {"name": "f", "arguments": "{}"}}
         ("messages", {"text": "a"}, "text row"),
         ("messages", {"messages": []}, "empty row"),
         ("messages", {"messages": None}, "empty row"),
-        ("messages", {"messages": [ANSWER, USER]}, "starts with an assistant turn"),
         ("messages", {"messages": [USER]}, "no assistant turn"),
         (
             "messages",

@@ -326,13 +326,18 @@ def test_whitespace_is_a_target_when_the_tokenizer_trims_offsets(tokenizer) -> N
     )
 
 
-def test_a_conversation_that_the_assistant_starts_is_refused(tokenizer) -> None:
-    """A first turn of the assistant is refused, since no prompt precedes it."""
-    row = {
-        "messages": [{"role": "assistant", "content": "hello"}, *chat("hi", "there")["messages"]]
-    }
-    with pytest.raises(DataError, match="row 1: the conversation starts with an assistant turn"):
-        encode([row], tokenizer)
+@pytest.mark.parametrize("system", [None, "be brief"])
+def test_a_conversation_that_the_assistant_starts(tokenizer, system: str | None) -> None:
+    """A first turn of the assistant is learned if the template shows it, else refused.
+
+    A system turn before it makes no difference.
+    """
+    turns = [{"role": "assistant", "content": "hello"}, *chat("hi", "there")["messages"]]
+    row = {"messages": chat(system=system)["messages"] + turns}
+    [sample] = encode([row], tokenizer).samples
+    assert targets(sample, tokenizer) == f"hello{END}there{END}"
+    refusing = with_template(tokenizer, ALTERNATING)
+    assert "starts with an assistant turn, which nothing asked for: put" in refusal([row], refusing)
 
 
 # -- text
