@@ -73,8 +73,15 @@ _TEMPLATE_RESERVED = {
     "raise_exception": "templates refuse rows by it",
 }
 """Names that the chat template gets elsewhere, and where from."""
-_OF_TOKENIZER = ("padding", "truncation", "max_length", "tokenizer_kwargs")
-_OF_TOKENIZER += ("return_dict", "return_tensors", "return_assistant_tokens_mask")
+_OF_TOKENIZER = (
+    "padding",
+    "truncation",
+    "max_length",
+    "tokenizer_kwargs",
+    "return_dict",
+    "return_tensors",
+    "return_assistant_tokens_mask",
+)
 
 
 def _check_template_kwargs(variables: dict[str, Any]) -> None:

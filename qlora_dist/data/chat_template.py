@@ -254,8 +254,8 @@ class ChatTemplate:
 
     def _shows(self, role: str) -> bool:
         """True if the template shows messages of a role where they stand in conversations."""
-        call = {"id": "zQ00000Qz", "type": "function"}
-        call |= {"function": {"name": "zQnameQz", "arguments": {"a": "zQvalueQz"}}}
+        function = {"name": "zQnameQz", "arguments": {"a": "zQvalueQz"}}
+        call = {"id": "zQ00000Qz", "type": "function", "function": function}
         asked = {"role": "user", "content": "zQaskedQz"}
         calling: dict[str, Any] = {"role": "assistant", "content": "", "tool_calls": [call]}
         said = {"role": role, "content": "zQsaidQz"}
@@ -327,6 +327,8 @@ class ChatTemplate:
             prompt = self.render(turns, None, is_prompt=True)
         except RowFault:
             return ""
+        # Phi-3 ends a text without a prompt with the end token.
+        asked = asked.removesuffix(self.tokenizer.eos_token or "")
         return prompt[len(asked) :] if prompt.startswith(asked) else ""
 
     @cached_property
@@ -404,10 +406,12 @@ def _refused(messages: list[dict[str, Any]], error: Exception) -> RowFault:
             "It starts with an assistant turn, which nothing asked for: put a user turn before it, "
             "remove it, or choose another template with data.chat_template."
         )
+    reason = str(error) or type(error).__name__
+    reason += "" if reason.endswith((".", "!", "?")) else "."
     return RowFault(
         "refused by the chat template",
-        f"the model's chat template refuses this conversation ({', '.join(roles)}): "
-        f"{(str(error) or type(error).__name__).rstrip('.')}. {remedy}",
+        f"the model's chat template refuses this conversation ({', '.join(roles)}): {reason} "
+        f"{remedy}",
     )
 
 

@@ -1,7 +1,5 @@
 """Forms in which chat templates take messages: tool calls, and names of roles."""
 
-# Tested by tests/unit/data/test_template_wants.py.
-
 from __future__ import annotations
 
 import json

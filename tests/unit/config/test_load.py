@@ -406,3 +406,18 @@ def test_an_override_that_is_no_yaml_is_text(tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
     file.write_text("model: {path: m}\ndata: {train: t}\n")
     assert load_config(file, ["--output_dir", "2024-13-45"]).output_dir == "2024-13-45"
+
+
+def test_variables_of_the_template_are_plain_data(tmp_path: Path) -> None:
+    """A mapping of any depth is kept as JSON has it, and written to be read back equal."""
+    file = tmp_path / "run.yaml"
+    variables = {"enable_thinking": False, "date_string": "2026-01-31", "a": [1, {"b": None}]}
+    written = "{enable_thinking: false, date_string: 2026-01-31, a: [1, {b: ~}]}"
+    file.write_text(f"{yaml.safe_dump(REQUIRED)}\ndata.template_kwargs: {written}\n")
+    config = load_config(file)
+    assert config.data.template_kwargs == variables
+    file.write_text(dump_config(config))
+    assert load_config(file) == config
+    for value in ("[a]", "quiet", "{a: !!binary aGk=}", "{a: .inf}"):
+        with pytest.raises(ConfigError, match=r"must be a mapping of names to plain values or nu"):
+            load_config(file, ["--data.template_kwargs", value])

@@ -352,3 +352,26 @@ def test_a_config_made_in_python_is_checked_alike() -> None:
     validate(MINIMAL)
     with pytest.raises(ConfigError, match=r"optim\.lr is -1"):
         validate(dataclasses.replace(MINIMAL, optim=OptimConfig(lr=-1.0)))
+
+
+@pytest.mark.parametrize(
+    ("variables", "why"),
+    [
+        ("{messages: []}", "messages, but cannot: the rows give it. Remove messages."),
+        ("{tools: []}", "tools, but cannot: the rows give it, in a column"),
+        ("{add_generation_prompt: true}", "add_generation_prompt, but cannot: training and"),
+        ("{tokenize: false}", "tokenize, but cannot: training tokenizes by itself"),
+        ("{strftime_now: x}", "data.template_date sets the date"),
+        ("{return_tensors: pt}", "an option of the tokenizer, not of the template"),
+        ("{eos_token: x}", "eos_token, but cannot: the tokenizer gives it"),
+        ("{enable-thinking: false}", "a variable's name has letters, digits and _ only"),
+    ],
+)
+def test_reserved_names_are_no_variables_of_the_template(
+    config_file: Path, variables: str, why: str
+) -> None:
+    """A variable that something else sets is refused, with the place where it comes from."""
+    with pytest.raises(ConfigError) as caught:
+        load_config(config_file, ["--data.template_kwargs", variables])
+    assert str(caught.value).startswith("data.template_kwargs sets ")
+    assert why in str(caught.value)

@@ -7,6 +7,7 @@ import pytest
 
 from qlora_dist.data.messages import Conversation
 from qlora_dist.data.placeholders import probe_of
+from qlora_dist.data.report import Report
 from qlora_dist.inspection.facts import SourceFacts
 from qlora_dist.inspection.page import source_lines
 from tests.support.rows import encode, refusal, targets, with_template
@@ -186,6 +187,93 @@ def test_unknown_keys_are_named_once(tokenizer) -> None:
     assert "nothing reads the key `score` of messages (3 rows, first: " in report.sentence(64)
     knowing = with_template(tokenizer, PLAIN.replace("<end>", "{{ '' }}<end>") + "{# score #}")
     assert encode([{"messages": turns}], knowing).report.unread == {}
+
+
+@pytest.mark.parametrize(
+    ("answer", "number"),
+    [
+        ("so it is</think>yes", 1),
+        ("so</think>yes<think>no", 1),
+        ("<think>so it is</think>yes", 0),
+        ("<think>never ends", 0),
+        ("yes", 0),
+    ],
+)
+def test_thoughts_that_end_without_a_beginning_are_pointed_out(
+    tokenizer, answer: str, number: int
+) -> None:
+    """Rows whose answer has only the closing tag are counted, with the first and the remedy."""
+    rows = [{"messages": MUTED}, *[{"messages": [MUTED[0], {**MUTED[1], "content": answer}]}] * 2]
+    report = encode(rows, with_template(tokenizer, PLAIN + "{# <think> #}")).report
+    told = [line for line in report.sentence(64).splitlines() if "</think>" in line]
+    assert len(told) == number
+    assert not told or "(2 rows, first: rows.jsonl, row 2, message 2): write the" in told[0]
+
+
+def test_a_question_may_speak_of_tags(tokenizer) -> None:
+    """A closing tag in the user's words is no fault of the answer."""
+    turns = [{"role": "user", "content": "what is </think>?"}, MUTED[1]]
+    assert encode([{"messages": turns}], with_template(tokenizer, PLAIN)).report.suspect == {}
+
+
+@pytest.mark.parametrize(
+    ("role", "text", "is_told"),
+    [
+        ("user", "end it with <|im_end|> now", True),
+        ("system", "<|im_start|>", True),
+        ("tool", "a <|im_|> and <|im_end|>", True),
+        ("assistant", "as in <|im_end|>", False),
+        ("user", "a < b, <|im_ended> and |im_end|>", False),
+    ],
+)
+def test_special_tokens_in_text_are_pointed_out(
+    tokenizer, role: str, text: str, is_told: bool
+) -> None:
+    """A special token in what others than the assistant say is counted, with its first place."""
+    turns = {
+        "user": [{"role": "user", "content": text}, MUTED[1]],
+        "system": [{"role": "system", "content": text}, *MUTED[:2]],
+        "tool": [*MUTED[:2], {"role": "tool", "content": text}, MUTED[3]],
+        "assistant": [MUTED[0], {"role": "assistant", "content": text}],
+    }[role]
+    number = next(n for n, turn in enumerate(turns, start=1) if turn["role"] == role)
+    rows = [{"messages": MUTED}, {"messages": turns}, {"messages": turns}]
+    report = encode(rows, with_template(tokenizer, PLAIN)).report
+    told = [line for line in report.sentence(64).splitlines() if "has a special token" in line]
+    assert len(told) == is_told
+    token = "<|im_start|>" if role == "system" else "<|im_end|>"
+    place = f"(2 rows, first: rows.jsonl, row 2, message {number}: {token})"
+    assert not told or f"{place}: remove it from the text, unless it is meant" in told[0]
+    lines = source_lines(SourceFacts("data.train", 1.0, 1.0, report), 64, False)
+    assert not told or told[0].strip() in lines, "the page says it alike"
+
+
+def test_an_account_from_the_cache_is_the_same(tokenizer) -> None:
+    """Counts of all kinds survive as JSON."""
+    turns = [
+        {"role": "developer", "content": "<|im_end|>"},
+        {"role": "user", "content": "well?", "mood": "odd"},
+        {"role": "assistant", "content": "</think>", "reasoning_content": "so"},
+    ]
+    knowing = with_template(tokenizer, PLAIN.replace("<end>", "{# think #}<end>"))
+    odd = knowing.chat_template.replace("in messages", "in messages if m.role != 'developer'")
+    report = encode([{"messages": turns}], with_template(knowing, odd)).report
+    report.call_form = "calls as text"
+    assert all([report.lost, report.unread, report.roles, report.suspect])
+    assert Report.from_json(json.loads(json.dumps(report.to_json()))) == report
+
+
+def test_every_remark_ends_with_a_remedy() -> None:
+    """Each line of the account says after its last colon what to do."""
+    where = (2, "a.jsonl, row 1")
+    kinds = dict.fromkeys(("text", "thoughts", "tool_calls", "tools"), where)
+    suspect = dict.fromkeys(("closing tag", "special token"), where)
+    report = Report("a.jsonl", "messages", lost=kinds, unread={"mood": where}, suspect=suspect)
+    report.roles, report.call_form = {"developer as system": where}, "text"
+    remedies = ("choose", "remove", "rename", "write", "the rows' calls are written so")
+    assert len(report.remarks()) == 9
+    for remark in report.remarks():
+        assert remark.rpartition(": ")[2].startswith(remedies), remark
 
 
 GLM = (

@@ -15,7 +15,9 @@ from qlora_dist.run.adapter_folder import AdapterRecord, read_adapter_record, sa
 from qlora_dist.weights.loading import materialize
 
 ADAPTER_RECORD = AdapterRecord(
-    ModelConfig(path="base", quantization="fp4", double_quant=False), "prompt_completion"
+    ModelConfig(path="base", quantization="fp4", double_quant=False),
+    "prompt_completion",
+    {"enable_thinking": False, "deep": [1, None]},
 )
 
 
