@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from qlora_dist.atomic import whole_folder
 from qlora_dist.config.schema import DataConfig
+from qlora_dist.data.chat_template import ChatTemplate
 from qlora_dist.data.encode import encode_rows
 from qlora_dist.data.report import Report
 from qlora_dist.data.samples import SampleStore, SampleWriter
@@ -113,7 +114,7 @@ class _Request:
                 config.too_long,
                 config.train_on,
                 config.allow_lost,
-                config.template_date if "strftime_now" in str(tokenizer.chat_template) else None,
+                ChatTemplate(tokenizer, config.template_date).dated_text,
                 config.template_kwargs,
             ],
             "code": [*code, transformers.__version__, tokenizers.__version__],
@@ -150,6 +151,7 @@ _CODE = (
     "messages",
     "message_forms",
     "chat_template",
+    "template_date",
     "placeholders",
     "assistant_spans",
     "tokenization",

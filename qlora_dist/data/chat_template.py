@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from qlora_dist.data.long_text import Span
 from qlora_dist.data.message_forms import CALL_FORMS, SIMILAR_ROLES, CallForm
 from qlora_dist.data.messages import EVERY_TEMPLATES_ROLES, Conversation, RowFault, unknown_role
+from qlora_dist.data.template_date import with_date
 from qlora_dist.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -22,9 +23,6 @@ if TYPE_CHECKING:
 
 
 _BUILT_IN = Path(__file__).parent / "templates"
-_DATE_CALL = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
-_DATE_PARTS = (*"aAbBcdDeFGHIjklmMnpPrRsStTuUVwWxXyYzZ", *(f"-{x}" for x in "dHIjmMSU"))
-"""Letters that follow a percent sign in formats of dates."""
 _GENERATION_TAG = re.compile(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}")
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
@@ -182,13 +180,14 @@ class ChatTemplate:
 
     def _dated(self, template: str) -> str:
         """Return a template that is told the run's date instead of the present one."""
-        date = self._date
-        if date is None or "strftime_now" not in template:
-            return template
-        # transformers lets callers pass plain data only, so the calls are replaced in the text.
-        template = _DATE_CALL.sub(lambda call: json.dumps(date.strftime(call[2])), template)
-        # A format that stands in a variable: a macro takes the place of the function.
-        return _clock_macro(date) + template if "strftime_now" in template else template
+        return template if self._date is None else with_date(template, self._date)
+
+    @property
+    def dated_text(self) -> list[str]:
+        """Templates that ask for the date, with the date that they are told in its place."""
+        known = self if self._date else ChatTemplate(self.tokenizer, datetime.now().isoformat())
+        texts = _own_templates(self.tokenizer).values()
+        return [known._dated(text) for text in texts if "strftime_now" in text]
 
     def _written(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Return messages with their tool calls in the form that the template takes."""
@@ -220,7 +219,7 @@ class ChatTemplate:
         Raises:
             RowFault: neither the template nor this program knows a role.
         """
-        roles = {message["role"] for message in content.messages}.difference(EVERY_TEMPLATES_ROLES)
+        roles = {message["role"] for message in content.messages} - EVERY_TEMPLATES_ROLES
         names = {role: self.role_for(role) for role in roles}
         if all(role == name for role, name in names.items()):
             return content
@@ -417,16 +416,6 @@ def _refused(messages: list[dict[str, Any]], error: Exception) -> RowFault:
 
 def _first_special(text: str, special_tokens: tuple[str, ...]) -> str | None:
     return next((token for token in special_tokens if text.startswith(token)), None)
-
-
-def _clock_macro(date: datetime) -> str:
-    """Return a Jinja macro that formats one date as `strftime_now` formats the present one."""
-    # The sign stands for a percent sign while the others are replaced.
-    steps = [("%%", "\0"), *((f"%{letter}", date.strftime(f"%{letter}")) for letter in _DATE_PARTS)]
-    filters = "".join(f" | replace({json.dumps(old)}, {json.dumps(new)})" for old, new in steps)
-    filters += f" | replace({json.dumps(chr(0))}, '%')"
-    # Jinja drops the line break, so that the template begins on a line of its own.
-    return f"{{%- macro strftime_now(format) -%}}{{{{ format{filters} }}}}{{%- endmacro %}}\n"
 
 
 def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int | None:

@@ -13,10 +13,10 @@ from typing import Any, ClassVar, Literal
 PromptLayout = Literal["messages", "prompt_completion", "text"]
 """Ways to show rows to the model: by its chat template, or as text with or without a prompt."""
 
-EVERY_TEMPLATES_ROLES = ("system", "user", "assistant")
+EVERY_TEMPLATES_ROLES = frozenset(["system", "user", "assistant"])
 TOOL_ROLES = ("tool", "ipython", "observation", "function", "tool_response", "tool_results")
 """Names that templates and data give the role of a tool's answer; the usual one first."""
-_USUAL_ROLES = (*EVERY_TEMPLATES_ROLES, "developer", *TOOL_ROLES)
+_USUAL_ROLES = ("system", "user", "assistant", "developer", *TOOL_ROLES)
 """Roles that are read under any template; others only where the template knows them."""
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _KNOWN_KEYS = frozenset(
@@ -153,9 +153,12 @@ def _checked(message: Any, number: int) -> dict[str, Any]:
 def unopened_thoughts(content: Conversation) -> int | None:
     """Return the number of the first answer that ends thoughts which it does not begin."""
     for number, message in enumerate(content.messages, start=1):
-        before, tag, _ = message["content"].partition("</think>")
-        if tag and "<think>" not in before and message["role"] == "assistant":
-            return number
+        content_text = message["content"]
+        # Most answers have no tag: a look for it is quicker than a cut.
+        if "</think>" in content_text and message["role"] == "assistant":
+            before = content_text.partition("</think>")[0]
+            if "<think>" not in before:
+                return number
     return None
 
 

@@ -221,6 +221,19 @@ def test_bytes_and_tokenizer_that_decide_the_samples(
     assert made({}, path=write_rows(tmp_path / "e.jsonl", CHAT)), "messages name the file"
 
 
+def test_a_day_decides_the_samples_of_a_template_that_writes_it(made, tokenizer_folder) -> None:
+    """Another day tokenizes anew, another second of it does not; nor does either without a date."""
+    from transformers import AutoTokenizer
+
+    dated = AutoTokenizer.from_pretrained(tokenizer_folder)
+    dated.chat_template = "{{ strftime_now('%d %b %Y') }}" + dated.chat_template
+    assert made({"template_date": "2024-02-29T07:05:00"}, tokenizer=dated)
+    assert not made({"template_date": "2024-02-29T23:59:59"}, tokenizer=dated)
+    assert made({"template_date": "2024-03-01"}, tokenizer=dated)
+    made({})
+    assert not made({"template_date": "2024-03-01"})
+
+
 # -- samples on disk
 
 
