@@ -109,6 +109,8 @@ class _Request:
             ],
             "settings": [
                 config.format,
+                config.columns,
+                config.roles,
                 config.max_seq_len,
                 config.too_long,
                 config.train_on,
@@ -147,6 +149,7 @@ _CODE = (
     "sources",
     "formats",
     "messages",
+    "names",
     "chat_template",
     "placeholders",
     "assistant_spans",

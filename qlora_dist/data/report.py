@@ -4,12 +4,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from qlora_dist.config.data_names import ColumnName
 from qlora_dist.config.schema import DataConfig
 from qlora_dist.data.formats import Format
 from qlora_dist.data.messages import PromptLayout, RowFault
+from qlora_dist.data.names import FileNames
 from qlora_dist.data.samples import Sample
 from qlora_dist.errors import DataError
 
@@ -80,6 +83,16 @@ class Report:
     """Kinds of parts that the chat template leaves out: number of rows, place of the first."""
     unread: dict[str, tuple[int, str]] = field(default_factory=dict)
     """Keys of messages that nothing reads: number of rows, and the place of the first."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """The entries of `data.columns` that the source uses: name here to name in the file."""
+    unused_columns: dict[str, str] = field(default_factory=dict)
+    """Names of `data.columns` that the source does not use, each with the reason."""
+    hidden_columns: dict[str, str] = field(default_factory=dict)
+    """Columns that are not read, each with the name whose place another one has taken."""
+    roles: dict[str, tuple[str, int]] = field(default_factory=dict)
+    """Names of `data.roles`, each with the role that it stands for and its number of turns."""
+    left_out: list[str] = field(default_factory=list)
+    """Files of the folder or pattern that are no part of the source."""
 
     def count_lost(self, kind: str, where: str) -> None:
         """Count a row of which the template leaves out a part."""
@@ -90,6 +103,11 @@ class Report:
         """Count a row with a key of messages that nothing reads."""
         number, first = self.unread.get(key, (0, where))
         self.unread[key] = number + 1, first
+
+    def add_names(self, names: FileNames) -> None:
+        """Record which names of `data.columns` and `data.roles` the source has."""
+        self.columns, self.unused_columns = names.used, names.unread
+        self.hidden_columns, self.roles = names.hidden, names.roles
 
     def count(self, sample: Sample) -> None:
         """Add a sample that is used."""
@@ -113,13 +131,27 @@ class Report:
             (self.faulty.num_rows, f"faulty rows left out: {self.faulty}"),
         ):
             text += f", {count:,} {fate}" if count else ""
-        text += "".join(f"; {remark}" for remark in self.remarks())
+        text += "".join(f"; {remark}" for remark in [*self.names(), *self.remarks()])
         if self.is_open_ended:
             text += (
                 "; the chat template ends the assistant's turns without a special token, so the "
                 "model does not learn to stop: choose another one with data.chat_template"
             )
         return text
+
+    def names(self) -> list[str]:
+        """Say which names of the source were read under which names."""
+        columns = [f"{name} from `{column}`" for name, column in self.columns.items()]
+        roles = [
+            f"{role} from {name!r} ({count:,} turns)"
+            for name, (role, count) in self.roles.items()
+            if count
+        ]
+        return [
+            f"{what} read: {', '.join(read)}"
+            for what, read in (("columns", columns), ("roles", roles))
+            if read
+        ]
 
     def remarks(self) -> list[str]:
         """Say what of the rows is not learned although they are used, each with count and place."""
@@ -131,6 +163,14 @@ class Report:
             *(
                 f"nothing reads the key `{key}` of messages ({count:,} rows, first: {where})"
                 for key, (count, where) in self.unread.items()
+            ),
+            *(
+                f"`{column}` is not read: data.columns takes {name} from `{self.columns[name]}`"
+                for column, name in self.hidden_columns.items()
+            ),
+            *(
+                f"data.columns.{name} is not used here: {reason}"
+                for name, reason in self.unused_columns.items()
             ),
         ]
 
@@ -146,7 +186,7 @@ class Report:
         faulty.reasons = {reason: (n, where) for reason, (n, where) in faulty.reasons.items()}
         counted = {
             name: {key: (n, where) for key, (n, where) in values[name].items()}
-            for name in ("lost", "unread")
+            for name in ("lost", "unread", "roles")
         }
         return cls(**{**values, **counted, "faulty": faulty})
 
@@ -171,3 +211,30 @@ class Report:
                 f"target token within data.max_seq_len ({config.max_seq_len}){dropped}. Raise "
                 "data.max_seq_len, or check that the rows hold answers."
             )
+
+
+def check_columns_are_used(columns: Mapping[ColumnName, str], reports: Sequence[Report]) -> None:
+    """Refuse an entry of `data.columns` that no source uses.
+
+    Raises:
+        DataError: with the columns of the sources.
+    """
+    for name, column in columns.items():
+        reasons = [f"{report.path}: {report.unused_columns.get(name)}" for report in reports]
+        if all(name in report.unused_columns for report in reports):
+            raise DataError(
+                f"data.columns.{name} is {column!r}, but nothing is read under that name "
+                f"({'; '.join(reasons[:3])}{'; …' * (len(reasons) > 3)}). Name a column of the "
+                "file, or remove the entry."
+            )
+
+
+def unused_roles(reports: Sequence[Report]) -> list[str]:
+    """Return sentences about the names of `data.roles` that no turn of any source has."""
+    names = {name: role for report in reports for name, (role, _) in report.roles.items()}
+    return [
+        f"data.roles.{role} has {name!r}, but no turn is from {name!r}: check the spelling (upper "
+        "and lower case differ), or remove the name"
+        for name, role in names.items()
+        if not any(report.roles[name][1] for report in reports)
+    ]
