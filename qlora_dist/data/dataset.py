@@ -79,6 +79,7 @@ def load_data(
     for number, weight in enumerate(weights):
         if len(weights) > 1 or weight != 1:
             notes[number] += f", weight {weight:g}"
+    notes += [report.left_out for report in reports if report.left_out]
     notes += unused_roles(reports)
     train = [Rows.of(source.store) for source in sources]
     held_out = [Rows.of(source.store) for source in eval_sources]

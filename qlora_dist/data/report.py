@@ -91,8 +91,8 @@ class Report:
     """Columns that are not read, each with the name whose place another one has taken."""
     roles: dict[str, tuple[str, int]] = field(default_factory=dict)
     """Names of `data.roles`, each with the role that it stands for and its number of turns."""
-    left_out: list[str] = field(default_factory=list)
-    """Files of the folder or pattern that are no part of the source."""
+    left_out: str = ""
+    """A sentence about files of the folder or pattern that are no part of the source."""
 
     def count_lost(self, kind: str, where: str) -> None:
         """Count a row of which the template leaves out a part."""

@@ -98,7 +98,8 @@ def source_lines(source: SourceFacts, max_seq_len: int, is_one_of_several: bool)
             lines.append(f"{count:,} {fate} ({count / report.num_rows:.1%}){end}")
     for reason, count, where in report.faulty.most_frequent():
         lines.append(f"  {count:,} x {visible(reason)}, first: {visible(where)}")
-    return [*lines, *map(visible, [*report.names(), *report.remarks()])]
+    left_out = [report.left_out] if report.left_out else []
+    return [*lines, *map(visible, [*report.names(), *report.remarks(), *left_out])]
 
 
 def _print_totals(console: Console, title: str, part: PartFacts) -> None:

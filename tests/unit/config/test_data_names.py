@@ -107,8 +107,8 @@ def test_entries_and_whole_mappings(
         ),
         (
             ["--data.format", "messages"],
-            "but data.format: messages reads no completion. Remove it (read are messages, tools, role, "
-            "content), or change data.format.",
+            "but data.format: messages reads no completion. Remove it (read are messages, tools, "
+            "role, content), or change data.format.",
         ),
     ],
 )
