@@ -41,9 +41,11 @@ RoleName = Literal[
     "function",
     "ipython",
     "observation",
+    "tool_response",
+    "tool_results",
     "function_call",
 ]
-"""Roles that some format reads."""
+"""Roles that a format reads, or a chat template may know."""
 
 COLUMNS: dict[Format, tuple[str, ...]] = {
     "messages": ("messages",),

@@ -261,6 +261,6 @@ def _unrecognized(row: Row, asked: Literal["auto"] | Format, names: FileNames) -
     )
     return DataError(
         f"{row.where} has the columns {listed(row.values)}, but data.format: {asked} needs "
-        f"{needed}.{missing} Name the columns in data.columns, such as {{prompt: question, "
-        "completion: answer}, or rename them."
+        f"{needed}.{missing} Rename the columns, or name them in data.columns, such as "
+        "{prompt: question, completion: answer}."
     )

@@ -89,7 +89,7 @@ class Report:
     """Names of `data.columns` that the source does not use, each with the reason."""
     hidden_columns: dict[str, str] = field(default_factory=dict)
     """Columns that are not read, each with the name whose place another one has taken."""
-    roles: dict[str, tuple[str, int]] = field(default_factory=dict)
+    named_roles: dict[str, tuple[str, int]] = field(default_factory=dict)
     """Names of `data.roles`, each with the role that it stands for and its number of turns."""
     left_out: str = ""
     """A sentence about files of the folder or pattern that are no part of the source."""
@@ -107,7 +107,7 @@ class Report:
     def add_names(self, names: FileNames) -> None:
         """Record which names of `data.columns` and `data.roles` the source has."""
         self.columns, self.unused_columns = names.used, names.unread
-        self.hidden_columns, self.roles = names.hidden, names.roles
+        self.hidden_columns, self.named_roles = names.hidden, names.roles
 
     def count(self, sample: Sample) -> None:
         """Add a sample that is used."""
@@ -144,7 +144,7 @@ class Report:
         columns = [f"{name} from `{column}`" for name, column in self.columns.items()]
         roles = [
             f"{role} from {name!r} ({count:,} turns)"
-            for name, (role, count) in self.roles.items()
+            for name, (role, count) in self.named_roles.items()
             if count
         ]
         return [
@@ -186,7 +186,7 @@ class Report:
         faulty.reasons = {reason: (n, where) for reason, (n, where) in faulty.reasons.items()}
         counted = {
             name: {key: (n, where) for key, (n, where) in values[name].items()}
-            for name in ("lost", "unread", "roles")
+            for name in ("lost", "unread", "named_roles")
         }
         return cls(**{**values, **counted, "faulty": faulty})
 
@@ -231,10 +231,10 @@ def check_columns_are_used(columns: Mapping[ColumnName, str], reports: Sequence[
 
 def unused_roles(reports: Sequence[Report]) -> list[str]:
     """Return sentences about the names of `data.roles` that no turn of any source has."""
-    names = {name: role for report in reports for name, (role, _) in report.roles.items()}
+    names = {name: role for report in reports for name, (role, _) in report.named_roles.items()}
     return [
         f"data.roles.{role} has {name!r}, but no turn is from {name!r}: check the spelling (upper "
         "and lower case differ), or remove the name"
         for name, role in names.items()
-        if not any(report.roles[name][1] for report in reports)
+        if not any(report.named_roles[name][1] for report in reports)
     ]

@@ -79,7 +79,7 @@ def test_entries_and_whole_mappings(
             ["--data.roles.asistant", "x"],
             "unknown key data.roles.asistant. Did you mean data.roles.assistant? Its keys are "
             "system, user, assistant, tool, developer, function, ipython, observation, "
-            "function_call.",
+            "tool_response, tool_results, function_call.",
         ),
         (["--data.columns", "prompt"], "must be a mapping from names to text."),
         (["--data.roles", "[user]"], "must be a mapping from names to a list of names."),

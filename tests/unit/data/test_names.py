@@ -144,7 +144,11 @@ def test_a_column_that_is_missing_is_refused(tokenizer, columns: dict, row: dict
     """The message has the entry, the file's columns and the remedy."""
     with pytest.raises(DataError) as caught:
         encode([row], tokenizer, columns=columns)
-    for part in (*said, "rows.jsonl, row 1 has the columns", "Name the columns in data.columns"):
+    for part in (
+        *said,
+        "rows.jsonl, row 1 has the columns",
+        "Rename the columns, or name them in data.columns, such as {prompt: ",
+    ):
         assert part in str(caught.value)
 
 
@@ -246,7 +250,7 @@ def test_other_roles_train_the_same(tokenizer, roles: dict, speakers: tuple, lay
     found = encode([row], tokenizer, roles=roles)
     assert found.samples == encode([{"messages": CHAT}], tokenizer).samples
     assert targets(found.samples[0], tokenizer) == "hello<|im_end|>"
-    counts = {name: count for name, (_, count) in found.report.roles.items()}
+    counts = {name: count for name, (_, count) in found.report.named_roles.items()}
     assert {name for name, count in counts.items() if count} == {*map(str, speakers)} & {*counts}
 
 
