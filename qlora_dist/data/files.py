@@ -148,11 +148,11 @@ def left_out_remark(path: str, key: str) -> str:
     files = find(path, key).left_out
     if not files:
         return ""
-    use = "train on" if key == "data.train" else "evaluate on"
+    purpose, use = ("training", "train") if key == "data.train" else ("evaluation", "evaluate")
     names = ", ".join(file.name for file in files[:5]) + ", …" * (len(files) > 5)
     return (
-        f"{key} {path}: left out {names}, not meant to {use} by name; to use such a file, name the "
-        f"file itself, such as {files[0]}"
+        f"{key} {path}: left out {names}, by name not for {purpose}; to {use} on such a file all "
+        f"the same, name the file itself, such as {files[0]}"
     )
 
 

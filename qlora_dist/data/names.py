@@ -114,14 +114,15 @@ class FileNames:
 
     def explained(self, fault: RowFault) -> RowFault:
         """Return a fault that tells the file's names of the columns in its message."""
-        named = [
-            f"`{name}` from `{column}`"
-            for name, column in self.used.items()
-            if f"`{name}`" in str(fault)
+        said = str(fault)
+        named = [f"`{n}` from `{column}`" for n, column in self.used.items() if f"`{n}`" in said]
+        missing = [
+            f" data.columns.{name} is {self.asked[name]!r}, but {reason}."
+            for name, reason in self.unread.items()
+            if f"`{name}`" in said
         ]
-        if not named:
-            return fault
-        return RowFault(fault.reason, f"{fault} data.columns reads {' and '.join(named)}.")
+        read = f" data.columns reads {' and '.join(named)}." if named else ""
+        return RowFault(fault.reason, said + read + "".join(missing))
 
 
 def _renamed(values: Mapping[str, Any], names: Mapping[str, str]) -> Mapping[str, Any]:

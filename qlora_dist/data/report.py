@@ -220,7 +220,8 @@ def check_columns_are_used(columns: Mapping[ColumnName, str], reports: Sequence[
         DataError: with the columns of the sources.
     """
     for name, column in columns.items():
-        reasons = [f"{report.path}: {report.unused_columns.get(name)}" for report in reports]
+        told = (f"{report.path}: {report.unused_columns.get(name)}" for report in reports)
+        reasons = list(dict.fromkeys(told))
         if all(name in report.unused_columns for report in reports):
             raise DataError(
                 f"data.columns.{name} is {column!r}, but nothing is read under that name "

@@ -80,8 +80,8 @@ def test_files_held_out_by_name_are_not_trained(tmp_path: Path, name: str) -> No
     assert names(folder / "*") == ["a.jsonl", "train.jsonl"]
     remark = left_out_remark(str(folder), "data.train")
     assert remark == (
-        f"data.train {folder}: left out {name}, not meant to train on by name; to use such a file, "
-        f"name the file itself, such as {folder / name}"
+        f"data.train {folder}: left out {name}, by name not for training; to train on such a file "
+        f"all the same, name the file itself, such as {folder / name}"
     )
     assert texts(folder / name) == [name]
     assert left_out_remark(str(folder / name), "data.train") == ""
@@ -118,7 +118,7 @@ def test_evaluation_takes_the_files_for_it(tmp_path: Path) -> None:
     folder = write(tmp_path / "d", "train-0.jsonl", "train-1.jsonl", "test.jsonl")
     assert names(folder) == ["train-0.jsonl", "train-1.jsonl"]
     assert names(folder, "data.eval") == ["test.jsonl"]
-    assert "left out train-0.jsonl, train-1.jsonl, not meant to evaluate on" in left_out_remark(
+    assert "left out train-0.jsonl, train-1.jsonl, by name not for evaluation" in left_out_remark(
         str(folder), "data.eval"
     )
     check_sources([str(folder)], [str(folder)])

@@ -52,6 +52,11 @@ def written(file: Path, *rows: dict) -> str:
         ),
         ({"conversations": "dialog"}, {"dialog": TURNS}, {"conversations": TURNS}),
         (
+            {"role": "from", "content": "value"},
+            {"messages": [{"from": t["role"], "value": t["content"]} for t in CHAT]},
+            {"messages": CHAT},
+        ),
+        (
             {"conversations": "dialog", "content": "text"},
             {"dialog": [{"from": t["from"], "text": t["value"], "value": 0.5} for t in TURNS]},
             {"conversations": TURNS},
@@ -219,6 +224,17 @@ def test_a_faulty_row_is_told_in_the_names_of_the_file(tokenizer) -> None:
     assert report.faulty.first_message.endswith(
         "must be text that is not empty. data.columns reads `completion` from `answer`."
     )
+
+
+def test_a_missing_key_of_messages_is_told(tokenizer) -> None:
+    """A fault for want of a key has the entry of `data.columns` that is misspelled."""
+    turns = [{"role": t["role"], "utterance": t["content"]} for t in CHAT]
+    with pytest.raises(DataError) as caught:
+        encode([{"messages": turns}], tokenizer, columns={"content": "utterrance"})
+    assert (
+        "data.columns.content is 'utterrance', but the keys of its messages are `role`, "
+        "`utterance`; did you mean `utterance`?"
+    ) in str(caught.value)
 
 
 # -- roles
