@@ -115,8 +115,7 @@ def _of_sharegpt(turn: Any, number: int) -> dict[str, Any]:
         raise RowFault(
             "unknown speaker",
             f"turn {number} is from {speaker!r}, but a turn is from one of "
-            f"{', '.join(_SHAREGPT_ROLES)}. Say whom it stands for in data.roles, such as "
-            "{user: NAME}.",
+            f"{', '.join(_SHAREGPT_ROLES)}.",
         )
     rest = {key: value for key, value in turn.items() if key not in _SHAREGPT_KEYS}
     if speaker == "function_call":  # the value holds the calls, as JSON text or as they are

@@ -124,8 +124,7 @@ def _checked(message: Any, number: int) -> dict[str, Any]:
         raise RowFault(
             "unknown role",
             f"message {number} has the role {role!r}, but a role is one of {', '.join(ROLES)} "
-            f"(also read are {', '.join(OTHER_ROLES)}). Say what it stands for in data.roles, such "
-            "as {user: NAME}.",
+            f"(also read are {', '.join(OTHER_ROLES)}).",
         )
     # Tables give every message all names; templates test some of them for existence.
     checked = {name: value for name, value in message.items() if value is not None}

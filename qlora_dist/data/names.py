@@ -113,7 +113,7 @@ class FileNames:
         return turn
 
     def explained(self, fault: RowFault) -> RowFault:
-        """Return a fault that tells the file's names of the columns in its message."""
+        """Return a fault that tells, of the names in its message, what the file calls them."""
         said = str(fault)
         named = [f"`{n}` from `{column}`" for n, column in self.used.items() if f"`{n}`" in said]
         missing = [
@@ -122,6 +122,9 @@ class FileNames:
             if f"`{name}`" in said
         ]
         read = f" data.columns reads {' and '.join(named)}." if named else ""
+        if fault.reason in ("unknown role", "unknown speaker"):
+            read += " If the file has a name of its own for a role, give it in data.roles, such as "
+            read += "{assistant: bot}."
         return RowFault(fault.reason, said + read + "".join(missing))
 
 

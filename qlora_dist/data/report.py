@@ -140,18 +140,24 @@ class Report:
         return text
 
     def names(self) -> list[str]:
-        """Say which names of the source were read under which names."""
+        """Say which names of the source are read under which names, and which are not."""
         columns = [f"{name} from `{column}`" for name, column in self.columns.items()]
         roles = [
             f"{role} from {name!r} ({count:,} turns)"
             for name, (role, count) in self.named_roles.items()
             if count
         ]
-        return [
-            f"{what} read: {', '.join(read)}"
-            for what, read in (("columns", columns), ("roles", roles))
-            if read
+        pairs = (("columns", columns), ("roles", roles))
+        told = [f"{what} read: {', '.join(read)}" for what, read in pairs if read]
+        told += [
+            f"`{column}` is not read: data.columns takes {name} from `{self.columns[name]}`"
+            for column, name in self.hidden_columns.items()
         ]
+        told += [
+            f"data.columns.{name} is not used here: {reason}"
+            for name, reason in self.unused_columns.items()
+        ]
+        return told
 
     def remarks(self) -> list[str]:
         """Say what of the rows is not learned although they are used, each with count and place."""
@@ -163,14 +169,6 @@ class Report:
             *(
                 f"nothing reads the key `{key}` of messages ({count:,} rows, first: {where})"
                 for key, (count, where) in self.unread.items()
-            ),
-            *(
-                f"`{column}` is not read: data.columns takes {name} from `{self.columns[name]}`"
-                for column, name in self.hidden_columns.items()
-            ),
-            *(
-                f"data.columns.{name} is not used here: {reason}"
-                for name, reason in self.unused_columns.items()
             ),
         ]
 

@@ -130,7 +130,7 @@ def test_a_hidden_key_of_messages_is_said(tokenizer) -> None:
     """A `value` of ShareGPT that gives way to another key is named."""
     turns = [{"from": t["from"], "text": t["value"], "value": "score"} for t in TURNS]
     report = encode([{"conversations": turns}], tokenizer, columns={"content": "text"}).report
-    assert "`value` is not read: data.columns takes content from `text`" in report.remarks()
+    assert "`value` is not read: data.columns takes content from `text`" in report.names()
 
 
 @pytest.mark.parametrize(
@@ -295,7 +295,7 @@ def test_a_call_may_have_another_name(tokenizer) -> None:
 )
 def test_an_unknown_role_has_a_remedy(tokenizer, row: dict) -> None:
     """The message tells to map the name, which is compared with upper and lower case."""
-    with pytest.raises(DataError, match=r"'Bot'.*data\.roles, such as \{user: NAME\}"):
+    with pytest.raises(DataError, match=r"'Bot'.*in data\.roles, such as \{assistant: bot\}\."):
         encode([row], tokenizer, roles={"assistant": ("bot",)})
 
 
