@@ -322,7 +322,7 @@ def _describe(hint: Any) -> str:
         keys = ", ".join(f"{item.name}: …" for item in dataclasses.fields(item_hint))
         return f"a list whose entries are names or {{{keys}}}"
     if origin is dict:
-        return f"a mapping from names to {_describe(get_args(hint)[1])}"
+        return f"a mapping of names to {_describe(get_args(hint)[1])}"
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
     return names.get(hint, "null")
 

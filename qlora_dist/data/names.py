@@ -157,7 +157,7 @@ def _turns(values: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def _shown(columns: Collection[str], asked: str) -> str:
-    near = difflib.get_close_matches(asked, columns, n=1)
+    near = difflib.get_close_matches(asked, list(islice(columns, 1000)), n=1)
     return listed(columns) + (f"; did you mean `{near[0]:.40}`?" if near else "")
 
 

@@ -223,7 +223,7 @@ def check_columns_are_used(columns: Mapping[ColumnName, str], reports: Sequence[
         if all(name in report.unused_columns for report in reports):
             raise DataError(
                 f"data.columns.{name} is {column!r}, but nothing is read under that name "
-                f"({'; '.join(reasons[:3])}{'; …' * (len(reasons) > 3)}). Name a column of the "
+                f"({'; '.join(reasons[:2])}{'; …' * (len(reasons) > 2)}). Name a column of the "
                 "file, or remove the entry."
             )
 

@@ -81,8 +81,8 @@ def test_entries_and_whole_mappings(
             "system, user, assistant, tool, developer, function, ipython, observation, "
             "tool_response, tool_results, function_call.",
         ),
-        (["--data.columns", "prompt"], "must be a mapping from names to text."),
-        (["--data.roles", "[user]"], "must be a mapping from names to a list of names."),
+        (["--data.columns", "prompt"], "must be a mapping of names to text."),
+        (["--data.roles", "[user]"], "must be a mapping of names to a list of names."),
         (["--data.columns.prompt", "[a]"], "data.columns.prompt is ['a'], but must be text."),
         (
             ["--data.columns.prompt", "null"],

@@ -7,7 +7,10 @@ import pytest
 
 from qlora_dist.config.schema import DataConfig, Source
 from qlora_dist.data.dataset import RunData, load_data
+from qlora_dist.data.report import Report
 from qlora_dist.errors import DataError
+from qlora_dist.inspection.facts import SourceFacts
+from qlora_dist.inspection.page import source_lines
 from tests.support.rows import encode, targets
 
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
@@ -235,6 +238,50 @@ def test_a_missing_key_of_messages_is_told(tokenizer) -> None:
         "data.columns.content is 'utterrance', but the keys of its messages are `role`, "
         "`utterance`; did you mean `utterance`?"
     ) in str(caught.value)
+
+
+WRONG = [None, 3, True, "", "x", "[", "[{", [], {}, [None], [3], [[]], [{}], [{"said": []}]]
+
+
+@pytest.mark.parametrize("value", WRONG, ids=str)
+@pytest.mark.parametrize("column", ["dialog", "prompt", "completion", "text"])
+def test_any_value_is_read_or_faulty(tokenizer, column: str, value: object) -> None:
+    """Any value in a column with another name is read, or makes its row faulty and nothing else."""
+    row = {"dialog": CHAT, "prompt": "a", "completion": "b", "text": "c"}
+    names = {
+        "columns": {"messages": "dialog", "role": "who", "content": "said"},
+        "roles": {"user": ("human",)},
+        "max_bad_fraction": 0.9,
+    }
+    turns = [{"who": t["role"], "said": t["content"]} for t in CHAT]
+    rows = [{**row, "dialog": turns}, {**row, "dialog": turns, column: value}]
+    turn = {**turns[0], "who": value, "from": value}
+    rows.append({**row, "dialog": [turn, turns[1]]})
+    report = encode(rows, tokenizer, **names).report
+    assert report.num_rows == 3
+    assert report.num_samples + report.faulty.num_rows == 3
+    assert report.faulty.num_rows == 1 + (column == "dialog")
+
+
+def test_the_page_says_what_the_log_says(tmp_path: Path, tokenizer) -> None:
+    """`qlora-dist data` shows the names that were used, with the turns, and the files left out."""
+    turns = [{"role": "user", "text": "hi"}, {"role": "bot", "text": "hello"}]
+    (tmp_path / "d").mkdir()
+    for name in ("train.jsonl", "test.jsonl"):
+        written(tmp_path / "d" / name, {"dialog": turns})
+    config = DataConfig(
+        train=str(tmp_path / "d"),
+        columns={"messages": "dialog", "content": "text"},
+        roles={"assistant": ("bot",)},
+    )
+    [report] = load_data(config, tokenizer, 0).reports
+    lines = source_lines(SourceFacts("data.train", 1.0, 1.0, report), 64, False)
+    assert lines[-3:-1] == [
+        "columns read: messages from `dialog`, content from `text`",
+        "roles read: assistant from 'bot' (1 turns)",
+    ]
+    assert "left out test.jsonl" in lines[-1]
+    assert Report.from_json(json.loads(json.dumps(report.to_json()))) == report
 
 
 # -- roles
