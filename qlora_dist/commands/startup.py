@@ -49,13 +49,10 @@ def option_named(name: str) -> Any:
 
 
 def check_sources(config: TrainConfig) -> None:
-    """Refuse data files that do not exist, before libraries load, which takes seconds."""
-    from qlora_dist.data.sources import check_source
+    """Refuse data files that are missing or on both sides, before libraries load, for seconds."""
+    from qlora_dist.data import sources
 
-    for source in config.data.sources:
-        check_source(source.path, "data.train")
-    for path in config.data.eval_files:
-        check_source(path, "data.eval")
+    sources.check_sources([s.path for s in config.data.sources], config.data.eval_files)
 
 
 def loading_libraries(file: TextIO) -> AbstractContextManager[object]:

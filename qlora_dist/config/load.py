@@ -22,7 +22,7 @@ import yaml
 
 from qlora_dist.config.rules import validate
 from qlora_dist.config.saved_adapter import ADAPTER_CONFIG, read_saved_adapter
-from qlora_dist.config.schema import TrainConfig, known_keys, sections
+from qlora_dist.config.schema import TrainConfig, known_keys, mappings, sections
 from qlora_dist.errors import ConfigError
 
 
@@ -42,7 +42,12 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
         ConfigError: the file is missing or not YAML, a key is unknown, or a value is of the wrong
             type, impossible, or contradicts another setting.
     """
-    settings = dict(_read_yaml(Path(path))) | dict(_read_overrides(overrides))
+    settings = dict(_read_yaml(Path(path)))
+    for key, setting in _read_overrides(overrides):
+        if key in mappings():  # given whole, it takes the place of the file's entries
+            settings = {k: s for k, s in settings.items() if not k.startswith(f"{key}.")}
+        if key not in mappings() or setting.value is not None:
+            settings[key] = setting
     adapter = settings.get("adapter.path", Setting(None)).value
     if isinstance(adapter, str):
         # An adapter that training continues from brings its settings along. They rank above the
@@ -85,7 +90,9 @@ def _read_yaml(path: Path) -> Iterator[tuple[str, Setting]]:
 def _walk_yaml(
     node: yaml.MappingNode, path: Path, seen: dict[str, str], prefix: str = ""
 ) -> Iterator[tuple[str, Setting]]:
-    """Yield (dotted key, setting) for each leaf; sections are the keys that hold a dataclass.
+    """Yield (dotted key, setting) for each leaf.
+
+    Sections are the keys that hold a dataclass; a mapping, such as `data.columns`, is read alike.
 
     Args:
         seen: FILE:LINE of each key so far; one dict for the whole file, since `optim.lr: 1` and
@@ -97,7 +104,7 @@ def _walk_yaml(
         if key in seen:
             raise ConfigError(f"{where}: {key} is set twice, first at {seen[key]}. Remove one.")
         seen[key] = where
-        if key not in sections():
+        if key not in sections() and key not in mappings():
             yield key, Setting(_construct(value_node, where), where)
         elif isinstance(value_node, yaml.MappingNode):
             yield from _walk_yaml(value_node, path, seen, prefix=key + ".")
@@ -136,24 +143,60 @@ def _read_overrides(arguments: Sequence[str]) -> Iterator[tuple[str, Setting]]:
             raise ConfigError(f"--{key} has no value. {usage}") from None
         except (yaml.YAMLError, ValueError):  # such as the folder 2024-13-45, an impossible date
             value = text
-        yield key.replace("-", "_"), Setting(value)
+        key = key.replace("-", "_")
+        if key in mappings() and isinstance(value, dict | None):
+            yield key, Setting(None)  # instead of all that was given before
+            root = yaml.compose(text, Loader=yaml.SafeLoader)
+            if isinstance(root, yaml.MappingNode):
+                entries = _walk_yaml(root, Path(f"--{key}"), {}, prefix=f"{key}.")
+                yield from ((name, Setting(setting.value)) for name, setting in entries)
+        else:
+            yield key, Setting(value)
 
 
 def _build(settings: Mapping[str, Setting]) -> TrainConfig:
     known = known_keys()
     for key, setting in settings.items():
-        if key not in known:
+        if key not in known and key.rpartition(".")[0] not in mappings():
             raise ConfigError(_unknown_key(key, setting, known))
 
     def typed_fields(owner: type, prefix: str) -> dict[str, Any]:
-        return {
+        hints = typing.get_type_hints(owner)
+        fields = {
             name: _typed(prefix + name, settings[prefix + name], hint)
-            for name, hint in typing.get_type_hints(owner).items()
+            for name, hint in hints.items()
             if prefix + name in settings
         }
+        for key in mappings():
+            section, _, name = key.rpartition(".")
+            if prefix == f"{section}.":
+                fields[name] = _typed_entries(key, settings, hints[name])
+        return fields
 
     values = {name: owner(**typed_fields(owner, f"{name}.")) for name, owner in sections().items()}
     return TrainConfig(**values, **typed_fields(TrainConfig, ""))
+
+
+def _typed_entries(key: str, settings: Mapping[str, Setting], hint: Any) -> dict[str, Any]:
+    """Return the entries of a mapping that were given singly, such as `data.columns.prompt`."""
+    entries = {}
+    for full, setting in settings.items():
+        if full.rpartition(".")[0] == key:
+            name = full.rpartition(".")[2]
+            _check_name(key, name, get_args(hint)[0], f"{setting.where}: " * bool(setting.where))
+            entries[name] = _typed(full, setting, get_args(hint)[1])
+    return entries
+
+
+def _check_name(key: str, name: str, hint: Any, prefix: str) -> None:
+    """Refuse a name of an entry that a mapping with names of type `hint` does not have."""
+    known = get_args(hint)
+    if known and name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        meant = f"Did you mean {key}.{near[0]}? " if near else ""
+        raise ConfigError(
+            f"{prefix}unknown key {key}.{name}. {meant}Its keys are {', '.join(known)}."
+        )
 
 
 def _unknown_key(key: str, setting: Setting, known: list[str]) -> str:
@@ -301,7 +344,8 @@ def _describe(hint: Any) -> str:
         keys = ", ".join(f"{item.name}: …" for item in dataclasses.fields(item_hint))
         return f"a list whose entries are names or {{{keys}}}"
     if origin is dict:
-        return "a mapping of names to plain values"
+        values = get_args(hint)[1]
+        return f"a mapping of names to {'plain values' if values is Any else _describe(values)}"
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
     return names.get(hint, "null")
 

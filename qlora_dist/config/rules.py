@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any, get_args
 
+from qlora_dist.config.data_names import check_columns, check_roles
 from qlora_dist.config.saved_adapter import check_agreement, read_saved_adapter
 from qlora_dist.config.schema import Range, ReadBy, Source, TrainConfig, declared, flatten
 from qlora_dist.errors import ConfigError
@@ -31,6 +32,8 @@ def validate(config: TrainConfig) -> None:
         _check_range(key, value)
     _check_files("data.train", config.data.sources)
     _check_files("data.eval", [Source(path) for path in config.data.eval_files])
+    check_columns(config.data.columns, config.data.format)
+    check_roles(config.data.roles)
     _check_date(config.data.template_date)
     _check_template_kwargs(config.data.template_kwargs or {})
     _check_optim(config)

@@ -17,6 +17,8 @@ from functools import cache
 from operator import attrgetter
 from typing import Annotated, Any, Literal
 
+from qlora_dist.config.data_names import ColumnName, RoleName
+
 BackendName = Literal["single", "ddp", "fsdp", "zero2", "zero3"]
 """Distribution of the model and the work over processes."""
 IGNORE_INDEX = -100
@@ -109,16 +111,25 @@ class Source:
 class DataConfig:
     train: str | tuple[Source, ...] = ""
     """Training data: a JSONL, JSON, CSV, Parquet or Arrow file, a folder or
-    pattern of such files, or a hub name (owner/name, or
-    owner/name:split). Required. For several files give a list of paths,
-    or of {path: FILE, weight: W} where an epoch passes W times over the
-    file instead of once."""
+    pattern of such files, a saved DatasetDict (FOLDER:split), or a hub
+    name (owner/name, owner/name:split or owner/name:config:split).
+    Required. For several files give a list of paths, or of {path: FILE,
+    weight: W} where an epoch passes W times over the file instead of
+    once."""
     eval: str | tuple[str, ...] | None = None
     """Held-out file in the same form, or a list of paths; without it
     `eval_fraction` may split data off."""
     format: Literal["auto", "messages", "sharegpt", "prompt_completion", "alpaca", "text"] = "auto"
     """Format of the rows, see docs/data.md; `auto` recognizes it by the
     columns and names it in the log."""
+    columns: dict[ColumnName, str] = field(default_factory=dict)
+    """Columns that have another name in the files, as {name here: name in
+    the file}, such as {prompt: question, completion: answer}; `role` and
+    `content` are keys of each message."""
+    roles: dict[RoleName, tuple[str, ...]] = field(default_factory=dict)
+    """Names that the files give the roles of turns, one or a list for each
+    role, such as {user: human, assistant: [bot, GPT-4]}. Upper and lower
+    case differ."""
     max_seq_len: Annotated[int, AT_LEAST_ONE] = 1024
     """Longest sequence in tokens."""
     too_long: Literal["truncate_end", "truncate_start", "split", "drop"] = "truncate_end"
@@ -329,6 +340,12 @@ def known_keys() -> list[str]:
     for name, section in of_section.items():
         keys += [f"{name}.{item.name}" for item in dataclasses.fields(section)]
     return keys
+
+
+@cache
+def mappings() -> frozenset[str]:
+    """Return the settings that map names to values; their entries are keys as well."""
+    return frozenset(key for key in known_keys() if typing.get_origin(declared(key)[0]) is dict)
 
 
 @cache  # resolving the annotations of a section takes longer than all checks of its values

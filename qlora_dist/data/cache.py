@@ -19,7 +19,7 @@ from qlora_dist.data.chat_template import ChatTemplate
 from qlora_dist.data.encode import encode_rows
 from qlora_dist.data.report import Report
 from qlora_dist.data.samples import SampleStore, SampleWriter
-from qlora_dist.data.sources import load_rows, source_fingerprint, stamp
+from qlora_dist.data.sources import left_out_of, load_rows, source_fingerprint, stamp
 from qlora_dist.errors import DataError
 
 if TYPE_CHECKING:
@@ -71,6 +71,7 @@ def tokenized(
         ) from None
     # Cached data may be from a run that let more faulty rows pass: the digest lacks that limit.
     source.report.check(config)
+    source.report.left_out = left_out_of(path, key)  # the digest lacks files beside the source's
     return source
 
 
@@ -110,6 +111,8 @@ class _Request:
             ],
             "settings": [
                 config.format,
+                config.columns,
+                config.roles,
                 config.max_seq_len,
                 config.too_long,
                 config.train_on,
@@ -146,10 +149,13 @@ class _Request:
 
 # The modules that decide the contents of the cache: `encode` and all that it imports from here.
 _CODE = (
+    "files",
+    "hub",
     "sources",
     "formats",
     "messages",
     "message_forms",
+    "names",
     "chat_template",
     "template_date",
     "placeholders",

@@ -15,7 +15,7 @@ from qlora_dist.data.cache import TokenizedSource, tokenized
 from qlora_dist.data.chat_template import ChatTemplate, set_chat_template
 from qlora_dist.data.messages import PromptLayout
 from qlora_dist.data.packing import pack
-from qlora_dist.data.report import Report
+from qlora_dist.data.report import Report, check_columns_are_used, unused_roles
 from qlora_dist.data.samples import Rows
 from qlora_dist.data.tokenizer import check_tokenizer_fits, load_tokenizer, num_embeddings
 from qlora_dist.errors import DataError
@@ -66,18 +66,22 @@ def load_data(
         show: is called with a line about the progress, every now and then.
 
     Raises:
-        DataError: see `tokenized`, or `data.eval_fraction` leaves nothing on one side.
+        DataError: see `tokenized`; or no source uses an entry of `data.columns`, or
+            `data.eval_fraction` leaves nothing on one side.
     """
     limit = config.max_seq_len
     sources = [tokenized(s.path, "data.train", tokenizer, config, show) for s in config.sources]
     eval_sources = [tokenized(p, "data.eval", tokenizer, config, show) for p in config.eval_files]
     reports = tuple(source.report for source in [*sources, *eval_sources])
+    check_columns_are_used(config.columns, reports)
     weights = tuple(source.weight for source in config.sources)
     notes = [report.sentence(limit) for report in reports]
     notes += unused_variables(reports, tokenizer, config)
     for number, weight in enumerate(weights):
         if len(weights) > 1 or weight != 1:
             notes[number] += f", weight {weight:g}"
+    notes += [report.left_out for report in reports if report.left_out]
+    notes += unused_roles(reports)
     train = [Rows.of(source.store) for source in sources]
     held_out = [Rows.of(source.store) for source in eval_sources]
     if config.eval_fraction > 0:

@@ -12,6 +12,7 @@ from qlora_dist.data.assistant_spans import TurnFinder
 from qlora_dist.data.chat_template import ChatTemplate, check_chat_template
 from qlora_dist.data.formats import PlainText, read_row, recognize_format
 from qlora_dist.data.messages import Conversation, RowFault
+from qlora_dist.data.names import FileNames
 from qlora_dist.data.placeholders import LostKind
 from qlora_dist.data.report import Report
 from qlora_dist.data.samples import Sample
@@ -43,11 +44,12 @@ def encode_rows(
     Raises:
         DataError: a file is broken, the columns form no format, or the tokenizer has no template.
     """
-    format, rows = recognize_format(rows, config.format)
+    names = FileNames(config)
+    format, rows = recognize_format(rows, config.format, names)
     report = Report(path, format)
     template = ChatTemplate(tokenizer, config.template_date, config.template_kwargs)
     turns = TurnFinder(template, config.allow_lost or ())
-    for batch in _batches((row.where, _content(row, report, template)) for row in rows):
+    for batch in _batches((row.where, _content(row, report, names, template)) for row in rows):
         good = [placed for placed in batch if not isinstance(placed[1], RowFault)]
 
         def count_lost(number: int, kind: LostKind, good: Any = good) -> None:
@@ -66,6 +68,7 @@ def encode_rows(
                 add(sample)
         report.num_rows += len(batch)
         on_rows(report.num_rows)
+    report.add_names(names)
     return report
 
 
@@ -93,9 +96,9 @@ def _num_needed(report: Report, config: DataConfig) -> int | None:
     return None if is_split or config.too_long == "truncate_start" else config.max_seq_len + 1
 
 
-def _content(row: Row, report: Report, template: ChatTemplate) -> _Content:
+def _content(row: Row, report: Report, names: FileNames, template: ChatTemplate) -> _Content:
     try:
-        content = read_row(row.values, report.format)
+        content = read_row(names.read(row), report.format)
         if report.layout is None:  # the first usable row decides for all
             if content.layout == "messages":
                 report.is_open_ended = _is_open_ended(template, report.path)
@@ -104,7 +107,7 @@ def _content(row: Row, report: Report, template: ChatTemplate) -> _Content:
             content = template.fitted(content)
             report.count_content(content, template, row.where)
     except RowFault as fault:
-        return fault
+        return names.explained(fault)
     except RecursionError:
         return RowFault("nested too deep", "a value is nested too deep. Flatten or remove it.")
     if content.layout == report.layout:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from typing import Any, Literal
 
+from qlora_dist.config.data_names import COLUMNS, Format
 from qlora_dist.data.messages import (
     Conversation,
     PromptLayout,
@@ -16,23 +17,9 @@ from qlora_dist.data.messages import (
     list_of,
     read_conversation,
 )
+from qlora_dist.data.names import FileNames, listed
 from qlora_dist.data.sources import Row
 from qlora_dist.errors import DataError
-
-Format = Literal["messages", "sharegpt", "prompt_completion", "alpaca", "text"]
-"""Ways to write rows, told apart by their columns."""
-
-COLUMNS: dict[Format, tuple[str, ...]] = {
-    "messages": ("messages",),
-    "sharegpt": ("conversations",),
-    "prompt_completion": ("prompt", "completion"),
-    "alpaca": ("instruction", "output"),
-    "text": ("text",),
-}
-"""Columns by which a format is recognized; the first match wins.
-
-What is surely a conversation comes before what may be only its parts or its text.
-"""
 
 _SHAREGPT_ROLES = {
     "system": "system",
@@ -218,43 +205,61 @@ def _with_system(row: Mapping[str, Any], messages: list[dict[str, Any]]) -> list
     return [{"role": "system", "content": system}, *messages]
 
 
-def listed(columns: Collection[str]) -> str:
-    """Return the first ten columns for a message, and their number if there are more."""
-    names = ", ".join(f"`{column:.40}`" for column in islice(columns, 10)) or "no columns"
-    return names if len(columns) <= 10 else f"{names} and others, {len(columns):,} in all"
-
-
 # -- The format of a source.
 
 _LOOKED_AT = 100  # rows within which the format must show; the first rows may be faulty
 
 
 def recognize_format(
-    rows: Iterable[Row], asked: Literal["auto"] | Format
+    rows: Iterable[Row], asked: Literal["auto"] | Format, names: FileNames | None = None
 ) -> tuple[Format, Iterator[Row]]:
     """Return the format of a source, as its first rows show it, and an iterator over all rows.
+
+    Args:
+        names: the file's names of columns; they are found out by the first rows.
 
     Raises:
         DataError: none of the first rows has the columns of a format, or of the format `asked` for.
     """
-
-    def found(columns: Iterable[str]) -> Format | None:
-        if asked == "auto":
-            return format_of(columns)
-        return asked if set(COLUMNS[asked]) <= set(columns) else None
-
+    names = names or FileNames()
     rest = iter(rows)
-    first: list[Row] = []
-    for row in islice(rest, _LOOKED_AT):
-        first.append(row)
+    first = list(islice(rest, _LOOKED_AT)) if names.are_asked_for else []
+    names.look_at(first)
+
+    def found(row: Row, is_used: Callable[[Any], bool]) -> Format | None:
+        there = {column for column, value in names.columns_of(row).items() if is_used(value)}
+        fitting = [
+            format
+            for format, needed in COLUMNS.items()
+            if there.issuperset(needed) and asked in ("auto", format)
+        ]
+        # A format whose columns the user names is meant; of several, the first.
+        return max(fitting, key=names.num_named, default=None)
+
+    seen: list[Row] = []
+    for row in chain(first, islice(rest, _LOOKED_AT - len(first))):
+        seen.append(row)
         # A table has every column in each row; those that a row does not use are None.
-        if format := found(column for column, value in row.values.items() if value is not None):
-            return format, chain(first, rest)
-    if format := found(first[0].values):
-        return format, chain(first, rest)
+        if format := found(row, lambda value: value is not None):
+            break
+    else:
+        format = found(seen[0], lambda value: True)
+    if format is None:
+        raise _unrecognized(seen[0], asked, names)
+    names.settle(format)
+    return format, chain(seen, first[len(seen) :], rest)
+
+
+def _unrecognized(row: Row, asked: Literal["auto"] | Format, names: FileNames) -> DataError:
     formats = list(COLUMNS) if asked == "auto" else [asked]
     needed = "; or ".join(" and ".join(map("`{}`".format, COLUMNS[f])) for f in formats)
-    raise DataError(
-        f"{first[0].where} has the columns {listed(first[0].values)}, but data.format: {asked} "
-        f"needs {needed}. Rename the columns."
+    missing = "".join(
+        f" data.columns.{name} is {column!r}, which is not there."
+        for name, column in names.asked.items()
+        if name in names.unread
+    )
+    return DataError(
+        f"{row.where} has the columns {listed(row.values)}, but data.format: {asked} needs "
+        f"{needed}.{missing} Rename the columns, or name them in data.columns, such as "
+        "{prompt: question, completion: answer}."
     )

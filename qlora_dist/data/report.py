@@ -4,13 +4,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from qlora_dist.config.data_names import ColumnName
 from qlora_dist.config.schema import DataConfig
 from qlora_dist.data.chat_template import ChatTemplate
 from qlora_dist.data.formats import Format
 from qlora_dist.data.messages import Conversation, PromptLayout, RowFault, unopened_thoughts
+from qlora_dist.data.names import FileNames
 from qlora_dist.data.samples import Sample
 from qlora_dist.errors import DataError
 
@@ -100,7 +103,16 @@ class Report:
     """Kinds of parts that the chat template leaves out: number of rows, place of the first."""
     unread: dict[str, tuple[int, str]] = field(default_factory=dict)
     """Keys of messages that nothing reads: number of rows, and the place of the first."""
-
+    columns: dict[str, str] = field(default_factory=dict)
+    """The entries of `data.columns` that the source uses: name here to name in the file."""
+    unused_columns: dict[str, str] = field(default_factory=dict)
+    """Names of `data.columns` that the source does not use, each with the reason."""
+    hidden_columns: dict[str, str] = field(default_factory=dict)
+    """Columns that are not read, each with the name whose place another one has taken."""
+    named_roles: dict[str, tuple[str, int]] = field(default_factory=dict)
+    """Names of `data.roles`, each with the role that it stands for and its number of turns."""
+    left_out: str = ""
+    """A sentence about files of the folder or pattern that are no part of the source."""
     roles: dict[str, tuple[int, str]] = field(default_factory=dict)
     """Roles unknown to the template, as "developer as system": number of rows, place of the first.
     """
@@ -128,6 +140,11 @@ class Report:
         if not self.call_form and any("tool_calls" in message for message in content.messages):
             self.call_form = str(template.call_form)
 
+    def add_names(self, names: FileNames) -> None:
+        """Record which names of `data.columns` and `data.roles` the source has."""
+        self.columns, self.unused_columns = names.used, names.unread
+        self.hidden_columns, self.named_roles = names.hidden, names.roles
+
     def count(self, sample: Sample) -> None:
         """Add a sample that is used."""
         self.num_samples += 1
@@ -150,13 +167,34 @@ class Report:
             (self.faulty.num_rows, f"faulty rows left out: {self.faulty}"),
         ):
             text += f", {count:,} {fate}" if count else ""
-        text += "".join(f"\n  {remark}" for remark in self.remarks())
+        told = [*self.names(), *self.remarks()]
+        text += "".join(f"\n  {remark}" for remark in told)
         if self.is_open_ended:
             text += (
                 "\n  the chat template ends the assistant's turns without a special token, so the "
                 "model does not learn to stop: choose another one with data.chat_template"
             )
         return text
+
+    def names(self) -> list[str]:
+        """Say which names of the source are read under which names, and which are not."""
+        columns = [f"{name} from `{column}`" for name, column in self.columns.items()]
+        roles = [
+            f"{role} from {name!r} ({count:,} turns)"
+            for name, (role, count) in self.named_roles.items()
+            if count
+        ]
+        pairs = (("columns", columns), ("roles", roles))
+        told = [f"{what} read: {', '.join(read)}" for what, read in pairs if read]
+        told += [
+            f"`{column}` is not read: data.columns takes {name} from `{self.columns[name]}`"
+            for column, name in self.hidden_columns.items()
+        ]
+        told += [
+            f"data.columns.{name} is not used here: {reason}"
+            for name, reason in self.unused_columns.items()
+        ]
+        return told
 
     def remarks(self) -> list[str]:
         """Say what of the rows is not learned although they are used, each with count and place."""
@@ -199,7 +237,7 @@ class Report:
         faulty.reasons = {reason: (n, where) for reason, (n, where) in faulty.reasons.items()}
         counted = {
             name: {key: (n, where) for key, (n, where) in values[name].items()}
-            for name in ("lost", "unread", "roles", "suspect")
+            for name in ("lost", "unread", "roles", "suspect", "named_roles")
         }
         return cls(**{**values, **counted, "faulty": faulty})
 
@@ -224,3 +262,31 @@ class Report:
                 f"target token within data.max_seq_len ({config.max_seq_len}){dropped}. Raise "
                 "data.max_seq_len, or check that the rows hold answers."
             )
+
+
+def check_columns_are_used(columns: Mapping[ColumnName, str], reports: Sequence[Report]) -> None:
+    """Refuse an entry of `data.columns` that no source uses.
+
+    Raises:
+        DataError: with the columns of the sources.
+    """
+    for name, column in columns.items():
+        told = (f"{report.path}: {report.unused_columns.get(name)}" for report in reports)
+        reasons = list(dict.fromkeys(told))
+        if all(name in report.unused_columns for report in reports):
+            raise DataError(
+                f"data.columns.{name} is {column!r}, but nothing is read under that name "
+                f"({'; '.join(reasons[:2])}{'; …' * (len(reasons) > 2)}). Name a column of the "
+                "file, or remove the entry."
+            )
+
+
+def unused_roles(reports: Sequence[Report]) -> list[str]:
+    """Return sentences about the names of `data.roles` that no turn of any source has."""
+    names = {name: role for report in reports for name, (role, _) in report.named_roles.items()}
+    return [
+        f"data.roles.{role} has {name!r}, but no turn is from {name!r}: check the spelling (upper "
+        "and lower case differ), or remove the name"
+        for name, role in names.items()
+        if not any(report.named_roles[name][1] for report in reports)
+    ]

@@ -8,25 +8,22 @@ that occur in any other row's call.
 from __future__ import annotations
 
 import csv
-import glob
 import gzip
 import hashlib
 import io
 import json
-import os
-import re
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from qlora_dist.data.files import find_files, kind_of, left_out_remark, unreadable
+from qlora_dist.data.hub import is_data_set, load_table, parse_name
 from qlora_dist.errors import DataError
-
-_HUB_NAME = re.compile(r"^\w[\w.-]*/[\w.-]+(:[\w.-]+)?$")
 
 
 @dataclass(frozen=True)
@@ -38,96 +35,57 @@ class Row:
     values: dict[str, Any]
 
 
-def find_files(path: str, key: str) -> tuple[Path, ...]:
-    """Find the files that `path` means: the file itself, a folder's files, or a pattern's matches.
-
-    The files are sorted and all of one kind. A path that exists is never read as a pattern. No file
-    is opened.
-
-    Raises:
-        DataError: names the config key `key` and the path. There is no file, or a file is empty, of
-            an unknown kind, of another kind than the rest, or not permitted to be looked at.
-    """
-    try:
-        return _find_files(path, key)
-    except OSError as error:
-        raise DataError(_unreadable(path, key, error)) from None
-
-
-def _find_files(path: str, key: str) -> tuple[Path, ...]:
-    place = Path(path)
-    if place.is_dir():
-        inside = sorted(place.iterdir())
-        files = [file for file in inside if _kind(file) and file.name not in _BESIDE_DATA]
-        missing = f"is a folder without data files. Put {_KINDS} files directly into it."
-    elif place.exists():
-        files, missing = [place], ""
-    else:
-        matches = _matches(path) if glob.has_magic(path) else set()
-        files = [file for file in map(Path, sorted(matches)) if file.is_file()]
-        missing = (
-            f"does not exist. Give the path of a {_KINDS} file, a folder of them, or a pattern."
-        )
-    if not files:
-        raise DataError(f"{key} {path} {missing}")
-    for file in files:
-        if not _kind(file):
-            suffix = "".join(file.suffixes[-2:]) if file.suffix.lower() in _OPENERS else file.suffix
-            raise DataError(
-                f"{key} {file} has the suffix {suffix!r}, which is not known. Give a {_KINDS} "
-                f"file; those of text may be compressed ({', '.join(_OPENERS)})."
-            )
-        if not file.is_file():
-            raise DataError(f"{key} {file} is not a regular file. Give a {_KINDS} file.")
-        if file.stat().st_size == 0:
-            raise DataError(f"{key} {file} is empty. It must hold at least one row.")
-    # Reversed, so that the first file of each kind is the one that remains.
-    kinds = {str(_kind(file)): file for file in reversed(files)}
-    if len(kinds) > 1:
-        raise DataError(
-            f"{key} {path} means files of several kinds ({' and '.join(map(str, kinds.values()))})."
-            f" Name one kind with a pattern such as '*{next(iter(kinds))}', or list them one "
-            "by one."
-        )
-    return tuple(files)
-
-
-def _matches(pattern: str) -> set[str]:
-    """Return the paths that match, as `glob.glob` does, but `**` enters no linked folder."""
-    # `glob.glob` follows such links, which may lead in circles; `os.walk` does not.
-    stars = re.search(r"(^|(?<=/))\*\*(/|$)", pattern)
-    if stars is None:
-        return set(glob.glob(pattern))
-    before, after = pattern[: stars.start()], pattern[stars.end() :]
-    found: set[str] = set()
-    for top in glob.glob(before) if before else ["."]:
-        for folder, inner, _ in os.walk(top):
-            inner[:] = [name for name in inner if not name.startswith(".")]  # prunes the walk
-            found |= _matches(os.path.join(glob.escape(folder), after or "*"))
-    return found
-
-
 def check_source(path: str, key: str) -> None:
     """Refuse a source that is not on this machine, before anything slow; the hub is not asked.
 
     Raises:
         DataError: see `find_files`.
     """
-    if not is_hub_name(path):
+    if not is_data_set(path):
         find_files(path, key)
 
 
-def is_hub_name(path: str) -> bool:
-    """True if `path` is `owner/name` or `owner/name:split` and names nothing on this machine."""
-    name = path.partition(":")[0]
+def check_sources(train: Sequence[str], held_out: Sequence[str]) -> None:
+    """Refuse sources that are not on this machine, and a file that comes in two of them.
+
+    A file is the same under any path that leads to it, be it through a folder or a link.
+
+    Raises:
+        DataError: see `find_files`; or with the file and both sources.
+    """
+    seen: dict[object, tuple[str, str, str]] = {}
+    for key, path in [("data.train", p) for p in train] + [("data.eval", p) for p in held_out]:
+        check_source(path, key)
+        for name, identity in _identities(path, key):
+            if identity in seen:
+                raise DataError(_twice(name, (key, path), *seen[identity]))
+            seen[identity] = key, path, name
+
+
+def _twice(name: str, source: tuple[str, str], key: str, path: str, first: str) -> str:
+    """Return the message about a file of a source that was in the source `path` of `key` before."""
+    if source == (key, path):
+        return f"{key} {path} has one file twice, as {first} and as {name}. Remove the link."
+    if source[0] == key:
+        hint = " A weight of 2 passes over a file twice per epoch." * (key == "data.train")
+        return f"{key} has {name} twice: in {path} and in {source[1]}. Remove it from one.{hint}"
     return (
-        _HUB_NAME.match(path) is not None
-        and _kind(Path(name)) is None
-        and Path(name).suffix.lower() not in _OPENERS
-        and not os.path.exists(path)
-        # In a folder that exists, the name is more likely a mistyped file.
-        and not Path(name).parent.exists()
+        f"data.train ({path}) and data.eval ({source[1]}) both have {name}: the evaluation loss "
+        "would be that of rows that are trained on. Remove it from one; or remove data.eval and "
+        "set data.eval_fraction, which holds rows out. To evaluate on training rows all the same, "
+        "copy the file."
     )
+
+
+def _identities(path: str, key: str) -> Iterator[tuple[str, object]]:
+    """Yield the name of each file or table of a source, and what it has in common with its like."""
+    data_set = parse_name(path)
+    if data_set is not None:
+        yield path, data_set
+        return
+    for file in find_files(path, key):
+        status = file.stat()  # of the file that a link leads to
+        yield str(file), (status.st_dev, status.st_ino)
 
 
 def load_rows(path: str, key: str) -> Iterator[Row]:
@@ -147,21 +105,30 @@ def load_rows(path: str, key: str) -> Iterator[Row]:
         raise DataError(f"{key} {path} holds no rows.")
 
 
+def left_out_of(path: str, key: str) -> str:
+    """Return a sentence about files beside a source's that are no part of it; empty if none are.
+
+    Raises:
+        DataError: see `find_files`.
+    """
+    return "" if is_data_set(path) else left_out_remark(path, key)
+
+
 def source_fingerprint(path: str, key: str) -> str:
     """Return a digest of a source's contents: the bytes of its files, or the hub table's own.
 
     Raises:
         DataError: see `find_files`; or the data set cannot be loaded.
     """
-    if is_hub_name(path):
-        return str(_hub_table(path, key)._fingerprint)
+    if is_data_set(path):
+        return str(load_table(path, key)._fingerprint)
     digest = hashlib.sha256()
     for file in find_files(path, key):
         try:
             with file.open("rb") as stream:
                 contents = hashlib.file_digest(stream, "sha256")
         except OSError as error:
-            raise DataError(_unreadable(str(file), key, error)) from None
+            raise DataError(unreadable(str(file), key, error)) from None
         digest.update(contents.digest() + str(file).encode())
     return digest.hexdigest()
 
@@ -169,30 +136,23 @@ def source_fingerprint(path: str, key: str) -> str:
 def stamp(path: str, key: str) -> object:
     """Return a value that changes when a file of a source is written, added or removed.
 
-    Reads no contents. None for a data set of the hub.
+    Reads no contents. None for a data set that `datasets` loads.
 
     Raises:
         DataError: see `find_files`.
     """
-    if is_hub_name(path):
+    if is_data_set(path):
         return None
     files = find_files(path, key)
     return [(str(f), (s := f.stat()).st_ino, s.st_size, s.st_mtime_ns) for f in files]
 
 
-def _unreadable(path: str, key: str, error: OSError) -> str:
-    return (
-        f"{key} {path} cannot be read ({error.strerror or error}). See that the file is there, and "
-        "that it and the folders around it may be read by you."
-    )
-
-
 def _tables(path: str, key: str) -> Iterator[tuple[str, Iterator[dict[str, Any]]]]:
-    if is_hub_name(path):
-        yield path, map(_unfilled, _hub_table(path, key))
+    if is_data_set(path):
+        yield path, map(_unfilled, load_table(path, key))
         return
     for file in find_files(path, key):
-        yield str(file), _READERS[str(_kind(file))](file, key)
+        yield str(file), _READERS[str(kind_of(file))](file, key)
 
 
 # -- Text: JSON, JSONL and CSV, plain or compressed.
@@ -387,22 +347,6 @@ def _arrow_batches(file: Path, key: str) -> Iterator[Any]:
                 yield batch.slice(start, _BATCH_ROWS)
 
 
-def _hub_table(path: str, key: str) -> Any:
-    from datasets import load_dataset
-
-    name, _, split = path.partition(":")
-    try:
-        # `datasets` 4 and later run no script of a data set, and no argument here asks for it.
-        return load_dataset(name, split=split or "train")
-    except Exception as error:  # noqa: BLE001 - network, hub and parser each have their own
-        text = str(error).strip()
-        raise DataError(
-            f"{key} {path} is no file or folder here, and as a data set of the hub it cannot be "
-            f"loaded: {text.splitlines()[0] if text else type(error).__name__}. "
-            "Check the name (owner/name, or owner/name:split), or give a file."
-        ) from None
-
-
 def _unfilled(row: dict[str, Any]) -> dict[str, Any]:
     """Return a row without the names, within its columns, whose value is None."""
     # Tables fill with None the names that only other rows have.
@@ -422,15 +366,3 @@ _READERS: dict[str, Callable[[Path, str], Iterator[dict[str, Any]]]] = {
     ".arrow": _table_rows,
     ".csv": _csv_rows,
 }
-_KINDS = " or ".join(", ".join(_READERS).rsplit(", ", 1))
-# Files that `datasets` writes into a folder beside its Arrow files.
-_BESIDE_DATA = ("dataset_info.json", "dataset_dict.json", "state.json")
-
-
-def _kind(file: Path) -> str | None:
-    """Return the suffix that decides the reader, without a compression's; None if unknown."""
-    suffix = file.suffix.lower()
-    if suffix in _OPENERS:
-        inner = file.with_suffix("").suffix.lower()
-        return inner if inner in (".jsonl", ".json", ".csv") else None
-    return suffix if suffix in _READERS else None

@@ -13,6 +13,7 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from qlora_dist.data.dataset import RunData
+from qlora_dist.data.report import unused_roles
 from qlora_dist.data.samples import Sample
 from qlora_dist.inspection.facts import Batching, Facts, PartFacts, SourceFacts
 from qlora_dist.inspection.masked_text import legend, masked_text, visible
@@ -97,7 +98,8 @@ def source_lines(source: SourceFacts, max_seq_len: int, is_one_of_several: bool)
             lines.append(f"{count:,} {fate} ({count / report.num_rows:.1%}){end}")
     for reason, count, where in report.faulty.most_frequent():
         lines.append(f"  {count:,} x {visible(reason)}, first: {visible(where)}")
-    return [*lines, *map(visible, report.remarks())]
+    left_out = [report.left_out] if report.left_out else []
+    return [*lines, *map(visible, [*report.names(), *report.remarks(), *left_out])]
 
 
 def _print_totals(console: Console, title: str, part: PartFacts) -> None:
@@ -199,6 +201,7 @@ def warnings(facts: Facts) -> list[str]:
         _about_leak(facts),
         _about_answers("training", facts.train),
         _about_answers("evaluation", facts.eval) if facts.eval is not None else "",
+        *(f"{visible(fault)}." for fault in unused_roles([s.report for s in facts.sources])),
         *(_about_cuts(source, facts.run.max_seq_len) for source in facts.sources),
         _about_padding(facts),
         _about_short_epoch(facts),

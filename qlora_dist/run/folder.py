@@ -112,7 +112,12 @@ def _began_with(config: TrainConfig, folder: Path, key: str) -> tuple[bool, Any]
 def identity(config: TrainConfig) -> dict[str, Any]:
     """Return the settings that tell one run from another, as plain data."""
     settings = flatten(config).items()
-    kept = {key: value for key, value in settings if not key.startswith(_CHANGEABLE)}
+    # Checkpoints made before a mapping was a setting have None for it.
+    kept = {
+        key: None if value == {} else value
+        for key, value in settings
+        if not key.startswith(_CHANGEABLE)
+    }
     # As a checkpoint's JSON gives them back: a tuple never equals the list that it becomes there.
     plain: dict[str, Any] = json.loads(json.dumps(kept, default=asdict))
     return plain

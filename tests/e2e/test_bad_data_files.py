@@ -207,6 +207,24 @@ def test_a_broken_evaluation_file_is_explained(tmp_path: Path, run: dict) -> Non
     check_refused(done, run, f"data.eval {tmp_path / 'd.jsonl'}, line 2: not valid JSON")
 
 
+def test_evaluation_on_training_data_is_explained(tmp_path: Path, run: dict) -> None:
+    """A file on both sides is refused before anything is tokenized, with a way out."""
+    (folder := tmp_path / "d").mkdir()
+    (folder / "a.jsonl").write_bytes(lines(*PLAIN))
+    done = train(run, train=str(folder), eval=str(folder / "a.jsonl"))
+    check_refused(done, run, f"data.train ({folder}) and data.eval", "data.eval_fraction")
+
+
+def test_columns_of_the_file_are_told(tmp_path: Path, run: dict) -> None:
+    """An entry of `data.columns` that nothing uses is refused with the columns of the file."""
+    (tmp_path / "d.jsonl").write_bytes(lines({"question": "a", "answer": "b"}))
+    done = train(run, train=str(tmp_path / "d.jsonl"), columns={"prompt": "quest"})
+    check_refused(done, run, "data.columns.prompt is 'quest'", "`question`, `answer`", "Rename")
+    columns = {"prompt": "question", "completion": "answer"}
+    done = train(run, train=str(tmp_path / "d.jsonl"), columns=columns)
+    check_trained(done, run, "columns read: completion from `answer`, prompt from `question`")
+
+
 # -- paths that are no data files
 
 

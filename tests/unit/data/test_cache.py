@@ -153,6 +153,8 @@ def made(tmp_path: Path, tokenizer):
     [
         {"format": "text"},
         {"format": "auto"},
+        {"columns": {"messages": "messages"}},
+        {"roles": {"user": ("human",)}},
         {"max_seq_len": 65},
         {"too_long": "drop"},
         {"train_on": "all"},
@@ -187,7 +189,7 @@ def test_settings_that_do_not(made, change: dict) -> None:
 def test_every_setting_is_one_or_the_other() -> None:
     """A new setting of the section must be put into the key, or into this list."""
     decides = {"train", "eval", "format", "max_seq_len", "too_long", "train_on", "chat_template"}
-    decides |= {"allow_lost", "template_date", "template_kwargs"}
+    decides |= {"columns", "roles", "allow_lost", "template_date", "template_kwargs"}
     does_not = {"max_bad_fraction", "eval_fraction", "cache_dir", "packing", "group_by_length"}
     assert set(DataConfig.__dataclass_fields__) == decides | does_not
 

@@ -11,7 +11,8 @@ import pyarrow.ipc
 import pytest
 from pyarrow import parquet
 
-from qlora_dist.data.sources import check_source, find_files, is_hub_name, load_rows
+from qlora_dist.data.files import find_files
+from qlora_dist.data.sources import check_source, load_rows
 from qlora_dist.errors import DataError
 
 ROWS = [
@@ -382,17 +383,9 @@ def test_a_folder_is_its_files_in_order(tmp_path: Path) -> None:
     ] == f"{folder / 'c.jsonl'}, row 1"
 
 
-def test_a_folder_that_datasets_saved_is_a_source(tmp_path: Path) -> None:
-    """The two JSON files that `save_to_disk` puts beside the table are no data files."""
-    from datasets import Dataset
-
-    Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
-    assert values(tmp_path / "saved") == ROWS
-
-
 def test_a_pattern_is_the_files_it_matches(tmp_path: Path) -> None:
     """A pattern matches files in order, also across folders."""
-    shards(tmp_path / "x", "train-1.jsonl", "train-0.jsonl", "test.jsonl")
+    shards(tmp_path / "x", "train-1.jsonl", "train-0.jsonl", "other.jsonl")
     shards(tmp_path / "a", "train-2.jsonl")
     assert [row["text"] for row in values(tmp_path / "x" / "train-*.jsonl")] == [
         "train-0.jsonl",
@@ -417,63 +410,3 @@ def test_impossible_folders_and_patterns_are_refused(tmp_path: Path) -> None:
         assert what in refusal(path)
     with pytest.raises(DataError, match=r"b\.jsonl is empty"):
         check_source(str(empty), "data.train")
-
-
-# -- the hub
-
-
-@pytest.mark.parametrize(
-    ("path", "expected"),
-    [
-        ("owner/name", True),
-        ("owner/name:test", True),
-        ("owner/name-1.5", True),
-        ("data/rows.jsonl", False),
-        ("data/rows.jsonl.gz", False),
-        ("rows", False),
-        ("a/b/c", False),
-        ("./owner/name", False),
-        ("../name", False),
-        ("owner/*", False),
-        ("here/name", False),
-    ],
-)
-def test_what_may_be_a_name_of_the_hub(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, expected: bool
-) -> None:
-    """Owner and name are of the hub if no such path, and no such folder, is here.
-
-    In a folder that is here, the name is more likely a mistyped file.
-    """
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path)
-    assert is_hub_name(path) is expected
-
-
-def test_a_data_set_of_the_hub_is_read_through_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`datasets` gets name and split and no other argument, so no code of the data set runs."""
-    from datasets import Dataset
-
-    asked: list[tuple] = []
-
-    def load(*args: object, **kwargs: object) -> Dataset:
-        asked.append((args, kwargs))
-        return Dataset.from_list(ROWS)
-
-    monkeypatch.setattr("datasets.load_dataset", load)
-    assert values("owner/name:validation") == ROWS
-    assert asked == [(("owner/name",), {"split": "validation"})]
-
-
-def test_a_data_set_that_cannot_be_had_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Any error of `datasets` becomes one line with the key and the name."""
-
-    def fail(*_: object, **__: object) -> None:
-        raise ConnectionError("no route to the hub\nmore")
-
-    monkeypatch.setattr("datasets.load_dataset", fail)
-    with pytest.raises(
-        DataError,
-        match=r"data\.eval owner/name is no file .*: no route to the hub\. Check the name",
-    ):
-        list(load_rows("owner/name", "data.eval"))

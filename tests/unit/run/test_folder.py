@@ -105,6 +105,16 @@ def test_an_identity_survives_a_checkpoint(tmp_path: Path) -> None:
     assert identity(load_config(tmp_path / "run" / "config.yaml")) == identity(config)
 
 
+def test_a_mapping_without_entries_is_as_none(tmp_path: Path) -> None:
+    """A run that began before a mapping was a setting goes on; entries make it another run."""
+    config = run_config(tmp_path / "run")
+    assert identity(config)["data.columns"] is identity(config)["data.roles"] is None
+    create(config)
+    named = DataConfig(train="t.jsonl", columns={"text": "body"}, roles={"user": ("human",)})
+    with pytest.raises(CheckpointError, match=r"data\.columns: None there, {'text': 'body'} now"):
+        check_run_folder(run_config(tmp_path / "run", data=named))
+
+
 def test_a_folder_of_other_things_is_refused(tmp_path: Path) -> None:
     """A folder with other files, a file in the folder's place, and the config.yaml of another
     program are refused."""
