@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-import bitsandbytes as bnb
 import torch
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.bnb import Linear4bit
@@ -96,7 +95,7 @@ class _FusedProduct(torch.autograd.Function):
     ) -> Tensor:
         # x (..., in_features) in the compute dtype, A (rank, in_features), B (out_features, rank)
         base, scaling = layer.base_layer, layer.scaling[adapter]
-        out = bnb.matmul_4bit(x, base.weight, quant_state=base.quant_state_now(), bias=base.bias)
+        out = base.product(x)
         inner = x.reshape(-1, x.shape[-1]) @ lora_a.to(x.dtype).t()  # (tokens, rank)
         out.view(-1, out.shape[-1]).addmm_(inner, lora_b.to(x.dtype).t(), alpha=scaling)
         ctx.layer, ctx.adapter = layer, adapter

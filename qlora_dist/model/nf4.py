@@ -127,7 +127,22 @@ class QuantizedLinear(bnb.nn.Linear4bit):
 
         The parameters must be whole.
         """
-        return bnb.functional.dequantize_4bit(self.weight, self.quant_state_now())
+        state = self.quant_state_now()
+        # As one row: with AVX512, bitsandbytes' kernel gives wrong numbers where rows end inside of
+        # a block.
+        state.shape = torch.Size((1, self.out_features * self.in_features))
+        flat: Tensor = bnb.functional.dequantize_4bit(self.weight, state)
+        return flat.view(self.out_features, self.in_features)
+
+    def product(self, x: Tensor) -> Tensor:
+        """Return W x + b for x (..., in_features) in the compute dtype."""
+        if x.device.type == "cpu" and self.in_features % self.format.block_size:
+            # bitsandbytes' product would take the wrong numbers that `dequantized` avoids.
+            return nn.functional.linear(x, self.dequantized(), self.bias)
+        out: Tensor = bnb.matmul_4bit(
+            x, self.weight, quant_state=self.quant_state_now(), bias=self.bias
+        )
+        return out
 
 
 def result_dtype(x: Tensor) -> torch.dtype:
@@ -152,9 +167,7 @@ class _FrozenMatmul(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: QuantizedLinear) -> Tensor:
         ctx.layer = layer
-        state = layer.quant_state_now()
-        out: Tensor = bnb.matmul_4bit(x, layer.weight, quant_state=state, bias=layer.bias)
-        return out.data  # no view of a matrix: some models add to it in place
+        return layer.product(x).data  # no view of a matrix: some models add to it in place
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # (..., out_features)

@@ -15,6 +15,7 @@ from qlora_dist.run.adapter_folder import read_adapter_record
 from qlora_dist.runtime.processes import start_runtime
 from qlora_dist.train import train
 from tests.support.command import run_command, run_rows, write_config
+from tests.support.models import mend_bitsandbytes
 
 
 def config_of_run(root: Path, model: Path, data: Path, adapter: dict, max_steps: int) -> Path:
@@ -52,6 +53,7 @@ def test_stock_peft_gives_the_same_logits(run: Path, tiny_llama: Path, tokenizer
     ours, _ = load_trained(
         run / "adapter", read_adapter_record(run / "adapter"), runtime=runtime, reporter=reporter
     )
+    mend_bitsandbytes()
     stock_base = AutoModelForCausalLM.from_pretrained(
         tiny_llama,
         dtype=torch.float32,

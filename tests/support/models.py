@@ -1,8 +1,10 @@
 """Models loaded by this program and by transformers, whole in one process; folders to load."""
 
 import json
+import math
 import shutil
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -10,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from qlora_dist.config.schema import ModelConfig
 from qlora_dist.model.cpu.attention import NAME
+from qlora_dist.model.nf4 import four_bit_code
 from qlora_dist.model.skeleton import build_skeleton
 from qlora_dist.weights.loading import load_base_weights, materialize
 from qlora_dist.weights.prequantized import formats_in
@@ -31,10 +34,33 @@ def load_here(folder: Path, device: torch.device = CPU, **config: object):
     return model.eval()
 
 
+@cache
+def mend_bitsandbytes() -> None:
+    """Let bitsandbytes dequantize on this CPU what was quantized.
+
+    With AVX512 its kernel gives other numbers where rows end inside of a block.
+    """
+    library = torch.library.Library("bitsandbytes", "IMPL")
+    library.impl("dequantize_4bit", _dequantize, "CPU", allow_override=True)
+    _LIBRARIES.append(library)  # with it the replacement would go
+
+
+_LIBRARIES: list[torch.library.Library] = []
+
+
+def _dequantize(packed, absmax, block_size, quant_type, shape, dtype) -> torch.Tensor:
+    """Look up each half byte, and multiply it with the largest value of its block."""
+    code, packed = four_bit_code(quant_type, packed.device), packed.view(torch.uint8).reshape(-1)
+    halves = torch.stack([packed >> 4, packed & 15], dim=1).view(-1)[: math.prod(shape)]
+    scale = absmax.float().repeat_interleave(block_size)[: len(halves)]
+    return (code[halves.int()] * scale).to(dtype).view(*shape)
+
+
 def load_there(folder: Path, **arguments: object):
     """Load the model of `folder` with transformers."""
     from transformers import AutoModelForCausalLM
 
+    mend_bitsandbytes()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **arguments)
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):

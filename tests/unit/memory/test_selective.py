@@ -4,7 +4,6 @@ import dataclasses
 from pathlib import Path
 from unittest import mock
 
-import bitsandbytes as bnb
 import pytest
 import torch
 from torch import nn
@@ -20,6 +19,7 @@ from qlora_dist.memory.recompute import KeptBytesProbe, LayerForward, recompute_
 from qlora_dist.memory.selective import SelectiveForward
 from qlora_dist.model.adapters import adapter_parameters
 from qlora_dist.model.compile import CompiledForward
+from qlora_dist.model.nf4 import QuantizedLinear
 from qlora_dist.model.parts import ModelParts
 from qlora_dist.runtime.processes import Runtime, start_runtime
 from qlora_dist.train import micro_step
@@ -89,7 +89,8 @@ def test_products_run_once(tiny_llama: Path, runtime: Runtime) -> None:
     """Selectively, no 4-bit product is computed again; fully, all are."""
     model = build_adapted(tiny_llama, runtime)
     loss_and_gradient(model, runtime)  # the first one asks the model for more
-    with mock.patch.object(bnb, "matmul_4bit", wraps=bnb.matmul_4bit) as product:
+    run = QuantizedLinear.product
+    with mock.patch.object(QuantizedLinear, "product", autospec=True, side_effect=run) as product:
         counts = []
         for choice in (Recompute(3), Recompute(3, 3), Recompute(3, 0, 3)):
             set_recompute(ModelParts(model).layers, choice)

@@ -163,8 +163,8 @@ def test_gradients_that_nobody_asks_for_are_not_computed() -> None:
     fuse_adapters(layer)
     expected = results(layer, torch.ones(3, IN))
     layer.zero_grad()
-    layer.base_layer.dequantized = None  # would fail
     out = layer(torch.ones(3, IN))
+    layer.base_layer.dequantized = None  # would fail
     out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(1)))
     assert torch.equal(layer.lora_A["default"].weight.grad, expected["lora_A.default.weight"])
 

@@ -102,12 +102,21 @@ def test_training_goes_on_after_evaluation() -> None:
     assert torch.equal(first.grad, second.grad)
 
 
-def test_dequantized_is_close_to_the_original() -> None:
-    """NF4 keeps normally distributed weights to about 9 % of their norm (QLoRA's own error)."""
-    weight = torch.randn(256, 256, generator=torch.Generator().manual_seed(0))
-    layer = filled_layer(weight, None, QuantFormat(), torch.float32)
+@pytest.mark.parametrize("columns", [256, 112, 96, 48, 30, 33])
+@pytest.mark.parametrize("block_size", [64, 128])
+def test_dequantized_is_close_to_the_original(columns: int, block_size: int) -> None:
+    """NF4 keeps normally distributed weights to about 9 % of their norm (QLoRA's own error), also
+    where rows end inside of a block; the layer's product is that of these weights."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(256, columns, generator=generator)
+    fmt = QuantFormat(block_size=block_size)
+    layer = filled_layer(weight, None, fmt, torch.float32)
     error = (layer.dequantized() - weight).norm() / weight.norm()
     assert 0.05 < error < 0.12
+    x = torch.randn(5, columns, generator=generator)
+    product = layer(x)
+    assert (product - x @ layer.dequantized().t()).norm() < 1e-6 * product.norm()
+    assert (product - x @ weight.t()).norm() < 0.12 * product.norm()
 
 
 @pytest.mark.parametrize("fmt", FORMATS, ids=str)
