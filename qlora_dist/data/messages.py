@@ -35,6 +35,12 @@ _KNOWN_KEYS = frozenset(
     ]
 )
 """Keys of messages that are read here or by many templates."""
+_CALL_KEYS = frozenset(
+    ["function", "name", "arguments", "id", "type", "index", "description", "strict"]
+)
+"""Keys of tool calls and their functions that are read, or say nothing of the call itself."""
+_NOTHING = (None, "", [], {})
+"""Values that say nothing."""
 
 
 class RowFault(Exception):
@@ -237,6 +243,7 @@ def _calls(calls: Any, number: int) -> list[dict[str, Any]]:
                 f"message {number} calls {call!r:.80}, but a call needs the name of a function and "
                 "its arguments.",
             )
+        _check_call_keys({**call, **function}, number)
         name, arguments = function["name"], function.get("arguments", {})
         # OpenAI writes arguments as JSON text, which templates would quote once more.
         if isinstance(arguments, str):
@@ -246,11 +253,33 @@ def _calls(calls: Any, number: int) -> list[dict[str, Any]]:
             arguments = _without_none(arguments)
         elif arguments is None:
             arguments = {}
+        else:
+            raise RowFault(
+                "broken tool call",
+                f"message {number}, arguments of {name} are {arguments!r:.80}, but must be an "
+                "object with a name for each, or its JSON text.",
+            )
         # `name` and `arguments` stand here if the call is written without `function`.
         rest = {k: v for k, v in call.items() if k not in ("name", "arguments") and v is not None}
         function = {"name": name, "arguments": arguments}
         checked.append({**rest, "type": "function", "function": function})
     return checked
+
+
+def _check_call_keys(call: Mapping[str, Any], number: int) -> None:
+    """Refuse a tool call that says more than is read, such as arguments under another name.
+
+    Raises:
+        RowFault: with the key.
+    """
+    for key, value in call.items():
+        if key not in _CALL_KEYS and value not in _NOTHING:
+            raise RowFault(
+                f"tool call with `{key:.40}`",
+                f"message {number} calls {call.get('name')!r:.40} with the key `{key:.40}`, which "
+                "is not read. Arguments stand under `arguments`, and a result in a turn of the "
+                "role tool: rename or move it, or remove it.",
+            )
 
 
 def _tools(row: Mapping[str, Any]) -> list[Any] | None:

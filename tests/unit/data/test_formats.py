@@ -245,6 +245,39 @@ def test_each_fault_has_its_reason(format: str, row: dict, expected: str) -> Non
     assert reason(row, format) == expected
 
 
+@pytest.mark.parametrize(
+    ("call", "expected"),
+    [
+        ({"name": "f", "parameters": {"x": 1}}, "tool call with `parameters`"),
+        ({"function": {"name": "f", "args": {"x": 1}}}, "tool call with `args`"),
+        ({"type": "tool_use", "id": "1", "name": "f", "input": {"x": 1}}, "tool call with `input`"),
+        ({"name": "f", "arguments": {}, "result": "5"}, "tool call with `result`"),
+        ({"name": "f", "arguments": ["x"]}, "broken tool call"),
+        ({"name": "f", "arguments": [("x", 1)]}, "broken tool call"),
+        ({"name": "f", "arguments": 5}, "broken tool call"),
+    ],
+)
+def test_no_part_of_a_call_is_lost(call: dict, expected: str) -> None:
+    """Arguments under another name, and those that are no object, are faults; so is a result."""
+    turns = [USER, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    assert reason({"messages": turns}, "messages") == expected
+    assert reason({"messages": [USER, {**turns[1], "tool_calls": call}]}, "messages") == expected
+    if "function" not in call:
+        said = [{"from": "human", "value": "a"}, {"from": "function_call", "value": call}]
+        assert reason({"conversations": said}, "sharegpt") == expected
+
+
+def test_a_call_may_have_keys_without_a_word() -> None:
+    """Ids, numbers and keys that tables fill in are no fault of a call."""
+    call = {"id": "1", "index": 0, "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    filled = {**call, "parameters": None, "input": {}, "function": {**call["function"], "args": ""}}
+    for calls in ([call], [filled]):
+        turns = [USER, {"role": "assistant", "content": "", "tool_calls": calls}]
+        content = read_row({"messages": turns}, "messages")
+        assert isinstance(content, Conversation)
+        assert content.messages[1]["tool_calls"][0]["function"] == {"name": "f", "arguments": {}}
+
+
 WRONG = [None, 3, 1.5, True, "", "x", [], {}, [None], [3], [[]], [{}], {"a": 1}, [{"role": {}}]]
 
 
