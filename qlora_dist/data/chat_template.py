@@ -124,6 +124,7 @@ class ChatTemplate:
         self._date = None if date is None else datetime.fromisoformat(date)
         self._variables = dict(variables or {})
         self._roles: dict[str, str | None] = {}
+        self._reads: dict[tuple[str, str, object], bool] = {}
 
     def render(
         self, messages: list[dict[str, Any]], tools: list[Any] | None, *, is_prompt: bool = False
@@ -252,18 +253,36 @@ class ChatTemplate:
 
     def _shows(self, role: str) -> bool:
         """True if the template shows messages of a role where they stand in conversations."""
-        function = {"name": "zQnameQz", "arguments": {"a": "zQvalueQz"}}
-        call = {"id": "zQ00000Qz", "type": "function", "function": function}
-        asked = {"role": "user", "content": "zQaskedQz"}
-        calling: dict[str, Any] = {"role": "assistant", "content": "", "tool_calls": [call]}
         said = {"role": role, "content": "zQsaidQz"}
-        answering = {**said, "tool_call_id": "zQ00000Qz", "name": "zQnameQz"}
-        first, *later = [said, asked], [asked, said], [asked, calling, answering]
+        first, *later = _conversations_with(said)
         for turns in [first] if role in ("system", "developer") else later:
             with suppress(RowFault):
                 if said["content"] in self.render(turns, None):
                     return True
         return False
+
+    def reads(self, key: str, message: Mapping[str, Any]) -> bool:
+        """True if the template shows a message otherwise for the value of a key."""
+        role, value = message["role"], message[key]
+        kind = key, role, value if isinstance(value, bool) else type(value)
+        if kind not in self._reads:
+            plain = {"role": role, "content": "zQsaidQz"}
+            pairs = zip(
+                _conversations_with(plain), _conversations_with({**plain, key: value}), strict=True
+            )
+            self._reads[kind] = any(self._differ(*pair) for pair in pairs)
+        return self._reads[kind]
+
+    def _differ(self, plain: list[dict[str, Any]], other: list[dict[str, Any]]) -> bool:
+        """True if the template takes a conversation, and shows another otherwise or refuses it."""
+        try:
+            shown = self.render(plain, None)
+        except RowFault:
+            return False
+        try:
+            return self.render(other, None) != shown
+        except RowFault:
+            return True
 
     def _names_role(self, role: str) -> bool:
         """True if the template compares with a role, or the vocabulary has a token for it."""
@@ -393,6 +412,16 @@ class ChatTemplate:
         # The first one counts: a second one may end the conversation, which nothing has to learn.
         special = re.search("|".join(map(re.escape, self.special_tokens)) or "(?!)", after)
         return special and special.group()
+
+
+def _conversations_with(said: dict[str, Any]) -> list[list[dict[str, Any]]]:
+    """Return conversations with a message as the first, as an answer, and as a tool's answer."""
+    function = {"name": "zQnameQz", "arguments": {"a": "zQvalueQz"}}
+    call = {"id": "zQ00000Qz", "type": "function", "function": function}
+    asked = {"role": "user", "content": "zQaskedQz"}
+    calling: dict[str, Any] = {"role": "assistant", "content": "", "tool_calls": [call]}
+    answering = {"tool_call_id": "zQ00000Qz", "name": "zQnameQz", **said}
+    return [[said, asked], [asked, said], [asked, calling, answering]]
 
 
 def _refused(messages: list[dict[str, Any]], error: Exception) -> RowFault:

@@ -6,8 +6,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
-from itertools import chain
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 PromptLayout = Literal["messages", "prompt_completion", "text"]
@@ -39,7 +38,7 @@ _CALL_KEYS = frozenset(
     ["function", "name", "arguments", "id", "type", "index", "description", "strict"]
 )
 """Keys of tool calls and their functions that are read, or say nothing of the call itself."""
-_NOTHING = (None, "", [], {})
+_NOTHING: tuple[Any, ...] = (None, "", [], {})
 """Values that say nothing."""
 
 
@@ -62,8 +61,9 @@ class Conversation:
     """Messages at the start that are a prompt: no turn among them is a target."""
     muted: frozenset[int] = frozenset()
     """Indices of assistant turns that are marked not to be learned: they are context."""
-    unread: frozenset[str] = frozenset()
-    """Keys of messages with a value that neither this program nor templates in general know."""
+    unread: Mapping[str, int] = field(default_factory=dict)
+    """Keys of messages with a value that neither this program nor templates in general know, each
+    with the index of the first message that has it."""
     renamed: frozenset[tuple[str, str]] = frozenset()
     """Roles that the chat template does not know, each with the role that stands for it."""
     layout: ClassVar[PromptLayout] = "messages"
@@ -95,7 +95,7 @@ def read_conversation(messages: Any, row: Mapping[str, Any], column: str) -> Con
         for index, message in enumerate(checked)
         if _is_muted(message, index + 1) and message["role"] == "assistant"
     )
-    unread = frozenset(chain(*checked)) - _KNOWN_KEYS
+    unread = _unread(checked)
     roles = [message["role"] for message in checked]
     for number, (before, role) in enumerate(zip(["nobody", *roles], roles, strict=False), start=1):
         if role in TOOL_ROLES and before not in ("assistant", *TOOL_ROLES):
@@ -120,6 +120,19 @@ def read_conversation(messages: Any, row: Mapping[str, Any], column: str) -> Con
             "the row, or a mark.",
         )
     return Conversation(checked, _tools(row), muted=muted, unread=unread)
+
+
+def _unread(messages: list[dict[str, Any]]) -> dict[str, int]:
+    """Return the keys of messages that are not known, each with the first index."""
+    unread: dict[str, int] = {}
+    for index, message in enumerate(messages):
+        for key in message.keys() - _KNOWN_KEYS:
+            if message[key] not in _NOTHING:
+                unread.setdefault(key, index)
+        # Templates that leave out the name of a tool show its answer beside its call.
+        if "name" in message and message["role"] not in TOOL_ROLES and message["name"]:
+            unread.setdefault("name", index)
+    return unread
 
 
 def unknown_role(role: object, number: int) -> RowFault:

@@ -127,8 +127,8 @@ class Report:
 
     def count_content(self, content: Conversation, template: ChatTemplate, where: str) -> None:
         """Count what is odd about a conversation, before it is rendered."""
-        for key in content.unread:
-            if key not in template.text:
+        for key, index in content.unread.items():
+            if not template.reads(key, content.messages[index]):
                 _count(self.unread, key, where)
         for role, name in sorted(content.renamed):
             _count(self.roles, f"{role} as {name}", where)

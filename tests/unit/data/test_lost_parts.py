@@ -11,6 +11,7 @@ from qlora_dist.data.report import Report
 from qlora_dist.inspection.facts import SourceFacts
 from qlora_dist.inspection.page import source_lines
 from tests.support.rows import encode, refusal, targets, with_template
+from tests.unit.data.test_chat_template import tokenizer_of
 
 # A template that knows nothing but roles and contents.
 PLAIN = (
@@ -185,8 +186,41 @@ def test_unknown_keys_are_named_once(tokenizer) -> None:
     assert list(report.unread) == ["score"]
     assert report.unread["score"][0] == 3
     assert "nothing reads the key `score` of messages (3 rows, first: " in report.sentence(64)
-    knowing = with_template(tokenizer, PLAIN.replace("<end>", "{{ '' }}<end>") + "{# score #}")
+    knowing = with_template(tokenizer, PLAIN.replace("+ '<end>'", "+ (m.score or '')|string"))
     assert encode([{"messages": turns}], knowing).report.unread == {}
+
+
+@pytest.mark.parametrize(
+    ("family", "role", "key", "value"),
+    [
+        ("qwen3", "assistant", "think", "so"),
+        ("qwen3", "assistant", "end", "so"),
+        ("qwen2.5", "system", "tools", [{"name": "f"}]),
+        ("qwen2.5", "user", "name", "Ann"),
+        ("llama3.1", "assistant", "ipython", True),
+        ("mistral-v0.3", "user", "id", 5),
+        ("phi4", "assistant", "analysis", "so"),
+    ],
+)
+def test_a_word_of_the_template_reads_no_key(family: str, role: str, key: str, value: Any) -> None:
+    """A key is not read because its name is somewhere in the template; it must change the text."""
+    turns = [{"role": "user", "content": "well?"}, {"role": "assistant", "content": "yes"}]
+    if role == "system":
+        turns.insert(0, {"role": "system", "content": "be brief"})
+    other = [{**turn, key: value} if turn["role"] == role else turn for turn in turns]
+    tokenizer = tokenizer_of(family)
+    settings = {"max_seq_len": 4096}
+    plain, with_key = (encode([{"messages": t}], tokenizer, **settings) for t in (turns, other))
+    assert plain.samples == with_key.samples
+    assert plain.report.unread == {}
+    assert with_key.report.unread == {key: (1, "rows.jsonl, row 1")}
+
+
+@pytest.mark.parametrize("value", [None, "", [], {}])
+def test_keys_that_say_nothing_are_not_named(tokenizer, value: Any) -> None:
+    """Empty values, as in dumps of answers of a server, are no loss."""
+    turns = [MUTED[0], {**MUTED[1], "annotations": value, "name": value}]
+    assert encode([{"messages": turns}], with_template(tokenizer, PLAIN)).report.unread == {}
 
 
 @pytest.mark.parametrize(
