@@ -26,8 +26,6 @@ _KNOWN_KEYS = frozenset(
         "tool_call_id",
         "name",
         "function_call",
-        "weight",
-        "train",
         "reasoning_content",
         "reasoning",
         "thinking",
@@ -38,6 +36,11 @@ _CALL_KEYS = frozenset(
     ["function", "name", "arguments", "id", "type", "index", "description", "strict"]
 )
 """Keys of tool calls and their functions that are read, or say nothing of the call itself."""
+_MARKS = ("weight", "train", "training", "trainable", "loss", "loss_weight", "loss_mask")
+"""Keys by which data tell whether a turn is learned (1, true) or not (0, false)."""
+_OTHER_MARKS = ("mask", "train_detail", "training_detail")
+"""Keys of which one value has several meanings, or a meaning for parts of a turn."""
+_ALL_MARKS = frozenset([*_MARKS, "masked", *_OTHER_MARKS])
 _NOTHING: tuple[Any, ...] = (None, "", [], {})
 """Values that say nothing."""
 
@@ -116,8 +119,8 @@ def read_conversation(messages: Any, row: Mapping[str, Any], column: str) -> Con
     if all(index in muted for index, role in enumerate(roles) if role == "assistant"):
         raise RowFault(
             "no assistant turn to learn",
-            "every assistant turn is marked not to be learned (weight: 0 or train: false). Remove "
-            "the row, or a mark.",
+            "every assistant turn is marked not to be learned (such as weight: 0). Remove the row, "
+            "or a mark.",
         )
     return Conversation(checked, _tools(row), muted=muted, unread=unread)
 
@@ -182,9 +185,11 @@ def unopened_thoughts(content: Conversation) -> int | None:
 
 
 def _is_muted(message: dict[str, Any], number: int) -> bool:
-    """Take the marks `weight` and `train` from a message; true if it is not to be learned."""
+    """Take the marks of learning from a message; true if it is not to be learned."""
     muted = False
-    for key in ("weight", "train"):
+    if _ALL_MARKS.isdisjoint(message):
+        return False
+    for key in (*_MARKS, "masked"):
         value = message.pop(key, None)
         if value is not None and value not in (0, 1):
             raise RowFault(
@@ -192,7 +197,15 @@ def _is_muted(message: dict[str, Any], number: int) -> bool:
                 f"message {number} has {key}: {value!r:.40}, but a turn is learned (1, true) or "
                 "not (0, false). Turns of other weights cannot be trained: remove the key.",
             )
-        muted = muted or value == 0
+        muted = muted or value == (key == "masked")
+    for key in _OTHER_MARKS:
+        if message["role"] == "assistant" and message.get(key) not in _NOTHING:
+            raise RowFault(
+                f"mark `{key}`",
+                f"message {number} has {key}: {message[key]!r:.40}, which may tell what of the "
+                "turn is learned, but is not read. Write weight: 0 for a turn that is not to be "
+                "learned, else remove the key.",
+            )
     return muted
 
 

@@ -136,13 +136,28 @@ MUTED = [
 ]
 
 
-@pytest.mark.parametrize("mark", [{"weight": 0}, {"train": False}, {"weight": 0.0, "train": None}])
+@pytest.mark.parametrize(
+    "mark",
+    [
+        {"weight": 0},
+        {"train": False},
+        {"weight": 0.0, "train": None},
+        {"loss": False},
+        {"loss": 0.0},
+        {"training": False},
+        {"trainable": False},
+        {"loss_weight": 0},
+        {"loss_mask": 0},
+        {"masked": True},
+        {"masked": 1, "loss": None},
+    ],
+)
 @pytest.mark.parametrize("form", ["messages", "sharegpt"])
 def test_a_turn_that_is_not_to_be_learned_is_context(tokenizer, mark: dict, form: str) -> None:
     """Its words are in the row and none of them counts; other marks change nothing."""
     turns = [{**turn} for turn in MUTED]
     turns[1] |= mark
-    turns[3] |= {"weight": 1, "train": True}
+    turns[3] |= {"weight": 1, "train": True, "loss": 1.0, "loss_mask": 1, "masked": False}
     row: dict[str, Any] = {"messages": turns}
     if form == "sharegpt":
         names = {"user": "human", "assistant": "gpt"}
@@ -162,6 +177,10 @@ def test_a_turn_that_is_not_to_be_learned_is_context(tokenizer, mark: dict, form
     [
         ({"weight": 0.5}, "has weight: 0.5, but a turn is learned (1, true) or not"),
         ({"train": "no"}, "has train: 'no'"),
+        ({"loss": "last"}, "has loss: 'last'"),
+        ({"mask": True}, "has mask: True, which may tell what of the turn is learned"),
+        ({"mask": 0}, "has mask: 0, which may tell what of the turn is learned"),
+        ({"train_detail": [{"begin_offset": 0}]}, "Write weight: 0 for a turn that is not to be"),
     ],
 )
 def test_other_marks_are_refused(tokenizer, mark: dict, what: str) -> None:
