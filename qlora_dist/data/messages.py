@@ -18,18 +18,12 @@ TOOL_ROLES = ("tool", "ipython", "observation", "function", "tool_response", "to
 _USUAL_ROLES = ("system", "user", "assistant", "developer", *TOOL_ROLES)
 """Roles that are read under any template; others only where the template knows them."""
 _TEXT_PARTS = ("text", "input_text", "output_text")
+_TEXT_KEYS = ("text", "value", "content")
+_BESIDE_TEXT = frozenset(["index", "id", "cache_control", "annotations", "citations", "logprobs"])
+"""Keys of parts that say nothing to a model."""
+_THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 _KNOWN_KEYS = frozenset(
-    [
-        "role",
-        "content",
-        "tool_calls",
-        "tool_call_id",
-        "name",
-        "function_call",
-        "reasoning_content",
-        "reasoning",
-        "thinking",
-    ]
+    ["role", "content", "tool_calls", "tool_call_id", "name", "function_call", *_THOUGHTS]
 )
 """Keys of messages that are read here or by many templates."""
 _CALL_KEYS = frozenset(
@@ -162,6 +156,18 @@ def _checked(message: Any, number: int) -> dict[str, Any]:
         checked["tool_calls"] = _calls(checked["tool_calls"], number)
     else:
         checked.pop("tool_calls", None)
+    for key in _THOUGHTS:
+        thoughts = checked.get(key, "")
+        if isinstance(thoughts, str):
+            continue
+        if thoughts in _NOTHING:
+            del checked[key]
+        else:
+            raise RowFault(
+                f"`{key}` is no text",
+                f"message {number} has {key}: {thoughts!r:.80}, but thoughts must be text. Write "
+                "them as one text, or remove the key.",
+            )
     content = checked.get("content", "" if "tool_calls" in checked else None)
     if isinstance(content, list):
         content = "".join(_text_of_part(part, number) for part in content if part is not None)
@@ -213,19 +219,21 @@ def _text_of_part(part: Any, number: int) -> str:
     """Return the text of a part of a message's `content`, which is a list of them."""
     if isinstance(part, str):
         return part
-    if isinstance(part, Mapping) and part.get("type", "text") in _TEXT_PARTS:
-        # Tables fill with None the keys of other parts.
-        texts = [part[key] for key in ("text", "value", "content") if part.get(key) is not None]
+    # Tables fill with None the keys of other parts.
+    said = {k: v for k, v in part.items() if v not in _NOTHING} if isinstance(part, Mapping) else {}
+    kind = said.pop("type", "text")
+    texts = [said.pop(key) for key in _TEXT_KEYS if key in said]
+    if isinstance(part, Mapping) and kind in _TEXT_PARTS and not said.keys() - _BESIDE_TEXT:
         if not texts:
             return ""
-        if isinstance(texts[0], str):
+        if len(texts) == 1 and isinstance(texts[0], str):
             return texts[0]
-    kind = part.get("type") if isinstance(part, Mapping) else None
     raise RowFault(
         "part of `content` that is no text",
         f"message {number} has the part {part!r:.80}"
-        f"{f' of type {kind!r}' if isinstance(kind, str) else ''} in its `content`, but only text "
-        "can be learned. Remove the part, or the row.",
+        f"{f' of type {kind!r}' if isinstance(kind, str) else ''} in its `content`, but only a "
+        "part that is one text, under `text`, can be learned. Change or remove the part, or remove "
+        "the row.",
     )
 
 

@@ -167,6 +167,58 @@ def test_content_in_parts_is_joined() -> None:
     )
 
 
+TEXT = {"type": "text", "text": "h"}
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"image_url": {"url": "x"}},
+        {"image": "x.png", "text": "h"},
+        {"type": "text", "txt": "h"},
+        {"type": "text", "input_text": "h"},
+        {**TEXT, "content": "i"},
+        {**TEXT, "weight": 0},
+        {"type": "text", "text": ["h"]},
+        {"type": ["text"], "text": "h"},
+        {"type": "thinking", "thinking": "h"},
+    ],
+)
+def test_no_word_of_a_part_is_lost(part: dict) -> None:
+    """A part that is not one text is a fault, also without a type or among empty keys."""
+    for more in ({}, {"image": None, "value": ""}):
+        turns = [{"role": "user", "content": [TEXT, {**more, **part}]}, ANSWER]
+        assert reason({"messages": turns}, "messages") == "part of `content` that is no text"
+
+
+@pytest.mark.parametrize(
+    ("part", "text"),
+    [
+        ({"type": None, "text": "i"}, "i"),
+        ({"text": "", "value": "i", "content": None}, "i"),
+        ({**TEXT, "cache_control": {"type": "ephemeral"}, "annotations": []}, "h"),
+        ({"type": "text", "text": "", "image_url": None}, ""),
+    ],
+)
+def test_a_part_may_have_keys_that_say_nothing(part: dict, text: str) -> None:
+    """A type that is null, as tables write it, and empty keys change no text."""
+    turns = [{"role": "user", "content": [TEXT, part]}, ANSWER]
+    content = read_row({"messages": turns}, "messages")
+    assert isinstance(content, Conversation)
+    assert content.messages[0]["content"] == "h" + text
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
+@pytest.mark.parametrize("thoughts", [["so"], [{"type": "text", "text": "so"}], {"text": "so"}, 5])
+def test_thoughts_that_are_no_text_are_faulty(key: str, thoughts: object) -> None:
+    """Thoughts that no template would show are not dropped; empty ones say nothing."""
+    turns = [USER, {**ANSWER, key: thoughts}]
+    assert reason({"messages": turns}, "messages") == f"`{key}` is no text"
+    for empty in ([], {}, None):
+        content = read_row({"messages": [USER, {**ANSWER, key: empty}]}, "messages")
+        assert content == read_row({"messages": [USER, ANSWER]}, "messages")
+
+
 # -- faults
 
 CALL = {"function": {"name": "f", "arguments": "{}"}}
