@@ -131,6 +131,23 @@ def test_sharegpt_with_role_and_content() -> None:
     assert content == read_row({"messages": [USER, ANSWER]}, "messages")
 
 
+def test_a_turn_of_sharegpt_may_have_the_keys_of_both_forms() -> None:
+    """Keys that are null, as tables write them, and equal values are read; others are refused."""
+    asked = {"from": "human", "value": "h"}
+    said = [ANSWER | {"from": None, "value": None}, {"from": "gpt", "role": "assistant"}]
+    said[1] |= {"value": ANSWER["content"], "content": ANSWER["content"]}
+    for turn in said:
+        content = read_row({"conversations": [asked, turn]}, "sharegpt")
+        assert isinstance(content, Conversation)
+        assert content.messages[1] == ANSWER
+    for more, pair in (
+        ({"role": "system"}, "`from` and `role`"),
+        ({"content": "x"}, "`value` and `content`"),
+    ):
+        turns = [asked | more, {"from": "gpt", "value": "i"}]
+        assert reason({"conversations": turns}, "sharegpt") == f"turn with {pair}"
+
+
 def test_the_input_of_alpaca_follows_its_instruction() -> None:
     """Input and system prompt may be left out, empty or null."""
     row = {"instruction": "Add.", "output": "3"}
