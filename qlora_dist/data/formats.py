@@ -15,6 +15,7 @@ from qlora_dist.data.messages import (
     RowFault,
     from_json,
     list_of,
+    prompt_and_completion,
     read_conversation,
 )
 from qlora_dist.data.names import FileNames, listed
@@ -179,7 +180,7 @@ def _alpaca(row: Mapping[str, Any]) -> Conversation:
 
 
 def _prompt_completion(row: Mapping[str, Any]) -> Conversation | PlainText:
-    prompt, completion = row["prompt"], row["completion"]
+    prompt, completion = prompt_and_completion(row)
     if not (isinstance(prompt, list) and isinstance(completion, list)):
         return PlainText(_text(row, "completion"), prompt=_text(row, "prompt"))
     conversation = read_conversation([*prompt, *completion], row, "prompt")

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -35,6 +36,8 @@ _MARKS = ("weight", "train", "training", "trainable", "loss", "loss_weight", "lo
 _OTHER_MARKS = ("mask", "train_detail", "training_detail")
 """Keys of which one value has several meanings, or a meaning for parts of a turn."""
 _ALL_MARKS = frozenset([*_MARKS, "masked", *_OTHER_MARKS])
+# Also with Python's quotes, which are no JSON and so refused.
+_MESSAGES_AS_TEXT = re.compile(r"""\s*\[\s*\{\s*(['"])(role|content)\1\s*:""")
 _NOTHING: tuple[Any, ...] = (None, "", [], {})
 """Values that say nothing."""
 
@@ -246,6 +249,19 @@ def list_of(value: Any, label: str) -> Any:
     if isinstance(value, str) and value.lstrip().startswith("["):
         return from_json(value, list, label, "a list")
     return value
+
+
+def prompt_and_completion(row: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Return both columns; if both are JSON text of messages, as CSV has them, the messages.
+
+    Raises:
+        RowFault: such text is broken.
+    """
+    pair = row.get("prompt"), row.get("completion")
+    # Text may begin with a bracket, or one of both speak of messages.
+    if all(isinstance(value, str) and _MESSAGES_AS_TEXT.match(value) for value in pair):
+        return list_of(pair[0], "`prompt`"), list_of(pair[1], "`completion`")
+    return pair
 
 
 def _without_none(value: Any) -> Any:

@@ -1,11 +1,14 @@
 """Rows of the common formats as conversations or plain text; each fault of a row has a reason."""
 
 import contextlib
+import json
 
 import pytest
 
+from qlora_dist.config.schema import DataConfig
 from qlora_dist.data.formats import COLUMNS, PlainText, read_row, recognize_format
 from qlora_dist.data.messages import Conversation, RowFault
+from qlora_dist.data.names import FileNames
 from qlora_dist.data.sources import Row
 from qlora_dist.errors import DataError
 
@@ -170,6 +173,20 @@ def test_plain_text_keeps_its_white_space() -> None:
     assert read_row({"prompt": "a ", "completion": " b"}, "prompt_completion") == PlainText(
         " b", prompt="a "
     )
+
+
+def test_prompts_as_json_text_are_messages() -> None:
+    """CSV holds lists of messages as text; with Python's quotes they are refused, not learned."""
+    row = {"prompt": [USER], "completion": [ANSWER]}
+    written = {column: json.dumps(value) for column, value in row.items()}
+    assert read_row(written, "prompt_completion") == read_row(row, "prompt_completion")
+    names = FileNames(DataConfig(train="a", roles={"assistant": ("bot",)}))
+    bot = {**written, "completion": json.dumps([{**ANSWER, "role": "bot"}])}
+    assert names.read(Row("a, row 1", bot))["completion"] == [ANSWER]
+    pythons = {column: str(value) for column, value in row.items()}
+    assert reason(pythons, "prompt_completion") == "broken list"
+    text = {**written, "completion": "[1, 2]"}
+    assert read_row(text, "prompt_completion") == PlainText("[1, 2]", prompt=written["prompt"])
 
 
 def test_content_in_parts_is_joined() -> None:
