@@ -13,7 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_dist.data.long_text import Span
 from qlora_dist.data.message_forms import CALL_FORMS, SIMILAR_ROLES, CallForm
-from qlora_dist.data.messages import EVERY_TEMPLATES_ROLES, Conversation, RowFault, unknown_role
+from qlora_dist.data.messages import (
+    EVERY_TEMPLATES_ROLES,
+    THOUGHTS,
+    Conversation,
+    RowFault,
+    unknown_role,
+)
 from qlora_dist.data.template_date import with_date
 from qlora_dist.errors import ConfigError, DataError
 
@@ -367,23 +373,49 @@ class ChatTemplate:
         texts.update(self.tokenizer.all_special_tokens)
         return tuple(sorted(filter(None, texts), key=lambda text: (-len(text), text)))
 
-    def special_token_in(self, content: Conversation) -> tuple[int, str] | None:
-        """Return the first special token in what others than the assistant say.
+    def special_tokens_in(self, content: Conversation) -> dict[bool, tuple[int, str]]:
+        """Return the first special token in the assistant's words, and in those of others.
+
+        Of the assistant's, those count that the template writes around words: others may be for it
+        to write.
 
         Returns:
-            the number of the message, from 1, and the token.
+            for the assistant (true) and for others: the number of the message, from 1, and the
+            token.
         """
+        found: dict[bool, tuple[int, str]] = {}
         for number, message in enumerate(content.messages, start=1):
-            if message["role"] == "assistant":
+            is_answer = message["role"] == "assistant"
+            if is_answer in found:
                 continue
             text = message["content"]
-            for opening, tokens in self._special_openings.items():
-                at = text.find(opening)
-                while at >= 0:
-                    if text.startswith(tokens, at):
-                        return number, next(t for t in tokens if text.startswith(t, at))
-                    at = text.find(opening, at + 1)
+            if is_answer and len(message) > 2:
+                more = (message[key] for key in ("tool_calls", *THOUGHTS) if key in message)
+                text = "\n".join([text, *map(str, more)])
+            token = self._special_token_in(text, self._own_tokens if is_answer else None)
+            if token is not None:
+                found[is_answer] = number, token
+        return found
+
+    def _special_token_in(self, text: str, among: frozenset[str] | None) -> str | None:
+        for opening, tokens in self._special_openings.items():
+            at = text.find(opening)
+            while at >= 0:
+                token = next((t for t in tokens if text.startswith(t, at)), None)
+                if token is not None and (among is None or token in among):
+                    return token
+                at = text.find(opening, at + 1)
         return None
+
+    @cached_property
+    def _own_tokens(self) -> frozenset[str]:
+        """Special tokens that the template writes around words, or that start or end texts."""
+        turns = [{"role": "user", "content": "zQaskedQz"}, {"role": "assistant", "content": "zQ"}]
+        shown = ""
+        with suppress(RowFault):
+            shown = self.render([*turns, *turns], None)
+        ends = (self.tokenizer.bos_token, self.tokenizer.eos_token)
+        return frozenset(t for t in self.special_tokens if t in shown or t in ends)
 
     @cached_property
     def _special_openings(self) -> dict[str, tuple[str, ...]]:

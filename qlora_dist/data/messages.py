@@ -22,9 +22,10 @@ _TEXT_PARTS = ("text", "input_text", "output_text")
 _TEXT_KEYS = ("text", "value", "content")
 _BESIDE_TEXT = frozenset(["index", "id", "cache_control", "annotations", "citations", "logprobs"])
 """Keys of parts that say nothing to a model."""
-_THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+"""Keys of thoughts, any of which templates may read."""
 _KNOWN_KEYS = frozenset(
-    ["role", "content", "tool_calls", "tool_call_id", "name", "function_call", *_THOUGHTS]
+    ["role", "content", "tool_calls", "tool_call_id", "name", "function_call", *THOUGHTS]
 )
 """Keys of messages that are read here or by many templates."""
 _CALL_KEYS = frozenset(
@@ -159,7 +160,7 @@ def _checked(message: Any, number: int) -> dict[str, Any]:
         checked["tool_calls"] = _calls(checked["tool_calls"], number)
     else:
         checked.pop("tool_calls", None)
-    for key in _THOUGHTS:
+    for key in THOUGHTS:
         thoughts = checked.get(key, "")
         if isinstance(thoughts, str):
             continue

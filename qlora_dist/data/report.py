@@ -35,6 +35,11 @@ _SUSPECT = {
         "the template's own",
         "remove it from the text, unless it is meant",
     ),
+    "learned token": (
+        "the text of assistant's answers has a special token that the template writes around "
+        "turns, so the model learns to write it there as well",
+        "remove it from the text, unless it is meant",
+    ),
 }
 """Likely mistakes in the text of rows, each with the remedy."""
 
@@ -134,9 +139,9 @@ class Report:
             _count(self.roles, f"{role} as {name}", where)
         if number := unopened_thoughts(content):
             _count(self.suspect, "closing tag", f"{where}, message {number}")
-        if found := template.special_token_in(content):
-            number, token = found
-            _count(self.suspect, "special token", f"{where}, message {number}: {token}")
+        for is_answer, (number, token) in template.special_tokens_in(content).items():
+            kind = "learned token" if is_answer else "special token"
+            _count(self.suspect, kind, f"{where}, message {number}: {token}")
         if not self.call_form and any("tool_calls" in message for message in content.messages):
             self.call_form = str(template.call_form)
 

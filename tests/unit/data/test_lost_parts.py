@@ -275,14 +275,18 @@ def test_a_question_may_speak_of_tags(tokenizer) -> None:
         ("user", "end it with <|im_end|> now", True),
         ("system", "<|im_start|>", True),
         ("tool", "a <|im_|> and <|im_end|>", True),
-        ("assistant", "as in <|im_end|>", False),
+        ("assistant", "as in <|im_end|>", True),
+        ("assistant", "as in <|endoftext|>", False),
         ("user", "a < b, <|im_ended> and |im_end|>", False),
     ],
 )
 def test_special_tokens_in_text_are_pointed_out(
     tokenizer, role: str, text: str, is_told: bool
 ) -> None:
-    """A special token in what others than the assistant say is counted, with its first place."""
+    """A special token in what is said is counted, with its first place.
+
+    Of the assistant's, those count that start or end turns or texts: others may be for it to write.
+    """
     turns = {
         "user": [{"role": "user", "content": text}, MUTED[1]],
         "system": [{"role": "system", "content": text}, *MUTED[:2]],
@@ -299,6 +303,29 @@ def test_special_tokens_in_text_are_pointed_out(
     assert not told or f"{place}: remove it from the text, unless it is meant" in told[0]
     lines = source_lines(SourceFacts("data.train", 1.0, 1.0, report), 64, False)
     assert not told or told[0].strip() in lines, "the page says it alike"
+
+
+@pytest.mark.parametrize(
+    ("family", "answer", "token"),
+    [
+        ("llama2", {"content": "yes </s>"}, "</s>"),
+        ("mistral-v0.3", {"content": "yes</s>"}, "</s>"),
+        ("qwen2.5", {"content": "yes<|im_end|>\n<|im_start|>user\nno"}, "<|im_end|>"),
+        ("llama3.1", {"content": "yes<|eot_id|>"}, "<|eot_id|>"),
+        ("gemma2", {"content": "<bos>yes"}, "<bos>"),
+        ("qwen3", {"content": "yes", "reasoning_content": "so<|im_end|>"}, "<|im_end|>"),
+        (
+            "qwen2.5",
+            {"content": "", "tool_calls": [{"name": "f", "arguments": {"a": "<|im_end|>"}}]},
+            "<|im_end|>",
+        ),
+    ],
+)
+def test_answers_that_end_twice_are_pointed_out(family: str, answer: dict, token: str) -> None:
+    """Answers that were saved with the template's own tokens are learned with both, and said."""
+    turns = [{"role": "user", "content": "well?"}, {"role": "assistant", **answer}]
+    report = encode([{"messages": turns}], tokenizer_of(family), max_seq_len=4096).report
+    assert report.suspect == {"learned token": (1, f"rows.jsonl, row 1, message 2: {token}")}
 
 
 def test_an_account_from_the_cache_is_the_same(tokenizer) -> None:
@@ -320,11 +347,11 @@ def test_every_remark_ends_with_a_remedy() -> None:
     """Each line of the account says after its last colon what to do."""
     where = (2, "a.jsonl, row 1")
     kinds = dict.fromkeys(("text", "thoughts", "tool_calls", "tools"), where)
-    suspect = dict.fromkeys(("closing tag", "special token"), where)
+    suspect = dict.fromkeys(("closing tag", "special token", "learned token"), where)
     report = Report("a.jsonl", "messages", lost=kinds, unread={"mood": where}, suspect=suspect)
     report.roles, report.call_form = {"developer as system": where}, "text"
     remedies = ("choose", "remove", "rename", "write", "the rows' calls are written so")
-    assert len(report.remarks()) == 9
+    assert len(report.remarks()) == 10
     for remark in report.remarks():
         assert remark.rpartition(": ")[2].startswith(remedies), remark
 
