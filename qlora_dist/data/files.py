@@ -88,7 +88,9 @@ def _found(path: str, key: str) -> Found:
             f"{key} {path} does not exist. Give the path of a {_KINDS} file, a folder of them, or "
             "a pattern."
         )
-    found = _parted(files, key)
+    parts = Path(path).parts
+    num_given = next((i for i, part in enumerate(parts) if glob.has_magic(part)), len(parts))
+    found = _parted(files, key, num_given)
     return found if found.files else Found(tuple(files))  # only such files match: they are meant
 
 
@@ -112,7 +114,7 @@ def _in_folder(place: Path, path: str, key: str) -> Found:
         raise DataError(
             f"{key} {path} is a folder without data files. Put {_KINDS} files directly into it."
         )
-    found = _parted(files, key)
+    found = _parted(files, key, len(place.parts))
     if not found.files:
         names = ", ".join(file.name for file in found.left_out[:3])
         raise DataError(
@@ -122,14 +124,22 @@ def _in_folder(place: Path, path: str, key: str) -> Found:
     return found
 
 
-def _parted(files: list[Path], key: str) -> Found:
-    """Leave out the files that by their names are for the other one of training and evaluation."""
-    held_out = [file for file in files if _HELD_OUT.match(_stem(file))]
+def _parted(files: list[Path], key: str, num_given: int) -> Found:
+    """Leave out the files that by their names are for the other one of training and evaluation.
+
+    Args:
+        num_given: parts of each path that the source names; the names of later folders count, too.
+    """
+
+    def are_for(pattern: re.Pattern[str], file: Path) -> bool:
+        return any(map(pattern.match, (*file.parts[num_given:-1], _stem(file))))
+
+    held_out = [file for file in files if are_for(_HELD_OUT, file)]
     if key == "data.train":
         left_out = held_out
     else:
         # Files of any name may be evaluated on, unless there are some for it.
-        left_out = [file for file in files if held_out and _TRAINED.match(_stem(file))]
+        left_out = [f for f in files if held_out and f not in held_out and are_for(_TRAINED, f)]
     return Found(tuple(file for file in files if file not in left_out), tuple(left_out))
 
 
@@ -149,7 +159,10 @@ def left_out_remark(path: str, key: str) -> str:
     if not files:
         return ""
     purpose, use = ("training", "train") if key == "data.train" else ("evaluation", "evaluate")
-    names = ", ".join(file.name for file in files[:5]) + ", …" * (len(files) > 5)
+    # Left out for the name of its folder, a file needs it to be recognized.
+    pattern = _HELD_OUT if key == "data.train" else _TRAINED
+    own = [file.name if pattern.match(_stem(file)) else str(file) for file in files[:5]]
+    names = ", ".join(own) + ", …" * (len(files) > 5)
     return (
         f"{key} {path}: left out {names}, by name not for {purpose}; to {use} on such a file all "
         f"the same, name the file itself, such as {files[0]}"
