@@ -39,7 +39,7 @@ _OTHER_MARKS = ("mask", "train_detail", "training_detail")
 _ALL_MARKS = frozenset([*_MARKS, "masked", *_OTHER_MARKS])
 # Also with Python's quotes, which are no JSON and so refused.
 _MESSAGES_AS_TEXT = re.compile(r"""\s*\[\s*\{\s*(['"])(role|content)\1\s*:""")
-_NOTHING: tuple[Any, ...] = (None, "", [], {})
+NOTHING: tuple[Any, ...] = (None, "", [], {})
 """Values that say nothing."""
 
 
@@ -128,7 +128,7 @@ def _unread(messages: list[dict[str, Any]]) -> dict[str, int]:
     unread: dict[str, int] = {}
     for index, message in enumerate(messages):
         for key in message.keys() - _KNOWN_KEYS:
-            if message[key] not in _NOTHING:
+            if message[key] not in NOTHING:
                 unread.setdefault(key, index)
         # Templates that leave out the name of a tool show its answer beside its call.
         if "name" in message and message["role"] not in TOOL_ROLES and message["name"]:
@@ -164,7 +164,7 @@ def _checked(message: Any, number: int) -> dict[str, Any]:
         thoughts = checked.get(key, "")
         if isinstance(thoughts, str):
             continue
-        if thoughts in _NOTHING:
+        if thoughts in NOTHING:
             del checked[key]
         else:
             raise RowFault(
@@ -209,7 +209,7 @@ def _is_muted(message: dict[str, Any], number: int) -> bool:
             )
         muted = muted or value == (key == "masked")
     for key in _OTHER_MARKS:
-        if message["role"] == "assistant" and message.get(key) not in _NOTHING:
+        if message["role"] == "assistant" and message.get(key) not in NOTHING:
             raise RowFault(
                 f"mark `{key}`",
                 f"message {number} has {key}: {message[key]!r:.40}, which may tell what of the "
@@ -224,7 +224,7 @@ def _text_of_part(part: Any, number: int) -> str:
     if isinstance(part, str):
         return part
     # Tables fill with None the keys of other parts.
-    said = {k: v for k, v in part.items() if v not in _NOTHING} if isinstance(part, Mapping) else {}
+    said = {k: v for k, v in part.items() if v not in NOTHING} if isinstance(part, Mapping) else {}
     kind = said.pop("type", "text")
     texts = [said.pop(key) for key in _TEXT_KEYS if key in said]
     if isinstance(part, Mapping) and kind in _TEXT_PARTS and not said.keys() - _BESIDE_TEXT:
@@ -324,7 +324,7 @@ def _check_call_keys(call: Mapping[str, Any], number: int) -> None:
         RowFault: with the key.
     """
     for key, value in call.items():
-        if key not in _CALL_KEYS and value not in _NOTHING:
+        if key not in _CALL_KEYS and value not in NOTHING:
             raise RowFault(
                 f"tool call with `{key:.40}`",
                 f"message {number} calls {call.get('name')!r:.40} with the key `{key:.40}`, which "

@@ -6,14 +6,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any
 
-from qlora_dist.config.data_names import ColumnName
+from qlora_dist.config.data_names import MESSAGE_KEYS, ColumnName, columns_of
 from qlora_dist.config.schema import DataConfig
 from qlora_dist.data.chat_template import ChatTemplate
 from qlora_dist.data.formats import Format
-from qlora_dist.data.messages import Conversation, PromptLayout, RowFault, unopened_thoughts
-from qlora_dist.data.names import FileNames
+from qlora_dist.data.messages import (
+    NOTHING,
+    Conversation,
+    PromptLayout,
+    RowFault,
+    unopened_thoughts,
+)
+from qlora_dist.data.names import FileNames, listed
 from qlora_dist.data.samples import Sample
 from qlora_dist.errors import DataError
 
@@ -108,6 +115,8 @@ class Report:
     """Kinds of parts that the chat template leaves out: number of rows, place of the first."""
     unread: dict[str, tuple[int, str]] = field(default_factory=dict)
     """Keys of messages that nothing reads: number of rows, and the place of the first."""
+    unread_columns: dict[str, tuple[int, str]] = field(default_factory=dict)
+    """Columns with a value that the format does not read: number of rows, place of the first."""
     columns: dict[str, str] = field(default_factory=dict)
     """The entries of `data.columns` that the source uses: name here to name in the file."""
     unused_columns: dict[str, str] = field(default_factory=dict)
@@ -144,6 +153,16 @@ class Report:
             _count(self.suspect, kind, f"{where}, message {number}: {token}")
         if not self.call_form and any("tool_calls" in message for message in content.messages):
             self.call_form = str(template.call_form)
+
+    def count_columns(self, values: Mapping[str, Any], where: str) -> None:
+        """Count the columns of a row, by the formats' names, that its format does not read."""
+        for column in values.keys() - self._read_columns:
+            if values[column] not in NOTHING:
+                _count(self.unread_columns, column, where)
+
+    @cached_property
+    def _read_columns(self) -> frozenset[str]:
+        return frozenset(columns_of(self.format)) - {*MESSAGE_KEYS}
 
     def add_names(self, names: FileNames) -> None:
         """Record which names of `data.columns` and `data.roles` the source has."""
@@ -223,6 +242,13 @@ class Report:
             f"{_SUSPECT[kind][0]} ({count:,} rows, first: {where}): {_SUSPECT[kind][1]}"
             for kind, (count, where) in self.suspect.items()
         ]
+        if self.unread_columns:
+            places = [where for _, where in self.unread_columns.values()]
+            told.append(
+                f"format {self.format} does not read {listed(sorted(self.unread_columns))} (first: "
+                f"{places[0]}): if they hold words to learn, write them into the columns that it "
+                "reads"
+            )
         if self.call_form:
             told.append(
                 f"the chat template takes {self.call_form}: the rows' calls are written so for it, "
@@ -242,7 +268,7 @@ class Report:
         faulty.reasons = {reason: (n, where) for reason, (n, where) in faulty.reasons.items()}
         counted = {
             name: {key: (n, where) for key, (n, where) in values[name].items()}
-            for name in ("lost", "unread", "roles", "suspect", "named_roles")
+            for name in ("lost", "unread", "unread_columns", "roles", "suspect", "named_roles")
         }
         return cls(**{**values, **counted, "faulty": faulty})
 

@@ -328,6 +328,35 @@ def test_answers_that_end_twice_are_pointed_out(family: str, answer: dict, token
     assert report.suspect == {"learned token": (1, f"rows.jsonl, row 1, message 2: {token}")}
 
 
+@pytest.mark.parametrize(
+    ("row", "unread"),
+    [
+        ({"messages": MUTED, "system": "be brief", "id": 7}, ["id", "system"]),
+        ({"prompt": "a", "completion": "b", "system": "be brief"}, ["system"]),
+        ({"instruction": "a", "output": "b", "context": "c", "input": ""}, ["context"]),
+        ({"messages": MUTED, "content": "x", "weight": 0.0, "tools": []}, ["content", "weight"]),
+        ({"text": "a", "label": None, "notes": "", "tags": [], "meta": {}}, []),
+        ({"conversations": MUTED, "system": "be brief"}, []),
+    ],
+)
+def test_columns_that_no_format_reads_are_named(tokenizer, row: dict, unread: list[str]) -> None:
+    """One line of the account names the columns with a value that are not read, and a remedy."""
+    plain = with_template(tokenizer, PLAIN)
+    report = encode([{**row, "more": None}, row], plain).report
+    assert sorted(report.unread_columns) == unread
+    told = [line for line in report.sentence(64).splitlines() if "does not read" in line]
+    assert len(told) == bool(unread)
+    assert all(f"`{column}`" in told[0] for column in unread)
+    assert all(report.unread_columns[column][0] == 2 for column in unread)
+
+
+def test_columns_that_the_user_names_are_read(tokenizer) -> None:
+    """A column under a name of the user is not named as one that is not read."""
+    row = {"q": "a", "a": "b", "c": "d"}
+    report = encode([row], tokenizer, columns={"prompt": "q", "completion": "a"}).report
+    assert list(report.unread_columns) == ["c"]
+
+
 def test_an_account_from_the_cache_is_the_same(tokenizer) -> None:
     """Counts of all kinds survive as JSON."""
     turns = [
@@ -337,9 +366,10 @@ def test_an_account_from_the_cache_is_the_same(tokenizer) -> None:
     ]
     knowing = with_template(tokenizer, PLAIN.replace("<end>", "{# think #}<end>"))
     odd = knowing.chat_template.replace("in messages", "in messages if m.role != 'developer'")
-    report = encode([{"messages": turns}], with_template(knowing, odd)).report
+    row = {"messages": turns, "id": 1}
+    report = encode([row], with_template(knowing, odd)).report
     report.call_form = "calls as text"
-    assert all([report.lost, report.unread, report.roles, report.suspect])
+    assert all([report.lost, report.unread, report.roles, report.suspect, report.unread_columns])
     assert Report.from_json(json.loads(json.dumps(report.to_json()))) == report
 
 
@@ -349,9 +379,17 @@ def test_every_remark_ends_with_a_remedy() -> None:
     kinds = dict.fromkeys(("text", "thoughts", "tool_calls", "tools"), where)
     suspect = dict.fromkeys(("closing tag", "special token", "learned token"), where)
     report = Report("a.jsonl", "messages", lost=kinds, unread={"mood": where}, suspect=suspect)
+    report.unread_columns = {"id": where}
     report.roles, report.call_form = {"developer as system": where}, "text"
-    remedies = ("choose", "remove", "rename", "write", "the rows' calls are written so")
-    assert len(report.remarks()) == 10
+    remedies = (
+        "if they hold words",
+        "choose",
+        "remove",
+        "rename",
+        "write",
+        "the rows' calls are written so",
+    )
+    assert len(report.remarks()) == 11
     for remark in report.remarks():
         assert remark.rpartition(": ")[2].startswith(remedies), remark
 
