@@ -15,6 +15,7 @@ from qlora_dist.data.chat_template import ChatTemplate
 from qlora_dist.data.formats import Format
 from qlora_dist.data.messages import (
     NOTHING,
+    THOUGHTS,
     Conversation,
     PromptLayout,
     RowFault,
@@ -37,6 +38,10 @@ _SUSPECT = {
         "assistant's answers have </think> without <think> before it",
         "write the opening tag, or remove the closing one",
     ),
+    "empty answer": (
+        "assistant's answers are empty, which teaches to say nothing",
+        "remove these rows, or give these turns a weight of 0",
+    ),
     "special token": (
         "the text of system, user or tool has a special token, which the model takes for one of "
         "the template's own",
@@ -49,6 +54,13 @@ _SUSPECT = {
     ),
 }
 """Likely mistakes in the text of rows, each with the remedy."""
+
+
+def _is_empty(message: Mapping[str, Any]) -> bool:
+    """True if an answer has no words, thoughts or calls."""
+    if message["content"] and not message["content"].isspace():
+        return False
+    return "tool_calls" not in message and not any(message.get(key) for key in THOUGHTS)
 
 
 def _count(counts: dict[str, tuple[int, str]], key: str, where: str) -> None:
@@ -148,6 +160,10 @@ class Report:
             _count(self.roles, f"{role} as {name}", where)
         if number := unopened_thoughts(content):
             _count(self.suspect, "closing tag", f"{where}, message {number}")
+        for index, message in enumerate(content.messages):
+            if content.is_target(index) and _is_empty(message):
+                _count(self.suspect, "empty answer", f"{where}, message {index + 1}")
+                break
         for is_answer, (number, token) in template.special_tokens_in(content).items():
             kind = "learned token" if is_answer else "special token"
             _count(self.suspect, kind, f"{where}, message {number}: {token}")

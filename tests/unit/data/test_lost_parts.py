@@ -329,6 +329,27 @@ def test_answers_that_end_twice_are_pointed_out(family: str, answer: dict, token
 
 
 @pytest.mark.parametrize(
+    ("answer", "is_told"),
+    [
+        ({"content": ""}, True),
+        ({"content": " \n"}, True),
+        ({"content": []}, True),
+        ({"content": "", "weight": 0}, False),
+        ({"content": "0"}, False),
+        ({"content": "", "reasoning_content": "so it is"}, False),
+        ({"content": None, "tool_calls": [{"name": "f"}]}, False),
+    ],
+)
+def test_empty_answers_are_pointed_out(answer: dict, is_told: bool) -> None:
+    """Turns to learn without words, thoughts and calls are counted, with the first of them."""
+    turns = [*MUTED[:2], MUTED[2], {"role": "assistant", **answer}]
+    rows = [{"messages": MUTED}, {"messages": turns}]
+    report = encode(rows, tokenizer_of("qwen3"), max_seq_len=4096).report
+    place = (1, "rows.jsonl, row 2, message 4")
+    assert report.suspect == ({"empty answer": place} if is_told else {})
+
+
+@pytest.mark.parametrize(
     ("row", "unread"),
     [
         ({"messages": MUTED, "system": "be brief", "id": 7}, ["id", "system"]),
@@ -377,7 +398,9 @@ def test_every_remark_ends_with_a_remedy() -> None:
     """Each line of the account says after its last colon what to do."""
     where = (2, "a.jsonl, row 1")
     kinds = dict.fromkeys(("text", "thoughts", "tool_calls", "tools"), where)
-    suspect = dict.fromkeys(("closing tag", "special token", "learned token"), where)
+    suspect = dict.fromkeys(
+        ("closing tag", "empty answer", "special token", "learned token"), where
+    )
     report = Report("a.jsonl", "messages", lost=kinds, unread={"mood": where}, suspect=suspect)
     report.unread_columns = {"id": where}
     report.roles, report.call_form = {"developer as system": where}, "text"
@@ -389,7 +412,7 @@ def test_every_remark_ends_with_a_remedy() -> None:
         "write",
         "the rows' calls are written so",
     )
-    assert len(report.remarks()) == 11
+    assert len(report.remarks()) == 12
     for remark in report.remarks():
         assert remark.rpartition(": ")[2].startswith(remedies), remark
 
