@@ -300,7 +300,8 @@ class Report:
             raise DataError(
                 f"{self.faulty.first_message} In all, {self.faulty.num_rows:,} of "
                 f"{self.num_rows:,} rows are faulty, more than data.max_bad_fraction "
-                f"({config.max_bad_fraction:g}) lets pass: {self.faulty}."
+                f"({config.max_bad_fraction:g}) lets pass: {self.faulty}. Mend or remove these "
+                "rows, or raise data.max_bad_fraction to train without them."
             )
         if not self.num_samples:
             dropped = f", {self.num_too_long} are longer" if self.num_too_long else ""

@@ -378,6 +378,17 @@ def test_columns_that_the_user_names_are_read(tokenizer) -> None:
     assert list(report.unread_columns) == ["c"]
 
 
+@pytest.mark.parametrize(
+    "row", [{"messages": []}, {"messages": ["a"]}, {"messages": MUTED, "tools": [1]}]
+)
+def test_a_refused_source_ends_with_a_remedy(tokenizer, row: dict) -> None:
+    """Whatever the fault of the first row is, the message ends with what to do."""
+    message = refusal([row], with_template(tokenizer, PLAIN))
+    assert message.endswith(
+        "Mend or remove these rows, or raise data.max_bad_fraction to train without them."
+    )
+
+
 def test_an_account_from_the_cache_is_the_same(tokenizer) -> None:
     """Counts of all kinds survive as JSON."""
     turns = [
