@@ -12,14 +12,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_dist.data.long_text import Span
-from qlora_dist.data.message_forms import CALL_FORMS, SIMILAR_ROLES, CallForm
+from qlora_dist.data.message_forms import CALL_FORMS, SIMILAR_ROLES, CallForm, conversations_with
 from qlora_dist.data.messages import (
     EVERY_TEMPLATES_ROLES,
     THOUGHTS,
     Conversation,
     RowFault,
+    refused_by_template,
     unknown_role,
 )
+from qlora_dist.data.special_tokens import SpecialTokens
 from qlora_dist.data.template_date import with_date
 from qlora_dist.errors import ConfigError, DataError
 
@@ -181,7 +183,7 @@ class ChatTemplate:
                 "template; choose another one with data.chat_template."
             ) from None
         except (TemplateError, *_FAILURES) as error:
-            raise _refused(messages, error) from None
+            raise refused_by_template(messages, error) from None
         return text, parts[0] if parts else []
 
     def _dated(self, template: str) -> str:
@@ -260,7 +262,7 @@ class ChatTemplate:
     def _shows(self, role: str) -> bool:
         """True if the template shows messages of a role where they stand in conversations."""
         said = {"role": role, "content": "zQsaidQz"}
-        first, *later = _conversations_with(said)
+        first, *later = conversations_with(said)
         for turns in [first] if role in ("system", "developer") else later:
             with suppress(RowFault):
                 if said["content"] in self.render(turns, None):
@@ -274,7 +276,7 @@ class ChatTemplate:
         if kind not in self._reads:
             plain = {"role": role, "content": "zQsaidQz"}
             pairs = zip(
-                _conversations_with(plain), _conversations_with({**plain, key: value}), strict=True
+                conversations_with(plain), conversations_with({**plain, key: value}), strict=True
             )
             self._reads[kind] = any(self._differ(*pair) for pair in pairs)
         return self._reads[kind]
@@ -365,13 +367,13 @@ class ChatTemplate:
         return dict(self.tokenizer.special_tokens_map)
 
     @cached_property
+    def _special(self) -> SpecialTokens:
+        return SpecialTokens(self.tokenizer)
+
+    @property
     def special_tokens(self) -> tuple[str, ...]:
         """Texts of all special tokens, the longest first."""
-        # `all_special_tokens` are those with a role (bos, eos, pad); a vocabulary may have more.
-        added = self.tokenizer.added_tokens_decoder.values()
-        texts = {str(token) for token in added if token.special}
-        texts.update(self.tokenizer.all_special_tokens)
-        return tuple(sorted(filter(None, texts), key=lambda text: (-len(text), text)))
+        return self._special.texts
 
     def special_tokens_in(self, content: Conversation) -> dict[bool, tuple[int, str]]:
         """Return the first special token in the assistant's words, and in those of others.
@@ -392,20 +394,10 @@ class ChatTemplate:
             if is_answer and len(message) > 2:
                 more = (message[key] for key in ("tool_calls", *THOUGHTS) if key in message)
                 text = "\n".join([text, *map(str, more)])
-            token = self._special_token_in(text, self._own_tokens if is_answer else None)
+            token = self._special.first_in(text, self._own_tokens if is_answer else None)
             if token is not None:
                 found[is_answer] = number, token
         return found
-
-    def _special_token_in(self, text: str, among: frozenset[str] | None) -> str | None:
-        for opening, tokens in self._special_openings.items():
-            at = text.find(opening)
-            while at >= 0:
-                token = next((t for t in tokens if text.startswith(t, at)), None)
-                if token is not None and (among is None or token in among):
-                    return token
-                at = text.find(opening, at + 1)
-        return None
 
     @cached_property
     def _own_tokens(self) -> frozenset[str]:
@@ -416,15 +408,6 @@ class ChatTemplate:
             shown = self.render([*turns, *turns], None)
         ends = (self.tokenizer.bos_token, self.tokenizer.eos_token)
         return frozenset(t for t in self.special_tokens if t in shown or t in ends)
-
-    @cached_property
-    def _special_openings(self) -> dict[str, tuple[str, ...]]:
-        """Special tokens by their first two characters, which few texts have."""
-        # A vocabulary has up to thousands of them; a pattern of them all would be slow.
-        openings: dict[str, list[str]] = {}
-        for token in self.special_tokens:
-            openings.setdefault(token[:2], []).append(token)
-        return {opening: tuple(tokens) for opening, tokens in openings.items()}
 
     @cached_property
     def special_ids(self) -> frozenset[int]:
@@ -444,34 +427,6 @@ class ChatTemplate:
         # The first one counts: a second one may end the conversation, which nothing has to learn.
         special = re.search("|".join(map(re.escape, self.special_tokens)) or "(?!)", after)
         return special and special.group()
-
-
-def _conversations_with(said: dict[str, Any]) -> list[list[dict[str, Any]]]:
-    """Return conversations with a message as the first, as an answer, and as a tool's answer."""
-    function = {"name": "zQnameQz", "arguments": {"a": "zQvalueQz"}}
-    call = {"id": "zQ00000Qz", "type": "function", "function": function}
-    asked = {"role": "user", "content": "zQaskedQz"}
-    calling: dict[str, Any] = {"role": "assistant", "content": "", "tool_calls": [call]}
-    answering = {"tool_call_id": "zQ00000Qz", "name": "zQnameQz", **said}
-    return [[said, asked], [asked, said], [asked, calling, answering]]
-
-
-def _refused(messages: list[dict[str, Any]], error: Exception) -> RowFault:
-    """Return the fault of a conversation that a template refuses."""
-    roles = [message["role"] for message in messages]
-    remedy = "Change the row, or choose another template with data.chat_template."
-    if next((role for role in roles if role not in ("system", "developer")), "") == "assistant":
-        remedy = (
-            "It starts with an assistant turn, which nothing asked for: put a user turn before it, "
-            "remove it, or choose another template with data.chat_template."
-        )
-    reason = str(error) or type(error).__name__
-    reason += "" if reason.endswith((".", "!", "?")) else "."
-    return RowFault(
-        "refused by the chat template",
-        f"the model's chat template refuses this conversation ({', '.join(roles)}): {reason} "
-        f"{remedy}",
-    )
 
 
 def _first_special(text: str, special_tokens: tuple[str, ...]) -> str | None:

@@ -145,6 +145,24 @@ def unknown_role(role: object, number: int) -> RowFault:
     )
 
 
+def refused_by_template(messages: list[dict[str, Any]], error: Exception) -> RowFault:
+    """Return the fault of a conversation that a template refuses."""
+    roles = [message["role"] for message in messages]
+    remedy = "Change the row, or choose another template with data.chat_template."
+    if next((role for role in roles if role not in ("system", "developer")), "") == "assistant":
+        remedy = (
+            "It starts with an assistant turn, which nothing asked for: put a user turn before it, "
+            "remove it, or choose another template with data.chat_template."
+        )
+    reason = str(error) or type(error).__name__
+    reason += "" if reason.endswith((".", "!", "?")) else "."
+    return RowFault(
+        "refused by the chat template",
+        f"the model's chat template refuses this conversation ({', '.join(roles)}): {reason} "
+        f"{remedy}",
+    )
+
+
 def _checked(message: Any, number: int) -> dict[str, Any]:
     if not isinstance(message, Mapping):
         raise _without_content(message, number)
