@@ -157,6 +157,7 @@ _CODE = (
     "message_forms",
     "names",
     "chat_template",
+    "special_tokens",
     "template_date",
     "placeholders",
     "assistant_spans",

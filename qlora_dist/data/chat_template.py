@@ -12,8 +12,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_dist.data.long_text import Span
-from qlora_dist.data.message_forms import CALL_FORMS, SIMILAR_ROLES, CallForm
-from qlora_dist.data.messages import EVERY_TEMPLATES_ROLES, Conversation, RowFault, unknown_role
+from qlora_dist.data.message_forms import CALL_FORMS, SIMILAR_ROLES, CallForm, conversations_with
+from qlora_dist.data.messages import (
+    EVERY_TEMPLATES_ROLES,
+    THOUGHTS,
+    Conversation,
+    RowFault,
+    refused_by_template,
+    unknown_role,
+)
+from qlora_dist.data.special_tokens import SpecialTokens
 from qlora_dist.data.template_date import with_date
 from qlora_dist.errors import ConfigError, DataError
 
@@ -124,6 +132,7 @@ class ChatTemplate:
         self._date = None if date is None else datetime.fromisoformat(date)
         self._variables = dict(variables or {})
         self._roles: dict[str, str | None] = {}
+        self._reads: dict[tuple[str, str, object], bool] = {}
 
     def render(
         self, messages: list[dict[str, Any]], tools: list[Any] | None, *, is_prompt: bool = False
@@ -174,7 +183,7 @@ class ChatTemplate:
                 "template; choose another one with data.chat_template."
             ) from None
         except (TemplateError, *_FAILURES) as error:
-            raise _refused(messages, error) from None
+            raise refused_by_template(messages, error) from None
         return text, parts[0] if parts else []
 
     def _dated(self, template: str) -> str:
@@ -252,18 +261,36 @@ class ChatTemplate:
 
     def _shows(self, role: str) -> bool:
         """True if the template shows messages of a role where they stand in conversations."""
-        function = {"name": "zQnameQz", "arguments": {"a": "zQvalueQz"}}
-        call = {"id": "zQ00000Qz", "type": "function", "function": function}
-        asked = {"role": "user", "content": "zQaskedQz"}
-        calling: dict[str, Any] = {"role": "assistant", "content": "", "tool_calls": [call]}
         said = {"role": role, "content": "zQsaidQz"}
-        answering = {**said, "tool_call_id": "zQ00000Qz", "name": "zQnameQz"}
-        first, *later = [said, asked], [asked, said], [asked, calling, answering]
+        first, *later = conversations_with(said)
         for turns in [first] if role in ("system", "developer") else later:
             with suppress(RowFault):
                 if said["content"] in self.render(turns, None):
                     return True
         return False
+
+    def reads(self, key: str, message: Mapping[str, Any]) -> bool:
+        """True if the template shows a message otherwise for the value of a key."""
+        role, value = message["role"], message[key]
+        kind = key, role, value if isinstance(value, bool) else type(value)
+        if kind not in self._reads:
+            plain = {"role": role, "content": "zQsaidQz"}
+            pairs = zip(
+                conversations_with(plain), conversations_with({**plain, key: value}), strict=True
+            )
+            self._reads[kind] = any(self._differ(*pair) for pair in pairs)
+        return self._reads[kind]
+
+    def _differ(self, plain: list[dict[str, Any]], other: list[dict[str, Any]]) -> bool:
+        """True if the template takes a conversation, and shows another otherwise or refuses it."""
+        try:
+            shown = self.render(plain, None)
+        except RowFault:
+            return False
+        try:
+            return self.render(other, None) != shown
+        except RowFault:
+            return True
 
     def _names_role(self, role: str) -> bool:
         """True if the template compares with a role, or the vocabulary has a token for it."""
@@ -340,40 +367,47 @@ class ChatTemplate:
         return dict(self.tokenizer.special_tokens_map)
 
     @cached_property
+    def _special(self) -> SpecialTokens:
+        return SpecialTokens(self.tokenizer)
+
+    @property
     def special_tokens(self) -> tuple[str, ...]:
         """Texts of all special tokens, the longest first."""
-        # `all_special_tokens` are those with a role (bos, eos, pad); a vocabulary may have more.
-        added = self.tokenizer.added_tokens_decoder.values()
-        texts = {str(token) for token in added if token.special}
-        texts.update(self.tokenizer.all_special_tokens)
-        return tuple(sorted(filter(None, texts), key=lambda text: (-len(text), text)))
+        return self._special.texts
 
-    def special_token_in(self, content: Conversation) -> tuple[int, str] | None:
-        """Return the first special token in what others than the assistant say.
+    def special_tokens_in(self, content: Conversation) -> dict[bool, tuple[int, str]]:
+        """Return the first special token in the assistant's words, and in those of others.
+
+        Of the assistant's, those count that the template writes around words: others may be for it
+        to write.
 
         Returns:
-            the number of the message, from 1, and the token.
+            for the assistant (true) and for others: the number of the message, from 1, and the
+            token.
         """
+        found: dict[bool, tuple[int, str]] = {}
         for number, message in enumerate(content.messages, start=1):
-            if message["role"] == "assistant":
+            is_answer = message["role"] == "assistant"
+            if is_answer in found:
                 continue
             text = message["content"]
-            for opening, tokens in self._special_openings.items():
-                at = text.find(opening)
-                while at >= 0:
-                    if text.startswith(tokens, at):
-                        return number, next(t for t in tokens if text.startswith(t, at))
-                    at = text.find(opening, at + 1)
-        return None
+            if is_answer and len(message) > 2:
+                more = (message[key] for key in ("tool_calls", *THOUGHTS) if key in message)
+                text = "\n".join([text, *map(str, more)])
+            token = self._special.first_in(text, self._own_tokens if is_answer else None)
+            if token is not None:
+                found[is_answer] = number, token
+        return found
 
     @cached_property
-    def _special_openings(self) -> dict[str, tuple[str, ...]]:
-        """Special tokens by their first two characters, which few texts have."""
-        # A vocabulary has up to thousands of them; a pattern of them all would be slow.
-        openings: dict[str, list[str]] = {}
-        for token in self.special_tokens:
-            openings.setdefault(token[:2], []).append(token)
-        return {opening: tuple(tokens) for opening, tokens in openings.items()}
+    def _own_tokens(self) -> frozenset[str]:
+        """Special tokens that the template writes around words, or that start or end texts."""
+        turns = [{"role": "user", "content": "zQaskedQz"}, {"role": "assistant", "content": "zQ"}]
+        shown = ""
+        with suppress(RowFault):
+            shown = self.render([*turns, *turns], None)
+        ends = (self.tokenizer.bos_token, self.tokenizer.eos_token)
+        return frozenset(t for t in self.special_tokens if t in shown or t in ends)
 
     @cached_property
     def special_ids(self) -> frozenset[int]:
@@ -393,24 +427,6 @@ class ChatTemplate:
         # The first one counts: a second one may end the conversation, which nothing has to learn.
         special = re.search("|".join(map(re.escape, self.special_tokens)) or "(?!)", after)
         return special and special.group()
-
-
-def _refused(messages: list[dict[str, Any]], error: Exception) -> RowFault:
-    """Return the fault of a conversation that a template refuses."""
-    roles = [message["role"] for message in messages]
-    remedy = "Change the row, or choose another template with data.chat_template."
-    if next((role for role in roles if role not in ("system", "developer")), "") == "assistant":
-        remedy = (
-            "It starts with an assistant turn, which nothing asked for: put a user turn before it, "
-            "remove it, or choose another template with data.chat_template."
-        )
-    reason = str(error) or type(error).__name__
-    reason += "" if reason.endswith((".", "!", "?")) else "."
-    return RowFault(
-        "refused by the chat template",
-        f"the model's chat template refuses this conversation ({', '.join(roles)}): {reason} "
-        f"{remedy}",
-    )
 
 
 def _first_special(text: str, special_tokens: tuple[str, ...]) -> str | None:

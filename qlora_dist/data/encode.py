@@ -98,7 +98,9 @@ def _num_needed(report: Report, config: DataConfig) -> int | None:
 
 def _content(row: Row, report: Report, names: FileNames, template: ChatTemplate) -> _Content:
     try:
-        content = read_row(names.read(row), report.format)
+        values = names.read(row)
+        content = read_row(values, report.format)
+        report.count_columns(values, row.where)
         if report.layout is None:  # the first usable row decides for all
             if content.layout == "messages":
                 report.is_open_ended = _is_open_ended(template, report.path)

@@ -7,7 +7,7 @@ import json
 import os
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ _KINDS = " or ".join(", ".join(KINDS).rsplit(", ", 1))
 # Files that `datasets` writes beside the data.
 _SAVED, _SAVED_SPLITS = "state.json", "dataset_dict.json"
 _BESIDE_DATA = ("dataset_info.json", "dataset_infos.json", _SAVED, _SAVED_SPLITS)
+
+_PROSE = re.compile(r"(readme|licen[cs]e)|.*\.(md|rst|py|sh|ya?ml|lock|html)$", re.IGNORECASE)
 
 _NUMBERS = r"([-_.]?\d+|[-_.]of[-_.]?\d+)*$"  # of shards, such as test-00000-of-00002
 _HELD_OUT = re.compile(
@@ -36,6 +38,8 @@ class Found:
     files: tuple[Path, ...]
     left_out: tuple[Path, ...] = ()
     """Files of the folder, or matches of the pattern, that are for the other side by their name."""
+    unread: tuple[Path, ...] = ()
+    """Files of the folder of another kind, and its folders with data files."""
 
 
 def find_files(path: str, key: str) -> tuple[Path, ...]:
@@ -88,7 +92,9 @@ def _found(path: str, key: str) -> Found:
             f"{key} {path} does not exist. Give the path of a {_KINDS} file, a folder of them, or "
             "a pattern."
         )
-    found = _parted(files, key)
+    parts = Path(path).parts
+    num_given = next((i for i, part in enumerate(parts) if glob.has_magic(part)), len(parts))
+    found = _parted(files, key, num_given)
     return found if found.files else Found(tuple(files))  # only such files match: they are meant
 
 
@@ -112,24 +118,42 @@ def _in_folder(place: Path, path: str, key: str) -> Found:
         raise DataError(
             f"{key} {path} is a folder without data files. Put {_KINDS} files directly into it."
         )
-    found = _parted(files, key)
+    found = _parted(files, key, len(place.parts))
     if not found.files:
         names = ", ".join(file.name for file in found.left_out[:3])
         raise DataError(
             f"{key} {path} holds only files that are held out by their names ({names}). To train "
             f"on one, name the file itself: {found.left_out[0]}."
         )
-    return found
+    others = [entry for entry in inside if entry not in files and _may_hold_data(entry)]
+    return replace(found, unread=tuple(others))
 
 
-def _parted(files: list[Path], key: str) -> Found:
-    """Leave out the files that by their names are for the other one of training and evaluation."""
-    held_out = [file for file in files if _HELD_OUT.match(_stem(file))]
+def _may_hold_data(entry: Path) -> bool:
+    """True if an entry of a folder, of no kind that is read, may hold rows that a user misses."""
+    if entry.name.startswith(".") or entry.name in _BESIDE_DATA:
+        return False
+    if entry.is_dir():
+        return any(kind_of(Path(name)) for _, _, names in os.walk(entry) for name in names)
+    return not _PROSE.match(entry.name)
+
+
+def _parted(files: list[Path], key: str, num_given: int) -> Found:
+    """Leave out the files that by their names are for the other one of training and evaluation.
+
+    Args:
+        num_given: parts of each path that the source names; the names of later folders count, too.
+    """
+
+    def are_for(pattern: re.Pattern[str], file: Path) -> bool:
+        return any(map(pattern.match, (*file.parts[num_given:-1], _stem(file))))
+
+    held_out = [file for file in files if are_for(_HELD_OUT, file)]
     if key == "data.train":
         left_out = held_out
     else:
         # Files of any name may be evaluated on, unless there are some for it.
-        left_out = [file for file in files if held_out and _TRAINED.match(_stem(file))]
+        left_out = [f for f in files if held_out and f not in held_out and are_for(_TRAINED, f)]
     return Found(tuple(file for file in files if file not in left_out), tuple(left_out))
 
 
@@ -140,20 +164,34 @@ def _stem(file: Path) -> str:
 
 
 def left_out_remark(path: str, key: str) -> str:
-    """Return a sentence about the files that `find` leaves out; empty if there are none.
+    """Return sentences about what is beside the files of a source; empty if nothing is.
 
     Raises:
         DataError: see `find_files`.
     """
-    files = find(path, key).left_out
-    if not files:
-        return ""
-    purpose, use = ("training", "train") if key == "data.train" else ("evaluation", "evaluate")
-    names = ", ".join(file.name for file in files[:5]) + ", …" * (len(files) > 5)
-    return (
-        f"{key} {path}: left out {names}, by name not for {purpose}; to {use} on such a file all "
-        f"the same, name the file itself, such as {files[0]}"
-    )
+    found = find(path, key)
+    told = []
+    if files := found.left_out:
+        purpose, use = ("training", "train") if key == "data.train" else ("evaluation", "evaluate")
+        pattern = _HELD_OUT if key == "data.train" else _TRAINED
+        # Left out for the name of its folder, a file needs it to be recognized.
+        own = [file.name if pattern.match(_stem(file)) else str(file) for file in files]
+        told.append(
+            f"{key} {path}: left out {_first(own)}, by name not for {purpose}; to {use} on such a "
+            f"file all the same, name the file itself, such as {files[0]}"
+        )
+    if found.unread:
+        names = [entry.name + "/" * entry.is_dir() for entry in found.unread]
+        told.append(
+            f"{key} {path}: did not read {_first(names)}, beside its {kind_of(found.files[0])} "
+            "files; to read them, convert files to that kind, and name folders as sources of their "
+            "own"
+        )
+    return ". ".join(told)
+
+
+def _first(names: list[str]) -> str:
+    return ", ".join(names[:5]) + ", …" * (len(names) > 5)
 
 
 # -- Data sets that `datasets` wrote: with `save_to_disk`, or for the hub.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from typing import Any, Literal
@@ -15,6 +15,7 @@ from qlora_dist.data.messages import (
     RowFault,
     from_json,
     list_of,
+    prompt_and_completion,
     read_conversation,
 )
 from qlora_dist.data.names import FileNames, listed
@@ -38,7 +39,8 @@ _SHAREGPT_ROLES = {
 }
 
 
-_SHAREGPT_KEYS = ("from", "role", "value", "content")
+_SHAREGPT_PAIRS = (("from", "role"), ("value", "content"))
+_SHAREGPT_KEYS = tuple(chain(*_SHAREGPT_PAIRS))
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ def _of_sharegpt(turn: Any, number: int) -> dict[str, Any]:
             f"turn {number} is {turn!r:.80}, but needs from and value.",
         )
     # Some data sets of that name have `role` and `content` in the column `conversations`.
-    speaker, said = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
+    speaker, said = (_one_of(turn, keys, number) for keys in _SHAREGPT_PAIRS)
     role = _SHAREGPT_ROLES.get(speaker) if isinstance(speaker, str) else None
     if role is None:
         raise RowFault(
@@ -124,6 +126,19 @@ def _of_sharegpt(turn: Any, number: int) -> dict[str, Any]:
             calls = [_as_written(call) for call in calls]
         return {**rest, "role": role, "content": "", "tool_calls": calls}
     return {**rest, "role": role, "content": said}
+
+
+def _one_of(turn: Mapping[str, Any], keys: Sequence[str], number: int) -> Any:
+    """Return the value that a turn has under one of two keys, or alike under both."""
+    # Tables give every turn all keys, and fill those of other turns with None.
+    own = [turn[key] for key in keys if turn.get(key) is not None]
+    if len(own) > 1 and len({_SHAREGPT_ROLES.get(str(v), str(v)) for v in own}) > 1:
+        raise RowFault(
+            f"turn with `{keys[0]}` and `{keys[1]}`",
+            f"turn {number} has {keys[0]}: {own[0]!r:.40} and {keys[1]}: {own[1]!r:.40}, of which "
+            "only one can be read. Remove the other.",
+        )
+    return own[0] if own else None
 
 
 def _rounds(history: Any) -> list[dict[str, Any]]:
@@ -165,7 +180,7 @@ def _alpaca(row: Mapping[str, Any]) -> Conversation:
 
 
 def _prompt_completion(row: Mapping[str, Any]) -> Conversation | PlainText:
-    prompt, completion = row["prompt"], row["completion"]
+    prompt, completion = prompt_and_completion(row)
     if not (isinstance(prompt, list) and isinstance(completion, list)):
         return PlainText(_text(row, "completion"), prompt=_text(row, "prompt"))
     conversation = read_conversation([*prompt, *completion], row, "prompt")

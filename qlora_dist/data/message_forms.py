@@ -1,4 +1,4 @@
-"""Forms in which chat templates take messages: tool calls, and names of roles."""
+"""Forms in which chat templates take messages: tool calls, names of roles, and places."""
 
 from __future__ import annotations
 
@@ -50,3 +50,13 @@ def _with_text_arguments(call: dict[str, Any]) -> dict[str, Any]:
     function = call["function"]
     text = json.dumps(function["arguments"], ensure_ascii=False)
     return {**call, "function": {**function, "arguments": text}}
+
+
+def conversations_with(said: dict[str, Any]) -> list[list[dict[str, Any]]]:
+    """Return conversations with a message as the first, as an answer, and as a tool's answer."""
+    function = {"name": "zQnameQz", "arguments": {"a": "zQvalueQz"}}
+    call = {"id": "zQ00000Qz", "type": "function", "function": function}
+    asked = {"role": "user", "content": "zQaskedQz"}
+    calling: dict[str, Any] = {"role": "assistant", "content": "", "tool_calls": [call]}
+    answering = {"tool_call_id": "zQ00000Qz", "name": "zQnameQz", **said}
+    return [[said, asked], [asked, said], [asked, calling, answering]]

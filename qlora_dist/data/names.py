@@ -10,10 +10,10 @@ from typing import Any
 
 from qlora_dist.config.data_names import COLUMNS, MESSAGE_KEYS, Format, columns_of
 from qlora_dist.config.schema import DataConfig
-from qlora_dist.data.messages import RowFault, list_of
+from qlora_dist.data.messages import RowFault, list_of, prompt_and_completion
 from qlora_dist.data.sources import Row
 
-_MAY_HOLD_MESSAGES = ("messages", "conversations", "prompt", "completion")
+_OF_A_CHAT = ("messages", "conversations")
 _OF_SHAREGPT = {"role": "from", "content": "value"}
 
 
@@ -139,11 +139,9 @@ def _renamed(values: Mapping[str, Any], names: Mapping[str, str]) -> Mapping[str
 
 def _messages(values: Mapping[str, Any]) -> Iterator[tuple[str, list[Any]]]:
     """Yield the columns of a row that hold lists of messages."""
-    for name in _MAY_HOLD_MESSAGES:
-        value = values.get(name)
-        # A prompt that begins with a bracket may be plain text.
-        if name in ("messages", "conversations"):
-            value = list_of(value, f"`{name}`")
+    found = {name: list_of(values.get(name), f"`{name}`") for name in _OF_A_CHAT}
+    found["prompt"], found["completion"] = prompt_and_completion(values)
+    for name, value in found.items():
         if isinstance(value, list):
             yield name, value
 

@@ -6,14 +6,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any
 
-from qlora_dist.config.data_names import ColumnName
+from qlora_dist.config.data_names import MESSAGE_KEYS, ColumnName, columns_of
 from qlora_dist.config.schema import DataConfig
 from qlora_dist.data.chat_template import ChatTemplate
 from qlora_dist.data.formats import Format
-from qlora_dist.data.messages import Conversation, PromptLayout, RowFault, unopened_thoughts
-from qlora_dist.data.names import FileNames
+from qlora_dist.data.messages import (
+    NOTHING,
+    THOUGHTS,
+    Conversation,
+    PromptLayout,
+    RowFault,
+    unopened_thoughts,
+)
+from qlora_dist.data.names import FileNames, listed
 from qlora_dist.data.samples import Sample
 from qlora_dist.errors import DataError
 
@@ -30,13 +38,29 @@ _SUSPECT = {
         "assistant's answers have </think> without <think> before it",
         "write the opening tag, or remove the closing one",
     ),
+    "empty answer": (
+        "assistant's answers are empty, which teaches to say nothing",
+        "remove these rows, or give these turns a weight of 0",
+    ),
     "special token": (
         "the text of system, user or tool has a special token, which the model takes for one of "
         "the template's own",
         "remove it from the text, unless it is meant",
     ),
+    "learned token": (
+        "the text of assistant's answers has a special token that the template writes around "
+        "turns, so the model learns to write it there as well",
+        "remove it from the text, unless it is meant",
+    ),
 }
 """Likely mistakes in the text of rows, each with the remedy."""
+
+
+def _is_empty(message: Mapping[str, Any]) -> bool:
+    """True if an answer has no words, thoughts or calls."""
+    if message["content"] and not message["content"].isspace():
+        return False
+    return "tool_calls" not in message and not any(message.get(key) for key in THOUGHTS)
 
 
 def _count(counts: dict[str, tuple[int, str]], key: str, where: str) -> None:
@@ -103,6 +127,8 @@ class Report:
     """Kinds of parts that the chat template leaves out: number of rows, place of the first."""
     unread: dict[str, tuple[int, str]] = field(default_factory=dict)
     """Keys of messages that nothing reads: number of rows, and the place of the first."""
+    unread_columns: dict[str, tuple[int, str]] = field(default_factory=dict)
+    """Columns with a value that the format does not read: number of rows, place of the first."""
     columns: dict[str, str] = field(default_factory=dict)
     """The entries of `data.columns` that the source uses: name here to name in the file."""
     unused_columns: dict[str, str] = field(default_factory=dict)
@@ -127,18 +153,32 @@ class Report:
 
     def count_content(self, content: Conversation, template: ChatTemplate, where: str) -> None:
         """Count what is odd about a conversation, before it is rendered."""
-        for key in content.unread:
-            if key not in template.text:
+        for key, index in content.unread.items():
+            if not template.reads(key, content.messages[index]):
                 _count(self.unread, key, where)
         for role, name in sorted(content.renamed):
             _count(self.roles, f"{role} as {name}", where)
         if number := unopened_thoughts(content):
             _count(self.suspect, "closing tag", f"{where}, message {number}")
-        if found := template.special_token_in(content):
-            number, token = found
-            _count(self.suspect, "special token", f"{where}, message {number}: {token}")
+        for index, message in enumerate(content.messages):
+            if content.is_target(index) and _is_empty(message):
+                _count(self.suspect, "empty answer", f"{where}, message {index + 1}")
+                break
+        for is_answer, (number, token) in template.special_tokens_in(content).items():
+            kind = "learned token" if is_answer else "special token"
+            _count(self.suspect, kind, f"{where}, message {number}: {token}")
         if not self.call_form and any("tool_calls" in message for message in content.messages):
             self.call_form = str(template.call_form)
+
+    def count_columns(self, values: Mapping[str, Any], where: str) -> None:
+        """Count the columns of a row, by the formats' names, that its format does not read."""
+        for column in values.keys() - self._read_columns:
+            if values[column] not in NOTHING:
+                _count(self.unread_columns, column, where)
+
+    @cached_property
+    def _read_columns(self) -> frozenset[str]:
+        return frozenset(columns_of(self.format)) - {*MESSAGE_KEYS}
 
     def add_names(self, names: FileNames) -> None:
         """Record which names of `data.columns` and `data.roles` the source has."""
@@ -218,6 +258,13 @@ class Report:
             f"{_SUSPECT[kind][0]} ({count:,} rows, first: {where}): {_SUSPECT[kind][1]}"
             for kind, (count, where) in self.suspect.items()
         ]
+        if self.unread_columns:
+            places = [where for _, where in self.unread_columns.values()]
+            told.append(
+                f"format {self.format} does not read {listed(sorted(self.unread_columns))} (first: "
+                f"{places[0]}): if they hold words to learn, write them into the columns that it "
+                "reads"
+            )
         if self.call_form:
             told.append(
                 f"the chat template takes {self.call_form}: the rows' calls are written so for it, "
@@ -237,7 +284,7 @@ class Report:
         faulty.reasons = {reason: (n, where) for reason, (n, where) in faulty.reasons.items()}
         counted = {
             name: {key: (n, where) for key, (n, where) in values[name].items()}
-            for name in ("lost", "unread", "roles", "suspect", "named_roles")
+            for name in ("lost", "unread", "unread_columns", "roles", "suspect", "named_roles")
         }
         return cls(**{**values, **counted, "faulty": faulty})
 
@@ -253,7 +300,8 @@ class Report:
             raise DataError(
                 f"{self.faulty.first_message} In all, {self.faulty.num_rows:,} of "
                 f"{self.num_rows:,} rows are faulty, more than data.max_bad_fraction "
-                f"({config.max_bad_fraction:g}) lets pass: {self.faulty}."
+                f"({config.max_bad_fraction:g}) lets pass: {self.faulty}. Mend or remove these "
+                "rows, or raise data.max_bad_fraction to train without them."
             )
         if not self.num_samples:
             dropped = f", {self.num_too_long} are longer" if self.num_too_long else ""

@@ -76,7 +76,7 @@ def _draft(
         if content.muted and train_on == "all":
             raise RowFault(
                 "turn not to be learned, with data.train_on: all",
-                "an assistant turn is marked not to be learned (weight: 0 or train: false), but "
+                "an assistant turn is marked not to be learned (such as weight: 0), but "
                 "data.train_on: all learns every token. Set data.train_on: completions, or remove "
                 "the mark.",
             )

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -597,3 +598,15 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path, tokenizer_folder: Pa
     speed = f"{rows_per_second:,.0f} a second"
     print(f"{num_rows:,.0f} rows at {speed}, {grown:.0f} MiB more")  # noqa: T201
     assert grown < 100
+
+
+def test_the_key_has_the_code_of_all_that_encodes() -> None:
+    """Every module of the data that `encode` imports, directly or not, is part of the key."""
+    found: set[str] = set()
+    todo = ["encode"]
+    while todo:
+        if (name := todo.pop()) not in found:
+            found.add(name)
+            text = (Path(cache.__file__).parent / f"{name}.py").read_text("utf-8")
+            todo += re.findall(r"^from qlora_dist\.data\.(\w+) import", text, re.MULTILINE)
+    assert found == set(cache._CODE)

@@ -95,6 +95,50 @@ def test_other_files_are_trained(tmp_path: Path, name: str) -> None:
     assert left_out_remark(str(folder), "data.train") == ""
 
 
+@pytest.mark.parametrize(
+    "name", ["b.ndjson", "b.txt", "b.tsv", "b.jsonl.xz", "b.parquet.gz", "b.jsonl.1", "b", "sub/"]
+)
+def test_what_is_not_read_beside_the_files_is_said(tmp_path: Path, name: str) -> None:
+    """Files of other kinds and folders with data are named, with the remedy; papers are not."""
+    folder = write(tmp_path / "d", "train.jsonl", "README.md", ".gitattributes", "LICENSE")
+    (folder / "images").mkdir()
+    write(folder / ".cache", "x.jsonl")
+    assert left_out_remark(str(folder), "data.train") == ""
+    if name.endswith("/"):
+        write(folder / name / "deeper", "x.jsonl")
+    else:
+        write(folder, name)
+    assert names(folder) == ["train.jsonl"]
+    remark = left_out_remark(str(folder), "data.train")
+    assert remark.startswith(
+        f"data.train {folder}: did not read {name}, beside its .jsonl files; to"
+    )
+    write(folder, "test.jsonl")
+    assert left_out_remark(str(folder), "data.train").endswith(f"{folder / 'test.jsonl'}. {remark}")
+
+
+@pytest.mark.parametrize("pattern", ["**", "**/*.jsonl", "*/*.jsonl", "*/[01].jsonl"])
+@pytest.mark.parametrize("name", ["test", "validation", "Eval", "dev_1"])
+def test_folders_that_a_pattern_finds_are_held_out_by_name(
+    tmp_path: Path, pattern: str, name: str
+) -> None:
+    """A folder `test` that a pattern descends into is not trained on; `train` is not evaluated on.
+
+    A folder that the source names itself is meant, as a file is.
+    """
+    folder = tmp_path / "dev"  # above the pattern, where names say nothing
+    for split in ("train", name):
+        write(folder / split, "0.jsonl", "1.jsonl")
+    source = str(folder / pattern)
+    trained, evaluated = (find_files(source, key) for key in ("data.train", "data.eval"))
+    assert {file.parent.name for file in trained} == {"train"}
+    assert {file.parent.name for file in evaluated} == {name}
+    check_sources([source], [source])
+    assert f"left out {folder / name / '0.jsonl'}, " in left_out_remark(source, "data.train")
+    assert len(find_files(str(folder / name / "*"), "data.train")) == 2
+    assert len(find_files(str(folder / name), "data.train")) == 2
+
+
 def test_compressed_files_are_held_out_alike(tmp_path: Path) -> None:
     """The suffix of a compression is no part of the name."""
     import gzip

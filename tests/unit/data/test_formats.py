@@ -1,11 +1,14 @@
 """Rows of the common formats as conversations or plain text; each fault of a row has a reason."""
 
 import contextlib
+import json
 
 import pytest
 
+from qlora_dist.config.schema import DataConfig
 from qlora_dist.data.formats import COLUMNS, PlainText, read_row, recognize_format
 from qlora_dist.data.messages import Conversation, RowFault
+from qlora_dist.data.names import FileNames
 from qlora_dist.data.sources import Row
 from qlora_dist.errors import DataError
 
@@ -131,6 +134,23 @@ def test_sharegpt_with_role_and_content() -> None:
     assert content == read_row({"messages": [USER, ANSWER]}, "messages")
 
 
+def test_a_turn_of_sharegpt_may_have_the_keys_of_both_forms() -> None:
+    """Keys that are null, as tables write them, and equal values are read; others are refused."""
+    asked = {"from": "human", "value": "h"}
+    said = [ANSWER | {"from": None, "value": None}, {"from": "gpt", "role": "assistant"}]
+    said[1] |= {"value": ANSWER["content"], "content": ANSWER["content"]}
+    for turn in said:
+        content = read_row({"conversations": [asked, turn]}, "sharegpt")
+        assert isinstance(content, Conversation)
+        assert content.messages[1] == ANSWER
+    for more, pair in (
+        ({"role": "system"}, "`from` and `role`"),
+        ({"content": "x"}, "`value` and `content`"),
+    ):
+        turns = [asked | more, {"from": "gpt", "value": "i"}]
+        assert reason({"conversations": turns}, "sharegpt") == f"turn with {pair}"
+
+
 def test_the_input_of_alpaca_follows_its_instruction() -> None:
     """Input and system prompt may be left out, empty or null."""
     row = {"instruction": "Add.", "output": "3"}
@@ -155,6 +175,20 @@ def test_plain_text_keeps_its_white_space() -> None:
     )
 
 
+def test_prompts_as_json_text_are_messages() -> None:
+    """CSV holds lists of messages as text; with Python's quotes they are refused, not learned."""
+    row = {"prompt": [USER], "completion": [ANSWER]}
+    written = {column: json.dumps(value) for column, value in row.items()}
+    assert read_row(written, "prompt_completion") == read_row(row, "prompt_completion")
+    names = FileNames(DataConfig(train="a", roles={"assistant": ("bot",)}))
+    bot = {**written, "completion": json.dumps([{**ANSWER, "role": "bot"}])}
+    assert names.read(Row("a, row 1", bot))["completion"] == [ANSWER]
+    pythons = {column: str(value) for column, value in row.items()}
+    assert reason(pythons, "prompt_completion") == "broken list"
+    text = {**written, "completion": "[1, 2]"}
+    assert read_row(text, "prompt_completion") == PlainText("[1, 2]", prompt=written["prompt"])
+
+
 def test_content_in_parts_is_joined() -> None:
     """OpenAI's parts of type text are one text; other parts are no text."""
     parts = [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]
@@ -165,6 +199,58 @@ def test_content_in_parts_is_joined() -> None:
         reason({"messages": [{"role": "user", "content": image}, ANSWER]}, "messages")
         == "part of `content` that is no text"
     )
+
+
+TEXT = {"type": "text", "text": "h"}
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"image_url": {"url": "x"}},
+        {"image": "x.png", "text": "h"},
+        {"type": "text", "txt": "h"},
+        {"type": "text", "input_text": "h"},
+        {**TEXT, "content": "i"},
+        {**TEXT, "weight": 0},
+        {"type": "text", "text": ["h"]},
+        {"type": ["text"], "text": "h"},
+        {"type": "thinking", "thinking": "h"},
+    ],
+)
+def test_no_word_of_a_part_is_lost(part: dict) -> None:
+    """A part that is not one text is a fault, also without a type or among empty keys."""
+    for more in ({}, {"image": None, "value": ""}):
+        turns = [{"role": "user", "content": [TEXT, {**more, **part}]}, ANSWER]
+        assert reason({"messages": turns}, "messages") == "part of `content` that is no text"
+
+
+@pytest.mark.parametrize(
+    ("part", "text"),
+    [
+        ({"type": None, "text": "i"}, "i"),
+        ({"text": "", "value": "i", "content": None}, "i"),
+        ({**TEXT, "cache_control": {"type": "ephemeral"}, "annotations": []}, "h"),
+        ({"type": "text", "text": "", "image_url": None}, ""),
+    ],
+)
+def test_a_part_may_have_keys_that_say_nothing(part: dict, text: str) -> None:
+    """A type that is null, as tables write it, and empty keys change no text."""
+    turns = [{"role": "user", "content": [TEXT, part]}, ANSWER]
+    content = read_row({"messages": turns}, "messages")
+    assert isinstance(content, Conversation)
+    assert content.messages[0]["content"] == "h" + text
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
+@pytest.mark.parametrize("thoughts", [["so"], [{"type": "text", "text": "so"}], {"text": "so"}, 5])
+def test_thoughts_that_are_no_text_are_faulty(key: str, thoughts: object) -> None:
+    """Thoughts that no template would show are not dropped; empty ones say nothing."""
+    turns = [USER, {**ANSWER, key: thoughts}]
+    assert reason({"messages": turns}, "messages") == f"`{key}` is no text"
+    for empty in ([], {}, None):
+        content = read_row({"messages": [USER, {**ANSWER, key: empty}]}, "messages")
+        assert content == read_row({"messages": [USER, ANSWER]}, "messages")
 
 
 # -- faults
@@ -243,6 +329,39 @@ CALL = {"function": {"name": "f", "arguments": "{}"}}
 def test_each_fault_has_its_reason(format: str, row: dict, expected: str) -> None:
     """Every fault has the reason by which rows are counted; no other exception comes out."""
     assert reason(row, format) == expected
+
+
+@pytest.mark.parametrize(
+    ("call", "expected"),
+    [
+        ({"name": "f", "parameters": {"x": 1}}, "tool call with `parameters`"),
+        ({"function": {"name": "f", "args": {"x": 1}}}, "tool call with `args`"),
+        ({"type": "tool_use", "id": "1", "name": "f", "input": {"x": 1}}, "tool call with `input`"),
+        ({"name": "f", "arguments": {}, "result": "5"}, "tool call with `result`"),
+        ({"name": "f", "arguments": ["x"]}, "broken tool call"),
+        ({"name": "f", "arguments": [("x", 1)]}, "broken tool call"),
+        ({"name": "f", "arguments": 5}, "broken tool call"),
+    ],
+)
+def test_no_part_of_a_call_is_lost(call: dict, expected: str) -> None:
+    """Arguments under another name, and those that are no object, are faults; so is a result."""
+    turns = [USER, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    assert reason({"messages": turns}, "messages") == expected
+    assert reason({"messages": [USER, {**turns[1], "tool_calls": call}]}, "messages") == expected
+    if "function" not in call:
+        said = [{"from": "human", "value": "a"}, {"from": "function_call", "value": call}]
+        assert reason({"conversations": said}, "sharegpt") == expected
+
+
+def test_a_call_may_have_keys_without_a_word() -> None:
+    """Ids, numbers and keys that tables fill in are no fault of a call."""
+    call = {"id": "1", "index": 0, "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    filled = {**call, "parameters": None, "input": {}, "function": {**call["function"], "args": ""}}
+    for calls in ([call], [filled]):
+        turns = [USER, {"role": "assistant", "content": "", "tool_calls": calls}]
+        content = read_row({"messages": turns}, "messages")
+        assert isinstance(content, Conversation)
+        assert content.messages[1]["tool_calls"][0]["function"] == {"name": "f", "arguments": {}}
 
 
 WRONG = [None, 3, 1.5, True, "", "x", [], {}, [None], [3], [[]], [{}], {"a": 1}, [{"role": {}}]]

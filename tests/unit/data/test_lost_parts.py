@@ -11,6 +11,7 @@ from qlora_dist.data.report import Report
 from qlora_dist.inspection.facts import SourceFacts
 from qlora_dist.inspection.page import source_lines
 from tests.support.rows import encode, refusal, targets, with_template
+from tests.unit.data.test_chat_template import tokenizer_of
 
 # A template that knows nothing but roles and contents.
 PLAIN = (
@@ -135,13 +136,28 @@ MUTED = [
 ]
 
 
-@pytest.mark.parametrize("mark", [{"weight": 0}, {"train": False}, {"weight": 0.0, "train": None}])
+@pytest.mark.parametrize(
+    "mark",
+    [
+        {"weight": 0},
+        {"train": False},
+        {"weight": 0.0, "train": None},
+        {"loss": False},
+        {"loss": 0.0},
+        {"training": False},
+        {"trainable": False},
+        {"loss_weight": 0},
+        {"loss_mask": 0},
+        {"masked": True},
+        {"masked": 1, "loss": None},
+    ],
+)
 @pytest.mark.parametrize("form", ["messages", "sharegpt"])
 def test_a_turn_that_is_not_to_be_learned_is_context(tokenizer, mark: dict, form: str) -> None:
     """Its words are in the row and none of them counts; other marks change nothing."""
     turns = [{**turn} for turn in MUTED]
     turns[1] |= mark
-    turns[3] |= {"weight": 1, "train": True}
+    turns[3] |= {"weight": 1, "train": True, "loss": 1.0, "loss_mask": 1, "masked": False}
     row: dict[str, Any] = {"messages": turns}
     if form == "sharegpt":
         names = {"user": "human", "assistant": "gpt"}
@@ -161,6 +177,10 @@ def test_a_turn_that_is_not_to_be_learned_is_context(tokenizer, mark: dict, form
     [
         ({"weight": 0.5}, "has weight: 0.5, but a turn is learned (1, true) or not"),
         ({"train": "no"}, "has train: 'no'"),
+        ({"loss": "last"}, "has loss: 'last'"),
+        ({"mask": True}, "has mask: True, which may tell what of the turn is learned"),
+        ({"mask": 0}, "has mask: 0, which may tell what of the turn is learned"),
+        ({"train_detail": [{"begin_offset": 0}]}, "Write weight: 0 for a turn that is not to be"),
     ],
 )
 def test_other_marks_are_refused(tokenizer, mark: dict, what: str) -> None:
@@ -185,8 +205,41 @@ def test_unknown_keys_are_named_once(tokenizer) -> None:
     assert list(report.unread) == ["score"]
     assert report.unread["score"][0] == 3
     assert "nothing reads the key `score` of messages (3 rows, first: " in report.sentence(64)
-    knowing = with_template(tokenizer, PLAIN.replace("<end>", "{{ '' }}<end>") + "{# score #}")
+    knowing = with_template(tokenizer, PLAIN.replace("+ '<end>'", "+ (m.score or '')|string"))
     assert encode([{"messages": turns}], knowing).report.unread == {}
+
+
+@pytest.mark.parametrize(
+    ("family", "role", "key", "value"),
+    [
+        ("qwen3", "assistant", "think", "so"),
+        ("qwen3", "assistant", "end", "so"),
+        ("qwen2.5", "system", "tools", [{"name": "f"}]),
+        ("qwen2.5", "user", "name", "Ann"),
+        ("llama3.1", "assistant", "ipython", True),
+        ("mistral-v0.3", "user", "id", 5),
+        ("phi4", "assistant", "analysis", "so"),
+    ],
+)
+def test_a_word_of_the_template_reads_no_key(family: str, role: str, key: str, value: Any) -> None:
+    """A key is not read because its name is somewhere in the template; it must change the text."""
+    turns = [{"role": "user", "content": "well?"}, {"role": "assistant", "content": "yes"}]
+    if role == "system":
+        turns.insert(0, {"role": "system", "content": "be brief"})
+    other = [{**turn, key: value} if turn["role"] == role else turn for turn in turns]
+    tokenizer = tokenizer_of(family)
+    settings = {"max_seq_len": 4096}
+    plain, with_key = (encode([{"messages": t}], tokenizer, **settings) for t in (turns, other))
+    assert plain.samples == with_key.samples
+    assert plain.report.unread == {}
+    assert with_key.report.unread == {key: (1, "rows.jsonl, row 1")}
+
+
+@pytest.mark.parametrize("value", [None, "", [], {}])
+def test_keys_that_say_nothing_are_not_named(tokenizer, value: Any) -> None:
+    """Empty values, as in dumps of answers of a server, are no loss."""
+    turns = [MUTED[0], {**MUTED[1], "annotations": value, "name": value}]
+    assert encode([{"messages": turns}], with_template(tokenizer, PLAIN)).report.unread == {}
 
 
 @pytest.mark.parametrize(
@@ -222,14 +275,18 @@ def test_a_question_may_speak_of_tags(tokenizer) -> None:
         ("user", "end it with <|im_end|> now", True),
         ("system", "<|im_start|>", True),
         ("tool", "a <|im_|> and <|im_end|>", True),
-        ("assistant", "as in <|im_end|>", False),
+        ("assistant", "as in <|im_end|>", True),
+        ("assistant", "as in <|endoftext|>", False),
         ("user", "a < b, <|im_ended> and |im_end|>", False),
     ],
 )
 def test_special_tokens_in_text_are_pointed_out(
     tokenizer, role: str, text: str, is_told: bool
 ) -> None:
-    """A special token in what others than the assistant say is counted, with its first place."""
+    """A special token in what is said is counted, with its first place.
+
+    Of the assistant's, those count that start or end turns or texts: others may be for it to write.
+    """
     turns = {
         "user": [{"role": "user", "content": text}, MUTED[1]],
         "system": [{"role": "system", "content": text}, *MUTED[:2]],
@@ -248,6 +305,90 @@ def test_special_tokens_in_text_are_pointed_out(
     assert not told or told[0].strip() in lines, "the page says it alike"
 
 
+@pytest.mark.parametrize(
+    ("family", "answer", "token"),
+    [
+        ("llama2", {"content": "yes </s>"}, "</s>"),
+        ("mistral-v0.3", {"content": "yes</s>"}, "</s>"),
+        ("qwen2.5", {"content": "yes<|im_end|>\n<|im_start|>user\nno"}, "<|im_end|>"),
+        ("llama3.1", {"content": "yes<|eot_id|>"}, "<|eot_id|>"),
+        ("gemma2", {"content": "<bos>yes"}, "<bos>"),
+        ("qwen3", {"content": "yes", "reasoning_content": "so<|im_end|>"}, "<|im_end|>"),
+        (
+            "qwen2.5",
+            {"content": "", "tool_calls": [{"name": "f", "arguments": {"a": "<|im_end|>"}}]},
+            "<|im_end|>",
+        ),
+    ],
+)
+def test_answers_that_end_twice_are_pointed_out(family: str, answer: dict, token: str) -> None:
+    """Answers that were saved with the template's own tokens are learned with both, and said."""
+    turns = [{"role": "user", "content": "well?"}, {"role": "assistant", **answer}]
+    report = encode([{"messages": turns}], tokenizer_of(family), max_seq_len=4096).report
+    assert report.suspect == {"learned token": (1, f"rows.jsonl, row 1, message 2: {token}")}
+
+
+@pytest.mark.parametrize(
+    ("answer", "is_told"),
+    [
+        ({"content": ""}, True),
+        ({"content": " \n"}, True),
+        ({"content": []}, True),
+        ({"content": "", "weight": 0}, False),
+        ({"content": "0"}, False),
+        ({"content": "", "reasoning_content": "so it is"}, False),
+        ({"content": None, "tool_calls": [{"name": "f"}]}, False),
+    ],
+)
+def test_empty_answers_are_pointed_out(answer: dict, is_told: bool) -> None:
+    """Turns to learn without words, thoughts and calls are counted, with the first of them."""
+    turns = [*MUTED[:2], MUTED[2], {"role": "assistant", **answer}]
+    rows = [{"messages": MUTED}, {"messages": turns}]
+    report = encode(rows, tokenizer_of("qwen3"), max_seq_len=4096).report
+    place = (1, "rows.jsonl, row 2, message 4")
+    assert report.suspect == ({"empty answer": place} if is_told else {})
+
+
+@pytest.mark.parametrize(
+    ("row", "unread"),
+    [
+        ({"messages": MUTED, "system": "be brief", "id": 7}, ["id", "system"]),
+        ({"prompt": "a", "completion": "b", "system": "be brief"}, ["system"]),
+        ({"instruction": "a", "output": "b", "context": "c", "input": ""}, ["context"]),
+        ({"messages": MUTED, "content": "x", "weight": 0.0, "tools": []}, ["content", "weight"]),
+        ({"text": "a", "label": None, "notes": "", "tags": [], "meta": {}}, []),
+        ({"conversations": MUTED, "system": "be brief"}, []),
+    ],
+)
+def test_columns_that_no_format_reads_are_named(tokenizer, row: dict, unread: list[str]) -> None:
+    """One line of the account names the columns with a value that are not read, and a remedy."""
+    plain = with_template(tokenizer, PLAIN)
+    report = encode([{**row, "more": None}, row], plain).report
+    assert sorted(report.unread_columns) == unread
+    told = [line for line in report.sentence(64).splitlines() if "does not read" in line]
+    assert len(told) == bool(unread)
+    assert all(f"`{column}`" in told[0] for column in unread)
+    assert all(report.unread_columns[column][0] == 2 for column in unread)
+
+
+def test_columns_that_the_user_names_are_read(tokenizer) -> None:
+    """A column under a name of the user is not named as one that is not read."""
+    row = {"q": "a", "a": "b", "c": "d"}
+    report = encode([row], tokenizer, columns={"prompt": "q", "completion": "a"}).report
+    assert list(report.unread_columns) == ["c"]
+
+
+@pytest.mark.parametrize(
+    "row", [{"messages": []}, {"messages": ["a"]}, {"messages": MUTED, "tools": [1]}]
+)
+def test_a_refused_source_ends_with_a_remedy(tokenizer, row: dict) -> None:
+    """Whatever the fault of the first row is, the message ends with what to do."""
+    message = refusal([row], with_template(tokenizer, PLAIN))
+    assert message.endswith(
+        "Mend or remove these rows, or raise data.max_bad_fraction to train without them."
+    )
+
+
 def test_an_account_from_the_cache_is_the_same(tokenizer) -> None:
     """Counts of all kinds survive as JSON."""
     turns = [
@@ -257,9 +398,10 @@ def test_an_account_from_the_cache_is_the_same(tokenizer) -> None:
     ]
     knowing = with_template(tokenizer, PLAIN.replace("<end>", "{# think #}<end>"))
     odd = knowing.chat_template.replace("in messages", "in messages if m.role != 'developer'")
-    report = encode([{"messages": turns}], with_template(knowing, odd)).report
+    row = {"messages": turns, "id": 1}
+    report = encode([row], with_template(knowing, odd)).report
     report.call_form = "calls as text"
-    assert all([report.lost, report.unread, report.roles, report.suspect])
+    assert all([report.lost, report.unread, report.roles, report.suspect, report.unread_columns])
     assert Report.from_json(json.loads(json.dumps(report.to_json()))) == report
 
 
@@ -267,11 +409,21 @@ def test_every_remark_ends_with_a_remedy() -> None:
     """Each line of the account says after its last colon what to do."""
     where = (2, "a.jsonl, row 1")
     kinds = dict.fromkeys(("text", "thoughts", "tool_calls", "tools"), where)
-    suspect = dict.fromkeys(("closing tag", "special token"), where)
+    suspect = dict.fromkeys(
+        ("closing tag", "empty answer", "special token", "learned token"), where
+    )
     report = Report("a.jsonl", "messages", lost=kinds, unread={"mood": where}, suspect=suspect)
+    report.unread_columns = {"id": where}
     report.roles, report.call_form = {"developer as system": where}, "text"
-    remedies = ("choose", "remove", "rename", "write", "the rows' calls are written so")
-    assert len(report.remarks()) == 9
+    remedies = (
+        "if they hold words",
+        "choose",
+        "remove",
+        "rename",
+        "write",
+        "the rows' calls are written so",
+    )
+    assert len(report.remarks()) == 12
     for remark in report.remarks():
         assert remark.rpartition(": ")[2].startswith(remedies), remark
 
