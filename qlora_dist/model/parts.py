@@ -11,7 +11,7 @@ from typing import Any
 
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qlora_dist.errors import ModelError
@@ -113,6 +113,13 @@ def is_linear(module: nn.Module) -> bool:
 def lora_layers(module: nn.Module) -> Iterator[LoraLayer]:
     """Yield all modules below `module` that carry an adapter, in forward order."""
     return (child for child in module.modules() if isinstance(child, LoraLayer))
+
+
+def saved_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield a module's own numbers that are saved with a model, but are no parameters, by name."""
+    for name, buffer in module.named_buffers(recurse=False):
+        if name not in module._non_persistent_buffers_set and buffer.is_floating_point():
+            yield name, buffer
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

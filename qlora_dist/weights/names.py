@@ -50,8 +50,8 @@ def _renaming(model: PreTrainedModel) -> Callable[[str], str]:
     # transformers has renamed parts of some families over time.
     steps = get_model_conversion_mapping(model)
     renamings = [step for step in steps if isinstance(step, WeightRenaming)]
-    named = model.named_parameters(remove_duplicate=False)
-    own, prefix = {checkpoint_name(name): param for name, param in named}, model.base_model_prefix
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
+    own, prefix = {checkpoint_name(name): tensor for name, tensor in named}, model.base_model_prefix
 
     def model_name(stored: str) -> str:
         name: str = rename_source_key(stored, renamings, [], prefix, own)[0]

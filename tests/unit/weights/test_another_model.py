@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, FalconConfig
+from transformers import ApertusConfig, AutoModelForCausalLM, FalconConfig
 
 from qlora_dist.build import build_model
 from qlora_dist.config.schema import ModelConfig, TrainConfig
@@ -166,3 +166,27 @@ def test_linear_layers_of_another_class_are_in_4_bits(tmp_path: Path) -> None:
     loaded, _ = build(tmp_path)
     logits = loaded(input_ids=torch.arange(8).unsqueeze(0)).logits
     assert logits.isfinite().all()
+
+
+def test_saved_buffers_are_read(tmp_path: Path) -> None:
+    """Numbers that are saved with a model, but are no parameters, have the values of the files: an
+    Apertus with other constants in its activations has the logits that transformers gives it."""
+    config = ApertusConfig(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=112,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    beta = "model.layers.1.mlp.act_fn.beta"
+    weights = load_file(tmp_path / "model.safetensors")
+    change(tmp_path, **{beta: weights[beta] + 2})
+    ids = torch.arange(8).unsqueeze(0)
+    ours, log = build(tmp_path, quantization="none")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    with torch.no_grad():
+        expected = theirs(input_ids=ids).logits
+        torch.testing.assert_close(ours.eval()(input_ids=ids).logits, expected)
+    assert "no place" not in log
