@@ -1,6 +1,6 @@
-"""Check that samples in a shared row do not see each other, by running the model on such rows."""
+"""Checks of the tokens that a model's layers let each token see, by running it on short rows."""
 
-# Tested by tests/distributed/test_packed_training.py.
+# Tested by tests/distributed/test_packed_training.py and tests/unit/model/test_packing_check.py.
 
 from __future__ import annotations
 
@@ -16,6 +16,36 @@ from qlora_dist.model.parts import base_model
 _LENGTH = 8
 _BORDERS = ("sliding_window", "attention_chunk_size", "chunk_size", "mamba_chunk_size")
 """Keys of transformers' configurations: lengths from which on a layer computes otherwise."""
+
+
+@torch.no_grad()
+def check_causal(model: PeftModel, device: torch.device) -> None:
+    """Refuse a model in which tokens see those after them, their targets; a collective.
+
+    Encoders can be built as language models (BERT without `is_decoder`), and would learn to copy.
+    The logits of tokens must be the same with another last token: two forwards of a few tokens. A
+    thousandth of the last token's own change allows for sums in another order.
+
+    Raises:
+        ModelError: the logits of a token change with a later one.
+    """
+    was_training = model.training
+    model.eval()
+    vocab = base_model(model).get_input_embeddings().num_embeddings
+    ids = torch.randint(vocab, (1, _LENGTH), generator=torch.Generator().manual_seed(0)).to(device)
+    other = ids.clone()
+    other[0, -1] = (ids[0, -1] + vocab // 2) % vocab
+    change = _last_logits(model, ids) - _last_logits(model, other)
+    model.train(was_training)
+    before, last = change[:, :-1].norm().item(), change[:, -1].norm().item()
+    if before > 1e-3 * last:
+        raise ModelError(
+            f"{type(base_model(model)).__name__} lets tokens see those after them: with another "
+            f"last token, the logits of that token move by {last:.3g}, and those of the tokens "
+            f"before it by {before:.3g}. It would see the targets of the loss, and learn to copy "
+            "them. Use a model whose attention is causal; if config.json has is_decoder: false or "
+            "use_bidirectional_attention, correct it there."
+        )
 
 
 @torch.no_grad()
@@ -84,10 +114,11 @@ def _positions(ids: Tensor) -> Tensor:  # (1, length)
     return torch.arange(ids.shape[1], device=ids.device).unsqueeze(0)
 
 
-def _last_logits(model: PeftModel, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+def _last_logits(model: PeftModel, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
     """Return the logits of the last tokens, (1, _LENGTH, vocab) float32."""
+    positions = {} if position_ids is None else {"position_ids": position_ids}
     # A long row's logits may take gigabytes.
     takes_number = "logits_to_keep" in inspect.signature(base_model(model).forward).parameters
     keep = {"logits_to_keep": _LENGTH} if takes_number else {}
-    logits = model(input_ids=input_ids, position_ids=position_ids, use_cache=False, **keep).logits
+    logits = model(input_ids=input_ids, use_cache=False, **positions, **keep).logits
     return logits[:, -_LENGTH:].float()
