@@ -17,6 +17,7 @@ from transformers.core_model_loading import WeightRenaming, rename_source_key
 from qlora_dist.errors import ModelError
 from qlora_dist.model.parts import base_model, decoder_layers
 from qlora_dist.model.text_reach import left_out_towers
+from qlora_dist.weights.prequantized import has_state
 from qlora_dist.weights.reader import SafetensorsReader
 
 _WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)+|(?<=\.)_orig_mod\.")
@@ -128,7 +129,7 @@ def unused_tensors(model: nn.Module, reader: SafetensorsReader) -> list[str]:
         for name in reader.names()
         if name not in taken
         and not name.startswith(towers)
-        and f"{name.partition('.weight.')[0]}.weight" not in taken  # quantization state
+        and not has_state(name.partition(".weight.")[0], reader)  # which it may belong to
         and not any(re.search(pattern, name) for pattern in ignored)
     ]
     first = decoder_layers(model)[0]
