@@ -76,6 +76,56 @@ def test_two_files_with_one_tensor_are_refused(folder: Path) -> None:
         weight_files(folder)
 
 
+def shard(folder: Path, **extra: torch.Tensor) -> None:
+    """Spread the folder's tensors over two files and an index; `extra` goes to the first file, and
+    not into the index."""
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(weights)
+    parts = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, part in parts.items():
+        more = {k.replace("__", "."): v for k, v in extra.items()} if file[0] == "a" else {}
+        save_file({**{name: weights[name] for name in part}, **more}, folder / file)
+    index = {"weight_map": {name: file for file, part in parts.items() for name in part}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def test_tensors_that_an_index_does_not_list_are_seen(folder: Path, tmp_path: Path) -> None:
+    """transformers reads them: a bias of a decoder layer is refused, another tensor is named."""
+    layers = Path(shutil.copytree(folder, tmp_path / "layers"))
+    shard(layers, model__layers__0__self_attn__q_proj__bias=torch.ones(64))
+    with pytest.raises(ModelError, match=r"no place for, such as .*q_proj\.bias"):
+        build(layers)
+    shard(folder, model__norm__bias=torch.ones(64))
+    assert "are not read: model.norm.bias" in build(folder)[1]
+
+
+def test_a_tensor_in_another_file_than_the_index_says_is_refused(folder: Path) -> None:
+    """transformers would take the one of the last file: the message names tensor and files."""
+    name = "model.layers.0.mlp.down_proj.weight"
+    assert sorted(load_file(folder / "model.safetensors")).index(name) % 2 == 1
+    shard(folder, **{name: torch.zeros(64, 112, dtype=torch.bfloat16)})
+    with pytest.raises(ModelError, match=rf"a\.safetensors holds .*{name}, but .* b\.safetensors"):
+        build(folder)
+
+
+def test_an_index_without_tensors_is_refused(folder: Path) -> None:
+    """The message names the index."""
+    shard(folder)
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {}}')
+    with pytest.raises(ModelError, match=r"index\.json has no weight_map"):
+        build(folder)
+
+
+@pytest.mark.parametrize("suffix", ["quant_map", "scale"])
+def test_quantization_left_over_beside_16_bit_weights_is_refused(folder: Path, suffix: str) -> None:
+    """Nothing would read it, and the weights may mean something else without it."""
+    name = f"model.layers.1.mlp.up_proj.weight.{suffix}"
+    change(folder, **{name: torch.ones(16)})
+    with pytest.raises(ModelError, match=rf"no place for, such as {name}"):
+        build(folder)
+
+
 @pytest.mark.parametrize("is_same", [True, False])
 def test_a_head_of_its_own_stays(folder: Path, is_same: bool) -> None:
     """A tied model whose files hold another head keeps it, and the log says so."""
