@@ -82,18 +82,29 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     """
     base = base_model(model)
     # A multimodal wrapper has blocks in its towers, too. Some families call their head a decoder.
+    names, embedding = set(base._no_split_modules or ()), base.get_input_embeddings()
     for place in (base.get_decoder() or base, base):
-        if blocks := _blocks(place, set(getattr(base, "_no_split_modules", None) or ())):
+        if blocks := _blocks(place, names, embedding):
             return blocks
     name = type(base).__name__
     raise ModelError(f"{name} has no list of decoder layers, so it cannot be trained here.")
 
 
-def _blocks(place: nn.Module, names: set[str]) -> list[nn.Module]:
-    """Return the modules of these classes, else the longest list of modules."""
+def _blocks(place: nn.Module, names: set[str], embedding: nn.Module | None) -> list[nn.Module]:
+    """Return the modules of these classes, else the longest list of modules.
+
+    Some families name more than their blocks: what holds the embedding (BERT's), or a part of a
+    block (Mamba's mixers). These are left out.
+    """
     modules = list(place.modules())
     # FSDP2 puts its name in front of a class's.
-    blocks = [module for module in modules if type(module).__name__.removeprefix("FSDP") in names]
+    named = [module for module in modules if type(module).__name__.removeprefix("FSDP") in names]
+    inner = {id(part) for module in named for part in module.modules() if part is not module}
+    blocks = [
+        module
+        for module in named
+        if id(module) not in inner and all(part is not embedding for part in module.modules())
+    ]
     # Code that is shipped with a model may not name its blocks.
     lists = (list(module) for module in modules if isinstance(module, nn.ModuleList))
     return blocks or max(lists, key=len, default=[])
