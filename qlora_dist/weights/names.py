@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from qlora_dist.errors import ModelError
+from qlora_dist.model.nf4 import QuantFormat
 from qlora_dist.model.parts import base_model, decoder_layers
 from qlora_dist.model.text_reach import left_out_towers
 from qlora_dist.weights.prequantized import has_state
@@ -44,6 +45,14 @@ def reader_of(model: nn.Module, folder: Path) -> SafetensorsReader:
 def checkpoint_name(name: str) -> str:
     """Return a parameter's name without the parts that peft adds."""
     return name.removeprefix("base_model.model.").replace(".base_layer", "")
+
+
+def in_model(formats: Mapping[str, QuantFormat], model: PreTrainedModel) -> dict[str, QuantFormat]:
+    """Return formats of 4-bit layers by the layers' names in the model instead of in the files."""
+    model_name = _renaming(model)
+    return {
+        model_name(f"{name}.weight").removesuffix(".weight"): fmt for name, fmt in formats.items()
+    }
 
 
 def _renaming(model: PreTrainedModel) -> Callable[[str], str]:

@@ -8,18 +8,26 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import ApertusConfig, AutoModelForCausalLM, FalconConfig
+from transformers import (
+    ApertusConfig,
+    AutoModelForCausalLM,
+    FalconConfig,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+)
 
 from qlora_dist.build import build_model
 from qlora_dist.config.schema import ModelConfig, TrainConfig
 from qlora_dist.errors import ModelError
 from qlora_dist.metrics.console import Reporter
-from qlora_dist.model.nf4 import QuantizedLinear
+from qlora_dist.model.nf4 import QuantFormat, QuantizedLinear
 from qlora_dist.model.parts import base_model
 from qlora_dist.parallel.choice import make_backend
 from qlora_dist.runtime.processes import start_runtime
 from qlora_dist.weights.description import describe_base
 from qlora_dist.weights.files import weight_files
+from qlora_dist.weights.quantize import quantize
+from tests.support.families import GROUPED
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
@@ -186,6 +194,50 @@ def test_names_of_wrappers_are_understood(folder: Path, prefix: str) -> None:
     for (name, one), other in zip(plain.named_parameters(), wrapped.parameters(), strict=True):
         assert ".lora_A." in name or torch.equal(one, other)
     assert "no place" not in log
+
+
+@pytest.mark.parametrize("prefix", ["module.", "language_model."])
+def test_names_of_4_bit_files_are_those_of_the_model(
+    folder: Path, tmp_path: Path, prefix: str
+) -> None:
+    """4-bit layers are found under other names as well: those of a wrapper, and those that
+    transformers writes for a language model inside a multimodal one."""
+    if prefix == "language_model.":
+        folder = tmp_path / "wrapped"
+        save_multimodal(folder)
+    stored = tmp_path / "stored"
+    quantize(str(folder), str(stored), QuantFormat("nf4", double_quant=True))
+    weights = load_file(stored / "model.safetensors")
+    if prefix == "module.":
+        renamed = {prefix + name: tensor for name, tensor in weights.items()}
+    else:  # as transformers names them in files: language_model.model.layers
+        renamed = {
+            name.replace("model.language_model.", "language_model.model."): tensor
+            for name, tensor in weights.items()
+        }
+    assert renamed.keys() != weights.keys()
+    save_file(renamed, stored / "model.safetensors", metadata={"format": "pt"})
+    ours, on_load = build(stored)[0], build(folder)[0]
+    ids = torch.arange(8).unsqueeze(0)
+    with torch.no_grad():
+        assert torch.equal(ours.eval()(ids).logits, on_load.eval()(ids).logits)
+    assert any(isinstance(module, QuantizedLinear) for module in ours.modules())
+
+
+def save_multimodal(folder: Path) -> None:
+    """Write a Gemma 3 with a vision tower."""
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "image_size": 28,
+        "patch_size": 14,
+    }
+    text = {**GROUPED, "head_dim": 16, "sliding_window": 8}
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    torch.manual_seed(0)
+    Gemma3ForConditionalGeneration(config).to(torch.bfloat16).save_pretrained(folder)
 
 
 def test_one_tensor_under_two_names_is_refused(folder: Path) -> None:
