@@ -20,7 +20,7 @@ from qlora_dist.memory.offload import check_offload
 from qlora_dist.model.attention import attention_note
 from qlora_dist.model.inventory import Inventory
 from qlora_dist.model.loss import loss_note
-from qlora_dist.model.packing_check import check_packing
+from qlora_dist.model.packing_check import check_causal, check_packing
 from qlora_dist.model.parts import ModelParts
 from qlora_dist.optim.loss_scale import LossScale
 from qlora_dist.optim.optimizers import OPTIMIZERS
@@ -169,6 +169,7 @@ def _start_engine(
     engine = backend.engine(modules)
     # These run the model, so they come after the engine, which has prepared forward.
     with session.runtime.autocast():
+        check_causal(model, device)
         if config.data.packing:
             check_packing(model, device, config.data.max_seq_len)
         if note := loss_note(model):

@@ -54,10 +54,18 @@ def collate(samples: Sequence[Sample], pad_token_id: int, seed: int = 0) -> Micr
     attention_mask = torch.zeros_like(input_ids)
     labels = torch.full_like(input_ids, IGNORE_INDEX)
     position_ids = torch.arange(length).repeat(len(rows), 1)
+    ends = [(*row.starts[1:], len(row.input_ids)) for row in rows]
+    longest = max(
+        end - start
+        for row, row_ends in zip(rows, ends, strict=True)
+        for start, end in zip(row.starts, row_ends, strict=True)
+    )
     for i, row in enumerate(rows):
         n = len(row.input_ids)
-        for start in (*row.starts[1:], n):  # the padding counts as one more sample
-            position_ids[i, start:] = torch.arange(length - start)
+        for start in ends[i]:
+            # The padding counts as more samples, none longer than the real ones: some rotary
+            # positions (LongRoPE) follow from the largest position of the batch.
+            position_ids[i, start:] = torch.arange(length - start) % longest
         input_ids[i, :n] = torch.tensor(row.input_ids)
         attention_mask[i, :n] = 1
         labels[i, :n] = torch.tensor(row.labels)

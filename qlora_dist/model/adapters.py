@@ -20,6 +20,7 @@ from qlora_dist.errors import CheckpointError, ConfigError
 from qlora_dist.model.dora import DoraVariant
 from qlora_dist.model.linear_layers import linear_layers
 from qlora_dist.model.parts import adapter_parameters, lora_layers
+from qlora_dist.model.text_reach import left_out_towers
 from qlora_dist.runtime.shards import keep_local, whole_shape, whole_tensor
 
 
@@ -38,6 +39,14 @@ def add_adapters(model: PreTrainedModel, config: AdapterConfig, base_path: str) 
         if config.path is None:  # an adapter that is continued may name more than this model has
             _check_all_named(model, targets)
         _check_head(model, targets)
+        if left_out_towers(model):
+            # By whole names: layers of a tower have the same short ones.
+            names = _linear_names(model)
+            targets = [
+                name
+                for name in names
+                if f".{name}".endswith(tuple(f".{target}" for target in targets))
+            ]
     lora = LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,
@@ -59,7 +68,7 @@ def add_adapters(model: PreTrainedModel, config: AdapterConfig, base_path: str) 
 
 def _check_all_named(model: PreTrainedModel, targets: list[str]) -> None:
     """Refuse a list with an entry that names no linear layer; peft would ignore the entry."""
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    names = _linear_names(model)
     for target in targets:
         if not any(f".{name}".endswith(f".{target}") for name in names):
             kinds = sorted({name.rpartition(".")[2] for name in names})
@@ -68,6 +77,10 @@ def _check_all_named(model: PreTrainedModel, targets: list[str]) -> None:
                 f"{type(model).__name__}. It has {', '.join(kinds)}; all-linear, which is not "
                 "written as a list, takes all but the output head."
             )
+
+
+def _linear_names(model: PreTrainedModel) -> list[str]:
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
 
 
 def _check_head(model: PreTrainedModel, targets: list[str]) -> None:

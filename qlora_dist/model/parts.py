@@ -11,7 +11,7 @@ from typing import Any
 
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qlora_dist.errors import ModelError
@@ -82,18 +82,29 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     """
     base = base_model(model)
     # A multimodal wrapper has blocks in its towers, too. Some families call their head a decoder.
+    names, embedding = set(base._no_split_modules or ()), base.get_input_embeddings()
     for place in (base.get_decoder() or base, base):
-        if blocks := _blocks(place, set(getattr(base, "_no_split_modules", None) or ())):
+        if blocks := _blocks(place, names, embedding):
             return blocks
     name = type(base).__name__
     raise ModelError(f"{name} has no list of decoder layers, so it cannot be trained here.")
 
 
-def _blocks(place: nn.Module, names: set[str]) -> list[nn.Module]:
-    """Return the modules of these classes, else the longest list of modules."""
+def _blocks(place: nn.Module, names: set[str], embedding: nn.Module | None) -> list[nn.Module]:
+    """Return the modules of these classes, else the longest list of modules.
+
+    Some families name more than their blocks: what holds the embedding (BERT's), or a part of a
+    block (Mamba's mixers). These are left out.
+    """
     modules = list(place.modules())
     # FSDP2 puts its name in front of a class's.
-    blocks = [module for module in modules if type(module).__name__.removeprefix("FSDP") in names]
+    named = [module for module in modules if type(module).__name__.removeprefix("FSDP") in names]
+    inner = {id(part) for module in named for part in module.modules() if part is not module}
+    blocks = [
+        module
+        for module in named
+        if id(module) not in inner and all(part is not embedding for part in module.modules())
+    ]
     # Code that is shipped with a model may not name its blocks.
     lists = (list(module) for module in modules if isinstance(module, nn.ModuleList))
     return blocks or max(lists, key=len, default=[])
@@ -113,6 +124,13 @@ def is_linear(module: nn.Module) -> bool:
 def lora_layers(module: nn.Module) -> Iterator[LoraLayer]:
     """Yield all modules below `module` that carry an adapter, in forward order."""
     return (child for child in module.modules() if isinstance(child, LoraLayer))
+
+
+def saved_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield a module's own numbers that are saved with a model, but are no parameters, by name."""
+    for name, buffer in module.named_buffers(recurse=False):
+        if name not in module._non_persistent_buffers_set and buffer.is_floating_point():
+            yield name, buffer
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

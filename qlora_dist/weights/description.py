@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from qlora_dist.config.schema import ModelConfig
 from qlora_dist.model.skeleton import build_skeleton
 from qlora_dist.weights.files import unread_files
-from qlora_dist.weights.names import own_head
+from qlora_dist.weights.names import in_model, own_head
 from qlora_dist.weights.prequantized import formats_in
 
 
@@ -26,6 +26,9 @@ def describe_base(folder: Path, config: ModelConfig, log: Callable[[str], None])
         log(note)
     formats = formats_in(folder, config)
     model = build_skeleton(folder, config, formats)
+    if formats and (renamed := in_model(formats, model)) != formats:
+        formats = renamed
+        model = build_skeleton(folder, config, formats)
     if name := own_head(model, folder):
         log(
             f"model folder {folder}: its config.json says that the output head is the embedding "

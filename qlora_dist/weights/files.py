@@ -89,16 +89,16 @@ def weight_files(folder: Path) -> dict[str, Path]:
     """Map each tensor name of a model folder to the file that holds it.
 
     The files are those that transformers reads: `model.safetensors`, else the files of the index,
-    else all safetensors files.
+    with tensors that it does not list, else all safetensors files.
 
     Raises:
-        ModelError: a file is missing or broken, or two files hold one tensor and nothing says
-            which of them counts.
+        ModelError: a file is missing or broken, or two files hold one tensor.
     """
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if index.is_file() and not single.is_file():
         names = read_json(index, ModelError).get("weight_map")
-        if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        is_map = isinstance(names, dict) and bool(names)
+        if not is_map or not all(isinstance(name, str) for name in names.values()):
             raise ModelError(
                 f"{index} has no weight_map from tensor to file names. Copy the model again."
             )
@@ -107,7 +107,7 @@ def weight_files(folder: Path) -> dict[str, Path]:
                 raise ModelError(
                     f"{file} is missing, though {index.name} names it. Copy the model again."
                 )
-        return {tensor: folder / name for tensor, name in names.items()}
+        return _with_unlisted({tensor: folder / name for tensor, name in names.items()}, index)
     files: dict[str, Path] = {}
     for file in [single] if single.is_file() else sorted(folder.glob("*.safetensors")):
         names = _tensor_names(file)
@@ -118,6 +118,25 @@ def weight_files(folder: Path) -> dict[str, Path]:
                 "Remove the file that does not belong to the model."
             )
         files.update(dict.fromkeys(names, file))
+    return files
+
+
+def _with_unlisted(listed: dict[str, Path], index: Path) -> dict[str, Path]:
+    """Add the tensors that the files of an index hold without being listed; transformers reads
+    them, too.
+
+    Raises:
+        ModelError: a tensor is in a file, although the index names another file for it.
+    """
+    files = dict(listed)
+    for file in sorted(set(listed.values())):
+        for tensor in sorted(_tensor_names(file)):
+            if (other := files.setdefault(tensor, file)) != file:
+                says = "the index names" if tensor in listed else "it is also in"
+                raise ModelError(
+                    f"{file} holds the tensor {tensor}, but {says} {other.name}. {index.name} and "
+                    "the files belong to different versions of the model: copy all of them again."
+                )
     return files
 
 

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from qlora_dist.errors import ModelError
 from qlora_dist.model.nf4 import QuantizedLinear, quantize_absmax, quantize_blocks
-from qlora_dist.model.parts import base_model, decoder_layers
+from qlora_dist.model.parts import base_model, decoder_layers, saved_buffers
 from qlora_dist.runtime.shards import keep_local, local_part, local_range, shard_group, whole_shape
 from qlora_dist.weights.check_headers import check_headers
 from qlora_dist.weights.files import weight_files
@@ -79,7 +79,8 @@ def load_base_weights(
 ) -> LoadStats:
     """Fill the frozen base of a materialized model from `folder`, quantizing on the way.
 
-    Adapters are left alone.
+    Adapters are left alone. Buffers that belong to the saved model (Gemma 4 scales its layers by
+    one) get the values of the files, if these hold them.
 
     Args:
         model: skeleton with adapters, possibly sharded, after :func:`materialize`.
@@ -118,6 +119,9 @@ def load_base_weights(
                         # largest.
                         if param.dtype == torch.float16:
                             finite[stored] = torch.isfinite(local_part(param)).all().to(device)
+            for leaf, buffer in saved_buffers(module):
+                if (stored := checkpoint_name(f"{name}.{leaf}")) in reader:
+                    buffer.copy_(reader.whole(stored))
             on_progress(reader.bytes_read, num_layers)
         on_progress(reader.bytes_read, len(layers))
     if finite:
@@ -138,6 +142,9 @@ def _check_headers(model: nn.Module, reader: SafetensorsReader) -> None:
             if id(param) not in done:
                 plain[checkpoint_name(f"{name}.{leaf}")] = tuple(whole_shape(param))
                 done.add(id(param))
+        for leaf, buffer in saved_buffers(module):
+            if (stored := checkpoint_name(f"{name}.{leaf}")) in reader:
+                plain[stored] = tuple(buffer.shape)
     check_headers(plain, layers, reader)
 
 

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -15,8 +15,10 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from qlora_dist.errors import ModelError
+from qlora_dist.model.nf4 import QuantFormat
 from qlora_dist.model.parts import base_model, decoder_layers
 from qlora_dist.model.text_reach import left_out_towers
+from qlora_dist.weights.prequantized import has_state
 from qlora_dist.weights.reader import SafetensorsReader
 
 _WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)+|(?<=\.)_orig_mod\.")
@@ -45,13 +47,21 @@ def checkpoint_name(name: str) -> str:
     return name.removeprefix("base_model.model.").replace(".base_layer", "")
 
 
+def in_model(formats: Mapping[str, QuantFormat], model: PreTrainedModel) -> dict[str, QuantFormat]:
+    """Return formats of 4-bit layers by the layers' names in the model instead of in the files."""
+    model_name = _renaming(model)
+    return {
+        model_name(f"{name}.weight").removesuffix(".weight"): fmt for name, fmt in formats.items()
+    }
+
+
 def _renaming(model: PreTrainedModel) -> Callable[[str], str]:
     """Return a function from the name of a tensor in the files to its name in the model."""
     # transformers has renamed parts of some families over time.
     steps = get_model_conversion_mapping(model)
     renamings = [step for step in steps if isinstance(step, WeightRenaming)]
-    named = model.named_parameters(remove_duplicate=False)
-    own, prefix = {checkpoint_name(name): param for name, param in named}, model.base_model_prefix
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
+    own, prefix = {checkpoint_name(name): tensor for name, tensor in named}, model.base_model_prefix
 
     def model_name(stored: str) -> str:
         name: str = rename_source_key(stored, renamings, [], prefix, own)[0]
@@ -128,7 +138,7 @@ def unused_tensors(model: nn.Module, reader: SafetensorsReader) -> list[str]:
         for name in reader.names()
         if name not in taken
         and not name.startswith(towers)
-        and f"{name.partition('.weight.')[0]}.weight" not in taken  # quantization state
+        and not has_state(name.partition(".weight.")[0], reader)  # which it may belong to
         and not any(re.search(pattern, name) for pattern in ignored)
     ]
     first = decoder_layers(model)[0]

@@ -7,7 +7,7 @@ from unittest import mock
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import FalconH1Config, FalconH1ForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from qlora_dist.config.schema import IGNORE_INDEX, AdapterConfig, ModelConfig, TrainConfig
 from qlora_dist.data.batch import MicroBatch, collate
@@ -239,3 +239,28 @@ def test_packed_runs_are_equal_on_any_number_of_ranks(
     assert {
         file.name.partition(".")[0] for file in (tmp_path / "fsdp-2" / "profile").iterdir()
     } == {"rank0"}
+
+
+def test_a_hybrid_model_that_mostly_tells_samples_apart_is_refused(tmp_path: Path) -> None:
+    """A FalconH1 has attention, which follows the positions, beside Mamba, which does not: samples
+    change each other's logits a little, and the check sees it."""
+    config = FalconH1Config(
+        **GROUPED,
+        mamba_d_ssm=64,
+        mamba_n_heads=4,
+        mamba_d_head=16,
+        mamba_d_state=8,
+        mamba_n_groups=1,
+        mamba_chunk_size=8,
+    )
+    torch.manual_seed(0)
+    model = FalconH1ForCausalLM(config)
+    for param in model.parameters():
+        if param.ndim > 1:
+            torch.nn.init.normal_(param, std=0.08)
+    model.save_pretrained(tmp_path)
+    runtime = start_runtime(seed=0, dtype="float32")
+    settings = TrainConfig(model=ModelConfig(str(tmp_path), dtype="float32"))
+    built = build(settings, tmp_path, "single", runtime)[0].model
+    with pytest.raises(ModelError, match="samples in one row would see each other"):
+        check_packing(built, runtime.device, 64)

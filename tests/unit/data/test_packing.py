@@ -80,6 +80,13 @@ def test_positions_begin_anew_in_each_sample_and_in_the_padding() -> None:
     assert batch.num_tokens == 10
 
 
+def test_padding_has_no_larger_position_than_a_sample() -> None:
+    """Beside a full row of short samples, the padding restarts: rotations that follow from the
+    largest position (LongRoPE's) stay those of the samples."""
+    batch = collate([join(numbered([3, 2, 3])), numbered([1])[0]], PAD)
+    assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1, 0, 1, 2], [0, 0, 1, 2, 0, 1, 2, 0]]
+
+
 @pytest.mark.parametrize("lengths", [[4], [2, 3]])
 def test_rows_that_are_not_packed_have_no_positions(lengths: list[int]) -> None:
     """Single samples go through the model with a padding mask and without positions."""

@@ -60,6 +60,22 @@ def test_a_llama(tmp_path: Path, is_tied: bool) -> None:
     assert found.without_adapter == {"lm_head": (1, "the output head")}
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        transformers.BertConfig(**COMMON, is_decoder=True),
+        transformers.MambaConfig(vocab_size=VOCAB, hidden_size=D, num_hidden_layers=LAYERS),
+        transformers.LlamaConfig(**COMMON),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_decoder_layers_are_those_of_the_configuration(
+    tmp_path: Path, config: transformers.PreTrainedConfig
+) -> None:
+    """Modules that a family names beside its layers do not count (embeddings, mixers)."""
+    assert inventory_of(tmp_path, config).num_layers == LAYERS
+
+
 def test_a_falcon_is_in_4_bits(tmp_path: Path) -> None:
     """A subclass of nn.Linear counts as what it is: all of Falcon's are in 4 bits and adapted."""
     config = transformers.FalconConfig(

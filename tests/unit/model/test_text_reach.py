@@ -139,6 +139,19 @@ def test_a_wrapper_without_its_tower(tmp_path: Path) -> None:
         assert "model.vision_tower.encoder.layers.0.self_attn.q_proj".endswith(target) is False
 
 
+def test_a_list_of_targets_means_the_language_model(tmp_path: Path) -> None:
+    """Short names adapt its layers, although the tower has layers of the same names."""
+    gemma3_wrapper().save_pretrained(tmp_path)
+    model = build_skeleton(tmp_path, ModelConfig(path=str(tmp_path), dtype="float32"))
+    settings = AdapterConfig(rank=4, target_modules=("q_proj", "layers.1.self_attn.v_proj"))
+    names = [name for name, _ in add_adapters(model, settings, "base").named_parameters()]
+    layers = "base_model.model.model.language_model.layers"
+    assert [name for name in names if ".lora_A." in name] == [
+        f"{layers}.{name}.lora_A.default.weight"
+        for name in ("0.self_attn.q_proj", "1.self_attn.q_proj", "1.self_attn.v_proj")
+    ]
+
+
 def test_text_reaches_every_layer_of_a_dense_model() -> None:
     """All linear layers are called, and the head."""
     model = described(transformers.LlamaConfig(**SIZES))
