@@ -97,8 +97,8 @@ def weight_files(folder: Path) -> dict[str, Path]:
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if index.is_file() and not single.is_file():
         names = read_json(index, ModelError).get("weight_map")
-        is_map = isinstance(names, dict) and bool(names)
-        if not is_map or not all(isinstance(name, str) for name in names.values()):
+        names = names if isinstance(names, dict) else {}
+        if not names or not all(isinstance(name, str) for name in names.values()):
             raise ModelError(
                 f"{index} has no weight_map from tensor to file names. Copy the model again."
             )
