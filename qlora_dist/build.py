@@ -30,10 +30,10 @@ from qlora_dist.model.parts import ModelParts, decoder_layers
 from qlora_dist.model.positions import check_positions
 from qlora_dist.parallel.backend import Backend
 from qlora_dist.parallel.checks import check_fits, verify_base
-from qlora_dist.run.adapter_folder import AdapterRecord
+from qlora_dist.run.adapter_folder import AdapterRecord, recorded_base
 from qlora_dist.runtime.processes import Runtime
 from qlora_dist.weights.description import describe_base
-from qlora_dist.weights.files import looks_like_hub_name, resolve_model_folder
+from qlora_dist.weights.files import looks_like_hub_name, model_fingerprint, resolve_model_folder
 from qlora_dist.weights.loading import checkpoint_bytes, load_base_weights, materialize
 from qlora_dist.weights.names import unused_note
 
@@ -72,6 +72,8 @@ def build_model(
     saved_adapter = None if config.adapter.path is None else Path(config.adapter.path)
     if saved_adapter is not None:
         check_adapter_fits(model, saved_adapter)
+        if note := _other_base_note(saved_adapter, folder):
+            reporter.log(note)
     if unfused := fuse_adapters(model):
         reporter.log(unfused)
     parts = ModelParts(model)
@@ -118,6 +120,8 @@ def load_trained(
     if trained_in not in ("auto", runtime.dtype_name):
         note += f"; the adapter was trained in {trained_in}"
     reporter.log(note)
+    if other := _other_base_note(adapter_folder, folder):
+        reporter.log(other)
     config = replace(recipe.base, dtype=runtime.dtype_name)
     skeleton = describe_base(folder, config, reporter.log)
     if (folder / "generation_config.json").is_file():
@@ -129,3 +133,14 @@ def load_trained(
         load_base_weights(model, folder, runtime.device, on_progress)
     load_adapter_weights(model, adapter_folder)
     return model.eval(), load_tokenizer(adapter_folder, recipe.base.trust_remote_code)
+
+
+def _other_base_note(adapter_folder: Path, folder: Path) -> str | None:
+    """Say that a model folder holds other files than an adapter was trained on; else None."""
+    if recorded_base(adapter_folder) in ("", model_fingerprint(folder)):
+        return None
+    return (
+        f"model folder {folder}: its files are not those that the adapter {adapter_folder} was "
+        "trained on (config.json or weights differ). On another model it means something else; on "
+        "the same one in another format, such as 4 bits, it does not"
+    )

@@ -103,7 +103,7 @@ def prepare(config: TrainConfig, backend: Backend, session: Session) -> RunParts
 
     def write_adapter(path: Path, tensors: dict[str, Tensor]) -> None:
         variables = config.data.template_kwargs or {}
-        record = AdapterRecord(config.model, data.layout, variables)
+        record = AdapterRecord(config.model, data.layout, variables, belongs_to.base)
         save_adapter(path, model, tensors, tokenizer, record)
 
     folder, keep = session.folder / "checkpoints", config.checkpoint.keep

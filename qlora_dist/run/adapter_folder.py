@@ -37,6 +37,8 @@ class AdapterRecord:
     """Form in which the model saw its training data, and in which `generate` writes prompts."""
     template_kwargs: dict[str, Any] = field(default_factory=dict)
     """Variables that the chat template was given, and that `generate` gives it."""
+    base_fingerprint: str = ""
+    """Fingerprint of the base model's files; empty if it is not known."""
 
 
 def save_adapter(
@@ -105,7 +107,19 @@ def read_adapter_record(folder: Path) -> AdapterRecord:
     # PEFT's file decides on the path: users edit it when the base model has moved.
     base = ModelConfig(**{**saved.get("base", {}), "path": str(base_path)})
     layout, variables = saved.get("layout", "messages"), saved.get("template_kwargs") or {}
-    return AdapterRecord(base, layout, variables)
+    return AdapterRecord(base, layout, variables, saved.get("base_fingerprint", ""))
+
+
+def recorded_base(folder: Path) -> str:
+    """Fingerprint of the base model that the adapter in `folder` was trained on; empty if unknown.
+
+    Raises:
+        CheckpointError: the record cannot be read.
+    """
+    record = folder / ADAPTER_RECORD
+    if not record.is_file():
+        return ""
+    return str(read_json(record, CheckpointError).get("base_fingerprint", ""))
 
 
 def _verify(folder: Path, weights: dict[str, Tensor]) -> None:
