@@ -27,8 +27,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: setup  ## fine-tune a real small model on this machine
 	$(BIN)/qlora-dist demo
 
-# Two at a time: many tests start two processes themselves, and some measure silences in seconds.
-PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+# Two files at a time: many tests start two processes themselves, and some measure silences in seconds.
+PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadscope
 
 test: setup  ## unit, distributed and end-to-end tests
 	$(PYTEST) -m 'not slow'

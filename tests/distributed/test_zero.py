@@ -101,6 +101,8 @@ OUR_LINES = (
     "step ",
     "eval at step ",
     "compute type: ",
+    "LlamaForCausalLM: ",
+    "adapters: ",
     "base model: ",
     "attention: ",
     "decoder layers: ",

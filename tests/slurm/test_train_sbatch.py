@@ -16,9 +16,6 @@ import pytest
 
 from tests.support.command import ROOT, write_config
 
-# One cluster of two nodes: its jobs run one after the other.
-pytestmark = pytest.mark.xdist_group("slurm")
-
 # Only ever the cluster made for tests: on a login node, `make test` must not queue jobs.
 CLUSTER = Path(os.environ.get("SLURM_TEST_DIR", f"/tmp/qlora-dist-slurm-{os.getuid()}"))
 ENVIRONMENT = {
