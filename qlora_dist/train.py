@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from peft import PeftModel
@@ -27,6 +27,7 @@ from qlora_dist.metrics.console import Reporter
 from qlora_dist.metrics.profiler import StepProfiler
 from qlora_dist.metrics.recorder import Recorder
 from qlora_dist.metrics.rows import StepSums
+from qlora_dist.model.experts import take_token_counts
 from qlora_dist.model.loss import target_loss_sum
 from qlora_dist.model.mfu import Flops, flops_of, peak_flops
 from qlora_dist.optim.schedule import lr_at
@@ -90,7 +91,8 @@ class Training:
         runtime, reporter = self.session.runtime, self.session.reporter
         folder, logging, num_steps = self.session.folder, self.config.logging, self.parts.num_steps
         first_step, peak = self.state.step + 1, peak_flops(runtime)
-        return Recorder(folder, logging, runtime, reporter, num_steps, first_step, peak)
+        counts = partial(take_token_counts, self.parts.modules.base)
+        return Recorder(folder, logging, runtime, reporter, num_steps, first_step, peak, counts)
 
     @cached_property
     def flops(self) -> Flops:

@@ -332,10 +332,12 @@ def _convert_entry(value: Any, cls: Any, number: int) -> Any:
 def _describe(hint: Any) -> str:
     """Return in words which values have type `hint`."""
     origin = get_origin(hint)
-    if origin in (Union, types.UnionType):
-        return " or ".join(_describe(option) for option in get_args(hint))
-    if origin is Literal:
-        *others, last = get_args(hint)
+    if origin in (Union, types.UnionType, Literal):
+        words: list[str] = []
+        for option in [hint] if origin is Literal else get_args(hint):
+            is_literal = get_origin(option) is Literal
+            words += get_args(option) if is_literal else [_describe(option)]
+        *others, last = words
         return f"{', '.join(others)} or {last}" if others else last
     if origin is tuple:
         item_hint = get_args(hint)[0]

@@ -32,7 +32,7 @@ _SETTINGS = {
 """Settings of this program, each with its name in PEFT's file and PEFT's default."""
 
 # Read here, or without effect on the function that the adapter computes ...
-_HARMLESS = {"peft_type", "init_lora_weights", "base_model_name_or_path"}
+_HARMLESS = {"peft_type", "init_lora_weights", "base_model_name_or_path", "target_parameters"}
 _HARMLESS |= {name for name, _ in _SETTINGS.values()}
 _HARMLESS |= {"auto_mapping", "inference_mode", "lora_dropout", "megatron_core", "peft_version"}
 _HARMLESS |= {"qalora_group_size", "revision", "task_type"}
@@ -66,6 +66,9 @@ def read_saved_adapter(path: str) -> SavedAdapter:
     saved = read_json(folder / ADAPTER_CONFIG, ConfigError, "adapter.path: ")
     _check_kind(path, saved)
     settings = {key: saved.get(name, default) for key, (name, default) in _SETTINGS.items()}
+    # Stacks of experts are named beside the layers here, and apart from them in PEFT.
+    targets = (settings["adapter.target_modules"], saved.get("target_parameters"))
+    settings["adapter.target_modules"] = [name for names in targets for name in names or ()]
     base_path = saved.get("base_model_name_or_path")
     base = {"model.path": base_path} if base_path else {}
     if (folder / ADAPTER_RECORD).is_file():
@@ -103,7 +106,7 @@ def check_agreement(path: str, saved: SavedAdapter, settings: Mapping[str, Any])
         if key == "adapter.target_modules":
             there = tuple(sorted(there or ()))
             # The layers behind `all-linear` are compared later, once the model is known.
-            now = there if now == "all-linear" else tuple(sorted(now))
+            now = there if isinstance(now, str) else tuple(sorted(now))
         if now != there:
             raise ConfigError(
                 f"{key} is {_show(now)}, but the adapter at adapter.path {path} has "

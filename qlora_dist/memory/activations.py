@@ -8,8 +8,10 @@ from torch import nn
 
 from qlora_dist.config.schema import AdapterConfig
 from qlora_dist.memory.policy import Recompute
+from qlora_dist.model.expert_products import group_size, is_transposed
+from qlora_dist.model.experts import expert_modules, expert_stacks, experts_per_token
 from qlora_dist.model.loss import FULL_LOGITS_BYTES, loss_bytes
-from qlora_dist.model.parts import ModelParts
+from qlora_dist.model.parts import ModelParts, lora_layers
 
 
 @dataclass(frozen=True)
@@ -81,27 +83,48 @@ class Widths:
     """out_features of each."""
     vocab: int = 0
     """Entries of the vocabulary."""
+    group: int = 0
+    """Elements of the matrices of experts that are dequantized at a time."""
 
     @property
     def largest_matrix(self) -> int:
-        """Elements of the largest matrix."""
-        return max(map(int.__mul__, self.inputs, self.outputs), default=0)
+        """Elements of the largest matrix, or group of matrices, that is dequantized at a time."""
+        return max((self.group, *map(int.__mul__, self.inputs, self.outputs)))
 
     @classmethod
     def of(cls, parts: ModelParts) -> Widths:
         """Return the widths of a model's widest layer: those of some families differ."""
         hidden, vocab = parts.dimensions.hidden_size, parts.embedding.num_embeddings
-        layers = [cls(hidden, *_features(layer), int(vocab)) for layer in parts.layers]
+        active = experts_per_token(parts.dimensions)
+        stacks = (stack.shape for stack in expert_stacks(parts.base).values())
+        # In 16 bits: groups of float32 have half of the elements, and as many bytes.
+        groups = (group_size(shape, 2) * shape[1:].numel() for shape in stacks)
+        sizes = int(vocab), max(groups, default=0)
+        layers = [cls(hidden, *_features(layer, active), *sizes) for layer in parts.layers]
         return max(layers, key=lambda widths: (sum(widths.outputs), sum(widths.inputs)))
 
 
-def _features(layer: nn.Module) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return in_features and out_features of the linear layers, without those of adapters."""
+def _features(layer: nn.Module, num_active: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return in_features and out_features of the linear layers, without those of adapters.
+
+    Those of routed experts count for each expert that a token goes through.
+    """
+    of_adapters = {
+        module
+        for adapter in lora_layers(layer)
+        for kind in (adapter.lora_A, adapter.lora_B)
+        for module in kind.modules()
+    }
     found = [
         (module.in_features, module.out_features)
-        for name, module in layer.named_modules()
-        if isinstance(module, nn.Linear) and ".lora_" not in name
+        for module in layer.modules()
+        if isinstance(module, nn.Linear) and module not in of_adapters
     ]
+    for module in dict(expert_modules(layer)).values():
+        for stack in expert_stacks(module).values():
+            rows, columns = stack.shape[1:]
+            sizes = (rows, columns) if is_transposed(module) else (columns, rows)
+            found += [sizes] * num_active
     return tuple(size for size, _ in found), tuple(size for _, size in found)
 
 

@@ -7,11 +7,13 @@ import math
 import statistics
 import time
 from collections import deque
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
+from torch import Tensor
 
 from qlora_dist.config.schema import LoggingConfig
 from qlora_dist.metrics.rows import EvalMetrics, StepMetrics, StepSums
@@ -39,7 +41,11 @@ class MetricsWriter:
 
     def write(self, row: StepMetrics | EvalMetrics) -> None:
         """Add one row."""
-        values = vars(row).items()
+        values = [
+            (name, value)
+            for name, value in vars(row).items()
+            if value is not None or not name.startswith("expert_tokens_")
+        ]
         # JSON has no NaN and no infinity: null stands for both.
         finite = {
             name: None if isinstance(value, float) and not math.isfinite(value) else value
@@ -70,6 +76,8 @@ class Recorder:
     Args:
         first_step: number of the step that the run begins or resumes with.
         peak_flops: operations per second that all devices reach at best; None leaves MFU out.
+        take_token_counts: returns the tokens that each expert got on this rank since the last call,
+            (experts of all layers,); None for a model without experts.
     """
 
     def __init__(
@@ -81,7 +89,10 @@ class Recorder:
         num_steps: int,
         first_step: int,
         peak_flops: float | None = None,
+        take_token_counts: Callable[[], Tensor | None] = lambda: None,
     ) -> None:
+        self._take_token_counts = take_token_counts
+        self._expert_tokens: Tensor | None = None  # since the start
         self._config, self._runtime, self._reporter = config, runtime, reporter
         self._num_steps, self._peak_flops = num_steps, peak_flops
         self._writer = MetricsWriter(folder, config, first_step) if runtime.is_main else None
@@ -131,6 +142,8 @@ class Recorder:
         if self._writer is not None:
             self._writer.write(row)
         self._reporter.step(row, self._seconds_left(step))
+        if step == self._num_steps:
+            self._tell_idle_experts()
         self._warn_of_spike(row)
         self._waited_before = waited_seconds
         self._window_steps = self._window_flops = 0
@@ -159,6 +172,7 @@ class Recorder:
         # One copy from the device for all numbers of the row.
         values = torch.stack([sums.grad_norm, *counts, loss, flops]).tolist()
         grad_norm, num_tokens, num_targets, window_tokens, window_targets, loss, flops = values
+        least, mean, most = self._spread_of_tokens()
         seconds = time.perf_counter() - self._window_started
         return StepMetrics(
             step=step,
@@ -175,7 +189,30 @@ class Recorder:
             mfu=flops / seconds / self._peak_flops if self._peak_flops else None,
             epoch=epoch,
             num_skipped_steps=num_skipped_steps,
+            expert_tokens_least=least,
+            expert_tokens_mean=mean,
+            expert_tokens_most=most,
         )
+
+    def _spread_of_tokens(self) -> tuple[int | None, float | None, int | None]:
+        """Return least, mean and most tokens of an expert in the window; a collective."""
+        counts = self._take_token_counts()
+        if counts is None:
+            return None, None, None
+        counts = self._runtime.sum_over_ranks(counts)
+        before = self._expert_tokens
+        self._expert_tokens = counts if before is None else before + counts
+        least, total, most = torch.stack([counts.min(), counts.sum(), counts.max()]).tolist()
+        return least, total / len(counts), most
+
+    def _tell_idle_experts(self) -> None:
+        """Log how many experts have had no token at all."""
+        counts = self._expert_tokens
+        if counts is not None and (num_idle := int((counts == 0).sum())):
+            self._reporter.log(
+                f"{num_idle:,} of {len(counts):,} experts of all layers got no token in these "
+                "steps: their adapters are as they began"
+            )
 
     def evaluation(self, row: EvalMetrics) -> None:
         """Write the row of an evaluation, and leave its time out of the window."""

@@ -53,6 +53,11 @@ class StepMetrics:
     epoch: float
     num_skipped_steps: int
     """Steps so far without an update, because their gradient was not finite."""
+    expert_tokens_least: int | None = None
+    """Of a model with experts: tokens of the expert that got the fewest since the last row, over
+    all layers and ranks. None, and no column, for other models."""
+    expert_tokens_mean: float | None = None
+    expert_tokens_most: int | None = None
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Literal
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -18,6 +19,7 @@ from qlora_dist.config.saved_adapter import ADAPTER_WEIGHTS, BASE_KEEPING_INITS
 from qlora_dist.config.schema import AdapterConfig
 from qlora_dist.errors import CheckpointError, ConfigError
 from qlora_dist.model.dora import DoraVariant
+from qlora_dist.model.experts import expert_stacks, stacks_as_parameters, use_stack_adapters
 from qlora_dist.model.linear_layers import linear_layers
 from qlora_dist.model.parts import adapter_parameters, lora_layers
 from qlora_dist.model.text_reach import left_out_towers
@@ -32,10 +34,15 @@ def add_adapters(model: PreTrainedModel, config: AdapterConfig, base_path: str) 
             an output head that shares its weights with the embedding.
     """
     asked = config.target_modules
+    stacks = known = sorted({".".join(name.split(".")[-2:]) for name in expert_stacks(model)})
     if asked == "all-linear":
         targets = linear_layers(model)  # peft shortens the list where it can
+    elif asked == "attention-only":
+        targets, stacks = _in_attention(model), []
     else:
         targets = list(asked)
+        stacks = [name for name in stacks if name in targets]
+        targets = [name for name in targets if name not in stacks]
         if config.path is None:  # an adapter that is continued may name more than this model has
             _check_all_named(model, targets)
         _check_head(model, targets)
@@ -47,11 +54,20 @@ def add_adapters(model: PreTrainedModel, config: AdapterConfig, base_path: str) 
                 for name in names
                 if f".{name}".endswith(tuple(f".{target}" for target in targets))
             ]
+    _check_stacks(config, stacks)
+    if mistaken := mistaken_for_experts(model, targets) if known else []:
+        targets = [name for name in targets if name not in mistaken]
+        if asked != "all-linear":
+            raise ConfigError(
+                f"adapter.target_modules names {', '.join(mistaken)}, which peft takes for layers "
+                f"of experts in {type(model).__name__}. Name the experts' own: {', '.join(known)}."
+            )
     lora = LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,
         lora_dropout=config.dropout,
         target_modules=targets,
+        target_parameters=stacks or None,
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
         init_lora_weights=True if config.init == "default" else config.init,
@@ -64,6 +80,54 @@ def add_adapters(model: PreTrainedModel, config: AdapterConfig, base_path: str) 
         raise ConfigError(problem) from None
     lora.base_model_name_or_path = base_path
     return peft_model
+
+
+def _in_attention(model: PreTrainedModel) -> list[str]:
+    """Return the names of the linear layers of attention.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    kinds = {name: type(module).__name__.lower() for name, module in model.named_modules()}
+    inside = tuple(
+        f"{name}." for name, kind in kinds.items() if "attention" in kind or "attn" in kind
+    )
+    if targets := [name for name in linear_layers(model) if name.startswith(inside)]:
+        return targets
+    raise ConfigError(
+        f"adapter.target_modules is attention-only, but no linear layer of {type(model).__name__} "
+        "is part of an attention module. Name the layers, or set all-linear."
+    )
+
+
+def mistaken_for_experts(model: PreTrainedModel, targets: list[str]) -> list[str]:
+    """Return the names of ordinary layers that peft would turn into names of stacks of experts.
+
+    It reads older adapters so, whose experts were modules: the name of a dense layer's MLP then
+    means the experts of other layers.
+    """
+
+    def is_mistaken(target: str) -> bool:
+        config = LoraConfig(target_modules=[target])
+        try:
+            convert_peft_config_for_transformers(config, model, None)
+        except ValueError:  # one of several that make a stack
+            return True
+        return target not in (config.target_modules or ())
+
+    return sorted(filter(is_mistaken, targets))
+
+
+def _check_stacks(config: AdapterConfig, stacks: list[str]) -> None:
+    """Refuse settings that peft's adapters on stacks of experts do not know."""
+    for key, is_set in (("dropout", config.dropout > 0), ("use_dora", config.use_dora)):
+        if stacks and is_set:
+            raise ConfigError(
+                f"adapter.{key} is {getattr(config, key)}, which adapters on experts "
+                f"({', '.join(stacks)}) cannot have in peft. Set it to "
+                f"{'0' if key == 'dropout' else 'false'}, or name the layers to adapt in "
+                "adapter.target_modules."
+            )
 
 
 def _check_all_named(model: PreTrainedModel, targets: list[str]) -> None:
@@ -130,7 +194,9 @@ def _wrap(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
     """Put empty adapters on a meta-device model, whose adapter settings `config` becomes."""
     # For DoRA, peft would take the lengths of rows that have no values yet.
     use_dora, config.use_dora = config.use_dora, False
-    peft_model = get_peft_model(model, config)
+    with stacks_as_parameters(model):
+        peft_model = get_peft_model(model, config, low_cpu_mem_usage=True)
+    use_stack_adapters(peft_model)
     config.use_dora = use_dora
     for layer in lora_layers(peft_model):
         # Autocast casts the small adapter matrices. With its own cast, peft would turn every large

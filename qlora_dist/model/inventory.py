@@ -10,13 +10,16 @@ from typing import Any
 
 from torch import nn
 
-from qlora_dist.model.linear_layers import linear_layers_and_reasons
+from qlora_dist.model.adapters import mistaken_for_experts
+from qlora_dist.model.experts import QuantizedStack, StackAdapter, expert_stacks
+from qlora_dist.model.linear_layers import linear_layers, linear_layers_and_reasons
 from qlora_dist.model.nf4 import QuantizedLinear
 from qlora_dist.model.parts import ModelParts, lora_layers
 from qlora_dist.model.text_reach import left_out_towers
 from qlora_dist.runtime.shards import whole_shape
 
 LINEAR = "linear layers"
+EXPERTS = "experts"
 VECTORS = "norms, biases and other vectors"
 OTHERS = "weights of no linear layer"
 ADAPTERS = "adapters"
@@ -67,20 +70,28 @@ class Inventory:
         """Take the inventory of an adapted model, which may be on meta or in shards."""
         carrying = {id(layer) for layer in lora_layers(parts.base)}
         reasons = linear_layers_and_reasons(parts.base)
+        has_stacks = bool(expert_stacks(parts.base))
+        layers = linear_layers(parts.base) if has_stacks else []
+        mistaken = mistaken_for_experts(parts.base, layers)
         adapted: Counter[str] = Counter()
         without: Counter[tuple[str, str]] = Counter()
         for name, module in parts.base.named_modules():
-            if id(module) in carrying:
+            if isinstance(module, StackAdapter):
+                adapted[f"{_pattern(name)}.{module.parameter_name}"] += 1
+            elif id(module) in carrying:
                 adapted[_pattern(name)] += 1
             elif isinstance(module, nn.Linear) and not re.search(r"\.(lora_|base_layer$)", name):
                 reason = reasons.get(name) or "not in adapter.target_modules"
+                if name in mistaken:
+                    reason = "peft takes its name for one of experts"
                 without[_pattern(name), reason] += 1
         return cls(
             type(parts.base).__name__,
             len(parts.layers),
             _shares(parts, reasons),
             dict(adapted),
-            {name: (number, reason) for (name, reason), number in without.items()},
+            {name: (number, reason) for (name, reason), number in without.items()}
+            | _stacks_without_adapter(parts, adapted),
             tuple(left_out_towers(parts.base)),
         )
 
@@ -97,12 +108,14 @@ class Inventory:
             f"{self.model}: {self.num_layers} layers, {_short(total)} parameters | "
             + " | ".join(f"{dtype}: {', '.join(texts)}" for dtype, texts in kept.items())
         ]
+        stacks = any(share.what == EXPERTS for share in base)
         num_adapted = sum(self.adapted.values())
         num_linear = num_adapted + sum(number for number, _ in self.without_adapter.values())
         num_trained = sum(one.num_parameters for one in self.shares if one.what == ADAPTERS)
+        kinds = "linear layers and stacks of experts" if stacks else "linear layers"
         text = (
-            f"adapters: {_short(num_trained)} parameters on {num_adapted} of {num_linear} linear "
-            f"layers ({_leaves(self.adapted)})"
+            f"adapters: {_short(num_trained)} parameters on {num_adapted} of {num_linear} {kinds} "
+            f"({_leaves(self.adapted)})"
         )
         by_reason: dict[str, list[str]] = {}
         for name, (_, reason) in self.without_adapter.items():
@@ -128,6 +141,12 @@ class Inventory:
         return plain
 
 
+def _stacks_without_adapter(parts: ModelParts, adapted: Counter[str]) -> dict[str, tuple[int, str]]:
+    numbers = Counter(map(_pattern, expert_stacks(parts.base)))
+    reason = "not in adapter.target_modules"
+    return {name: (number, reason) for name, number in numbers.items() if name not in adapted}
+
+
 def _shares(parts: ModelParts, reasons: dict[str, str]) -> tuple[Share, ...]:
     """Put each parameter, by its identity, into the share of those that are kept alike."""
     shares: dict[tuple[str, str, str], Share] = {}
@@ -141,10 +160,10 @@ def _shares(parts: ModelParts, reasons: dict[str, str]) -> tuple[Share, ...]:
             share = shares.setdefault((what, dtype, why), Share(what, dtype, why))
             numel = whole_shape(param).numel()
             share.num_bytes += numel * param.element_size()
-            if isinstance(module, QuantizedLinear) and leaf != "bias":
+            if isinstance(module, (QuantizedLinear, QuantizedStack)) and leaf != "bias":
                 if leaf != "weight":
                     continue  # a constant of the matrix
-                numel = module.in_features * module.out_features
+                numel = _elements(module)
             share.num_parameters += numel
             pattern = _pattern(f"{module_name}.{leaf}")
             share.names[pattern] = share.names.get(pattern, 0) + 1
@@ -165,6 +184,8 @@ def _kind(
         return ADAPTERS, dtype, ""
     if isinstance(module, QuantizedLinear) and leaf != "bias":
         return LINEAR, module.format.quant_type, ""
+    if isinstance(module, QuantizedStack):
+        return EXPERTS, module.format.quant_type, ""
     if param is parts.embedding.weight:
         is_tied = parts.head is not None and parts.head.weight is param
         return ("embedding (also the output head)" if is_tied else "embedding"), dtype, ""
@@ -172,10 +193,19 @@ def _kind(
         return "output head", dtype, ""
     if len(whole_shape(param)) < 2 or leaf == "bias":
         return VECTORS, dtype, ""
+    if len(whole_shape(param)) == 3 and hasattr(module, "has_gate"):
+        return EXPERTS, dtype, "model.quantization is none"
     if isinstance(module, nn.Linear):
         name = name.removesuffix(".base_layer")
         return LINEAR, dtype, reasons.get(name) or "model.quantization is none"
     return ("other embeddings" if isinstance(module, nn.Embedding) else OTHERS), dtype, ""
+
+
+def _elements(module: QuantizedLinear | QuantizedStack) -> int:
+    """Return the elements of a layer's or a stack's matrices."""
+    if isinstance(module, QuantizedStack):
+        return module.shape.numel()
+    return module.in_features * module.out_features
 
 
 def _pattern(name: str) -> str:

@@ -4,8 +4,10 @@
 
 from __future__ import annotations
 
+import copy
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -42,9 +44,28 @@ def _reasons(base: PreTrainedModel) -> dict[str, str]:
             return "the output head"
         if kept & set(name.split(".")):
             return "kept in float32 by its architecture"
+        if not _makes_product(module):
+            return "its class makes more of it than a product"
         if name in read:
             return "its weight is read by the model's own code"
         return "" if reached is None or name in reached else "text does not pass through it"
 
     named = base.named_modules()
     return {name: reason(name, module) for name, module in named if is_linear(module)}
+
+
+def _makes_product(module: nn.Linear) -> bool:
+    """True if a layer of a model's own class returns one tensor of the product's shape.
+
+    Some routers are linear layers whose forward returns the choice of experts.
+    """
+    if type(module).forward is nn.Linear.forward:
+        return True
+    described = copy.deepcopy(module).to("meta")
+    try:
+        result = described(
+            torch.empty(2, module.in_features, device="meta", dtype=module.weight.dtype)
+        )
+    except Exception:  # noqa: BLE001 - a family's own code
+        return False
+    return isinstance(result, torch.Tensor) and result.shape == (2, module.out_features)

@@ -22,8 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qlora_dist.model.experts import StackAdapter, expert_stacks, experts_per_token
 from qlora_dist.model.parts import ModelParts
 from qlora_dist.runtime.processes import Runtime
+from qlora_dist.runtime.shards import whole_shape
 
 _ATTENTION_OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj", "wo")
 """Names of the projection that takes the concatenated heads."""
@@ -60,15 +62,32 @@ class Flops:
 def flops_of(parts: ModelParts) -> Flops:
     """Count the linear layers of an adapted model, which may be on meta or in shards."""
     in_head = set() if parts.head is None else set(parts.head.modules())
-    per_token = per_target = 0
+    per_token, per_target = _of_experts(parts), 0
+    adapters = (one for one in parts.base.modules() if isinstance(one, StackAdapter))
+    of_experts = {module for adapter in adapters for module in adapter.modules()}
     for name, module in parts.base.named_modules():
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear) and module not in of_experts:
             operations = (6 if ".lora_" in name else 4) * module.in_features * module.out_features
             if module in in_head:
                 per_target += operations
             else:
                 per_token += operations
     return Flops(per_token, per_target, _attention_of(parts))
+
+
+def _of_experts(parts: ModelParts) -> int:
+    """Return the operations per token of routed experts and their adapters.
+
+    A token goes through some of them only.
+    """
+    num_active = experts_per_token(parts.dimensions)
+    operations = sum(4 * stack.shape[1:].numel() for stack in expert_stacks(parts.base).values())
+    for adapter in parts.base.modules():
+        if isinstance(adapter, StackAdapter):
+            matrices = (*adapter.lora_A.parameters(), *adapter.lora_B.parameters())
+            stack = adapter.get_param()
+            operations += sum(6 * whole_shape(one).numel() // stack.shape[0] for one in matrices)
+    return num_active * operations
 
 
 def _attention_of(parts: ModelParts) -> tuple[tuple[int, int | None], ...]:

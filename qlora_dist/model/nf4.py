@@ -77,16 +77,16 @@ class QuantizedLinear(bnb.nn.Linear4bit):
         self.format = fmt
         numel = in_features * out_features
         num_blocks = fmt.num_blocks(numel)
-        self.weight = _frozen(-(-numel // 2), 1, dtype=torch.uint8)
+        self.weight = frozen(-(-numel // 2), 1, dtype=torch.uint8)
         # peft reads these two from the weight when it wraps the layer.
         self.weight.quant_type = fmt.quant_type
         self.weight.compress_statistics = fmt.double_quant
-        self.absmax = _frozen(num_blocks, dtype=torch.uint8 if fmt.double_quant else torch.float32)
+        self.absmax = frozen(num_blocks, dtype=torch.uint8 if fmt.double_quant else torch.float32)
         if fmt.double_quant:
-            self.absmax_scale = _frozen(-(-num_blocks // NESTED_BLOCK_SIZE), dtype=torch.float32)
-            self.absmax_offset = _frozen(1, dtype=torch.float32)
+            self.absmax_scale = frozen(-(-num_blocks // NESTED_BLOCK_SIZE), dtype=torch.float32)
+            self.absmax_offset = frozen(1, dtype=torch.float32)
         if bias:
-            self.bias = _frozen(out_features, dtype=dtype)
+            self.bias = frozen(out_features, dtype=dtype)
 
     def quant_state_now(self) -> bnb.functional.QuantState:
         """Return bitsandbytes' state of the weight, over the parameters as they are (no copies).
@@ -237,7 +237,8 @@ def quantize_matrix(matrix: Tensor, fmt: QuantFormat) -> QuantizedTensors:
     return QuantizedTensors(packed, *quantize_absmax(absmax))
 
 
-def _frozen(*shape: int, dtype: torch.dtype) -> nn.Parameter:
+def frozen(*shape: int, dtype: torch.dtype) -> nn.Parameter:
+    """Return an empty parameter on meta that is not trained."""
     return nn.Parameter(torch.empty(*shape, dtype=dtype, device="meta"), requires_grad=False)
 
 

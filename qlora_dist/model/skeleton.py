@@ -18,6 +18,7 @@ from qlora_dist.config.schema import ModelConfig
 from qlora_dist.errors import ModelError
 from qlora_dist.model.attention import attention_arguments
 from qlora_dist.model.cpu.attention import use_cpu_attention
+from qlora_dist.model.experts import quantize_stacks
 from qlora_dist.model.linear_layers import linear_layers, linear_layers_and_reasons
 from qlora_dist.model.nf4 import QuantFormat, QuantizedLinear
 from qlora_dist.model.parts import is_linear
@@ -79,14 +80,16 @@ def build_skeleton(
     if config.attention == "auto" and config.dtype == "bfloat16" and not torch.cuda.is_available():
         use_cpu_attention(model)
     check_supported(model, folder)
-    formats = stored_formats
-    if formats is None and config.quantization != "none":
+    formats, fmt = stored_formats, None
+    if config.quantization != "none":
         fmt = QuantFormat(config.quantization, config.double_quant)
+    if formats is None and fmt is not None:
         formats = dict.fromkeys(linear_layers(model), fmt)
     elif formats is not None:
         _check_stored(model, formats, folder)
     if formats:
         quantize_skeleton(model, formats, dtype)
+    quantize_stacks(model, fmt, dtype)
     return model
 
 

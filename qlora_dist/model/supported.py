@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from qlora_dist.errors import ModelError
+from qlora_dist.model.experts import expert_stacks
 from qlora_dist.model.linear_layers import linear_layers
 from qlora_dist.model.parts import decoder_layers
 
@@ -34,6 +35,8 @@ def check_supported(model: PreTrainedModel, folder: Path) -> None:
         )
     sizes = matrices(layers)
     inside = {f"{id(module)}.weight" for module in linear}
+    stacks = (name.rpartition(".") for name in expert_stacks(model))
+    inside |= {f"{id(model.get_submodule(owner))}.{leaf}" for owner, _, leaf in stacks}
     left = {key: size for key, size in sizes.items() if key not in inside}
     num_left, num_all = sum(left.values()), sum(sizes.values())
     if 2 * num_left > num_all:

@@ -19,6 +19,7 @@ from torch import distributed as dist
 from transformers import PreTrainedModel
 
 from qlora_dist.errors import ModelError
+from qlora_dist.model.experts import QuantizedStack
 from qlora_dist.model.nf4 import QuantizedLinear, quantize_absmax, quantize_blocks
 from qlora_dist.model.parts import base_model, decoder_layers, saved_buffers
 from qlora_dist.runtime.shards import keep_local, local_part, local_range, shard_group, whole_shape
@@ -90,7 +91,7 @@ def load_base_weights(
         ModelError: a tensor is missing, not finite, or not of the model's shape or type.
     """
     with reader_of(model, folder) as reader:
-        _check_headers(model, reader)
+        check_files(model, reader)
         unused = unused_tensors(model, reader)
         done: set[int] = set()
         layers = {id(layer): number for number, layer in enumerate(decoder_layers(model))}
@@ -109,6 +110,10 @@ def load_base_weights(
                 group = shard_group(module.weight)
                 if module.bias is not None:
                     _load_plain(f"{stored}.bias", module.bias, reader)
+            elif isinstance(module, QuantizedStack):
+                stored = checkpoint_name(name)
+                finite[stored] = _load_stack(stored, module, reader, device)
+                group = shard_group(module.weight)
             else:
                 for leaf, param in _own_base_parameters(name, module):
                     if id(param) not in done:  # tied embeddings are one parameter under two names
@@ -129,7 +134,12 @@ def load_base_weights(
     return LoadStats(reader.bytes_read, reader.elements_quantized, tuple(unused))
 
 
-def _check_headers(model: nn.Module, reader: SafetensorsReader) -> None:
+def check_files(model: nn.Module, reader: SafetensorsReader) -> None:
+    """Hold the headers of the files against a model, described or materialized.
+
+    Raises:
+        ModelError: see :func:`~qlora_dist.weights.check_headers.check_headers`.
+    """
     plain: dict[str, tuple[int, ...]] = {}
     layers: dict[str, QuantizedLinear] = {}
     done: set[int] = set()
@@ -138,6 +148,9 @@ def _check_headers(model: nn.Module, reader: SafetensorsReader) -> None:
         if isinstance(module, QuantizedLinear):
             layers[checkpoint_name(name)] = module
             own = {"bias": module.bias} if module.bias is not None else {}
+        elif isinstance(module, QuantizedStack):
+            plain[checkpoint_name(name)] = tuple(module.shape)
+            own = {}
         for leaf, param in own.items():
             if id(param) not in done:
                 plain[checkpoint_name(f"{name}.{leaf}")] = tuple(whole_shape(param))
@@ -173,9 +186,7 @@ def _own_base_parameters(name: str, module: nn.Module) -> Iterator[tuple[str, nn
 
 
 def _load_plain(name: str, param: nn.Parameter, reader: SafetensorsReader) -> None:
-    start, stop = local_range(param)
-    columns = whole_shape(param)[1:].numel()
-    local_part(param).view(-1).copy_(_read_elements(name, columns, start, stop, reader))
+    local_part(param).view(-1).copy_(reader.elements(name, *local_range(param)))
 
 
 def _load_quantized(
@@ -186,23 +197,11 @@ def _load_quantized(
     Returns:
         0-dim bool on `device`: all values that this rank read are finite.
     """
-    numel, block = layer.out_features * layer.in_features, layer.format.block_size
-    first_byte, end_byte = local_range(layer.weight)
-    # Elements of the blocks that this rank's bytes touch, two elements in a byte. A block at a
-    # border is quantized by both neighbors.
-    first = 2 * first_byte // block * block
-    end = min(numel, -(-2 * end_byte // block) * block)
-    stored = _read_elements(f"{name}.weight", layer.in_features, first, end, reader)
-    elements = stored.to(device, torch.bfloat16)
+    numel = layer.out_features * layer.in_features
     absmax = torch.zeros(layer.format.num_blocks(numel), dtype=torch.float32, device=device)
-    if end > first:
-        reader.elements_quantized += end - first
-        packed, local_absmax = quantize_blocks(elements, layer.format)
-        own_bytes = packed.view(-1)[first_byte - first // 2 : end_byte - first // 2]
-        local_part(layer.weight).view(-1).copy_(own_bytes)
-        # Only the rank that holds a block's first byte contributes it, so that the sum is exact.
-        owned = slice(-(-2 * first_byte // block), -(-2 * end_byte // block))
-        absmax[owned] = local_absmax[owned.start - first // block : owned.stop - first // block]
+    own = local_range(layer.weight)
+    packed, is_finite = _quantize_part(f"{name}.weight", 0, own, absmax, layer, reader)
+    local_part(layer.weight).view(-1).copy_(packed)
     group = shard_group(layer.weight)
     if group is not None:
         dist.all_reduce(absmax, group=group)
@@ -211,16 +210,80 @@ def _load_quantized(
         keep_local(layer.absmax_scale, scale)
         keep_local(layer.absmax_offset, offset)
     keep_local(layer.absmax, absmax)
-    return torch.isfinite(elements).all()
+    return is_finite
 
 
-def _read_elements(
-    name: str, columns: int, first: int, end: int, reader: SafetensorsReader
+def _load_stack(
+    name: str, stack: QuantizedStack, reader: SafetensorsReader, device: torch.device
 ) -> Tensor:
-    """Read elements [first, end) of the row-major flattened tensor, in whole rows of `columns`."""
-    first_row, end_row = first // columns, -(-end // columns)
-    rows = reader.rows(name, first_row, end_row).reshape(-1)
-    return rows[first - first_row * columns : end - first_row * columns]
+    """Fill this rank's part of a stack of experts, each of them a matrix of its own.
+
+    Returns:
+        0-dim bool on `device`: all values that this rank read are finite.
+    """
+    num_experts, numel = stack.shape[0], stack.numel
+    num_bytes, num_blocks = -(-numel // 2), stack.format.num_blocks(numel)
+    first, end = local_range(stack.weight)
+    absmax = torch.zeros(num_experts, num_blocks, dtype=torch.float32, device=device)
+    finite, part = torch.tensor(True, device=device), local_part(stack.weight).view(-1)
+    for expert in range(first // num_bytes, -(-end // num_bytes)):
+        begin = expert * num_bytes
+        own = max(first, begin) - begin, min(end, begin + num_bytes) - begin
+        packed, is_finite = _quantize_part(name, expert * numel, own, absmax[expert], stack, reader)
+        part[begin + own[0] - first : begin + own[1] - first].copy_(packed)
+        finite = finite & is_finite
+    group = shard_group(stack.weight)
+    if group is not None:
+        dist.all_reduce(absmax, group=group)
+    if stack.format.double_quant:
+        nested = [quantize_absmax(one) for one in absmax]
+        codes, scale, offset = (torch.cat(parts) for parts in zip(*nested, strict=True))
+        keep_local(stack.absmax_scale, scale)
+        keep_local(stack.absmax_offset, offset)
+        absmax = codes
+    keep_local(stack.absmax, absmax)
+    return finite
+
+
+def _quantize_part(
+    name: str,
+    offset: int,
+    own: tuple[int, int],
+    absmax: Tensor,
+    layer: QuantizedLinear | QuantizedStack,
+    reader: SafetensorsReader,
+) -> tuple[Tensor, Tensor]:
+    """Quantize this rank's part of one matrix.
+
+    Args:
+        offset: the matrix's first element in the tensor `name`.
+        own: range of the packed bytes of the matrix that this rank keeps.
+        absmax: (num_blocks,) float32, zeros; gets the maxima of the blocks that begin in `own`.
+
+    Returns:
+        those bytes, (end - first,) uint8, and true if all values are finite, 0-dim bool.
+    """
+    fmt, (first_byte, end_byte) = layer.format, own
+    numel = (
+        layer.numel if isinstance(layer, QuantizedStack) else layer.out_features * layer.in_features
+    )
+    # Elements of the blocks that these bytes touch, two elements in a byte. A block at a border is
+    # quantized by both neighbors.
+    block = fmt.block_size
+    first = 2 * first_byte // block * block
+    end = min(numel, -(-2 * end_byte // block) * block)
+    if end <= first:
+        nothing = torch.empty(0, dtype=torch.uint8, device=absmax.device)
+        return nothing, torch.tensor(True, device=absmax.device)
+    stored = reader.elements(name, offset + first, offset + end)
+    elements = stored.to(absmax.device, torch.bfloat16)
+    reader.elements_quantized += end - first
+    packed, local_absmax = quantize_blocks(elements, fmt)
+    # Only the rank that holds a block's first byte contributes it, so that the sum is exact.
+    owned = slice(-(-2 * first_byte // block), -(-2 * end_byte // block))
+    absmax[owned] = local_absmax[owned.start - first // block : owned.stop - first // block]
+    own_bytes = packed.view(-1)[first_byte - first // 2 : end_byte - first // 2]
+    return own_bytes, torch.isfinite(elements).all()
 
 
 def checkpoint_bytes(folder: Path) -> int:

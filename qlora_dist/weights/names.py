@@ -12,12 +12,14 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, rename_source_key
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from qlora_dist.errors import ModelError
+from qlora_dist.model.experts import expert_stacks
 from qlora_dist.model.nf4 import QuantFormat
 from qlora_dist.model.parts import base_model, decoder_layers
 from qlora_dist.model.text_reach import left_out_towers
+from qlora_dist.weights.conversion import composed
 from qlora_dist.weights.prequantized import has_state
 from qlora_dist.weights.reader import SafetensorsReader
 
@@ -37,7 +39,7 @@ def reader_of(model: nn.Module, folder: Path) -> SafetensorsReader:
         ModelError: two tensors of the files have one name in the model.
     """
     reader = SafetensorsReader(folder)
-    reader.rename(_renaming(base_model(model)))
+    _rename(base_model(model), reader)
     _find_tied(model, reader)
     return reader
 
@@ -49,29 +51,54 @@ def checkpoint_name(name: str) -> str:
 
 def in_model(formats: Mapping[str, QuantFormat], model: PreTrainedModel) -> dict[str, QuantFormat]:
     """Return formats of 4-bit layers by the layers' names in the model instead of in the files."""
-    model_name = _renaming(model)
+    naming = _naming(model)[0]
     return {
-        model_name(f"{name}.weight").removesuffix(".weight"): fmt for name, fmt in formats.items()
+        naming(f"{name}.weight")[0].removesuffix(".weight"): fmt for name, fmt in formats.items()
     }
 
 
-def _renaming(model: PreTrainedModel) -> Callable[[str], str]:
-    """Return a function from the name of a tensor in the files to its name in the model."""
-    # transformers has renamed parts of some families over time.
+def _rename(model: PreTrainedModel, reader: SafetensorsReader) -> None:
+    """Give the tensors of the files their names in the model, composing those kept in pieces."""
+    naming, converters = _naming(model)
+    groups: dict[str, list[tuple[str, str]]] = {}
+
+    def model_name(stored: str) -> str | None:
+        name, pattern = naming(stored)
+        if pattern is None:
+            return name
+        groups.setdefault(name, []).append((stored, pattern))
+        return None
+
+    reader.rename(model_name)
+    reader.compose(composed(groups, converters, reader.stored_shape, model))
+
+
+def _naming(
+    model: PreTrainedModel,
+) -> tuple[Callable[[str], tuple[str, str | None]], list[WeightConverter]]:
+    """Return a function from a tensor's name in the files to that in the model, and converters.
+
+    The function also returns the pattern of the converter that composes the model's tensor of it.
+    """
+    # transformers has renamed parts of some families over time, and puts others together.
     steps = get_model_conversion_mapping(model)
     renamings = [step for step in steps if isinstance(step, WeightRenaming)]
+    converters = [step for step in steps if isinstance(step, WeightConverter)]
     named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
-    own, prefix = {checkpoint_name(name): tensor for name, tensor in named}, model.base_model_prefix
+    own = {checkpoint_name(name): one for name, one in [*named, *expert_stacks(model).items()]}
+    prefix = model.base_model_prefix
 
-    def model_name(stored: str) -> str:
-        name: str = rename_source_key(stored, renamings, [], prefix, own)[0]
-        if name in own:
-            return name
+    def naming(stored: str) -> tuple[str, str | None]:
         # Data-parallel wrappers and torch.compile put their own names in front.
-        bare = _WRAPPERS.sub("", stored)
-        return name if bare == stored else rename_source_key(bare, renamings, [], prefix, own)[0]
+        for candidate in dict.fromkeys((stored, _WRAPPERS.sub("", stored))):
+            name, pattern = rename_source_key(candidate, renamings, converters, prefix, own)
+            if pattern is not None and name not in own and candidate in own:
+                name, pattern = candidate, None  # the model has what a file may hold in pieces
+            if name in own:
+                break
+        return name, pattern
 
-    return model_name
+    return naming, converters
 
 
 def _find_tied(model: nn.Module, reader: SafetensorsReader) -> None:
@@ -100,7 +127,7 @@ def own_head(model: PreTrainedModel, folder: Path) -> str | None:
     names = {id(module): f"{name}.weight" for name, module in model.named_modules()}
     ours, theirs = names[id(head)], names[id(embedding)]
     with SafetensorsReader(folder) as reader:
-        reader.rename(_renaming(model))  # no aliases: the question is which of the two are stored
+        _rename(model, reader)  # no aliases: the question is which of the two are stored
         if ours not in reader or theirs not in reader:
             return None
         shape = reader.shape(ours)
@@ -130,7 +157,9 @@ def unused_tensors(model: nn.Module, reader: SafetensorsReader) -> list[str]:
     """
     base = base_model(model)
     named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
-    taken = {checkpoint_name(name) for name, _ in named}
+    taken = {
+        checkpoint_name(name) for name in (*(name for name, _ in named), *expert_stacks(model))
+    }
     ignored = [*_NO_WEIGHTS, *(getattr(base, "_keys_to_ignore_on_load_unexpected", None) or ())]
     towers = tuple(f"{name}." for name in left_out_towers(base))  # named elsewhere
     unused = [

@@ -21,14 +21,16 @@ from qlora_dist.atomic import read_json, whole_folder
 from qlora_dist.config.schema import ModelConfig
 from qlora_dist.errors import LaunchError, ModelError
 from qlora_dist.metrics.console import Reporter
+from qlora_dist.model.experts import expert_stacks
 from qlora_dist.model.linear_layers import linear_layers
-from qlora_dist.model.nf4 import QuantFormat, QuantizedLinear
+from qlora_dist.model.nf4 import QuantFormat
 from qlora_dist.model.skeleton import build_skeleton
 from qlora_dist.model.text_reach import left_out_towers
 from qlora_dist.runtime.processes import launched_world_size, start_runtime
 from qlora_dist.weights.check_headers import check_headers
 from qlora_dist.weights.description import describe_base
 from qlora_dist.weights.files import check_new_folder, resolve_model_folder
+from qlora_dist.weights.loading import check_files
 from qlora_dist.weights.names import reader_of, unused_note, unused_tensors
 from qlora_dist.weights.prequantized import formats_in, is_prequantized
 from qlora_dist.weights.reader import SafetensorsReader
@@ -86,6 +88,11 @@ def quantize(model: str, out: str, fmt: QuantFormat) -> None:
             f"the 4-bit model cannot be written to {target}: {error}. Free some space or fix the "
             "folder's permissions."
         ) from None
+    if expert_stacks(skeleton):
+        reporter.log(
+            "experts stay in 16 bits there, since transformers knows none in 4 bits: a run "
+            "quantizes them while it loads"
+        )
     reporter.log(
         f"{target}: {written.num_bytes / 2**20:,.0f} MiB in {written.num_files} files, "
         f"from {total / 2**20:,.0f}"
@@ -195,13 +202,5 @@ def _check_result(partial: Path, fmt: QuantFormat) -> None:
     """Open the finished folder as a training run would."""
     config = ModelConfig(str(partial), fmt.quant_type, fmt.double_quant)
     skeleton = build_skeleton(partial, config, formats_in(partial, config))
-    named = skeleton.named_modules()
-    layers = {name: module for name, module in named if isinstance(module, QuantizedLinear)}
-    # All parameters but those of 4-bit layers, whose biases are ordinary tensors.
-    plain = {
-        name: tuple(param.shape)
-        for name, param in skeleton.named_parameters()
-        if name.rpartition(".")[0] not in layers or name.endswith(".bias")
-    }
     with reader_of(skeleton, partial) as reader:
-        check_headers(plain, layers, reader)
+        check_files(skeleton, reader)

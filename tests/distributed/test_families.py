@@ -19,7 +19,7 @@ from qlora_dist.model.nf4 import QuantizedLinear
 from qlora_dist.runtime.processes import Runtime, start_runtime
 from qlora_dist.train import train_step
 from tests.support.built import build
-from tests.support.families import FAMILIES, GROUPED
+from tests.support.families import FAMILIES
 from tests.support.models import load_here, load_there, logits
 from tests.support.processes import run_on_processes
 
@@ -88,14 +88,22 @@ def test_sharded_training_equals_whole_training(families: dict[str, Path]) -> No
 
 
 def test_a_family_that_cannot_be_done_is_named(tmp_path: Path) -> None:
-    """A model with fused experts is refused: they are no linear layers, so most of it would stay in
-    16 bits."""
-    from transformers import MixtralConfig, MixtralForCausalLM
+    """A model with fused experts of its own kind is refused: they are no linear layers, and
+    transformers does not ask its registry how to compute them. Most of it would stay in 16 bits."""
+    from transformers import JetMoeConfig, JetMoeForCausalLM
 
     from qlora_dist.errors import ModelError
     from qlora_dist.model.skeleton import build_skeleton
 
-    config = MixtralConfig(**GROUPED, num_local_experts=4, num_experts_per_tok=2)
-    MixtralForCausalLM(config).save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match=r"MixtralForCausalLM.*fused experts"):
+    config = JetMoeConfig(
+        vocab_size=320,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_key_value_heads=2,
+        kv_channels=16,
+        intermediate_size=112,
+        num_local_experts=4,
+    )
+    JetMoeForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"JetMoeForCausalLM.*fused experts"):
         build_skeleton(tmp_path, ModelConfig(path=str(tmp_path)))

@@ -12,7 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from qlora_dist.config.schema import ModelConfig
 from qlora_dist.model.cpu.attention import NAME
-from qlora_dist.model.nf4 import four_bit_code
+from qlora_dist.model.experts import QuantizedStack
+from qlora_dist.model.nf4 import QuantizedLinear, four_bit_code
+from qlora_dist.model.parts import base_model
 from qlora_dist.model.skeleton import build_skeleton
 from qlora_dist.weights.loading import load_base_weights, materialize
 from qlora_dist.weights.prequantized import formats_in
@@ -66,6 +68,25 @@ def load_there(folder: Path, **arguments: object):
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # its kernel rounds differently
     return model.eval()
+
+
+def dequantized_there(model: torch.nn.Module, folder: Path):
+    """Load the model of `folder` with transformers in float32, with our 4-bit weights as numbers.
+
+    transformers has no experts in 4 bits.
+    """
+    from transformers import AutoModelForCausalLM
+
+    base = base_model(model)
+    there = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    theirs = dict(there.named_parameters())
+    for name, module in base.named_modules():
+        plain = name.replace(".base_layer", "")
+        if isinstance(module, QuantizedLinear):
+            theirs[f"{plain}.weight"].data = module.dequantized().float()
+        elif isinstance(module, QuantizedStack):
+            theirs[plain].data = module.dequantized(0, module.shape[0], torch.float32)
+    return there.eval()
 
 
 def save_with_transformers(

@@ -15,6 +15,7 @@ from qlora_dist.errors import ModelError
 from qlora_dist.model.nf4 import QuantFormat
 from qlora_dist.weights.quantize import quantize
 from tests.support.command import run_command, run_forked
+from tests.support.expert_families import write_expert_family
 from tests.support.models import (
     load_here,
     load_there,
@@ -293,6 +294,22 @@ def test_a_multimodal_wrapper_stays_whole(tmp_path: Path) -> None:
             assert torch.equal(theirs[name], param), name
     assert theirs["model.language_model.layers.0.mlp.up_proj.weight"].dtype == torch.uint8
     assert torch.equal(logits(there), logits(load_here(out)))
+
+
+def test_experts_stay_in_16_bits(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """transformers knows no experts in 4 bits: they are written in 16, which the log says, and a
+    run that loads them quantizes them to the bytes of the 16-bit model's."""
+    source = write_expert_family("mixtral", tmp_path / "source")
+    quantize(str(source), str(tmp_path / "out"), QuantFormat())
+    assert "experts stay in 16 bits" in capfd.readouterr().out
+    out = load_there(tmp_path / "out")
+    assert dict(out.named_parameters())["model.layers.0.mlp.experts.down_proj"].ndim == 3
+    expected, found = (
+        dict(load_here(folder).named_parameters()) for folder in (source, tmp_path / "out")
+    )
+    assert expected.keys() == found.keys()
+    for name, param in expected.items():
+        assert torch.equal(param, found[name]), name
 
 
 def test_layers_that_transformers_keeps_in_16_bits_are_refused(tmp_path: Path) -> None:
