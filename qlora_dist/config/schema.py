@@ -81,8 +81,8 @@ class AdapterConfig:
     dropout: Annotated[float, FRACTION] = 0.0
     """Dropout on the adapters' input, in [0, 1)."""
     target_modules: Literal["all-linear", "attention-only"] | tuple[str, ...] = "all-linear"
-    """What gets an adapter: `all-linear` (experts too), `attention-only`, or a
-    list of names such as [q_proj, v_proj, experts.down_proj]."""
+    """Layers that get an adapter: `all-linear` (experts too), `attention-only`,
+    or a list of names such as [q_proj, v_proj, experts.down_proj]."""
     use_rslora: bool = False
     """Scale by alpha / sqrt(rank) instead (rank-stabilized LoRA)."""
     use_dora: bool = False

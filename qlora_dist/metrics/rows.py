@@ -54,8 +54,8 @@ class StepMetrics:
     num_skipped_steps: int
     """Steps so far without an update, because their gradient was not finite."""
     expert_tokens_least: int | None = None
-    """Of a model with experts: tokens of the expert that got the fewest since the last row, over
-    all layers and ranks. None, and no column, for other models."""
+    """Tokens of the expert that got the fewest since the last row, over all layers and ranks; None,
+    and no column, for models without experts."""
     expert_tokens_mean: float | None = None
     expert_tokens_most: int | None = None
 

@@ -64,7 +64,6 @@ class StackProduct(torch.autograd.Function):
             _multiply(inner, b.transpose(1, 2), out, sizes, scaling=scaling, adds=True)
         ctx.module, ctx.name, ctx.sizes = module, name, sizes
         ctx.save_for_backward(*(tensor for tensor in (x, inner) if inner is not None))
-        ctx.dtype = x.dtype
         return out
 
     @staticmethod
@@ -220,12 +219,14 @@ def groups_are_right(device: torch.device, dtype: torch.dtype) -> bool:
     try:
         product = nn.functional.grouped_mm(x, matrices.transpose(1, 2), offs=ends)
         outer = nn.functional.grouped_mm(x.t(), product, offs=ends)
-    except (RuntimeError, AttributeError, NotImplementedError):
+    except (RuntimeError, AttributeError):  # an older GPU or PyTorch
         return False
     for expert, (last, size) in enumerate(zip(ends.tolist(), sizes, strict=True)):
         rows = slice(last - size, last)
         expected = x[rows] @ matrices[expert].t()
         pairs = [(product[rows], expected), (outer[expert], x[rows].t() @ product[rows])]
-        if size and not all(torch.allclose(*pair, rtol=2e-2, atol=2e-2 * 64) for pair in pairs):
+        # Several times the rounding of 16 bits; what is wrong is wrong by much more.
+        is_near = all((one - other).norm() <= 2e-2 * other.norm() for one, other in pairs)
+        if size and not is_near:
             return False
     return True

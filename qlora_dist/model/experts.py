@@ -14,7 +14,6 @@ rank), but the fast index of B's columns (rank, expert).
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -38,6 +37,8 @@ from qlora_dist.model.nf4 import (
 
 IMPLEMENTATION = "qlora_dist"
 """Name of this function in transformers' registry of experts functions."""
+_ROWS_OF_EACH = ("Llama4TextExperts",)
+"""Classes that do not ask the registry, and that :func:`rows_of_each_forward` computes."""
 
 
 class QuantizedStack(nn.Module):
@@ -119,28 +120,27 @@ def _asks_registry(module: nn.Module) -> bool:
 def _takes_rows_of_each(module: nn.Module) -> bool:
     """True of experts that take one tensor: as many rows for each expert, one after the other.
 
-    Rows that are not for an expert are zeros (Llama 4).
+    By name, because what they compute cannot be told from their parameters.
     """
-    names = {name for name, _ in module.named_parameters(recurse=False)}
-    names |= {name for name, one in module.named_children() if isinstance(one, QuantizedStack)}
-    if names != {"gate_up_proj", "down_proj"}:
-        return False
-    return len(inspect.signature(type(module).forward).parameters) == 2 and hasattr(
-        module, "act_fn"
-    )
+    return type(module).__name__ in _ROWS_OF_EACH
 
 
 def expert_stacks(model: nn.Module) -> dict[str, nn.Parameter | QuantizedStack]:
     """Return the stacks of matrices of all experts by name, quantized or not."""
-    found: dict[str, nn.Parameter | QuantizedStack] = {}
-    for name, module in expert_modules(model):
-        for leaf, param in module.named_parameters(recurse=False):
-            if param.ndim == 3:
-                found[f"{name}.{leaf}"] = param
-        for leaf, child in module.named_children():
-            if isinstance(child, QuantizedStack):
-                found[f"{name}.{leaf}"] = child
-    return found
+    return {
+        f"{name}.{leaf}": stack
+        for name, module in expert_modules(model)
+        for leaf, stack in _stacks(module).items()
+    }
+
+
+def _stacks(module: nn.Module) -> dict[str, nn.Parameter | QuantizedStack]:
+    """Return the stacks of one module by the names that they have there."""
+    found: dict[str, nn.Parameter | QuantizedStack] = {
+        leaf: param for leaf, param in module.named_parameters(recurse=False) if param.ndim == 3
+    }
+    children = module.named_children()
+    return found | {leaf: child for leaf, child in children if isinstance(child, QuantizedStack)}
 
 
 def experts_per_token(config: Any) -> int:
@@ -312,14 +312,6 @@ def _count_tokens(module: Any, counts: Tensor) -> None:
 
 
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
-
-
-def _stacks(module: nn.Module) -> dict[str, nn.Parameter | QuantizedStack]:
-    found: dict[str, nn.Parameter | QuantizedStack] = {
-        leaf: param for leaf, param in module.named_parameters(recurse=False) if param.ndim == 3
-    }
-    children = module.named_children()
-    return found | {leaf: child for leaf, child in children if isinstance(child, QuantizedStack)}
 
 
 def _product(module: Any, name: str, rows: Tensor, sizes: tuple[int, ...]) -> Tensor:

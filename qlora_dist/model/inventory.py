@@ -150,6 +150,7 @@ def _stacks_without_adapter(parts: ModelParts, adapted: Counter[str]) -> dict[st
 def _shares(parts: ModelParts, reasons: dict[str, str]) -> tuple[Share, ...]:
     """Put each parameter, by its identity, into the share of those that are kept alike."""
     shares: dict[tuple[str, str, str], Share] = {}
+    stacks = {id(stack) for stack in expert_stacks(parts.base).values()}
     seen: set[int] = set()
     for module_name, module in parts.base.named_modules():
         for leaf, param in module.named_parameters(recurse=False):
@@ -157,6 +158,8 @@ def _shares(parts: ModelParts, reasons: dict[str, str]) -> tuple[Share, ...]:
                 continue
             seen.add(id(param))
             what, dtype, why = _kind(parts, reasons, module_name, module, leaf, param)
+            if id(param) in stacks:
+                what, why = EXPERTS, "model.quantization is none"
             share = shares.setdefault((what, dtype, why), Share(what, dtype, why))
             numel = whole_shape(param).numel()
             share.num_bytes += numel * param.element_size()
@@ -191,10 +194,8 @@ def _kind(
         return ("embedding (also the output head)" if is_tied else "embedding"), dtype, ""
     if parts.head is not None and param is parts.head.weight:
         return "output head", dtype, ""
-    if len(whole_shape(param)) < 2 or leaf == "bias":
+    if len(whole_shape(param)) < 2 or leaf.endswith("bias"):
         return VECTORS, dtype, ""
-    if len(whole_shape(param)) == 3 and hasattr(module, "has_gate"):
-        return EXPERTS, dtype, "model.quantization is none"
     if isinstance(module, nn.Linear):
         name = name.removesuffix(".base_layer")
         return LINEAR, dtype, reasons.get(name) or "model.quantization is none"

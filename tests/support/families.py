@@ -45,3 +45,26 @@ def write_families(root: Path) -> dict[str, Path]:
             torch.nn.init.normal_(param, std=0.1)
         model.to(torch.bfloat16).save_pretrained(root / name)
     return {name: root / name for name in FAMILIES}
+
+
+def gemma3_wrapper():
+    """Return the configuration of a tiny Gemma 3 with a vision tower, as those from 4B up."""
+    import transformers
+
+    text = {**GROUPED, "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8}
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 14,
+    }
+    return transformers.Gemma3Config(
+        text_config={**text, "bos_token_id": 1, "eos_token_id": 2},
+        vision_config=vision,
+        mm_tokens_per_image=1,
+        image_token_index=5,
+        boi_token_index=6,
+        eoi_token_index=7,
+    )

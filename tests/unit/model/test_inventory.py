@@ -8,9 +8,11 @@ import transformers
 
 from qlora_dist.config.schema import AdapterConfig, ModelConfig
 from qlora_dist.model.adapters import add_adapters
-from qlora_dist.model.inventory import ADAPTERS, LINEAR, VECTORS, Inventory, Share
+from qlora_dist.model.inventory import ADAPTERS, EXPERTS, LINEAR, VECTORS, Inventory, Share
 from qlora_dist.model.parts import ModelParts
 from qlora_dist.model.skeleton import build_skeleton
+from tests.support.expert_families import write_expert_family
+from tests.support.families import gemma3_wrapper
 
 D, VOCAB, MLP, LAYERS, RANK = 64, 320, 112, 2, 4
 COMMON = {
@@ -136,19 +138,7 @@ def test_a_layer_that_the_code_reads_is_named(tmp_path: Path) -> None:
 
 def test_left_out_towers_are_named(tmp_path: Path) -> None:
     """The towers of a multimodal wrapper are named, and none of their parameters counts."""
-    text = {**COMMON, "num_key_value_heads": 2, "head_dim": 16}
-    vision = {
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "image_size": 28,
-        "patch_size": 14,
-    }
-    config = transformers.Gemma3Config(
-        text_config=text, vision_config=vision, mm_tokens_per_image=4
-    )
-    found = inventory_of(tmp_path, config)
+    found = inventory_of(tmp_path, gemma3_wrapper())
     assert any("vision_tower" in name for name in found.left_out)
     assert not any("vision" in name for one in found.shares for name in one.names)
     assert not any("vision" in name for name in (*found.adapted, *found.without_adapter))
@@ -164,3 +154,18 @@ def test_each_parameter_counts_once(tmp_path: Path, quantization: str) -> None:
     with torch.device("meta"):
         theirs = transformers.AutoModelForCausalLM.from_config(config).num_parameters()
     assert sum(one.num_parameters for one in found.shares if one.what != ADAPTERS) == theirs
+
+
+def test_experts_count_in_either_form(tmp_path: Path) -> None:
+    """Experts are a share of their own, quantized or not, also of a class that asks no registry;
+    a router that is a linear layer by class only stays in 16 bits, with the reason."""
+    folder = write_expert_family("llama4", tmp_path)
+    for quantization, dtype in (("nf4", "nf4"), ("none", "bfloat16")):
+        config = ModelConfig(str(folder), quantization, dtype="bfloat16")
+        model = add_adapters(build_skeleton(folder, config), AdapterConfig(rank=RANK), "")
+        found = Inventory.of(ModelParts(model))
+        experts = share(found, EXPERTS)
+        assert experts.dtype == dtype
+        assert experts.num_parameters == 2 * 8 * 3 * D * 48
+        reason = "its class makes more of it than a product"
+        assert (2, reason) in found.without_adapter.values()

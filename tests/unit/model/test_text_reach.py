@@ -14,6 +14,7 @@ from qlora_dist.model.nf4 import QuantizedLinear
 from qlora_dist.model.parts import decoder_layers, lora_layers
 from qlora_dist.model.skeleton import build_skeleton
 from qlora_dist.model.text_reach import LeftOut, reached_by_text
+from tests.support.families import gemma3_wrapper
 
 SIZES = {
     "vocab_size": 320,
@@ -26,27 +27,6 @@ SIZES = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-VISION = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "image_size": 28,
-    "patch_size": 14,
-}
-
-
-def gemma3_wrapper() -> transformers.PreTrainedConfig:
-    """A Gemma 3 with a vision tower, as those from 4B up."""
-    text = {**SIZES, "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8}
-    return transformers.Gemma3Config(
-        text_config=text,
-        vision_config=VISION,
-        mm_tokens_per_image=1,
-        image_token_index=5,
-        boi_token_index=6,
-        eoi_token_index=7,
-    )
 
 
 def gemma3n() -> transformers.PreTrainedConfig:

@@ -16,6 +16,7 @@ from qlora_dist.model.nf4 import QuantFormat
 from qlora_dist.weights.quantize import quantize
 from tests.support.command import run_command, run_forked
 from tests.support.expert_families import write_expert_family
+from tests.support.families import gemma3_wrapper
 from tests.support.models import (
     load_here,
     load_there,
@@ -256,29 +257,10 @@ def test_what_training_reads_is_what_is_quantized(
 def test_a_multimodal_wrapper_stays_whole(tmp_path: Path) -> None:
     """The language model of a wrapper is in 4 bits; its towers, which training does not read, stay
     in 16 bits, so that transformers misses nothing."""
-    from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration
+    from transformers import AutoModelForCausalLM, Gemma3ForConditionalGeneration
 
-    text = {
-        "vocab_size": 320,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-    }
-    vision = {
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "image_size": 28,
-        "patch_size": 14,
-    }
     torch.manual_seed(0)
-    model = Gemma3ForConditionalGeneration(
-        Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
-    ).to(torch.bfloat16)
+    model = Gemma3ForConditionalGeneration(gemma3_wrapper()).to(torch.bfloat16)
     model.save_pretrained(tmp_path / "source")
     quantize(str(tmp_path / "source"), str(tmp_path / "out"), QuantFormat())
     out = tmp_path / "out"
